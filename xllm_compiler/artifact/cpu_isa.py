@@ -1,0 +1,61 @@
+"""Which instruction set levels this machine has and which code of an artifact it may run. Owns the list of levels and
+what each needs; must not load code."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+from xllm_compiler.errors import XllmError
+
+ARCHITECTURE = "x86_64"
+
+_AVX2 = ("avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+CPU_FLAGS: dict[str, tuple[str, ...]] = {
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
+}
+"""Levels from the widest spread to the best, with the /proc/cpuinfo flags that the code of each may use (x86-64-v3,
+x86-64-v4, and v4 with the bf16 and 8-bit dot products). Linux lists a flag only where it also saves the registers."""
+
+
+def machine_flags(cpuinfo: str | None = None) -> frozenset[str]:
+    """The CPU feature flags that every core of this machine has; `cpuinfo` stands in for /proc/cpuinfo in tests."""
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise XllmError("io", f"cannot read this CPU's features: {error.strerror}", where="/proc/cpuinfo") from None
+    cores = [frozenset(line.partition(":")[2].split()) for line in cpuinfo.splitlines() if line.startswith("flags")]
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def machine_isas(cpuinfo: str | None = None, machine: str | None = None) -> tuple[str, ...]:
+    """The levels that this machine can run, best last."""
+    if (machine or platform.machine()) != ARCHITECTURE:
+        return ()
+    flags = machine_flags(cpuinfo)
+    return tuple(isa for isa, needs in CPU_FLAGS.items() if flags.issuperset(needs))
+
+
+def choose_isa(isas: Iterable[str], cpuinfo: str | None = None, machine: str | None = None) -> str:
+    """The best level of an artifact's `isas` that this machine can run. Raises kind "artifact" when there is none, so
+    that no process ever dies of an illegal instruction."""
+    offered = tuple(isas)
+    here = machine_isas(cpuinfo, machine)
+    fitting = [isa for isa in here if isa in offered]
+    if fitting:
+        return fitting[-1]
+    name = machine or platform.machine()
+    if name != ARCHITECTURE:
+        message = f"the artifact has code for {ARCHITECTURE} ({', '.join(offered)}) and this machine is {name}"
+    else:
+        has = f"has {', '.join(here)}" if here else f"lacks {', '.join(sorted(set(_AVX2) - machine_flags(cpuinfo)))}"
+        message = f"the artifact has code for {', '.join(offered)} only, and this CPU {has}"
+    raise XllmError(
+        "artifact", message, where="manifest.json: $.target.isas", help="compile the checkpoint for this machine"
+    )

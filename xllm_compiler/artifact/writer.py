@@ -1,0 +1,240 @@
+"""Writing an artifact directory all at once or not at all. Owns the temporary sibling, the replacement of an older
+artifact and the clearing of what killed writers left; must not know how the files are made."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from xllm_compiler.artifact.digest import digest_file
+from xllm_compiler.artifact.io import is_artifact, read_manifest
+from xllm_compiler.artifact.schema import MANIFEST, FileEntry, Manifest
+from xllm_compiler.errors import XllmError
+
+_MARK = ".xllm-tmp-"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP)
+
+
+class ArtifactWriter:
+    """`with ArtifactWriter(out) as writer:` write files below `writer.path`, then `writer.commit(manifest)`.
+
+    Readers of `out` see the old state or the whole new one. Without a commit nothing is left. The temporary one is
+    a sibling of `out`, locked with flock for as long as its process lives; a later writer to the same `out` removes
+    those whose lock is free. `out` may be absent, an empty directory, or an artifact that holds nothing but the files
+    of its manifest, which is then replaced. Raises kind "io" when the disk is full or `out` is not writable."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.resolve()
+        self._committed = False
+        self._lock = -1
+        self._scratch: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The directory to write into."""
+        if self._scratch is None:
+            raise RuntimeError("ArtifactWriter is used outside its `with` block")
+        return self._scratch
+
+    def __enter__(self) -> ArtifactWriter:
+        self._check_replaceable()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.out)
+            self._scratch, self._lock = _make_locked(self.out)
+        except OSError as error:
+            raise output_error(error, self.out) from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if not self._committed and self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+        finally:
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
+        if isinstance(error, OSError) and self._is_ours(error):
+            raise output_error(error, self.out) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, UTF-8, at the relative path `name`."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+
+    def copy(self, name: str, source: Path) -> None:
+        """Copy the content (not the mode or times) of `source` to the relative path `name`."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Seal and publish: fill in `files` and `id`, validate, flush to disk, rename. Returns the sealed manifest."""
+        try:
+            sealed = replace(manifest, files=self._entries()).with_id()
+            sealed.validate()
+            self.write_text(MANIFEST, sealed.to_json())
+            _sync_tree(self.path)
+            self._check_replaceable()
+            replaced = _publish(self.path, self.out)
+        except OSError as error:
+            raise output_error(error, self.out) from error
+        self._committed = True
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+        return sealed
+
+    def _entries(self) -> dict[str, FileEntry]:
+        entries: dict[str, FileEntry] = {}
+        threads = len(os.sched_getaffinity(0))
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(self.path).as_posix()
+                entries[name] = FileEntry(bytes=path.stat().st_size, xxh3_128=digest_file(path, threads))
+        return entries
+
+    def _check_replaceable(self) -> None:
+        """Refuse to delete what no artifact writer made."""
+        try:
+            if not self.out.exists():
+                return
+            if not self.out.is_dir():
+                raise _refuse(self.out, "the output is not a directory")
+            present = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if not p.is_dir())
+        except OSError as error:
+            raise output_error(error, self.out) from None
+        if not present:
+            return
+        if not is_artifact(self.out):
+            raise _refuse(self.out, f"the output directory exists and is not an artifact: it holds {present[0]}")
+        try:
+            known = {MANIFEST, *read_manifest(self.out).files}
+        except XllmError as error:
+            raise _refuse(
+                self.out, f"the output directory holds an artifact that cannot be read: {error.message}"
+            ) from None
+        foreign = [name for name in present if name not in known]
+        if foreign:
+            raise _refuse(self.out, f"the output directory holds {foreign[0]}, which is no part of the artifact there")
+
+    def _is_ours(self, error: OSError) -> bool:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return True
+        names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+        return any(self._scratch is not None and Path(name).is_relative_to(self._scratch) for name in names)
+
+
+def output_error(error: OSError, out: Path) -> XllmError:
+    """The typed error for a directory that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return XllmError(
+            "io",
+            "no space is left for the artifact",
+            where=str(out),
+            help="free some space or choose another directory",
+        )
+    reason = error.strerror or str(error)
+    return XllmError(
+        "io", f"cannot write the artifact: {reason}", where=str(out), help="choose another output directory"
+    )
+
+
+def remove_leftovers(out: Path) -> list[Path]:
+    """Remove what killed writers to `out` left beside it; returns the removed paths. A directory whose writer lives is
+    locked and stays."""
+    removed = []
+    for path in sorted(out.parent.glob(f".{_escape(out.name)}{_MARK}*")):
+        lock = _try_lock(path)
+        if lock >= 0:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+            removed.append(path)
+    return removed
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _make_locked(out: Path) -> tuple[Path, int]:
+    """A fresh locked directory. Between mkdir and flock a cleaner may take it for a leftover; then try another."""
+    while True:
+        path = out.parent / f".{out.name}{_MARK}{secrets.token_hex(6)}"
+        path.mkdir()
+        lock = _try_lock(path)
+        if lock >= 0:
+            return path, lock
+
+
+def _try_lock(path: Path) -> int:
+    """A descriptor that holds the lock of directory `path`, or -1 when it is taken or the directory is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return -1
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino == os.fstat(fd).st_ino:
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return -1
+
+
+def _sync_tree(root: Path) -> None:
+    for path in [*root.rglob("*"), root]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _publish(scratch: Path, out: Path) -> Path | None:
+    """Rename `scratch` to `out`. Returns where an artifact that was there is now, under a leftover's name."""
+    replaced: Path | None = None
+    if out.exists() and any(out.iterdir()):
+        replaced = _swap(scratch, out)
+    else:
+        os.rename(scratch, out)
+    fd = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return replaced
+
+
+def _swap(scratch: Path, out: Path) -> Path:
+    """Exchange two directories in one step where the file system can; else move the old one aside first, which leaves
+    an instant in which `out` is absent."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = libc.renameat2(_AT_FDCWD, os.fsencode(scratch), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE)
+    if code == 0:
+        return scratch
+    number = ctypes.get_errno()
+    if number not in _NO_EXCHANGE:
+        raise OSError(number, os.strerror(number), str(out))
+    aside = out.parent / f".{out.name}{_MARK}{secrets.token_hex(6)}"
+    os.rename(out, aside)
+    try:
+        os.rename(scratch, out)
+    except OSError:
+        os.rename(aside, out)
+        raise
+    return aside
+
+
+def _refuse(out: Path, message: str) -> XllmError:
+    return XllmError("io", message, where=str(out), help="choose another output directory, or remove this one first")
