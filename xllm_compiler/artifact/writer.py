@@ -18,7 +18,7 @@ from xllm_compiler.artifact.io import is_artifact, read_manifest
 from xllm_compiler.artifact.schema import MANIFEST, FileEntry, Manifest
 from xllm_compiler.errors import XllmError
 
-_MARK = ".xllm-tmp-"
+LEFTOVER = ".xllm-tmp-"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP)
@@ -49,7 +49,7 @@ class ArtifactWriter:
         self._check_replaceable()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.out)
+            remove_leftovers(self.out.parent, self.out.name)
             self._scratch, self._lock = _make_locked(self.out)
         except OSError as error:
             raise output_error(error, self.out) from None
@@ -149,11 +149,19 @@ def output_error(error: OSError, out: Path) -> XllmError:
     )
 
 
-def remove_leftovers(out: Path) -> list[Path]:
-    """Remove what killed writers to `out` left beside it; returns the removed paths. A directory whose writer lives is
-    locked and stays."""
+def leftover_name(name: str) -> str:
+    """A fresh name for something beside `name` that anyone may remove once nobody holds its lock."""
+    return f".{name}{LEFTOVER}{secrets.token_hex(6)}"
+
+
+def remove_leftovers(parent: Path, name: str | None = None) -> list[Path]:
+    """Remove what killed writers to `parent / name` (to anything in `parent` when None) left; returns their
+    paths. A directory whose writer lives is locked and stays."""
     removed = []
-    for path in sorted(out.parent.glob(f".{_escape(out.name)}{_MARK}*")):
+    for path in sorted(parent.iterdir()):
+        owner, mark, _ = path.name.rpartition(LEFTOVER)
+        if not mark or not owner.startswith(".") or (name is not None and owner != f".{name}"):
+            continue
         lock = _try_lock(path)
         if lock >= 0:
             shutil.rmtree(path, ignore_errors=True)
@@ -162,14 +170,10 @@ def remove_leftovers(out: Path) -> list[Path]:
     return removed
 
 
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def _make_locked(out: Path) -> tuple[Path, int]:
     """A fresh locked directory. Between mkdir and flock a cleaner may take it for a leftover; then try another."""
     while True:
-        path = out.parent / f".{out.name}{_MARK}{secrets.token_hex(6)}"
+        path = out.parent / leftover_name(out.name)
         path.mkdir()
         lock = _try_lock(path)
         if lock >= 0:
@@ -226,7 +230,7 @@ def _swap(scratch: Path, out: Path) -> Path:
     number = ctypes.get_errno()
     if number not in _NO_EXCHANGE:
         raise OSError(number, os.strerror(number), str(out))
-    aside = out.parent / f".{out.name}{_MARK}{secrets.token_hex(6)}"
+    aside = out.parent / leftover_name(out.name)
     os.rename(out, aside)
     try:
         os.rename(scratch, out)
