@@ -1,0 +1,559 @@
+"""Modules, functions, ops and values: the places of the IR. Owns use-lists and op order; must not know any op.
+
+Values (Dim, Type, attributes, Loc) are frozen and compare by content. Places compare by identity and may be mutated,
+always through the methods here, which keep use-lists right. A function is one straight-line block: list order is
+dominance order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from xllm_compiler.dims import Dim, DimScope
+from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.loc import UNKNOWN, Loc
+from xllm_compiler.ir.spec import Attr, OperandField, OpSpec
+from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+
+if TYPE_CHECKING:
+    from xllm_compiler.ir.semantics import Array, EvalContext
+
+Stage = Literal["graph", "sched", "buf"]
+T = TypeVar("T", bound="Op")
+
+
+class Value:
+    """An SSA value: a result of an op or an argument of a function. `name` is a hint; the printer makes it unique."""
+
+    __slots__ = ("_uses", "index", "name", "owner", "type")
+
+    def __init__(self, type: Type, owner: Op | Func, index: int, name: str) -> None:
+        self.type = type
+        self.owner = owner
+        self.index = index
+        self.name = name
+        self._uses: dict[tuple[Op, int], None] = {}
+
+    @property
+    def op(self) -> Op | None:
+        """The defining op, or None for a function argument."""
+        return self.owner if isinstance(self.owner, Op) else None
+
+    @property
+    def uses(self) -> list[tuple[Op, int]]:
+        """(op, operand index) pairs, oldest first. The function's `ret` op counts: returning is a use."""
+        return list(self._uses)
+
+    @property
+    def has_uses(self) -> bool:
+        return bool(self._uses)
+
+    @property
+    def has_one_use(self) -> bool:
+        return len(self._uses) == 1
+
+    @property
+    def users(self) -> list[Op]:
+        """The distinct ops that use this value, oldest use first."""
+        return list(dict.fromkeys(op for op, _ in self._uses))
+
+    @property
+    def tensor(self) -> Tensor:
+        """The type, which must be a tensor."""
+        if not isinstance(self.type, Tensor):
+            raise IrError(f"%{self.name} is {self.type}, a tensor is needed here")
+        return self.type
+
+    @property
+    def kv(self) -> Kv:
+        """The type, which must be a KV cache."""
+        if not isinstance(self.type, Kv):
+            raise IrError(f"%{self.name} is {self.type}, a kv value is needed here")
+        return self.type
+
+    @property
+    def future(self) -> Future:
+        """The type, which must be a future."""
+        if not isinstance(self.type, Future):
+            raise IrError(f"%{self.name} is {self.type}, a future is needed here")
+        return self.type
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    def replace_all_uses_with(self, new: Value) -> None:
+        """Every use of this value, returns included, becomes a use of `new`, which must have the same type."""
+        if new is self:
+            return
+        for op, index in list(self._uses):
+            op.set_operand(index, new)
+        if not new.name:
+            new.name = self.name
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+
+class Op:
+    """One operation. Subclasses are declared with `@op` in opdef; storage is the same for all of them."""
+
+    SPEC: ClassVar[OpSpec]
+
+    def __init__(
+        self,
+        func: Func,
+        operands: Sequence[Value],
+        segments: Sequence[int],
+        attrs: dict[str, Attr],
+        loc: Loc = UNKNOWN,
+        hints: Sequence[str] = (),
+    ) -> None:
+        """`segments[i]` operands belong to the i-th declared operand field. Infers result types; not yet in `func`."""
+        self.func = func
+        self.attrs = attrs
+        self.loc = loc
+        self.segments = tuple(segments)
+        self._operands = list(operands)
+        self._prev: Op | None = None
+        self._next: Op | None = None
+        self._attached = False
+        self._order = 0
+        self.results: list[Value] = []
+        types = self.infer()
+        for i, ty in enumerate(types):
+            hint = hints[i] if i < len(hints) and hints[i] else self.default_hint(i)
+            self.results.append(Value(ty, self, i, hint))
+        for i, v in enumerate(self._operands):
+            v._uses[(self, i)] = None
+
+    # What subclasses define.
+
+    def infer(self) -> tuple[Type, ...]:
+        """Result types from operands and attributes. May put attributes into canonical form; raises IrError."""
+        raise IrError(f"{self.name} has no type rule")
+
+    def interp(self, ctx: EvalContext, *operands: Any, **none: Any) -> Array | tuple[Array, ...]:
+        """The reference meaning. One argument per declared operand field (None: absent; a tuple: variadic); the caller
+        rounds to the result types. `Any` because every op has its own operands: overrides spell them out."""
+        raise IrError(f"{self.name} has no reference meaning")
+
+    def default_hint(self, index: int) -> str:
+        """SSA name of a result that nobody named."""
+        return self.name.rpartition(".")[2]
+
+    # Reading.
+
+    @property
+    def name(self) -> str:
+        """The op's name in text, such as "nn.linear"."""
+        return self.SPEC.name
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        return tuple(self._operands)
+
+    @property
+    def result(self) -> Value:
+        """The only result."""
+        if len(self.results) != 1:
+            raise IrError(f"{self.name} has {len(self.results)} results, not one", op=self)
+        return self.results[0]
+
+    @property
+    def scope(self) -> DimScope:
+        return self.func.module.scope
+
+    @property
+    def attached(self) -> bool:
+        """Whether the op stands in its function."""
+        return self._attached
+
+    @property
+    def next(self) -> Op | None:
+        return self._next if self._attached else None
+
+    @property
+    def prev(self) -> Op | None:
+        return self._prev if self._attached else None
+
+    def field(self, name: str) -> tuple[Value, ...]:
+        """The operands of one declared field: one, none or one, or any number of values."""
+        start = 0
+        for spec, count in zip(self.SPEC.operands, self.segments, strict=True):
+            if spec.name == name:
+                return tuple(self._operands[start : start + count])
+            start += count
+        raise KeyError(name)
+
+    def field_index(self, name: str) -> int:
+        """Flat operand index at which a declared field starts."""
+        start = 0
+        for spec, count in zip(self.SPEC.operands, self.segments, strict=True):
+            if spec.name == name:
+                return start
+            start += count
+        raise KeyError(name)
+
+    def is_before(self, other: Op) -> bool:
+        """Whether this op comes earlier in the list than `other`; both must be in the same function."""
+        return self.func.ops.order(self) < self.func.ops.order(other)
+
+    # Changing.
+
+    def set_operand(self, index: int, value: Value) -> None:
+        """Replaces one operand by a value of the same type, so that result types stay right."""
+        old = self._operands[index]
+        if old is value:
+            return
+        if old.type != value.type:
+            raise IrError(
+                f"operand {index} of {self.name} is {old.type}; %{value.name} is {value.type}",
+                help="create a new op when types change, so that result types are inferred again",
+                op=self,
+            )
+        del old._uses[(self, index)]
+        self._operands[index] = value
+        value._uses[(self, index)] = None
+
+    def set_attr(self, name: str, value: object) -> None:
+        """Sets a declared attribute (or `at`); the result types must stay what they are."""
+        spec = self.SPEC.attr(name)
+        if spec is None:
+            raise IrError(f"{self.name} has no attribute {name!r}", op=self)
+        before = self.attrs.get(name)
+        self.attrs[name] = spec.coerce(value)
+        if name == "at":
+            return
+        if self.infer() != tuple(r.type for r in self.results):
+            if before is not None:
+                self.attrs[name] = before
+            raise IrError(f"{self.name}: {name}={value!r} would change the result type", op=self)
+
+    def move_before(self, other: Op) -> None:
+        """Takes the op out of its place and puts it before `other` of the same function."""
+        self.func.ops.unlink(self)
+        self.func.ops.insert_before(self, other)
+
+    def erase(self) -> None:
+        """Removes the op for good. None of its results may have a use."""
+        for r in self.results:
+            if r.has_uses:
+                user = r.users[0]
+                raise IrError(f"cannot erase {self.name}: %{r.name} is used by {user.name}", op=self)
+        self.drop_operands()
+        if self._attached:
+            self.func.ops.unlink(self)
+
+    def drop_operands(self) -> None:
+        """Takes the op out of its operands' use-lists. For erasing; the op is unusable afterwards."""
+        for i, v in enumerate(self._operands):
+            v._uses.pop((self, i), None)
+        self._operands.clear()
+        self.segments = tuple(0 for _ in self.segments)
+
+    def __repr__(self) -> str:
+        results = ", ".join(f"%{r.name}" for r in self.results)
+        operands = ", ".join(f"%{v.name}" for v in self._operands)
+        return f"<{results} = {self.name}({operands})>"
+
+
+class OpList:
+    """A function's ops in order. Safe to mutate while iterating: the iterator goes on after the op it has yielded,
+    wherever that op stands by then, and past erased ones; ops inserted after the current one are visited."""
+
+    __slots__ = ("_count", "_first", "_last", "_ordered")
+
+    def __init__(self) -> None:
+        self._first: Op | None = None
+        self._last: Op | None = None
+        self._count = 0
+        self._ordered = True
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Op]:
+        op = self._first
+        while op is not None:
+            yield op
+            op = op._next
+            while op is not None and not op._attached:
+                op = op._next
+
+    def __reversed__(self) -> Iterator[Op]:
+        op = self._last
+        while op is not None:
+            yield op
+            op = op._prev
+            while op is not None and not op._attached:
+                op = op._prev
+
+    def __getitem__(self, index: int) -> Op:
+        """The index-th op, in linear time: for tests and tools."""
+        return list(self)[index]
+
+    @property
+    def first(self) -> Op | None:
+        return self._first
+
+    @property
+    def last(self) -> Op | None:
+        return self._last
+
+    def append(self, op: Op) -> None:
+        assert not op._attached, f"{op!r} is already in a function"
+        op._prev, op._next = self._last, None
+        if self._last is None:
+            self._first = op
+        else:
+            self._last._next = op
+            op._order = self._last._order + 1
+        self._last = op
+        op._attached = True
+        self._count += 1
+
+    def insert_before(self, op: Op, anchor: Op) -> None:
+        assert not op._attached, f"{op!r} is already in a function"
+        assert anchor._attached, f"{anchor!r} is not in a function"
+        op._prev, op._next = anchor._prev, anchor
+        if anchor._prev is None:
+            self._first = op
+        else:
+            anchor._prev._next = op
+        anchor._prev = op
+        op._attached = True
+        self._count += 1
+        self._ordered = False
+
+    def unlink(self, op: Op) -> None:
+        """Takes `op` out. It keeps its neighbours, so that an iterator standing on it can go on."""
+        assert op._attached, f"{op!r} is not in a function"
+        if op._prev is None:
+            self._first = op._next
+        else:
+            op._prev._next = op._next
+        if op._next is None:
+            self._last = op._prev
+        else:
+            op._next._prev = op._prev
+        op._attached = False
+        self._count -= 1
+
+    def order(self, op: Op) -> int:
+        """A number that grows along the list; stable until the next insertion."""
+        if not self._ordered:
+            for i, o in enumerate(self):
+                o._order = i
+            self._ordered = True
+        return op._order
+
+
+class Func:
+    """A function: arguments, ops, returned values. `aliases[i]` is the argument whose storage return i shares."""
+
+    def __init__(self, module: Module, name: str) -> None:
+        self.module = module
+        self.name = name
+        self.args: list[Value] = []
+        self.ops = OpList()
+        self.aliases: dict[int, Value] = {}
+        self.arena: Dim | None = None
+        self.ret: Op = ReturnOp(self, (), (0,), {})
+
+    @property
+    def returns(self) -> tuple[Value, ...]:
+        return self.ret.operands
+
+    def add_arg(self, name: str, type: Type) -> Value:
+        value = Value(type, self, len(self.args), name)
+        self.args.append(value)
+        return value
+
+    def arg(self, name: str) -> Value:
+        """The argument called `name`."""
+        for v in self.args:
+            if v.name == name:
+                return v
+        raise IrError(f"@{self.name} has no argument %{name}", help="it has " + ", ".join(v.name for v in self.args))
+
+    def set_returns(self, values: Sequence[Value], aliases: Mapping[int, Value] | None = None) -> None:
+        """Replaces what the function returns. `aliases`: return index to the argument whose storage it shares."""
+        self.ret.drop_operands()
+        self.ret = ReturnOp(self, values, (len(values),), {})
+        self.aliases = dict(sorted((aliases or {}).items()))
+
+    def __repr__(self) -> str:
+        return f"<func @{self.name}, {len(self.ops)} ops>"
+
+
+class ReturnOp(Op):
+    """What a function returns, so that returning counts as a use. Stands in `Func.ret`, never in `Func.ops`."""
+
+    SPEC: ClassVar[OpSpec]
+
+    def infer(self) -> tuple[Type, ...]:
+        return ()
+
+
+class Module:
+    """A compilation unit: symbols and their constraints, rank groups, functions, and the stage they are in."""
+
+    def __init__(self, stage: Stage = "graph", scope: DimScope | None = None) -> None:
+        self.scope = DimScope() if scope is None else scope
+        self.stage: Stage = stage
+        self.groups: dict[str, int] = {}
+        self.funcs: dict[str, Func] = {}
+
+    def add_func(self, name: str) -> Func:
+        if name in self.funcs:
+            raise IrError(f"the module already has a function @{name}")
+        func = Func(self, name)
+        self.funcs[name] = func
+        return func
+
+    def func(self, name: str = "step") -> Func:
+        """The function called `name`."""
+        if name not in self.funcs:
+            raise IrError(f"no function @{name}", help="functions: " + ", ".join(self.funcs))
+        return self.funcs[name]
+
+
+class Builder:
+    """Creates ops at one place of a function. `loc` is used for ops that are created without their own."""
+
+    def __init__(self, func: Func, before: Op | None, loc: Loc = UNKNOWN) -> None:
+        self.func = func
+        self.anchor = before
+        self.loc = loc
+
+    @staticmethod
+    def at_end(func: Func, loc: Loc = UNKNOWN) -> Builder:
+        return Builder(func, None, loc)
+
+    @staticmethod
+    def at_start(func: Func, loc: Loc = UNKNOWN) -> Builder:
+        return Builder(func, func.ops.first, loc)
+
+    @staticmethod
+    def before(op: Op, loc: Loc | None = None) -> Builder:
+        """New ops go before `op` and, unless told otherwise, come from where `op` came from."""
+        anchor = None if isinstance(op, ReturnOp) else op
+        return Builder(op.func, anchor, op.loc if loc is None else loc)
+
+    @staticmethod
+    def after(op: Op, loc: Loc | None = None) -> Builder:
+        """New ops go, in creation order, between `op` and what now follows it."""
+        return Builder(op.func, op.next, op.loc if loc is None else loc)
+
+    def create(
+        self,
+        cls: type[T],
+        *operands: Value | None,
+        loc: Loc | None = None,
+        hint: str | Sequence[str] = "",
+        **fields: object,
+    ) -> T:
+        """A new op of class `cls`, inserted here.
+
+        `operands` fill the declared operand fields in order (None: an absent optional); a variadic field takes all of
+        them. Operand fields may also be given by keyword, attributes only so. `hint` names the results.
+        """
+        flat, segments, attrs = bind(cls, operands, fields)
+        hints = (hint,) if isinstance(hint, str) else tuple(hint)
+        place = self.loc if loc is None else loc
+        try:
+            made = cls(self.func, flat, segments, attrs, place, hints)
+        except IrError as e:
+            raise _in_context(e, cls, flat, place) from None
+        self.insert(made)
+        return made
+
+    def insert(self, op: Op) -> None:
+        """Puts a detached op of this function here."""
+        if self.anchor is None:
+            self.func.ops.append(op)
+        else:
+            self.func.ops.insert_before(op, self.anchor)
+
+
+def bind(
+    cls: type[Op], positional: Sequence[Value | None], fields: Mapping[str, object]
+) -> tuple[list[Value], list[int], dict[str, Attr]]:
+    """Sorts what was given to `create` into flat operands, operands per declared field, and coerced attributes."""
+    spec = cls.SPEC
+    left = dict(fields)
+    given = list(positional)
+    flat: list[Value] = []
+    segments: list[int] = []
+    for field in spec.operands:
+        if field.arity == "many":
+            named = left.pop(field.name, None)
+            values: list[object] = list(given) if named is None else list(_sequence(named))
+            if named is None:
+                given.clear()
+        else:
+            if given and field.name in left:
+                raise IrError(f"{spec.name}: operand {field.name} given twice")
+            one = given.pop(0) if given else left.pop(field.name, None)
+            if one is None and field.arity == "one":
+                raise IrError(f"{spec.name}: operand {field.name} is missing")
+            values = [] if one is None else [one]
+        for v in values:
+            if not isinstance(v, Value):
+                raise IrError(f"{spec.name}: operand {field.name} is not a Value but {v!r}")
+            flat.append(v)
+        segments.append(len(values))
+    if given:
+        raise IrError(f"{spec.name}: {len(given)} operands too many")
+    attrs: dict[str, Attr] = {}
+    for attr in spec.attrs:
+        if attr.name in left:
+            attrs[attr.name] = attr.coerce(left.pop(attr.name))
+        elif attr.required:
+            raise IrError(f"{spec.name}: attribute {attr.name} is missing")
+        else:
+            attrs[attr.name] = attr.coerce(attr.default)
+    at = left.pop("at", None)
+    if at is not None:
+        at_field = spec.attr("at")
+        assert at_field is not None
+        attrs["at"] = at_field.coerce(at)
+    if left:
+        known = [f.name for f in spec.operands] + [a.name for a in spec.attrs]
+        raise IrError(f"{spec.name} has no {', '.join(sorted(left))}", help="it has " + ", ".join(known))
+    return flat, segments, attrs
+
+
+def _sequence(value: object) -> Sequence[object]:
+    if not isinstance(value, Sequence):
+        raise IrError(f"a sequence of values is needed, got {value!r}")
+    return value
+
+
+def _in_context(e: IrError, cls: type[Op], operands: Sequence[Value], loc: Loc) -> IrError:
+    """The same error, saying which op with which operands it was about, and where that came from."""
+    args = ", ".join(f"%{v.name}: {v.type}" for v in operands)
+    where = f"{cls.SPEC.name}({args})"
+    traced = loc.describe()
+    if traced:
+        where += f", traced from {traced}"
+    if loc.lineage:
+        where += f", last touched by {loc.lineage[-1]}"
+    return IrError(e.message, where=e.where or where, help=e.help)
+
+
+ReturnOp.SPEC = OpSpec(
+    name="return",
+    operands=(OperandField("values", "many"),),
+    attrs=(),
+    effects=frozenset({"return"}),
+    consumes="",
+    linear=False,
+    view=False,
+)

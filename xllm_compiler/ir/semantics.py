@@ -1,0 +1,164 @@
+"""What op meanings are written against: arrays, dtypes, rounding. Owns numerics helpers; must not run functions.
+
+Arrays are numpy; bf16 is ml_dtypes.bfloat16. A KV cache is one array [pages * page, heads, k_dim + v_dim]: row
+`page_index * page + position % page`, keys in the first k_dim columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from xllm_compiler.dims import Dim
+from xllm_compiler.ir.types import FLOATS, Kv, Tensor, Type
+
+Array = npt.NDArray[Any]
+
+NP_DTYPE: Final[dict[str, np.dtype[Any]]] = {
+    "f64": np.dtype(np.float64),
+    "f32": np.dtype(np.float32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+OUR_DTYPE: Final[dict[np.dtype[Any], str]] = {v: k for k, v in NP_DTYPE.items()}
+
+
+class EvalContext:
+    """Sizes, parameters and precision of one run.
+
+    `precise`: every float is f64 and nothing is rounded; for telling wrong algebra from rounding.
+    """
+
+    def __init__(self, params: Mapping[str, Array], dims: Mapping[str, int], precise: bool = False) -> None:
+        self.params = params
+        self.dims = dict(dims)
+        self.precise = precise
+
+    def dim(self, d: Dim) -> int:
+        return d.evaluate(self.dims)
+
+    def shape(self, ty: Tensor) -> tuple[int, ...]:
+        return tuple(self.dim(d) for d in ty.shape)
+
+    def dtype(self, dtype: str) -> np.dtype[Any]:
+        """How values of one of our dtypes are stored in this run."""
+        return NP_DTYPE["f64" if self.precise and dtype in FLOATS else dtype]
+
+    def up(self, x: Array) -> Array:
+        """`x` in computing precision: floats become f32 (f64 stays, and is forced when precise); the rest is kept."""
+        if OUR_DTYPE[x.dtype] not in FLOATS:
+            return x
+        wide = np.float64 if self.precise or x.dtype == np.float64 else np.float32
+        return x.astype(wide, copy=False)
+
+    def store(self, x: Array, ty: Type) -> Array:
+        """A result rounded (once, to nearest even) to how `ty` is stored."""
+        dtype = ty.of.dtype if not isinstance(ty, (Tensor, Kv)) else ty.dtype
+        return np.asarray(x).astype(self.dtype(dtype), copy=False)
+
+
+def kv_zeros(ty: Kv, dims: Mapping[str, int], precise: bool = False) -> Array:
+    """An empty cache of type `ty`: zeros [pages * page, heads, k_dim + v_dim]."""
+    ctx = EvalContext({}, dims, precise)
+    return np.zeros((ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim), ctx.dtype(ty.dtype))
+
+
+def array_shape(ctx: EvalContext, ty: Type) -> tuple[int, ...]:
+    """The shape of the array that holds a value of type `ty`."""
+    match ty:
+        case Tensor():
+            return ctx.shape(ty)
+        case Kv():
+            return (ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim)
+        case _:
+            return ctx.shape(ty.of)
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return np.multiply(x, sigmoid(x))
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow for large |x|."""
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1, e).astype(x.dtype) / (1 + e))
+
+
+def erf(x: Array) -> Array:
+    """The error function, computed in f64 and returned in x's dtype."""
+    flat = np.fromiter((math.erf(v) for v in x.ravel().tolist()), np.float64, x.size)
+    return flat.reshape(x.shape).astype(x.dtype)
+
+
+def gelu(x: Array, tanh: bool) -> Array:
+    """x * Phi(x), or its tanh approximation."""
+    if tanh:
+        inner = np.sqrt(2 / np.pi).astype(x.dtype) * (x + x.dtype.type(0.044715) * x * x * x)
+        return np.asarray(x.dtype.type(0.5) * x * (1 + np.tanh(inner)))
+    return np.asarray(x.dtype.type(0.5) * x * (1 + erf(x * x.dtype.type(2**-0.5))))
+
+
+def activation(name: str, x: Array) -> Array:
+    """The activations that nn.linear and nn.linear_glu know by name."""
+    match name:
+        case "none":
+            return x
+        case "silu":
+            return silu(x)
+        case "gelu":
+            return gelu(x, tanh=False)
+        case "gelu_tanh":
+            return gelu(x, tanh=True)
+        case "relu":
+            return np.maximum(x, 0)
+        case "relu2":
+            return np.square(np.maximum(x, 0))
+        case "sigmoid":
+            return sigmoid(x)
+        case "tanh":
+            return np.tanh(x)
+        case _:
+            raise AssertionError(f"activation {name}")
+
+
+def rms_norm(x: Array, w: Array | None, eps: float, offset: float) -> Array:
+    """x / sqrt(mean(x^2 over the last axis) + eps) * (w + offset)."""
+    eps_ = x.dtype.type(eps)
+    y = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps_)
+    return np.asarray(y if w is None else y * (w + w.dtype.type(offset)))
+
+
+def rope(x: Array, cos: Array, sin: Array, style: str) -> Array:
+    """Rotates the first 2 * cos.shape[-1] of the last axis of x [N, H, D]; the rest passes through."""
+    half = cos.shape[-1]
+    c, s = cos[:, None, :], sin[:, None, :]
+    out = x.copy()
+    if style == "half":
+        a, b = x[..., :half], x[..., half : 2 * half]
+        out[..., :half] = a * c - b * s
+        out[..., half : 2 * half] = b * c + a * s
+    else:
+        a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        out[..., 0 : 2 * half : 2] = a * c - b * s
+        out[..., 1 : 2 * half : 2] = b * c + a * s
+    return out
+
+
+def kv_rows(ty: Kv, pos: Array, seq: Array, table: Array) -> Array:
+    """Cache rows of token positions `pos` of requests `seq`, through the block table."""
+    pages = table[seq, pos // ty.page].astype(np.int64)
+    if pages.size and pages.min() < 0:
+        n = int(np.argmin(pages))
+        raise IndexError(f"position {int(pos[n])} of request {int(seq[n])} has no page")
+    return np.asarray(pages * ty.page + pos % ty.page)

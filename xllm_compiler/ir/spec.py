@@ -1,0 +1,126 @@
+"""What an op class declares: operand fields and typed attributes. Owns attribute coercion; must not know graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from xllm_compiler.dims import Dim, as_dim
+from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.types import Future, Kv, Tensor, Type, check_dtype
+
+Scalar = int | float | bool | str | Dim | Type
+Attr = Scalar | tuple[Scalar, ...]
+AttrKind = Literal["int", "float", "bool", "str", "dim", "dtype", "type", "group", "number", "enum"]
+Arity = Literal["one", "opt", "many"]
+
+MISSING: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class OperandField:
+    name: str
+    arity: Arity
+
+
+@dataclass(frozen=True, slots=True)
+class AttrField:
+    """`many`: a tuple of `kind`. `choices` only for kind "enum". `default` is MISSING when it is required."""
+
+    name: str
+    kind: AttrKind
+    many: bool = False
+    choices: tuple[str, ...] = ()
+    default: object = MISSING
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    def is_default(self, value: Attr) -> bool:
+        """Whether `value` need not be printed. NaN never equals; 1 and 1.0 and true do not equal each other."""
+        return not self.required and type(value) is type(self.default) and value == self.default
+
+    def coerce(self, value: object) -> Attr:
+        """`value` in the one form in which this attribute is stored; IrError when it is not of this kind."""
+        if not self.many:
+            return self._one(value)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise self._bad(value)
+        return tuple(self._one(v) for v in value)
+
+    def _one(self, value: object) -> Scalar:
+        kind = self.kind
+        if kind == "bool":
+            if isinstance(value, bool):
+                return value
+        elif kind == "int":
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if isinstance(value, Dim) and value.is_const:
+                return value.value
+        elif kind == "float":
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return float(value)
+        elif kind == "number":
+            if isinstance(value, (bool, int, float)):
+                return value
+        elif kind == "dim":
+            if isinstance(value, Dim) or (isinstance(value, int) and not isinstance(value, bool)):
+                return as_dim(value)
+        elif kind in ("str", "group"):
+            if isinstance(value, str):
+                return value
+        elif kind == "dtype":
+            if isinstance(value, str):
+                return check_dtype(value)
+        elif kind == "type":
+            if isinstance(value, (Tensor, Kv, Future)):
+                return value
+        elif kind == "enum":
+            if isinstance(value, str) and value in self.choices:
+                return value
+            raise IrError(f"attribute {self.name}={value!r} is not allowed", help="one of " + ", ".join(self.choices))
+        raise self._bad(value)
+
+    def _bad(self, value: object) -> IrError:
+        kind = f"tuple of {self.kind}" if self.many else self.kind
+        return IrError(f"attribute {self.name} wants {kind}, got {value!r}")
+
+
+# Every op may carry it: byte offsets of its results from the arena's base, one Dim per result (stage buf).
+AT_FIELD: Final = AttrField("at", "dim", many=True)
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """Everything the generic machinery knows about an op class."""
+
+    name: str
+    operands: tuple[OperandField, ...]
+    attrs: tuple[AttrField, ...]
+    effects: frozenset[str]
+    consumes: str  # name of the operand field whose (linear) value this op uses up, or ""
+    linear: bool  # maps partial sums to partial sums: f(a + b) = f(a) + f(b)
+    view: bool  # result 0 is the same bytes as operand 0 in a dense row-major layout
+
+    @property
+    def pure(self) -> bool:
+        return not self.effects
+
+    def attr(self, name: str) -> AttrField | None:
+        for field in self.attrs:
+            if field.name == name:
+                return field
+        return AT_FIELD if name == "at" else None
+
+
+def format_float(value: float) -> str:
+    """Shortest text that reads back to the same float; always recognisable as one."""
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return repr(value)

@@ -1,0 +1,132 @@
+"""Types of IR values: tensors, KV caches and futures. Owns type equality and text; must not know any op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from xllm_compiler.dims import Dim, as_dim
+from xllm_compiler.ir.diag import IrError
+
+DTYPE_BYTES: Final[dict[str, int]] = {
+    "f64": 8,
+    "f32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "i64": 8,
+    "i32": 4,
+    "i8": 1,
+    "u8": 1,
+    "bool": 1,
+}
+FLOATS: Final = frozenset({"f64", "f32", "bf16", "f16"})
+INTS: Final = frozenset({"i64", "i32", "i8", "u8"})
+
+
+def check_dtype(dtype: str) -> str:
+    """`dtype` itself, or IrError when it is not one of ours."""
+    if dtype not in DTYPE_BYTES:
+        raise IrError(f"unknown dtype {dtype!r}", help="one of " + ", ".join(DTYPE_BYTES))
+    return dtype
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Tensor:
+    """A dense array. `partial` names the group over which it still has to be summed."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+    partial: str | None
+
+    def __init__(self, dtype: str, shape: Sequence[Dim | int], partial: str | None = None) -> None:
+        object.__setattr__(self, "dtype", check_dtype(dtype))
+        object.__setattr__(self, "shape", tuple(as_dim(d) for d in shape))
+        object.__setattr__(self, "partial", partial)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def elements(self) -> Dim:
+        """Number of elements as a Dim."""
+        n = as_dim(1)
+        for d in self.shape:
+            n = n * d
+        return n
+
+    @property
+    def nbytes(self) -> Dim:
+        """Size of the dense row-major array in bytes, without padding."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+    @property
+    def is_int(self) -> bool:
+        return self.dtype in INTS
+
+    def with_(self, *, dtype: str | None = None, shape: Sequence[Dim | int] | None = None) -> Tensor:
+        """The same type with another dtype or shape; `partial` is kept."""
+        return Tensor(dtype or self.dtype, self.shape if shape is None else shape, self.partial)
+
+    def __str__(self) -> str:
+        text = f"{self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+        return text if self.partial is None else f"{text} partial(@{self.partial})"
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Kv:
+    """The paged key/value cache of one layer: `pages` pages of `page` tokens, `heads` KV heads."""
+
+    dtype: str
+    heads: int
+    k_dim: int
+    v_dim: int
+    page: int
+    pages: Dim
+
+    def __init__(self, dtype: str, heads: int, k_dim: int, v_dim: int, page: int, pages: Dim | int) -> None:
+        object.__setattr__(self, "dtype", check_dtype(dtype))
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "k_dim", k_dim)
+        object.__setattr__(self, "v_dim", v_dim)
+        object.__setattr__(self, "page", page)
+        object.__setattr__(self, "pages", as_dim(pages))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, keys and values of all heads."""
+        return self.heads * self.page * (self.k_dim + self.v_dim) * DTYPE_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"kv<{self.dtype}, heads={self.heads}, k={self.k_dim}, v={self.v_dim}, page={self.page}>[{self.pages}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """The promise of a collective; `comm.wait` turns it into `of`."""
+
+    of: Tensor
+
+    def __str__(self) -> str:
+        return f"!future<{self.of}>"
+
+
+Type = Tensor | Kv | Future
+
+
+def substitute_dims(ty: Type, env: dict[str, Dim]) -> Type:
+    """`ty` with symbols replaced by Dims."""
+    match ty:
+        case Tensor():
+            return ty.with_(shape=[d.substitute(env) for d in ty.shape])
+        case Kv():
+            return Kv(ty.dtype, ty.heads, ty.k_dim, ty.v_dim, ty.page, ty.pages.substitute(env))
+        case Future():
+            inner = substitute_dims(ty.of, env)
+            assert isinstance(inner, Tensor)
+            return replace(ty, of=inner)
