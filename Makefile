@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARTIFACT := .cache/demo
+PROMPT ?= Write a Python function `read_lines(path)`. Return the lines of the file at path.
+
+.PHONY: setup demo serve test test-all lint bench clean
+
+setup: $(STAMP)
+
+# TORCH_FLAGS="--index-url <PyTorch's CPU wheel index>" spares a Linux machine the gigabytes of CUDA that the default wheel brings.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_FLAGS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[compile,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/xllm-compile models/bundled -o $(ARTIFACT)
+	$(BIN)/python -m xllm_compiler.runtime.ask $(ARTIFACT) "$(PROMPT)"
+
+serve: $(STAMP)
+	test -d $(ARTIFACT) || $(BIN)/xllm-compile models/bundled -o $(ARTIFACT)
+	$(BIN)/xllm-serve $(ARTIFACT)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(STAMP) lint
+	$(BIN)/pytest
+
+test-all: $(STAMP) lint
+	$(BIN)/pytest -m ''
+
+bench: $(STAMP)
+	$(BIN)/python bench/serving.py
+
+clean:
+	rm -rf .cache build dist *.egg-info

@@ -1,0 +1,123 @@
+"""Which package may import which: the arrows of docs/architecture.md, read off the source with `ast`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FOLDERS = {
+    "errors": "xllm_compiler/errors.py",
+    "dims": "xllm_compiler/dims",
+    "ir": "xllm_compiler/ir",
+    "interp": "xllm_compiler/interp",
+    "analysis": "xllm_compiler/analysis",
+    "frontend": "xllm_compiler/frontend",
+    "lowering": "xllm_compiler/lowering",
+    "artifact": "xllm_compiler/artifact",
+    "cache": "xllm_compiler/cache.py",
+    "driver": "xllm_compiler/driver.py",
+    "tools": "xllm_compiler/tools",
+    "testing": "xllm_compiler/testing",
+    "passes": "passes",
+    "kernels": "kernels",
+    "models": "models",
+    "runtime": "runtime",
+}
+
+IR_LEVEL = {"errors", "dims", "ir", "interp", "analysis"}
+MAY_IMPORT = {
+    "errors": set(),
+    "dims": {"errors"},
+    "ir": {"errors", "dims"},
+    "interp": {"errors", "dims", "ir"},
+    "analysis": {"errors", "dims", "ir"},
+    "passes": IR_LEVEL,
+    "models": {"errors"},
+    "frontend": IR_LEVEL | {"models"},
+    "kernels": {"errors", "dims"},
+    "lowering": IR_LEVEL | {"passes", "kernels", "artifact"},
+    "artifact": {"errors", "dims"},
+    "cache": {"errors", "artifact"},
+    "driver": IR_LEVEL | {"passes", "models", "frontend", "lowering", "artifact", "cache", "kernels"},
+    "tools": set(FOLDERS) - {"testing", "runtime"},
+    "testing": set(FOLDERS) - {"runtime"},
+    "runtime": {"errors", "dims", "artifact"},
+}
+
+THIRD_PARTY_ONLY_IN = {
+    "torch": {"frontend", "models", "tools"},
+    "transformers": {"frontend", "models", "tools"},
+    "sympy": {"frontend"},
+    "tvm": {"kernels", "lowering"},
+    "hypothesis": {"testing"},
+    "pickle": set(),
+}
+
+
+def python_files(package: str) -> list[Path]:
+    path = ROOT / FOLDERS[package]
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*.py") if not p.is_symlink())
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module that the file imports, lazily or not, with its line."""
+    inside = path.relative_to(ROOT).with_suffix("").parts
+    package = inside if inside[0] == "xllm_compiler" else ("xllm_compiler", *inside)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield node.lineno, module
+            if module == "xllm_compiler":
+                for alias in node.names:
+                    yield node.lineno, f"xllm_compiler.{alias.name}"
+
+
+@pytest.mark.parametrize("package", sorted(FOLDERS))
+def test_arrows_point_one_way(package: str) -> None:
+    files = python_files(package)
+    wrong = []
+    for path in files:
+        for line, module in imported_modules(path):
+            parts = module.split(".")
+            where = f"{path.relative_to(ROOT)}:{line} imports {module}"
+            if parts[0] == "xllm_compiler" and len(parts) > 1 and parts[1] != "__version__":
+                if parts[1] != package and parts[1] not in MAY_IMPORT[package]:
+                    wrong.append(where)
+            elif parts[0] in THIRD_PARTY_ONLY_IN and package not in THIRD_PARTY_ONLY_IN[parts[0]]:
+                wrong.append(where)
+            elif parts[0] in {"passes", "runtime", "kernels", "models"}:
+                wrong.append(f"{where}: name it xllm_compiler.{module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_package_is_covered() -> None:
+    """A new folder must say what it may import."""
+    inside = {p.name for p in (ROOT / "xllm_compiler").iterdir() if not p.name.startswith(("_", "py."))}
+    names = {name.removesuffix(".py") for name in inside}
+    assert names == set(FOLDERS), names ^ set(FOLDERS)
+
+
+def test_links_lead_to_the_top_level_folders() -> None:
+    for name in ("passes", "runtime", "kernels", "models"):
+        link = ROOT / "xllm_compiler" / name
+        assert link.is_symlink() and link.resolve() == ROOT / name
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_files_stay_small() -> None:
+    too_long = []
+    for package in FOLDERS:
+        for path in python_files(package):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            if lines > 600:
+                too_long.append(f"{path.relative_to(ROOT)}: {lines} lines")
+    assert not too_long, too_long
