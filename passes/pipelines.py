@@ -1,0 +1,25 @@
+"""The presets. The order is the documentation: every line says why it stands where it stands."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_CPU: Final[tuple[str, ...]] = (
+    "import-clean",  # what export leaves behind (unit batch dim, no-op casts) would hide every later pattern
+    "fold",  # shorter reshape and cast chains: one spelling per idea for the matchers below
+    "cse",  # the rotary table and masks are spelled out once per layer; afterwards there is one of each
+    "canonicalise",  # models spell out norms, rotary and repeats by hand; everything below matches ops, not spellings
+    "tabulate-positions",  # needs nn.rope in place, so that cos and sin are seen as functions of %pos alone
+    "fix(fold,cse,dce)",  # canonicalising leaves half-used chains; fusions count users, so dead ones must be gone
+    "fuse-epilogue{act=false,residual=false}",  # an explicit bias add must be inside the linear before linears merge
+    "fuse-glu",  # before fuse-epilogue takes the activation into the gate's own linear and hides the pair
+    "fuse-qkv",  # before residuals: merges by use in attention, so the mlp of a parallel block is left alone
+    "fuse-kv-append",  # wants exactly the slices that fuse-qkv has just made, or the model's own
+    "fuse-epilogue",  # residual sums go into the linear that produced one side: the sum costs no pass over memory, and
+    #                   the rms_norm that follows stays alone; add_rms_norm would be one kernel more per layer
+    "fuse-add-norm",  # so only sums that no linear could take (post-norms, embeddings, all-reduced) remain for it
+    "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
+    "plan-memory",  # last: every value that still exists gets its place
+)
+
+PRESETS: Final[dict[str, tuple[str, ...]]] = {"cpu": _CPU}
