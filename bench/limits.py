@@ -1,9 +1,9 @@
-"""What this machine can do at most: DRAM read bandwidth and dot-product arithmetic, measured in the same run as a figure.
+"""What this machine can do at most: DRAM read bandwidth and dot-product arithmetic, measured beside a figure.
 
     python bench/limits.py
 
-A small C file is compiled with `cc -O2 -march=native`; the loops are written with explicit vectors and registers, because
-a compiler left alone spills accumulators to the stack and halves the figure.
+A small C file is compiled with `cc -O2 -march=native`; the loops name their vectors and registers, because a
+compiler left alone spills accumulators to the stack and halves the figure.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ double f32_fmas(size_t rounds) {
 #define ZERO _mm256_setzero_ps()
 #define LANES 8
 #endif
-  register V r0 = ZERO, r1 = r0, r2 = r0, r3 = r0, r4 = r0, r5 = r0, r6 = r0, r7 = r0, r8 = r0, r9 = r0, r10 = r0, r11 = r0;
+  register V r0 = ZERO, r1 = r0, r2 = r0, r3 = r0, r4 = r0, r5 = r0;
+  register V r6 = r0, r7 = r0, r8 = r0, r9 = r0, r10 = r0, r11 = r0;
   V x = ZERO, y = x;
   for (size_t i = 0; i < rounds; i++) {
 #define FMA(r) __asm__ volatile("vfmadd231ps %1, %2, %0" : "+v"(r) : "v"(x), "v"(y))
