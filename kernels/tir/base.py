@@ -1,0 +1,150 @@
+"""What a CPU kernel is: instruction set levels, arguments, and the `Kernel` that builds one private TensorIR function.
+
+Owns `Isa`, `Arg` and `Kernel`. It must not know any particular kernel, how functions become machine code (`native`)
+or how an address inside the arena is found (the lowering).
+
+A kernel is a frozen dataclass: its fields are everything the code is specialised to, so two equal kernels are one
+function and `symbol` is derived from the fields. Its arguments are, in order, pointers, then runtime sizes, then always
+`member` and `team`: a member computes only its own share, and reads nothing that another member of the same call writes.
+Every kernel tolerates size 0 and any `team >= 1`, and gives the same bits for every team.
+
+How the lowering uses one:
+
+    module = NativeModule(isa)                                  # native.py
+    with module.entry("xllm_step_decode") as args, member, team:
+        module.call(Linear(...), [pointers..., rows], member, team)
+        module.barrier(pointer, team)
+    module.write_shared(path)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from xllm_compiler.errors import XllmError
+
+LANES = 16  # one logical vector: 16 f32, whatever the machine's registers hold; so that all levels add in one order
+PANEL = 64  # output columns of one packed weight panel
+PAGE = 16  # tokens in a KV page
+
+FloatType = Literal["bf16", "f32"]
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set level that code is compiled for.
+
+    `mcpu` and `features` are LLVM's names; `vector_registers` counts registers of `register_lanes` f32 each.
+    """
+
+    name: str
+    mcpu: str
+    features: tuple[str, ...]
+    register_lanes: int
+    vector_registers: int
+    has_bf16_dot: bool
+
+    def target(self) -> dict[str, Any]:
+        """The TVM target description: nothing in it depends on the machine that compiles."""
+        return {
+            "kind": "llvm",
+            "mtriple": "x86_64-unknown-linux-gnu",
+            "mcpu": self.mcpu,
+            "mattr": list(self.features),
+            "num-cores": 1,
+        }
+
+
+ISAS: dict[str, Isa] = {
+    "avx2": Isa("avx2", "x86-64-v3", (), 8, 16, False),
+    "avx512": Isa("avx512", "x86-64-v4", (), 16, 32, False),
+    "avx512_bf16": Isa("avx512_bf16", "x86-64-v4", ("+avx512bf16", "+avx512vnni"), 16, 32, True),
+}
+
+_TIR_TYPE = {"bf16": "uint16", "pair": "int32", "f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8"}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One argument. A pointer's `dtype` is what it points at: "bf16", "f32", "i32", "u8" (KV pages: raw bytes).
+
+    A scalar (`pointer=False`) is an int32 passed by value. `shape` is text for listings, nothing computes with it.
+    """
+
+    name: str
+    dtype: str
+    shape: str = ""
+    pointer: bool = True
+    written: bool = False
+
+    @property
+    def tir_type(self) -> str:
+        """The TensorIR element type; bf16 travels as its 16 bits, since TVM would legalise it away."""
+        return _TIR_TYPE[self.dtype]
+
+    def __str__(self) -> str:
+        if not self.pointer:
+            return f"{self.name}: {self.dtype}"
+        return f"{'out ' if self.written else ''}{self.name}: {self.dtype}[{self.shape}]"
+
+
+def scalar(name: str) -> Arg:
+    """An int32 passed by value."""
+    return Arg(name, "i32", pointer=False)
+
+
+MEMBER_ARGS = (scalar("member"), scalar("team"))
+
+
+class Kernel(ABC):
+    """A specialised kernel. Subclasses are frozen dataclasses, one per operation."""
+
+    @property
+    @abstractmethod
+    def args(self) -> tuple[Arg, ...]:
+        """Pointers, then int32 sizes, then member and team."""
+
+    @abstractmethod
+    def build(self, isa: Isa) -> Any:
+        """The private TensorIR function (`tvm.tirx.PrimFunc`) for one instruction set level."""
+
+    @property
+    def symbol(self) -> str:
+        """A C identifier that two kernels share only when they are equal."""
+        parts = [_snake(type(self).__name__)]
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            parts.append(_symbol_part(field.name, getattr(self, field.name)))
+        return "_".join(part for part in parts if part)
+
+    def describe(self) -> str:
+        """One line for listings: the symbol and its arguments."""
+        return f"{self.symbol}({', '.join(str(arg) for arg in self.args)})"
+
+
+def require(condition: bool, message: str, kernel: object) -> None:
+    """Refuses a specialisation that no code is written for; raises XllmError("unsupported")."""
+    if not condition:
+        raise XllmError("unsupported", message, where=type(kernel).__name__)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _symbol_part(name: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return name
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return name + re.sub(r"[^0-9a-z]", lambda match: {"-": "m", ".": "p", "+": ""}[match.group()], repr(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return "_".join(part for part in (_symbol_part(key, item) for key, item in fields) if part)
+    raise XllmError("internal", f"{name}={value!r} cannot be part of a kernel's symbol")
