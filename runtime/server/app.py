@@ -1,0 +1,123 @@
+"""The routes. Owns which path does what, and the small endpoints; chat and completions have their own files."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from xllm_compiler.runtime.server.chat import chat_completions
+from xllm_compiler.runtime.server.completions import completions
+from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
+from xllm_compiler.runtime.server.gate import Gate, read_json_body
+from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest, decode_request
+from xllm_compiler.runtime.server.responses import Detokenized, ModelCard, ModelList, Tokenized
+from xllm_compiler.runtime.server.streaming import error_response, json_response
+
+BodyHandler = Callable[[Context, Request, bytes], Awaitable[Response]]
+PlainHandler = Callable[[Context, Request], Awaitable[Response]]
+
+
+def build_app(ctx: Context, keys: tuple[str, ...] = (), *, access_log: bool = True) -> ASGIApp:
+    """The whole ASGI application."""
+
+    def get(path: str, handler: PlainHandler, name: str) -> Route:
+        async def endpoint(request: Request) -> Response:
+            return await handler(ctx, request)
+
+        return Route(path, endpoint, methods=["GET"], name=name)
+
+    def post(path: str, handler: BodyHandler, name: str) -> Route:
+        async def endpoint(request: Request) -> Response:
+            body = await read_json_body(request, ctx.max_body_size, ctx.receive_timeout)
+            return await handler(ctx, request, body)
+
+        return Route(path, endpoint, methods=["POST"], name=name)
+
+    routes = [
+        post("/v1/chat/completions", chat_completions, "chat"),
+        post("/v1/completions", completions, "completions"),
+        get("/v1/models", models, "models"),
+        get("/v1/models/{model:path}", model, "model"),
+        post("/tokenize", tokenize, "tokenize"),
+        post("/detokenize", detokenize, "detokenize"),
+        get("/health", health, "health"),
+        get("/metrics", metrics, "metrics"),
+        get("/version", version, "version"),
+        Route("/ping", _ping(ctx), methods=["GET", "POST"], name="ping"),
+    ]
+    return Gate(Router(routes, redirect_slashes=False, default=_no_such_path), ctx, keys, access_log=access_log)
+
+
+async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ApiError(404, f"there is no {scope['path'][:200]!r} here", type="not_found_error", code="path_not_found")
+
+
+def _card(ctx: Context, name: str) -> ModelCard:
+    return ModelCard(name, ctx.created, ctx.facts.name, ctx.facts.max_model_len)
+
+
+async def models(ctx: Context, request: Request) -> Response:
+    return json_response(ModelList([_card(ctx, name) for name in ctx.names]))
+
+
+async def model(ctx: Context, request: Request) -> Response:
+    return json_response(_card(ctx, ctx.check_model(request.path_params["model"])))
+
+
+async def health(ctx: Context, request: Request) -> Response:
+    """200 while tokens move or there is nothing to do; 503 with the reason otherwise."""
+    if ctx.draining:
+        return error_response(unavailable("the server is shutting down", code="draining", retry_after=ctx.retry_after))
+    reason = ctx.health()
+    if reason is not None:
+        return error_response(unavailable(reason, code="engine_unhealthy", retry_after=ctx.retry_after))
+    return json_response({"status": "ok"})
+
+
+def _ping(ctx: Context) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return await health(ctx, request)
+
+    return endpoint
+
+
+async def metrics(ctx: Context, request: Request) -> Response:
+    text, content_type = ctx.metrics.render(request.headers.get("accept", ""))
+    return Response(text, headers={"content-type": content_type})
+
+
+async def version(ctx: Context, request: Request) -> Response:
+    return json_response({"version": ctx.version, "artifact": ctx.facts.artifact_id})
+
+
+async def tokenize(ctx: Context, request: Request, body: bytes) -> Response:
+    """Tokens of a text, or of a conversation as the chat endpoint would see it."""
+    asked = decode_request(body, TokenizeRequest)
+    ctx.check_model(asked.model)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise bad_request("give either `prompt` or `messages`", param="prompt")
+    if asked.messages is not None:
+        text = ctx.render(
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
+            kwargs=asked.chat_template_kwargs,
+        )
+        ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens))
+    else:
+        ids = await ctx.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens is not False)
+    names = [ctx.tokenizer.id_to_token(i) or "" for i in ids] if asked.return_token_strs else None
+    return json_response(Tokenized(len(ids), ctx.facts.max_model_len, ids, names))
+
+
+async def detokenize(ctx: Context, request: Request, body: bytes) -> Response:
+    """Text of tokens, special ones included."""
+    asked = decode_request(body, DetokenizeRequest)
+    ctx.check_model(asked.model)
+    ctx.check_token_ids(asked.tokens, "tokens")
+    return json_response(Detokenized(ctx.tokenizer.decode(asked.tokens, False)))

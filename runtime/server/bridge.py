@@ -1,0 +1,234 @@
+"""Between the event loop and the engine's thread. Owns the hand-over of outputs and the count of open requests.
+
+The engine calls `Bridge._deliver` from its own thread, once per output event; the events of one step cross to the loop
+in one wake-up. Everything else here runs on the loop's thread. Must not know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from xllm_compiler.runtime.choice import Request
+from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.server.errors import unavailable
+from xllm_compiler.runtime.server.metrics import Metrics
+
+
+class EngineLike(Protocol):
+    """What the server needs of `runtime.engine.Engine`. Both calls are thread-safe and return at once."""
+
+    def submit(self, request: Request, on_output: Callable[[Output], None]) -> str:
+        """Queue a request; `on_output` is called from the engine's thread with each of its outputs."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request, free its pages within a step, and deliver no more. Unknown ids are ignored."""
+        ...
+
+
+class ClientGone(Exception):
+    """The client hung up; there is nobody to answer."""
+
+
+class Stream:
+    """The outputs of one HTTP request, which may be several prompts with several choices each.
+
+    Call `add` for every prompt, iterate over `batches()`, and always `close()`.
+    """
+
+    def __init__(self, bridge: Bridge, arrival: float) -> None:
+        self.arrival = arrival
+        self.gone = False
+        self._bridge = bridge
+        self._pending: list[Output] = []
+        self._open: dict[str, _Tracked] = {}
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Submit one prompt. Raises ApiError 429 when the queue is full, XllmError from the engine."""
+        self._bridge.admit(params.n)
+        self._open[request_id] = _Tracked(len(prompt_token_ids), params, self.arrival)
+        try:
+            self._bridge.start(request_id, prompt_token_ids, params, self)
+        except BaseException:
+            del self._open[request_id]
+            self._bridge.release(params.n)
+            raise
+
+    async def next_batch(self) -> list[Output]:
+        """What has arrived since the last call, at least one output; empty when everything is finished.
+
+        Raises ClientGone after `hang_up`.
+        """
+        while not self._pending:
+            if self.gone:
+                raise ClientGone
+            if not self._open:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        batch, self._pending = self._pending, []
+        return batch
+
+    def push(self, output: Output) -> None:
+        """One output from the engine, on the loop's thread."""
+        tracked = self._open.get(output.request_id)
+        if tracked is None:  # closed while the output was on its way
+            return
+        tracked.observe(output, self._bridge.metrics)
+        if output.finished:
+            del self._open[output.request_id]
+            self._bridge.release(tracked.params.n)
+        self._pending.append(output)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def hang_up(self) -> None:
+        """The client is gone: stop all of it now, without waiting for the handler to notice."""
+        self.gone = True
+        self.close()
+        self._wake()
+
+    def close(self) -> None:
+        """Abort what is unfinished. Safe to call twice."""
+        for request_id, tracked in self._open.items():
+            self._bridge.stop(request_id)
+            self._bridge.release(tracked.params.n)
+            self._bridge.metrics.finished["abort"] += 1
+        self._open.clear()
+
+
+class _Tracked:
+    """The times of one prompt in flight, for the histograms. All times are `time.monotonic()` of this process."""
+
+    __slots__ = ("arrival", "first", "generated", "last", "params", "prompt_tokens")
+
+    def __init__(self, prompt_tokens: int, params: SamplingParams, arrival: float) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.params = params
+        self.arrival = arrival
+        self.first = 0.0
+        self.last: dict[int, float] = {}
+        self.generated = 0
+
+    def observe(self, output: Output, metrics: Metrics) -> None:
+        now = output.time or time.monotonic()
+        count = len(output.token_ids)
+        if count:
+            if not self.first:
+                self.first = now
+                metrics.observe("time_to_first_token_seconds", now - self.arrival)
+            before = self.last.get(output.index)
+            if before is not None:
+                for _ in range(count):
+                    metrics.observe("inter_token_latency_seconds", max(0.0, now - before) / count)
+            self.last[output.index] = now
+            self.generated += count
+            metrics.counters["generation_tokens"] += count
+        if output.finished:
+            self._finish(output, now, metrics)
+
+    def _finish(self, output: Output, now: float, metrics: Metrics) -> None:
+        metrics.finished[output.finish_reason or "stop"] += 1
+        metrics.counters["prompt_tokens"] += self.prompt_tokens
+        metrics.observe("e2e_request_latency_seconds", now - self.arrival)
+        metrics.observe("request_prompt_tokens", self.prompt_tokens)
+        metrics.observe("request_generation_tokens", self.generated)
+        metrics.observe("request_params_n", self.params.n)
+        if self.params.max_tokens is not None:
+            metrics.observe("request_params_max_tokens", self.params.max_tokens)
+        per_choice = self.generated / max(1, len(self.last))
+        if self.first and per_choice > 1:
+            metrics.observe("request_time_per_output_token_seconds", (now - self.first) / (per_choice - 1))
+        times = output.metrics
+        if times is not None and times.first_scheduled:
+            metrics.observe("request_queue_time_seconds", max(0.0, times.first_scheduled - times.arrival))
+            if times.first_token:
+                metrics.observe("request_prefill_time_seconds", times.first_token - times.first_scheduled)
+                metrics.observe("request_decode_time_seconds", times.last_token - times.first_token)
+                metrics.observe("request_inference_time_seconds", times.last_token - times.first_scheduled)
+
+
+class Bridge:
+    """One per server. `max_open` bounds the choices in flight: those that run plus those that may wait."""
+
+    def __init__(self, engine: EngineLike, metrics: Metrics, max_open: int) -> None:
+        self.metrics = metrics
+        self.max_open = max_open
+        self.open = 0
+        self._engine = engine
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: deque[tuple[Stream, Output]] = deque()
+        self._streams: dict[str, Stream] = {}
+        self._scheduled = False
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say on which loop the streams live; once, before the first stream."""
+        self._loop = loop
+
+    def stream(self, arrival: float | None = None) -> Stream:
+        if self._loop is None:
+            self.attach(asyncio.get_running_loop())
+        return Stream(self, time.monotonic() if arrival is None else arrival)
+
+    def admit(self, choices: int) -> None:
+        """Count `choices` more as open. Raises ApiError 429 when they do not fit."""
+        if self.open + choices > self.max_open:
+            raise unavailable(
+                f"the server is full: {self.open} requests are running or waiting", code="server_overloaded", status=429
+            )
+        self.open += choices
+
+    def release(self, choices: int) -> None:
+        self.open -= choices
+
+    def start(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, stream: Stream) -> None:
+        def sink(output: Output) -> None:
+            self._deliver(stream, output)
+
+        self._engine.submit(Request(request_id, prompt_token_ids, params, arrival=stream.arrival), sink)
+        self._streams[request_id] = stream
+
+    def stop(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._engine.abort(request_id)
+
+    def end_all(self) -> None:
+        """Abort every request in flight and tell its handler, with a last event of reason "abort"."""
+        for request_id, stream in list(self._streams.items()):
+            self._engine.abort(request_id)
+            stream.push(Output(request_id, 0, finish_reason="abort", finished=True))
+        self._streams.clear()
+
+    def _deliver(self, stream: Stream, output: Output) -> None:
+        """On the engine's thread. A deque's append and popleft are atomic, so no lock is needed.
+
+        The flag is cleared before the inbox is emptied: an event that arrives in between costs a spare wake-up, whereas
+        the other order would lose one.
+        """
+        self._inbox.append((stream, output))
+        if not self._scheduled and self._loop is not None:
+            self._scheduled = True
+            try:
+                self._loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:  # the loop is closed: the server is gone and so is the client
+                self._inbox.clear()
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        while self._inbox:
+            stream, output = self._inbox.popleft()
+            stream.push(output)
+            if output.finished:
+                self._streams.pop(output.request_id, None)

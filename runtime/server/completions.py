@@ -1,0 +1,269 @@
+"""POST /v1/completions. Owns the legacy shapes: text choices, echo, and log-probabilities of prompts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
+from xllm_compiler.runtime.server.bridge import Stream
+from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.errors import bad_request
+from xllm_compiler.runtime.server.logprobs import (
+    completion_logprobs,
+    end_offset,
+    extend,
+    prompt_completion_logprobs,
+    prompt_logprobs,
+)
+from xllm_compiler.runtime.server.params import check_stream_options, completion_params
+from xllm_compiler.runtime.server.protocol import CompletionRequest, decode_request
+from xllm_compiler.runtime.server.responses import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+    usage_of,
+)
+from xllm_compiler.runtime.server.streaming import (
+    DONE,
+    EventResponse,
+    event,
+    failure,
+    json_response,
+    until_hang_up,
+)
+
+
+@dataclass
+class _Prompt:
+    """One prompt of a request: its tokens and the text that `echo` gives back."""
+
+    ids: list[int]
+    text: str
+
+
+async def completions(ctx: Context, request: Request, body: bytes) -> Response:
+    """Answer one completion request. Raises ApiError, XllmError and ClientGone."""
+    arrival = time.monotonic()
+    ctx.check_open()
+    asked = decode_request(body, CompletionRequest)
+    model = ctx.check_model(asked.model)
+    check_stream_options(asked)
+    prompts = [await _prepare(ctx, asked, item) for item in _split(asked.prompt)]
+    jobs = []
+    for prompt in prompts:
+        params = completion_params(asked, ctx.defaults)
+        ctx.fit(params, len(prompt.ids), explicit=asked.max_tokens is not None, field="prompt")
+        jobs.append((prompt.ids, params))
+    n = jobs[0][1].n
+    if n * len(jobs) > ctx.bridge.max_open:
+        raise bad_request(
+            f"{len(jobs)} prompts with n={n} are more than this server takes at once, {ctx.bridge.max_open}",
+            param="prompt",
+            code="capacity",
+        )
+    answer = _Answer(ctx, asked, model, prompts, n)
+    stream = ctx.bridge.stream(arrival)
+    try:
+        for index, (ids, params) in enumerate(jobs):
+            stream.add(answer.part(index), ids, params)
+    except BaseException:
+        stream.close()
+        raise
+    if asked.stream:
+        return EventResponse(stream, answer.events(stream))
+    return await until_hang_up(request, stream, lambda: answer.whole(stream))
+
+
+def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts in any of the four forms: text, texts, token ids, lists of token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad_request("`prompt` must not be empty", param="prompt")
+    if all(isinstance(item, int) for item in prompt):
+        return [[item for item in prompt if isinstance(item, int)]]
+    out: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
+    if len(out) != len(prompt) or len({type(item) for item in out}) > 1:
+        raise bad_request("`prompt` must be all texts, all token ids or all lists of token ids", param="prompt")
+    return out
+
+
+async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]) -> _Prompt:
+    if isinstance(item, str):
+        ids = await ctx.encode(item, add_special_tokens=asked.add_special_tokens is not False)
+        text: str | None = item
+    else:
+        ctx.check_token_ids(item, "prompt")
+        ids, text = item, None
+    kept = ctx.truncate(ids, asked.truncate_prompt_tokens)
+    if not kept:
+        raise bad_request("`prompt` must have at least one token", param="prompt")
+    if not asked.echo:
+        return _Prompt(kept, "")
+    if text is None or len(kept) < len(ids):
+        text = ctx.tokenizer.decode(kept, asked.skip_special_tokens is not False)
+    return _Prompt(kept, text)
+
+
+class _Answer:
+    """One request's answer, in either form. Choice k of prompt p has index p * n + k."""
+
+    def __init__(self, ctx: Context, asked: CompletionRequest, model: str, prompts: list[_Prompt], n: int) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.ctx = ctx
+        self.asked = asked
+        self.model = model
+        self.prompts = prompts
+        self.n = n
+        self.created = int(time.time())
+        self.as_ids = bool(asked.return_tokens_as_token_ids)
+        self.echo = bool(asked.echo)
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+
+    def part(self, index: int) -> str:
+        """The engine's name for prompt number `index`."""
+        return f"{self.id}-{index}"
+
+    def _index(self, output: Output) -> int:
+        return int(output.request_id.rpartition("-")[2])
+
+    def _prompt_logprobs(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
+        ids = self.prompts[index].ids
+        first = self.ctx.tokenizer.token_text(ids[0])
+        return prompt_completion_logprobs(ids, rows, first_text=first, as_ids=self.as_ids)
+
+    async def whole(self, stream: Stream) -> Response:
+        """The answer in one piece."""
+        results = [
+            RequestOutput(self.part(i), None, prompt.ids, [CompletionOutput(k) for k in range(self.n)])
+            for i, prompt in enumerate(self.prompts)
+        ]
+        while batch := await stream.next_batch():
+            for output in batch:
+                error = failure(output)
+                if error is not None:
+                    raise error
+                results[self._index(output)].add(output)
+        choices = [self._choice(i, result, out) for i, result in enumerate(results) for out in result.outputs]
+        generated = sum(len(out.token_ids) for result in results for out in result.outputs)
+        usage = usage_of(self.prompt_tokens, generated)
+        return json_response(
+            Completion(self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, usage)
+        )
+
+    def _choice(self, index: int, result: RequestOutput, out: CompletionOutput) -> CompletionChoice:
+        prompt = self.prompts[index]
+        logprobs = None
+        if self.asked.logprobs is not None:
+            logprobs = CompletionLogprobs([], [], [], [])
+            if self.echo and result.prompt_logprobs is not None:
+                logprobs = self._prompt_logprobs(index, result.prompt_logprobs)
+            if out.token_ids:
+                offset = end_offset(logprobs)
+                extend(
+                    logprobs, completion_logprobs(out.token_ids, out.logprobs or [], offset=offset, as_ids=self.as_ids)
+                )
+        choice = CompletionChoice(
+            index * self.n + out.index,
+            prompt.text + out.text if self.echo else out.text,
+            logprobs,
+            out.finish_reason,
+            out.stop_reason,
+        )
+        if self.asked.prompt_logprobs is not None and result.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(result.prompt_logprobs)
+        if self.asked.return_token_ids:
+            choice.token_ids, choice.prompt_token_ids = out.token_ids, prompt.ids
+        return choice
+
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+        options = self.asked.stream_options
+        shown = usage if options is not None and (options.include_usage or options.continuous_usage_stats) else UNSET
+        return event(
+            Completion(self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, shown)
+        )
+
+    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
+        """Chunks: the echoed prompt first, if asked for, then what is new, then the usage."""
+        options = self.asked.stream_options
+        continuous = options is not None and options.continuous_usage_stats
+        states = [_PromptState(self, i) for i in range(len(self.prompts))]
+        generated = 0
+        while batch := await stream.next_batch():
+            parts: list[bytes] = []
+            for output in batch:
+                error = failure(output)
+                if error is not None:
+                    if parts:
+                        yield b"".join(parts)
+                    raise error
+                generated += len(output.token_ids)
+                usage = usage_of(self.prompt_tokens, generated) if continuous else None
+                parts += [self._chunk([choice], usage) for choice in states[self._index(output)].take(output)]
+            if parts:
+                yield b"".join(parts)
+        if options is not None and options.include_usage:
+            yield self._chunk([], usage_of(self.prompt_tokens, generated))
+        yield DONE
+
+
+class _PromptState:
+    """The streaming state of one prompt: what was echoed, where each choice's text stands, what must wait.
+
+    The prompt's log-probabilities come with choice 0's first event, and every choice's echo needs them; events of other
+    choices that come earlier wait here.
+    """
+
+    def __init__(self, answer: _Answer, index: int) -> None:
+        self._answer = answer
+        self._index = index
+        self._waiting: list[Output] = []
+        self._scored: CompletionLogprobs | None = None
+        self._begun: set[int] = set()
+        self._offsets: dict[int, int] = {}
+
+    def take(self, output: Output) -> list[CompletionChoice]:
+        """The chunks that this event allows, in order."""
+        answer = self._answer
+        if answer.echo and answer.asked.logprobs is not None and self._scored is None:
+            self._waiting.append(output)
+            if output.prompt_logprobs is None:
+                return []
+            self._scored = answer._prompt_logprobs(self._index, output.prompt_logprobs)
+            ready, self._waiting = self._waiting, []
+        else:
+            ready = [output]
+        return [choice for item in ready for choice in self._chunks(item)]
+
+    def _chunks(self, output: Output) -> list[CompletionChoice]:
+        answer, prompt = self._answer, self._answer.prompts[self._index]
+        place = self._index * answer.n + output.index
+        show_ids = bool(answer.asked.return_token_ids)
+        out = []
+        if output.index not in self._begun:
+            self._begun.add(output.index)
+            self._offsets[output.index] = end_offset(self._scored) if self._scored is not None else 0
+            if answer.echo or show_ids:
+                head = CompletionChoice(place, prompt.text, self._scored)
+                if show_ids:
+                    head.prompt_token_ids, head.token_ids = prompt.ids, []
+                out.append(head)
+        logprobs = None
+        if answer.asked.logprobs is not None and output.token_ids and output.logprobs is not None:
+            offset = self._offsets[output.index]
+            logprobs = completion_logprobs(output.token_ids, output.logprobs, offset=offset, as_ids=answer.as_ids)
+            self._offsets[output.index] = end_offset(logprobs)
+        if output.text or logprobs is not None or output.finish_reason is not None or (show_ids and output.token_ids):
+            choice = CompletionChoice(place, output.text, logprobs, output.finish_reason, output.stop_reason)
+            if show_ids:
+                choice.token_ids = output.token_ids
+            out.append(choice)
+        return out

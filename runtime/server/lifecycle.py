@@ -1,0 +1,158 @@
+"""From listening to the last byte. Owns signals, draining and the stall watchdog; must not know endpoints.
+
+The first SIGTERM or SIGINT drains: new requests get 503 and so do health probes, running ones finish, and the process
+ends with 0. What still runs when the time is up is aborted, and its client is told. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.limits import ConnectionGuard
+from xllm_compiler.runtime.stats import Health
+
+log = logging.getLogger("xllm.server")
+
+STALL_SECONDS = 120.0  # without a finished step while requests wait; a step of a large prefill takes seconds
+_FLUSH_SECONDS = 5  # for last events to reach their clients after an abort
+
+
+class HasHealth(Protocol):
+    def health(self) -> Health: ...
+
+
+def health_check(engine: HasHealth, stall_seconds: float = STALL_SECONDS) -> Callable[[], str | None]:
+    """A function that says why the engine is unhealthy, or None: tokens must move, an open port is no sign of life."""
+
+    def check() -> str | None:
+        state = engine.health()
+        if state.error is not None:
+            return f"the engine has failed: {state.error.message}"
+        if not state.alive:
+            return "the engine's thread has ended"
+        if state.stalled_s > stall_seconds:
+            return f"requests are waiting, but no step has finished for {state.stalled_s:.0f} s"
+        return None
+
+    return check
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises XllmError("io").
+
+    Bound before anything slow, so that a taken port is known at once and not after a compilation.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise XllmError("io", f"cannot resolve {host!r}: {error.strerror}", where="--host") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise XllmError(
+            "io", f"cannot listen on {host}:{port}: {error.strerror}", where="--port", help="choose another --port"
+        ) from None
+    return sock
+
+
+def make_config(
+    app: ASGIApp, guard: ConnectionGuard, *, keep_alive: int, certfile: str | None, keyfile: str | None
+) -> uvicorn.Config:
+    """uvicorn's configuration. Raises XllmError("option") for an unusable certificate."""
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=guard.protocol_class(),
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        ssl_certfile=certfile,
+        ssl_keyfile=keyfile,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise XllmError("option", f"cannot use the certificate or its key: {error}", where="--ssl-certfile") from None
+    return config
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with our way of ending."""
+
+    def __init__(
+        self, config: uvicorn.Config, ctx: Context, drain_seconds: float, on_ready: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(config)
+        self.ctx = ctx
+        self.drain_seconds = drain_seconds
+        self.on_ready = on_ready
+        self._deadline: float | None = None
+        self._reported = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.on_ready is not None:
+            self.on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: leave at once, with the shell's exit status for that signal."""
+        if self._deadline is not None:
+            os._exit(128 + sig)
+        self.drain(signal.Signals(sig).name)
+
+    def drain(self, why: str) -> None:
+        """Take no new requests, and stop when the running ones are done or the time is up."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.drain_seconds
+            self.ctx.draining = True
+            log.info("%s: draining %d running requests", why, self.ctx.bridge.open)
+
+    async def on_tick(self, counter: int) -> bool:
+        if await super().on_tick(counter):
+            return True
+        if self._deadline is not None:
+            if self.ctx.bridge.open == 0:
+                return True
+            if time.monotonic() >= self._deadline:
+                log.warning("time is up: aborting %d requests", self.ctx.bridge.open)
+                self.ctx.bridge.end_all()
+                return True
+        if counter % 50 == 0:
+            self._watch()
+        return False
+
+    def _watch(self) -> None:
+        """Say once, with every thread's stack, that the engine has stopped moving."""
+        reason = self.ctx.health()
+        if reason is None:
+            self._reported = False
+        elif not self._reported:
+            self._reported = True
+            log.error("unhealthy: %s", reason)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)

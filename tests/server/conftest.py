@@ -1,0 +1,221 @@
+"""A server around the real engine and a made-up executor, whose logits are known by construction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from xllm_compiler.runtime.chat_template import ChatTemplate
+from xllm_compiler.runtime.engine import Engine
+from xllm_compiler.runtime.executor import F32, StepBatch
+from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.server import lifecycle
+from xllm_compiler.runtime.server.app import build_app
+from xllm_compiler.runtime.server.bridge import Bridge
+from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.limits import ConnectionGuard
+from xllm_compiler.runtime.server.metrics import Metrics
+from xllm_compiler.runtime.tokenizer import Tokenizer
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+EOS = 256
+VOCAB = 260
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte: the id is the byte. 256 is the end of a text, 257 to 259 have no name."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    table = {byte_name(byte): byte for byte in range(256)}
+    assert sorted(table) == alphabet
+    core = tokenizers.Tokenizer(models.BPE(vocab=table, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([tokenizers.AddedToken("<eos>", special=True)])
+    return Tokenizer(core, {"eos_token": "<eos>"}, ChatTemplate(TEMPLATE))
+
+
+def byte_name(byte: int) -> str:
+    """GPT-2's printable name of a byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in printable:
+        return chr(byte)
+    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
+
+
+class NextByte:
+    """Logits that make each token's successor the next byte: "a" is followed by "b"; "z" by the end of the text."""
+
+    def __init__(self, pages: int = 64) -> None:
+        self.pages = pages
+        self.delay = 0.0
+        self.open = threading.Event()
+        self.open.set()
+        self.fail = False
+        self.steps = 0
+
+    def new_batch(self) -> StepBatch:
+        return StepBatch(64, 8, 64, 32)
+
+    def execute(self, batch: StepBatch) -> F32:
+        self.open.wait(20)
+        if self.fail:
+            raise RuntimeError("made to fail")
+        if self.delay:
+            time.sleep(self.delay)
+        self.steps += 1
+        rows = np.zeros((batch.s, VOCAB), np.float32)
+        for row, at in enumerate(batch.sel[: batch.s]):
+            token = int(batch.ids[at])
+            rows[row, EOS if token == ord("z") else (token + 1) % 256] = 5.0
+            rows[row, (token + 2) % 256] = 3.0
+        return rows
+
+    def close(self) -> None:
+        self.open.set()
+
+
+@dataclass
+class Served:
+    """One server's parts."""
+
+    ctx: Context
+    engine: Engine
+    executor: NextByte
+    guard: ConnectionGuard
+    app: Any
+    server: lifecycle.Server | None = None
+    url: str = ""
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """In-process: no sockets."""
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test", **options)
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """One in-process request from a test that is not async."""
+
+        async def go() -> httpx.Response:
+            self.ctx.bridge.attach(asyncio.get_running_loop())
+            async with self.client() as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(go())
+
+    def post(self, path: str, **fields: Any) -> httpx.Response:
+        return self.ask("POST", path, json=fields)
+
+
+Maker = Callable[..., Served]
+
+
+@pytest.fixture
+def make() -> Iterator[Maker]:
+    """Makes servers that are not listening; options: pages, max_model_len, keys, max_waiting, and fields of Context."""
+    made: list[Served] = []
+
+    def build(
+        *,
+        pages: int = 64,
+        max_model_len: int = 512,
+        keys: tuple[str, ...] = (),
+        max_waiting: int = 16,
+        receive_timeout: float = 5.0,
+        max_connections: int = 10_000,
+        **fields: Any,
+    ) -> Served:
+        facts = ModelFacts("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64)
+        executor = NextByte(pages)
+        tokenizer = byte_tokenizer()
+        engine = Engine(executor, facts, tokenizer=tokenizer)
+        engine.start()
+        metrics = Metrics("made-up")
+        ctx = Context(
+            tokenizer=tokenizer,
+            facts=facts,
+            bridge=Bridge(engine, metrics, 8 + max_waiting),
+            metrics=metrics,
+            names=("made-up", "alias"),
+            defaults={"temperature": 0.0},
+            health=lifecycle.health_check(engine, 0.5),
+            version="0",
+            pool_tokens=pages * 16,
+            receive_timeout=receive_timeout,
+            **fields,
+        )
+        guard = ConnectionGuard(max_connections, receive_timeout)
+        made.append(Served(ctx, engine, executor, guard, build_app(ctx, keys)))
+        return made[-1]
+
+    yield build
+    for served in made:
+        served.executor.open.set()
+        served.engine.stop()
+
+
+@pytest.fixture
+def fake(make: Maker) -> Served:
+    return make()
+
+
+@contextlib.contextmanager
+def listening(served: Served, drain: float = 5.0, keep_alive: int = 5) -> Iterator[Served]:
+    """The server on a free port of this machine, in a thread."""
+    config = lifecycle.make_config(served.app, served.guard, keep_alive=keep_alive, certfile=None, keyfile=None)
+    sock = lifecycle.bind("127.0.0.1", 0)
+    ready = threading.Event()
+    served.server = lifecycle.Server(config, served.ctx, drain, ready.set)
+    served.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    loop_factory = config.get_loop_factory()
+    assert loop_factory is not None
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            served.ctx.bridge.attach(runner.get_loop())
+            assert served.server is not None
+            runner.run(served.server.serve([sock]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield served
+    finally:
+        served.server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def live(fake: Served) -> Iterator[Served]:
+    with listening(fake):
+        yield fake
+
+
+@pytest.fixture
+def listen() -> Callable[..., Any]:
+    return listening
+
+
+def wait_until(check: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether `check` came true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if check():
+            return True
+        time.sleep(0.005)
+    return check()
+
+
+@pytest.fixture
+def until() -> Callable[..., bool]:
+    return wait_until
