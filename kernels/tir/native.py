@@ -106,7 +106,7 @@ class NativeModule:
         codegen_build(self.lowered(), target).write_to_file(str(path))
 
     def write_shared(self, path: Path) -> None:
-        """Writes a stripped shared library that needs no other library, the team runtime included.
+        """Writes a stripped shared library that needs no other library but libm, the team runtime included.
 
         Raises XllmError("io") without a linker.
         """
@@ -118,6 +118,7 @@ class NativeModule:
             command = ["cc", "-shared", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,defs", "-s"]
             # Relative names in a fixed order: nothing of this machine or this run goes into the library.
             command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), "step.o", "team.o"]
+            command += ["-Wl,--as-needed", "-lm"]  # rare functions only (pow, sin, ...): the kernels of the spine need none
             try:
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             except FileNotFoundError as error:
@@ -140,6 +141,6 @@ def _write_team_object(folder: Path, isa: Isa) -> None:
 def _as_argument(value: Any, pointer: bool) -> Any:
     if isinstance(value, int):
         return T.int32(value)
-    if pointer and str(getattr(value, "dtype", "")) == "int64":
+    if pointer and str(value.ty) == "int64":
         return T.reinterpret("handle", value)
     return value
