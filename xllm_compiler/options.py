@@ -1,0 +1,177 @@
+"""What one may ask of a compile, and what that means for a checkpoint. Owns flags' ranges and defaults; must not import
+torch, TVM or anything that is slow, since `xllm-compile explain` answers from here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import Checkpoint
+
+TARGETS = ("cpu",)
+DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+PAGE_TOKENS = 16
+
+MAX_SEQS = 4096
+MAX_BATCHED_TOKENS = 1 << 16
+MAX_MODEL_LEN = 1 << 20
+
+DEFAULT_SEQS = 64
+DEFAULT_BATCHED_TOKENS = 2048
+DEFAULT_MODEL_LEN_LIMIT = 1 << 17  # rotary tables grow with the length, 64 MiB at this one and 128 rotated dims
+LOGIT_ROWS = (
+    128  # a prompt's log-probabilities are computed this many rows at a time; a row is 4 bytes a vocabulary item
+)
+
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+    "max_target_positions",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """As the user gave them; None means the default, which may depend on the checkpoint (`resolve`)."""
+
+    target: str = "cpu"
+    dtype: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    pipeline: str | None = None
+    isas: tuple[str, ...] | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Every option with its value. `notes` tells of defaults that somebody may not expect."""
+
+    target: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_logits: int
+    pipeline: str
+    isas: tuple[str, ...]
+    name: str
+    notes: tuple[str, ...]
+
+    def factors(self) -> dict[str, Any]:
+        """The options as cache factors; JSON values."""
+        return {
+            "option.target": self.target,
+            "option.dtype": self.dtype,
+            "option.max_model_len": self.max_model_len,
+            "option.max_num_seqs": self.max_num_seqs,
+            "option.max_num_batched_tokens": self.max_num_batched_tokens,
+            "option.max_num_logits": self.max_num_logits,
+            "option.isas": list(self.isas),
+            "option.name": self.name,
+        }
+
+
+def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
+    """Check every option and fill in defaults. Raises kind "option" naming the flag and what it may be."""
+    notes: list[str] = []
+    target = _one_of("--target", options.target, TARGETS)
+    dtype = DTYPES[_one_of("--dtype", options.dtype or _default_dtype(checkpoint), tuple(DTYPES))]
+    max_model_len = _model_len(options.max_model_len, checkpoint, notes)
+    seqs = _in_range("--max-num-seqs", options.max_num_seqs, DEFAULT_SEQS, 1, MAX_SEQS)
+    tokens = _in_range(
+        "--max-num-batched-tokens",
+        options.max_num_batched_tokens,
+        max(DEFAULT_BATCHED_TOKENS, seqs),
+        1,
+        MAX_BATCHED_TOKENS,
+    )
+    if tokens < seqs:
+        raise XllmError(
+            "option",
+            f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}",
+            help="every running request needs a token in each step",
+        )
+    isas = tuple(CPU_FLAGS) if options.isas is None else options.isas
+    for isa in isas:
+        _one_of("--isas", isa, tuple(CPU_FLAGS))
+    if not isas:
+        raise XllmError("option", "--isas is empty", help=f"name some of {', '.join(CPU_FLAGS)}")
+    name = options.name if options.name is not None else checkpoint.path.resolve().name
+    if not name or re.search(r"[\x00-\x1f\x7f]", name) or len(name) > 256:
+        raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
+    return Resolved(
+        target=target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_num_logits=max(seqs, min(tokens, LOGIT_ROWS)),
+        pipeline=options.pipeline if options.pipeline is not None else f"@{target}",
+        isas=tuple(isa for isa in CPU_FLAGS if isa in isas),
+        name=name,
+        notes=tuple(notes),
+    )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _default_dtype(checkpoint: Checkpoint) -> str:
+    """bfloat16 when most bytes of the float weights are 16-bit already, float32 otherwise."""
+    narrow = wide = 0
+    for entry in checkpoint.tensors.values():
+        if entry.dtype in ("BF16", "F16"):
+            narrow += entry.nbytes
+        elif entry.is_float:
+            wide += entry.nbytes
+    return "bfloat16" if narrow > wide else "float32"
+
+
+def _model_len(given: int | None, checkpoint: Checkpoint, notes: list[str]) -> int:
+    config = text_config(checkpoint.config)
+    lengths = [config.get(key) for key in _LENGTH_KEYS]
+    trained = next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    if given is not None:
+        value = _in_range("--max-model-len", given, given, 1, MAX_MODEL_LEN)
+        if trained is not None and value > trained:
+            raise XllmError(
+                "option",
+                f"--max-model-len {value} is more than the {trained} positions that the model was made for",
+                where=str(checkpoint.path / "config.json"),
+                help=f"ask for {trained} or less",
+            )
+        return value
+    if trained is None:
+        notes.append(f"config.json gives no length; --max-model-len is {DEFAULT_BATCHED_TOKENS}")
+        return DEFAULT_BATCHED_TOKENS
+    if trained > DEFAULT_MODEL_LEN_LIMIT:
+        notes.append(f"--max-model-len is {DEFAULT_MODEL_LEN_LIMIT}; the model allows {trained} when asked for")
+    return min(trained, DEFAULT_MODEL_LEN_LIMIT)
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise XllmError("option", f"{flag} {value!r} is not known", help=f"choose from {', '.join(allowed)}")
+    return value
+
+
+def _in_range(flag: str, value: int | None, default: int, low: int, high: int) -> int:
+    chosen = default if value is None else value
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not low <= chosen <= high:
+        raise XllmError(
+            "option", f"{flag} {chosen!r} is out of range", help=f"give a whole number from {low} to {high}"
+        )
+    return chosen

@@ -1,0 +1,161 @@
+"""`xllm-compile`: the command line of the compiler. Owns flags and what is printed; what is slow is imported late."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xllm_compiler import __version__
+from xllm_compiler.errors import XllmError
+from xllm_compiler.tools.console import ConsoleProgress, run, size, table
+
+if TYPE_CHECKING:
+    from xllm_compiler.cache import CompileCache
+    from xllm_compiler.driver import CompileReport
+    from xllm_compiler.options import CompileOptions
+
+VERBS = {
+    "show": "print what is in an artifact",
+    "diff": "print how two artifacts differ",
+    "explain": "tell which cache entry a compile would use, or why none",
+    "verify": "check an artifact and run it against the reference interpreter",
+}
+
+_EPILOG = "other commands (each has --help):\n" + "\n".join(
+    f"  xllm-compile {verb:<8} {what}" for verb, what in VERBS.items()
+)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool and return its exit code: 0, 1 (ours, or artifacts that differ), 2 (bad input)."""
+    try:
+        return run(lambda: _dispatch(list(argv)))
+    except SystemExit as done:  # argparse has said what it had to
+        return done.code if isinstance(done.code, int) else 2
+
+
+def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint and the flags that decide what is compiled; shared by compile and explain."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face checkpoint directory")
+    parser.add_argument("--target", default="cpu", help="what to compile for: cpu (default)")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 when the weights are 16-bit")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest request in tokens; default: the model's"
+    )
+    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests in a step; default 64")
+    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most tokens in a step; default 2048")
+    parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
+    parser.add_argument(
+        "--isas", metavar="LIST", help="instruction sets to make code for; default avx2,avx512,avx512_bf16"
+    )
+    parser.add_argument("--name", help="the model's name for clients; default: the checkpoint directory's name")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="default: XLLM_CACHE_DIR or ~/.cache/xllm-compiler"
+    )
+
+
+def options_of(args: argparse.Namespace) -> CompileOptions:
+    """The options that the flags of `add_compile_arguments` ask for."""
+    from xllm_compiler.options import CompileOptions
+
+    return CompileOptions(
+        target=args.target,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        pipeline=args.pipeline,
+        isas=None if args.isas is None else tuple(isa for isa in args.isas.split(",") if isa),
+        name=args.name,
+    )
+
+
+def cache_of(args: argparse.Namespace) -> CompileCache:
+    """The cache that the flags or the environment name."""
+    from xllm_compiler.cache import CompileCache
+
+    given = args.cache_dir or os.environ.get("XLLM_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return CompileCache(Path(given) if given else Path(base).expanduser() / "xllm-compiler")
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] in VERBS:
+        return _verb(argv[0], argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="xllm-compile",
+        description="Compile a Hugging Face checkpoint into an artifact for xllm-serve.\n"
+        "Without -o it goes into the cache, where an equal one is used again; its path is printed on standard output.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_compile_arguments(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write the artifact here, without the cache")
+    parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before and after every pass")
+    parser.add_argument("--version", action="version", version=f"xllm-compile {__version__}")
+    return _compile(parser.parse_args(argv))
+
+
+def _verb(verb: str, argv: list[str]) -> int:
+    import importlib
+
+    module = importlib.import_module(f"xllm_compiler.tools.{verb}")
+    parser = argparse.ArgumentParser(prog=f"xllm-compile {verb}", description=module.__doc__)
+    module.add_arguments(parser)
+    return int(module.main(parser.parse_args(argv)))
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from xllm_compiler.driver import compile_checkpoint
+
+    if args.output is not None and args.cache_dir is not None:
+        raise XllmError("option", "-o and --cache-dir exclude each other", help="the cache is used when there is no -o")
+    report = compile_checkpoint(
+        args.checkpoint,
+        args.output,
+        options_of(args),
+        ConsoleProgress(),
+        cache=None if args.output is not None else cache_of(args),
+        dump_ir=args.dump_ir,
+    )
+    if args.output is not None:
+        print(report_text(report))
+    else:
+        print(report_text(report), file=sys.stderr)
+        print(report.path)
+    return 0
+
+
+def report_text(report: CompileReport) -> str:
+    """What a compile prints at its end: phases that add up, sizes, and memory formulas with values."""
+    from xllm_compiler.tools.describe import memory_text
+
+    manifest = report.manifest
+    if report.cached:
+        head = f"from the cache: {report.path} in {report.seconds:.2f} s"
+    else:
+        rest = report.seconds - sum(seconds for _, seconds in report.phases)
+        rows = [(name, f"{seconds:.2f}") for name, seconds in (*report.phases, ("other", rest))]
+        head = f"phases, seconds\n{table([*rows, ('total', f'{report.seconds:.2f}')], right=(1,))}"
+    total = sum(entry.bytes for entry in manifest.files.values())
+    sizes = [(name, size(entry.bytes)) for name, entry in sorted(manifest.files.items())]
+    model = manifest.model
+    return "\n\n".join(
+        [
+            head,
+            f"files\n{table([*sizes, ('total', size(total))], right=(1,))}",
+            memory_text(manifest),
+            f"{model.name}: {model.architecture}, {model.layers} layers, {model.dtype}, up to {model.max_model_len} "
+            f"tokens\nartifact {manifest.id[:16]} at {report.path}",
+        ]
+    )

@@ -1,0 +1,110 @@
+"""What the command-line tools print: progress, tables, sizes, errors. Owns the look; must not know what is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from xllm_compiler.errors import XllmError
+
+
+class ConsoleProgress:
+    """Phases on `stream`: on a terminal a line that is rewritten, elsewhere one line per finished phase."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._shown = 0.0
+        self._name = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the enclosed work under `name`."""
+        started = time.perf_counter()
+        self._name = name
+        self._status(f"{name} ...")
+        try:
+            yield
+        except BaseException:
+            self._status("")
+            raise
+        self._line(f"{name:<10} {time.perf_counter() - started:8.2f} s")
+
+    def advance(self, done: int, total: int, what: str = "") -> None:
+        """`done` of `total` parts of the running phase are finished."""
+        now = time.perf_counter()
+        if self._live and (now - self._shown > 0.05 or done == total):
+            self._shown = now
+            self._status(f"{self._name} {done}/{total} {what}")
+
+    def note(self, text: str) -> None:
+        """Something that the user should know, once."""
+        self._line(f"note: {text}")
+
+    def _status(self, text: str) -> None:
+        if self._live:
+            self._stream.write(f"\r\x1b[K{text[:110]}")
+            self._stream.flush()
+
+    def _line(self, text: str) -> None:
+        self._status("")
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows as text with aligned columns; those in `right` are aligned to the right."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: 1.5 MiB."""
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} TiB"
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a tool: our errors become their text and exit code, other exceptions one line and exit code 1.
+    XLLM_DEBUG=1 in the environment shows tracebacks."""
+    debug = os.environ.get("XLLM_DEBUG") == "1"
+    try:
+        return main()
+    except XllmError as error:
+        if debug:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains while it exits
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        internal = XllmError(
+            "internal", f"{type(error).__name__}: {error}", help="this is a bug of ours; XLLM_DEBUG=1 shows where"
+        )
+        print(internal, file=sys.stderr)
+        return internal.exit_code
