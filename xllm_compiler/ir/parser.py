@@ -45,6 +45,9 @@ class _Parser:
     def token(self) -> Token:
         return self.tokens[self.at]
 
+    def at_value(self) -> bool:
+        return self.token.kind == "value"
+
     def next(self) -> Token:
         token = self.tokens[self.at]
         if token.kind != "end":
@@ -366,14 +369,14 @@ class _Parser:
             self.define(token, value)
 
     def op_item(self, cls: type[Op], operands: list[Value], fields: dict[str, object]) -> None:
-        if self.token.kind == "value":
+        if self.at_value():
             operands.append(self.operand())
             return
         key = self.kind("name", "an operand or key=value")
         self.expect("=")
         if key.text in fields:
             self.fail(f"{key.text} is given twice", key)
-        if self.token.kind == "value":
+        if self.at_value():
             fields[key.text] = self.operand()
             return
         field = cls.SPEC.attr(key.text)

@@ -4,7 +4,7 @@ One generic form for all ops, so that an op that breaks a rule still prints:
 
     %y = nn.linear(%x, %w, bias=%b, act=silu) : bf16[N, 64]
 
-Positional operands, optional operands by keyword, attributes that differ from their default, all in declared order, then
+Positional operands, optional operands by keyword, attributes that differ from their default, in declared order, then
 `at`. Names are hints made unique with _1, _2: printing what was parsed gives the same text.
 """
 

@@ -1,0 +1,1 @@
+"""Facts about functions that passes ask for. Public names live in the modules."""

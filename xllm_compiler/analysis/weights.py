@@ -1,0 +1,53 @@
+"""Which values are known before any step. Owns the classification of weight expressions; interp evaluates them."""
+
+from __future__ import annotations
+
+from xllm_compiler.dims import Dim
+from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.types import Tensor
+
+
+def is_weight_expr(value: Value) -> bool:
+    """Whether `value` depends on params, constants and counting of fixed size only: then no step computes it."""
+    seen: set[Op] = set()
+    stack = [value]
+    while stack:
+        op = stack.pop().op
+        if op is None:
+            return False
+        if op in seen:
+            continue
+        seen.add(op)
+        if not _fixed(op):
+            return False
+        stack += op.operands
+    return True
+
+
+def weight_exprs(func: Func) -> dict[Value, None]:
+    """All weight expressions of a function, in order of definition; one pass, for asking about many values."""
+    out: dict[Value, None] = {}
+    for op in func.ops:
+        if _fixed(op) and all(v in out for v in op.operands):
+            out.update(dict.fromkeys(op.results))
+    return out
+
+
+def weight_roots(func: Func) -> list[Value]:
+    """Weight expressions that a step reads: those with a use by something that is not one. In order of definition."""
+    known = weight_exprs(func)
+    return [v for v in known if any(user is func.ret or user.results[0] not in known for user in v.users)]
+
+
+def _fixed(op: Op) -> bool:
+    """Pure, and independent of every symbol by itself."""
+    if not op.SPEC.pure or not op.results:
+        return False
+    dims: list[Dim] = []
+    for r in op.results:
+        if not isinstance(r.type, Tensor):
+            return False
+        dims += r.type.shape
+    for value in op.attrs.values():
+        dims += [d for d in (value if isinstance(value, tuple) else (value,)) if isinstance(d, Dim)]
+    return all(d.is_const for d in dims)
