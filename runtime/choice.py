@@ -1,0 +1,190 @@
+"""One choice of one request while the engine works on it. Owns its tokens, pages, sampler and text; must not know other
+requests, or when it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.executor import F32
+from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.kv import BlockTable
+from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output, RequestMetrics
+from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, raw_logprobs
+from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.text import TextStream
+from xllm_compiler.runtime.tokenizer import Tokenizer
+
+OnOutput = Callable[[Output], None]
+
+
+@dataclass(slots=True)
+class Request:
+    """What a client asks for. `prompt` is only carried along, for whoever wants to show it."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    prompt: str | None = None
+    arrival: float = field(default_factory=time.monotonic)
+
+
+class RequestGroup:
+    """What the `n` choices of a request share. `open`: choices that are not finished."""
+
+    __slots__ = ("metrics", "on_output", "open", "request")
+
+    def __init__(self, request: Request, on_output: OnOutput) -> None:
+        self.request = request
+        self.on_output = on_output
+        self.open = request.params.n
+        self.metrics = RequestMetrics(arrival=request.arrival)
+
+
+class Choice:
+    """A token list that grows. `known`, `computed`, `first_row` and `pages` are what the scheduler sees."""
+
+    __slots__ = (
+        "_eos",
+        "_prompt_logprobs",
+        "_reported",
+        "_sampler",
+        "_stop_ids",
+        "_text",
+        "_tokenizer",
+        "computed",
+        "first_row",
+        "group",
+        "index",
+        "limit",
+        "plain",
+        "prompt_len",
+        "serial",
+        "table",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        group: RequestGroup,
+        index: int,
+        serial: int,
+        *,
+        seed: int,
+        table: BlockTable,
+        facts: ModelFacts,
+        tokenizer: Tokenizer | None,
+        limit: int,
+    ) -> None:
+        """`serial`: its place in the order of arrival. `limit`: tokens, prompt included, at which it ends."""
+        request, params = group.request, group.request.params
+        self.group = group
+        self.index = index
+        self.serial = serial
+        self.table = table
+        self.tokens = list(request.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
+        self.computed = 0
+        self.limit = limit if params.max_tokens is None else min(limit, self.prompt_len + params.max_tokens)
+        self._eos = () if params.ignore_eos else facts.eos_token_ids
+        self._stop_ids = tuple(params.stop_token_ids or ())
+        self._sampler = RowSampler(
+            params,
+            seed=seed,
+            index=index,
+            prompt=self.tokens,
+            stop_ids=(*self._eos, *self._stop_ids),
+            vocab=facts.vocab_size,
+        )
+        self.plain = self._sampler.plain
+        self._tokenizer = tokenizer
+        self._text: TextStream | None = None
+        if tokenizer is not None and params.detokenize:
+            self._text = TextStream(
+                tokenizer,
+                self.tokens,
+                stops=params.stop_strings,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+        # Only choice 0 reports the prompt's logprobs, so only it pays for the rows.
+        self._prompt_logprobs: list[LogprobDict | None] | None = None
+        if params.prompt_logprobs is not None and index == 0:
+            self._prompt_logprobs = [None]
+        self._reported = False
+        self.first_row = 0 if self._prompt_logprobs is not None else self.prompt_len - 1
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pages(self) -> int:
+        return self.table.count
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def score_prompt(self, row: F32, position: int) -> None:
+        """Take the logits at `position`, which judge the prompt token after it."""
+        count = self.group.request.params.prompt_logprobs
+        assert self._prompt_logprobs is not None and count is not None
+        row = np.array(row, np.float32)  # see RowSampler.sample
+        self._prompt_logprobs.append(self._named(raw_logprobs(row, self.tokens[position + 1], count)))
+
+    def sample(self, row: F32) -> Output:
+        """Draw the next token from a row of logits and take it in. Raises XllmError."""
+        token, raw = self._sampler.sample(row, len(self.tokens), self.generated)
+        return self.accept(token, None if raw is None else self._named(raw))
+
+    def accept(self, token: int, logprobs: LogprobDict | None = None) -> Output:
+        """Append a token; what there is to tell, the finish included."""
+        self.tokens.append(token)
+        self.first_row = len(self.tokens) - 1
+        params = self.group.request.params
+        enough = self.generated >= params.min_tokens
+        event = self._event()
+        event.token_ids.append(token)
+        if logprobs is not None:
+            event.logprobs = [logprobs]
+        if enough and token in self._stop_ids:
+            event.finish_reason, event.stop_reason = "stop", token
+        elif enough and token in self._eos:
+            event.finish_reason = "stop"
+        if self._text is not None:
+            if event.finish_reason is None or params.include_stop_str_in_output:
+                event.text = self._text.push(token, may_stop=enough)
+            if self._text.stopped_by is not None and event.finish_reason is None:
+                event.finish_reason, event.stop_reason = "stop", self._text.stopped_by
+        if event.finish_reason is None and len(self.tokens) >= self.limit:
+            event.finish_reason = "length"
+        if event.finish_reason is not None and self._text is not None:
+            event.text += self._text.finish()
+        return event
+
+    def end(self, reason: str, error: XllmError | None = None) -> Output:
+        """Finish without another token: "abort", "error", or "length" when none was wanted."""
+        event = self._event()
+        event.finish_reason, event.error = reason, error
+        if self._text is not None:
+            event.text = self._text.finish()
+        return event
+
+    def _event(self) -> Output:
+        event = Output(self.group.request.request_id, self.index)
+        if not self._reported and self._prompt_logprobs is not None and len(self._prompt_logprobs) == self.prompt_len:
+            event.prompt_logprobs = self._prompt_logprobs
+            self._reported = True
+        return event
+
+    def _named(self, raw: RawLogprobs) -> LogprobDict:
+        name = self._tokenizer.token_text if self._tokenizer is not None else None
+        return {
+            token: Logprob(value, rank, None if name is None else name(token))
+            for token, value, rank in zip(raw.tokens, raw.logprobs, raw.ranks, strict=True)
+        }

@@ -1,0 +1,435 @@
+"""The loop: take messages, plan, run, sample, tell. Owns requests from `submit` to their last event; must not know
+HTTP, files or kernels.
+
+One thread runs everything; other threads only append to the inbox. So nothing here needs a lock but the registry of
+ids.
+
+    engine = Engine(executor, facts, tokenizer=tokenizer); engine.start()
+    engine.submit(Request("id", token_ids, SamplingParams(...)), on_output)    # any thread; XllmError when refused
+    engine.abort("id")                                                         # any thread; unknown ids are ignored
+    engine.stats(); engine.health()                                            # any thread
+    engine.drain(timeout) -> bool; engine.stop()
+
+`on_output(Output)` is called on the engine's thread, once per choice and token, in order, and must return at once: a
+server hands over with `loop.call_soon_threadsafe`. After an event with `finished` nothing more comes for that request.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime import scheduler
+from xllm_compiler.runtime.choice import Choice, OnOutput, Request, RequestGroup
+from xllm_compiler.runtime.executor import F32, Executor
+from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.kv import BlockTable, PagePool
+from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.sampler import not_finite
+from xllm_compiler.runtime.stats import EngineStats, Health
+from xllm_compiler.runtime.tokenizer import Tokenizer
+
+__all__ = ["Engine", "Request"]
+
+MAX_QUEUED = 16384
+
+
+class Engine:
+    """Serves requests on one executor until stopped."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        facts: ModelFacts,
+        *,
+        tokenizer: Tokenizer | None = None,
+        max_queued: int = MAX_QUEUED,
+        gate: Callable[[], None] | None = None,
+    ) -> None:
+        """`gate` is called once, before the first token is told to anyone, and raises XllmError when none may be (the
+        loader's digest check of the weights)."""
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self._executor = executor
+        self._batch = executor.new_batch()
+        self._pool = PagePool(executor.pages)
+        self._limits = scheduler.Limits(
+            max_tokens=facts.max_num_batched_tokens,
+            max_seqs=facts.max_num_seqs,
+            max_rows=facts.max_num_logits,
+            page_tokens=facts.page_tokens,
+            total_pages=executor.pages,
+        )
+        pool_tokens = executor.pages * facts.page_tokens
+        self.max_tokens = min(facts.max_model_len, pool_tokens)  # longest request, prompt and answer
+        self._max_queued = max_queued
+        self._gate = gate
+        self._running: list[Choice] = []  # both in the order of arrival, and all running arrived before all waiting
+        self._waiting: deque[Choice] = deque()
+        self._groups: dict[str, list[Choice]] = {}
+        self._serial = itertools.count()
+        self._stats = EngineStats(kv_pages_total=executor.pages)
+        self._inbox: deque[tuple[Request, OnOutput] | str] = deque()
+        self._wake = threading.Event()
+        self._idle = threading.Condition()
+        self._lock = threading.Lock()
+        self._ids: set[str] = set()
+        self._accepting = True
+        self._stopping = False
+        self._fatal: XllmError | None = None
+        self._progress = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    # What other threads call.
+
+    def start(self) -> None:
+        """Start the loop's thread. Raises XllmError("internal") when it was started before."""
+        if self._thread is not None:
+            raise XllmError("internal", "the engine was started twice")
+        self._thread = threading.Thread(target=self._loop, name="xllm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_output: OnOutput) -> str:
+        """Queue a request; its id. Raises XllmError: "request" when it can never run here, "capacity" when the queue is
+        full or the server is shutting down."""
+        self._check(request)
+        with self._lock:
+            if self._fatal is not None:
+                raise self._fatal
+            if not self._accepting:
+                raise XllmError("capacity", "the server is shutting down and takes no new requests")
+            if len(self._ids) >= self._max_queued:
+                raise XllmError("capacity", f"{len(self._ids)} requests are queued already", help="try again later")
+            if request.request_id in self._ids:
+                raise XllmError("request", f"a request with the id {request.request_id!r} is running")
+            if not self._ids:
+                self._progress = time.monotonic()
+            self._ids.add(request.request_id)
+            self._inbox.append((request, on_output))
+        self._wake.set()
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; its pages are free from then on. Unknown ids are ignored."""
+        self._inbox.append(request_id)
+        self._wake.set()
+
+    def drain(self, timeout: float) -> bool:
+        """Take no new requests and wait for the others, at most `timeout` seconds; then abort what is left. True when
+        all of them finished by themselves."""
+        with self._lock:
+            self._accepting = False
+        done = self._wait_idle(timeout)
+        if not done:
+            with self._lock:
+                left = list(self._ids)
+            for request_id in left:
+                self.abort(request_id)
+            self._wait_idle(5.0)
+        return done
+
+    def stop(self) -> None:
+        """Abort everything, end the thread and close the executor. Safe to call twice."""
+        with self._lock:
+            self._accepting = False
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._executor.close()
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        stats = copy.copy(self._stats)
+        stats.finished, stats.step_seconds = dict(stats.finished), dict(stats.step_seconds)
+        stats.running = len(self._running)
+        stats.waiting = len(self._waiting) + len(self._inbox)
+        stats.kv_pages_used = self._pool.used
+        return stats
+
+    def health(self) -> Health:
+        alive = self._thread is not None and self._thread.is_alive() and self._fatal is None
+        busy = bool(self._ids)
+        return Health(alive, busy, time.monotonic() - self._progress if busy else 0.0, self._fatal)
+
+    def _wait_idle(self, timeout: float) -> bool:
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._ids or not self.health().alive, timeout)
+
+    def _check(self, request: Request) -> None:
+        ids, params = request.prompt_token_ids, request.params
+        params.check_vocab(self.facts.vocab_size)
+        if params.stop_strings and self.tokenizer is None:
+            raise XllmError("request", "stop strings need a tokenizer, and this model has none", where="stop")
+        if not ids:
+            raise XllmError("request", "the prompt has no tokens", where="prompt")
+        try:
+            low, high = operator.index(min(ids)), operator.index(max(ids))
+        except TypeError:
+            raise XllmError("request", "token ids must be integers", where="prompt") from None
+        if low < 0 or high >= self.facts.vocab_size:
+            wrong = low if low < 0 else high
+            raise XllmError(
+                "request", f"token id {wrong} is not in the vocabulary of {self.facts.vocab_size}", where="prompt"
+            )
+        least = 0 if params.max_tokens == 0 else max(1, params.min_tokens)
+        if len(ids) + least > self.max_tokens:
+            what = "the model's maximum length" if self.max_tokens == self.facts.max_model_len else "the whole KV cache"
+            raise XllmError(
+                "request",
+                f"the prompt has {len(ids)} tokens and at least {least} are to be generated, "
+                f"but {what} is {self.max_tokens} tokens",
+                where="prompt",
+                help="shorten the prompt",
+            )
+
+    # What the engine's thread does.
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            if not (self._inbox or self._running or self._waiting):
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            try:
+                self._read_inbox()
+                if self._running or self._waiting:
+                    self._step()
+                    self._progress = time.monotonic()
+            except Exception as error:  # a bug of ours: no request may hang because of it
+                self._fail_all(_internal(error))
+        self._read_inbox()
+        for choice in [*self._running, *self._waiting]:
+            self._finish(choice, choice.end("abort"))
+        with self._idle:
+            self._idle.notify_all()
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, str):
+                for choice in list(self._groups.get(message, ())):
+                    self._finish(choice, choice.end("abort"))
+            else:
+                request, on_output = message
+                try:
+                    self._add(request, on_output)
+                except Exception as error:
+                    self._refuse(request, on_output, _internal(error))
+
+    def _refuse(self, request: Request, on_output: OnOutput, error: XllmError) -> None:
+        """End a request that never came to have choices."""
+        self._groups.pop(request.request_id, None)
+        event = Output(request.request_id, 0, finish_reason="error", error=error, finished=True)
+        self._tell(request.request_id, on_output, event)
+        self._forget(request.request_id)
+
+    def _add(self, request: Request, on_output: OnOutput) -> None:
+        group = RequestGroup(request, on_output)
+        seed = int.from_bytes(os.urandom(8), "little")
+        width = self._batch.table.shape[1]
+        choices: list[Choice] = []
+        self._groups[request.request_id] = choices
+        for index in range(request.params.n):
+            serial = next(self._serial)
+            table = BlockTable(self._pool, serial, width, self.facts.page_tokens)
+            choices.append(
+                Choice(
+                    group,
+                    index,
+                    serial,
+                    seed=seed,
+                    table=table,
+                    facts=self.facts,
+                    tokenizer=self.tokenizer,
+                    limit=self.max_tokens,
+                )
+            )
+        self._waiting.extend(choices)
+        self._stats.prompt_tokens += len(request.prompt_token_ids)
+
+    def _step(self) -> None:
+        seconds = self._stats.step_seconds
+        began = time.perf_counter()
+        plan = scheduler.plan(self._running, self._waiting, self._pool.free, self._limits)
+        self._apply(plan)
+        planned = time.perf_counter()
+        seconds["schedule"] += planned - began
+        if not plan.work:
+            return
+        try:
+            self._fill(plan.work)
+            filled = time.perf_counter()
+            logits = self._executor.execute(self._batch)
+            ran = time.perf_counter()
+            if self._gate is not None:
+                self._open_gate()
+        except Exception as error:
+            # The KV of everyone in the step is suspect now; the others never saw it.
+            for choice, _ in plan.work:
+                self._finish(choice, choice.end("error", _internal(error)))
+            return
+        self._take(plan.work, logits)
+        seconds["prepare"] += filled - planned
+        seconds["execute"] += ran - filled
+        seconds["sample"] += time.perf_counter() - ran
+        self._stats.steps += 1
+        self._stats.step_tokens += self._batch.n
+
+    def _open_gate(self) -> None:
+        try:
+            assert self._gate is not None
+            self._gate()
+        except XllmError as error:
+            with self._lock:
+                self._fatal = error
+            raise
+        self._gate = None
+
+    def _apply(self, plan: scheduler.Plan[Choice]) -> None:
+        for choice in plan.preempt:
+            self._running.pop()
+            self._waiting.appendleft(choice)
+            self._stats.preemptions += 1
+            self._stats.recomputed_tokens += choice.computed
+            choice.group.metrics.preemptions += 1
+            choice.table.clear()
+            choice.computed = 0
+        for choice, why in plan.fail:
+            error = XllmError("capacity", why, help="shorten the request, or give the server more KV cache memory")
+            self._finish(choice, choice.end("error", error))
+        for choice in plan.admit:
+            self._waiting.popleft()
+            self._running.append(choice)
+            if not choice.group.metrics.first_scheduled:
+                choice.group.metrics.first_scheduled = time.monotonic()
+
+    def _fill(self, work: list[tuple[Choice, int]]) -> None:
+        """Write the step's inputs, and give every choice the pages of its new positions."""
+        batch = self._batch
+        n = s = 0
+        for b, (choice, count) in enumerate(work):
+            low = choice.computed
+            high = low + count
+            choice.table.ensure(high)
+            batch.start[b] = n
+            batch.table[b] = choice.table.row
+            if count == 1:
+                batch.ids[n] = choice.tokens[low]
+                batch.pos[n] = low
+                batch.seq[n] = b
+            else:
+                batch.ids[n : n + count] = choice.tokens[low:high]
+                batch.pos[n : n + count] = range(low, high)
+                batch.seq[n : n + count] = b
+            for position in range(max(low, choice.first_row), high):
+                batch.sel[s] = n + position - low
+                s += 1
+            n += count
+        batch.start[len(work)] = n
+        batch.n, batch.b, batch.s = n, len(work), s
+
+    def _take(self, work: list[tuple[Choice, int]], logits: F32) -> None:
+        """Hand each choice its rows, and tell its client what came of it."""
+        s = 0
+        now = time.monotonic()
+        for choice, count in work:
+            low, high = choice.computed, choice.computed + count
+            choice.computed = high
+            first = max(low, choice.first_row)
+            rows = logits[s : s + max(0, high - first)]
+            s += len(rows)
+            try:
+                event = self._advance(choice, first, rows)
+            except XllmError as error:
+                event = choice.end("error", error)
+            except Exception as error:
+                event = choice.end("error", _internal(error))
+            if event is None:
+                continue
+            if event.token_ids:
+                metrics = choice.group.metrics
+                metrics.first_token = metrics.first_token or now
+                metrics.last_token = now
+                self._stats.generation_tokens += len(event.token_ids)
+            if event.finish_reason is None:
+                self._tell(choice.group.request.request_id, choice.group.on_output, event)
+            else:
+                self._finish(choice, event)
+
+    def _advance(self, choice: Choice, first: int, rows: F32) -> Output | None:
+        """Use the logits of positions `first`, `first` + 1, ...; None when they only judged the prompt."""
+        last = choice.known - 1
+        for offset in range(len(rows)):
+            position = first + offset
+            if position < last:
+                choice.score_prompt(rows[offset], position)
+                choice.first_row = position + 1
+        if first + len(rows) <= last or not len(rows):
+            return None
+        if choice.known >= choice.limit:
+            return choice.end("length")  # max_tokens is 0: only the prompt's logprobs were wanted
+        row = rows[-1]
+        if not choice.plain:
+            return choice.sample(row)
+        token = int(row.argmax())  # the lowest id of the largest; NaN counts as largest
+        if not math.isfinite(row[token]):
+            raise not_finite()
+        return choice.accept(token)
+
+    def _finish(self, choice: Choice, event: Output) -> None:
+        """Free what the choice holds and tell its last event."""
+        choice.table.clear()
+        if choice in self._running:
+            self._running.remove(choice)
+        else:
+            self._waiting.remove(choice)
+        group = choice.group
+        group.open -= 1
+        request_id = group.request.request_id
+        choices = self._groups[request_id]
+        choices.remove(choice)
+        assert event.finish_reason is not None
+        self._stats.finished[event.finish_reason] += 1
+        if group.open == 0:
+            event.finished = True
+            group.metrics.finished = time.monotonic()
+            event.metrics = group.metrics
+            del self._groups[request_id]
+        self._tell(request_id, group.on_output, event)
+        if event.finished:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._ids.discard(request_id)
+        with self._idle:
+            self._idle.notify_all()
+
+    def _tell(self, request_id: str, on_output: OnOutput, event: Output) -> None:
+        event.time = time.monotonic()
+        try:
+            on_output(event)
+        except Exception:
+            # Somebody else's bug must not stop the loop; a request that nobody listens to is not worth running.
+            self._stats.callback_errors += 1
+            if not event.finished:
+                self._inbox.append(request_id)
+
+    def _fail_all(self, error: XllmError) -> None:
+        for choice in [*self._running, *self._waiting]:
+            self._finish(choice, choice.end("error", error))
+
+
+def _internal(error: Exception) -> XllmError:
+    if isinstance(error, XllmError):
+        return error
+    return XllmError("internal", f"{type(error).__name__}: {error}")

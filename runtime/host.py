@@ -1,0 +1,102 @@
+"""What this process may use of the machine. Owns the reading of affinity, cgroups (v1 and v2) and /proc/meminfo; must
+not decide what it is used for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from xllm_compiler.errors import XllmError
+
+_ROOT = Path("/")
+_UNLIMITED = 1 << 60  # cgroup v1 spells "no limit" as a huge number
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """(version, folder) of this process's cgroup and of all above it: a limit anywhere on the way binds."""
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if names == "":
+            version, base = 2, root / "sys/fs/cgroup"
+            if not (base / "cgroup.controllers").exists():
+                base = base / "unified"
+        elif controller in names.split(","):
+            version, base = 1, root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        # Inside a container the path is the host's, and the mount shows only our part: try the whole and then its top.
+        folder = base / path.lstrip("/")
+        yield version, folder
+        while folder != base:
+            folder = folder.parent
+            yield version, folder
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else None
+
+
+def cpu_quota(root: Path = _ROOT) -> float | None:
+    """CPUs that the cgroup lets us use, such as 1.5; None without a limit."""
+    found: list[float] = []
+    for version, folder in _cgroup_folders(root, "cpu"):
+        if version == 2:
+            quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
+        else:
+            quota, period = _read(folder / "cpu.cfs_quota_us") or "", _read(folder / "cpu.cfs_period_us") or ""
+        used, of = _number(quota), _number(period)
+        if used is not None and of is not None and used > 0 and of > 0:
+            found.append(used / of)
+    return min(found, default=None)
+
+
+def default_threads(root: Path = _ROOT) -> int:
+    """Threads worth having: the CPUs we may run on, at most the quota rounded up (a team wider than the quota would be
+    throttled in the middle of a step, all members waiting for one)."""
+    cpus = len(os.sched_getaffinity(0))
+    quota = cpu_quota(root)
+    return max(1, cpus if quota is None else min(cpus, math.ceil(quota - 1e-6)))
+
+
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes that this process can still take: the kernel's estimate, at most what any cgroup above leaves."""
+    available: int | None = None
+    for line in (_read(root / "proc/meminfo") or "").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            available = int(rest.split()[0]) << 10
+    if available is None:
+        raise XllmError(
+            "io",
+            "cannot tell how much memory is available",
+            where="/proc/meminfo",
+            help="set the size of the KV cache: --kv-cache-memory-bytes",
+        )
+    for version, folder in _cgroup_folders(root, "memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_number(_read(folder / name)) for name in names)
+        if limit is None or used is None or limit >= _UNLIMITED:
+            continue
+        # File pages count as used but are given back on demand.
+        available = min(available, limit - max(0, used - _reclaimable(folder)))
+    return max(0, available)
+
+
+def _reclaimable(folder: Path) -> int:
+    total = 0
+    for line in (_read(folder / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "active_file", "total_inactive_file", "total_active_file"):
+            # v1 has both the group's own and the "total_" figures; the larger of each pair counts, v2 has only one.
+            total = max(total, 0) + int(value) if not name.startswith("total_") else total
+    return total

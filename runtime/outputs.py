@@ -1,0 +1,102 @@
+"""What comes back from the engine. Owns the result shapes (vLLM's names); holds data only, no behaviour of the
+engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xllm_compiler.errors import XllmError
+
+
+@dataclass(slots=True, frozen=True)
+class Logprob:
+    """Natural-log probability of a token under the model's own distribution; `rank` 1 is the most likely."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+LogprobDict = dict[int, Logprob]  # the chosen token first, then the alternatives from the most likely down
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times on `time.monotonic()`'s clock, in seconds; 0.0 when that moment did not come."""
+
+    arrival: float = 0.0
+    first_scheduled: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    finished: float = 0.0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class Output:
+    """One event of one choice of a request: what is new since the event before.
+
+    `text` is what may be shown now (a partial character or a possible stop string is held back), so there can be
+    tokens without text. `finish_reason` is None until the last event of this choice, then one of "stop", "length",
+    "abort", "error". `finished` is true on the last event of the whole request (of all its `n` choices).
+    `prompt_logprobs` comes once, on the first event of choice 0; its first item is None.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobDict] | None = None
+    prompt_logprobs: list[LogprobDict | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: XllmError | None = None
+    finished: bool = False
+    time: float = 0.0
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One choice. `cumulative_logprob` is the sum over the chosen tokens, where logprobs were asked for."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[LogprobDict] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, event: Output) -> None:
+        """Append one event of this choice."""
+        self.text += event.text
+        self.token_ids.extend(event.token_ids)
+        if event.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + event.logprobs
+            chosen = zip(event.token_ids, event.logprobs, strict=True)
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(d[t].logprob for t, d in chosen)
+        if event.finish_reason is not None:
+            self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All that a request came to; `outputs` has its `n` choices in order."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[LogprobDict | None] | None = None
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+
+    def add(self, event: Output) -> None:
+        """Fold one event in; `outputs` must already hold every choice."""
+        self.outputs[event.index].add(event)
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        self.finished = self.finished or event.finished
+        if event.metrics is not None:
+            self.metrics = event.metrics

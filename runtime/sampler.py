@@ -1,0 +1,217 @@
+"""From a row of logits to a token. Owns penalties, filters, random numbers and log-probabilities of one choice of one
+request; must not know about batches: a row is judged alone, so the answer cannot depend on its neighbours.
+
+The order is vLLM's: logprobs from the raw row; then allowed ids, bias, minimum length and penalties; then greedy, or
+temperature, min-p, top-k, top-p and a draw. The draw is Philox keyed by (seed, choice) with the position as counter, so
+it depends on nothing but these. Ties go to the lowest id. What makes it fast on a vocabulary of 150k: no full sort.
+Candidates come from a threshold that provably keeps the wanted ones, and only they are sorted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.sampling_params import SamplingParams
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+_BLOCKS = 64  # rows of the folded view from which a top-n threshold is read
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class RawLogprobs:
+    """Chosen token first, then the best alternatives from the most likely down; token text is not known here."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+def not_finite() -> XllmError:
+    return XllmError(
+        "internal",
+        "the model produced logits that are not numbers",
+        help="check the weights for NaN or infinity: xllm-compile verify",
+    )
+
+
+def top_ids(row: F32, n: int) -> I64:
+    """Ids of the n largest values, largest first, ties by lowest id. `row` must hold no NaN."""
+    size = len(row)
+    n = min(n, size)
+    if n == 1:
+        return np.array([row.argmax()], np.int64)
+    columns = size // _BLOCKS
+    if n < columns:
+        # At least n columns have a maximum >= the n-th largest maximum, so at least n values are >= it.
+        maxima = row[: columns * _BLOCKS].reshape(_BLOCKS, columns).max(axis=0)
+        candidates = np.flatnonzero(row >= np.partition(maxima, columns - n)[columns - n])
+    else:
+        candidates = np.arange(size)
+    order = np.argsort(-row[candidates], kind="stable")[:n]
+    return candidates[order].astype(np.int64, copy=False)
+
+
+def log_normalizer(row: F32) -> float:
+    """log(sum(exp(row))), finite, or XllmError("internal")."""
+    top = float(row.max())
+    if not math.isfinite(top):
+        raise not_finite()
+    return top + math.log(float(np.exp(row - np.float32(top)).sum(dtype=np.float64)))
+
+
+def raw_logprobs(row: F32, token: int, n: int) -> RawLogprobs:
+    """Log-probabilities of `token` and of the n most likely ones under softmax(row). `row` is contiguous.
+
+    Raises XllmError("internal") when the row holds NaN or +inf.
+    """
+    norm = log_normalizer(row)
+    rank = int(np.count_nonzero(row > row[token])) + 1
+    out = RawLogprobs([token], [float(row[token]) - norm], [rank])
+    if n:
+        for place, other in enumerate(top_ids(row, n).tolist(), 1):
+            if other != token:
+                out.tokens.append(other)
+                out.logprobs.append(float(row[other]) - norm)
+                out.ranks.append(place)
+    return out
+
+
+def nucleus(values: F32, top_p: float) -> I64:
+    """Indices of the shortest prefix, by falling value, of softmax(values) with mass >= top_p; at least one.
+
+    Values within `reach` of the maximum are the most likely ones whatever the rest is; when their mass is already
+    enough the rest need not be sorted.
+    """
+    top = values.max()
+    weights = np.exp(values - top)
+    want = top_p * float(weights.sum(dtype=np.float64))
+    reach = 8.0
+    while True:
+        candidates = np.flatnonzero(values >= top - np.float32(reach))
+        enough = len(candidates) == len(values) or float(weights[candidates].sum(dtype=np.float64)) >= want
+        if enough or reach > 1e4:
+            break
+        reach *= 2.0
+    candidates = candidates[np.argsort(-values[candidates], kind="stable")]
+    mass = np.cumsum(weights[candidates], dtype=np.float64)
+    count = min(int(np.searchsorted(mass, want, side="left")) + 1, len(candidates))
+    return candidates[:count].astype(np.int64, copy=False)
+
+
+class RowSampler:
+    """The sampling state of one choice: its parameters, its random key, and which tokens it has seen."""
+
+    __slots__ = ("_allowed", "_bias", "_counts", "_key", "_params", "_penalised", "_prompt", "_stop", "_vocab", "plain")
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        seed: int,
+        index: int,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        vocab: int,
+    ) -> None:
+        """`stop_ids`: tokens that end the request, forbidden before `min_tokens`. `seed` is used when params has
+        none."""
+        p = params
+        self._params = p
+        self._vocab = vocab
+        self._key = np.array([(seed if p.seed is None else p.seed) & _MASK64, index], np.uint64)
+        self._stop = np.array(sorted(t for t in stop_ids if t < vocab), np.int64)
+        self._bias: tuple[I64, F32] | None = None
+        if p.logit_bias:
+            ids = np.array(sorted(p.logit_bias), np.int64)
+            self._bias = ids, np.array([p.logit_bias[int(t)] for t in ids], np.float32)
+        self._allowed = None if p.allowed_token_ids is None else np.unique(np.array(p.allowed_token_ids, np.int64))
+        self._penalised = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+        self._prompt = np.unique(np.asarray(prompt, np.int64)) if p.repetition_penalty != 1.0 else np.empty(0, np.int64)
+        self._counts: dict[int, int] = {}
+        touched = self._penalised or self._bias is not None or self._allowed is not None or p.min_tokens > 0
+        self.plain = p.greedy and not touched and p.logprobs is None  # argmax of the raw row is the answer
+
+    def sample(self, row: F32, position: int, generated: int) -> tuple[int, RawLogprobs | None]:
+        """The next token, which will stand at `position`, after `generated` tokens of output.
+
+        Raises XllmError: "internal" when the row holds NaN or +inf, "request" when the request forbids every token.
+        """
+        p = self._params
+        # A fresh copy: rows of a batch are aligned differently, and vector code may round its edges differently.
+        row = np.array(row, np.float32)
+        if not math.isfinite(row.max()):
+            raise not_finite()
+        work = self._modified(row, generated)
+        token = int(work.argmax()) if p.greedy else self._draw(work, position)
+        if not math.isfinite(work[token]):
+            raise XllmError(
+                "request", "no token is allowed here: allowed_token_ids, logit_bias or min_tokens forbid all"
+            )
+        if self._penalised:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        return token, None if p.logprobs is None else raw_logprobs(row, token, p.logprobs)
+
+    def _modified(self, row: F32, generated: int) -> F32:
+        p = self._params
+        forbid_stop = generated < p.min_tokens and len(self._stop) > 0
+        if not (self._penalised or forbid_stop or self._bias is not None or self._allowed is not None):
+            return row
+        if self._allowed is None:
+            work = row.copy()
+        else:
+            work = np.full_like(row, -np.inf)
+            work[self._allowed] = row[self._allowed]
+        if self._bias is not None:
+            work[self._bias[0]] += self._bias[1]
+        if forbid_stop:
+            work[self._stop] = -np.inf
+        if self._penalised:
+            self._penalise(work)
+        return work
+
+    def _penalise(self, work: F32) -> None:
+        p = self._params
+        ids = np.fromiter(self._counts, np.int64, len(self._counts))
+        if p.repetition_penalty != 1.0:
+            seen = np.union1d(self._prompt, ids)
+            values = work[seen]
+            factor = np.float32(p.repetition_penalty)
+            work[seen] = np.where(values > 0, values / factor, values * factor)
+        if len(ids):
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            work[ids] -= np.float32(p.frequency_penalty) * counts + np.float32(p.presence_penalty)
+
+    def _draw(self, work: F32, position: int) -> int:
+        p = self._params
+        # Subtracting the maximum first keeps a tiny temperature from overflowing.
+        values = (work - work.max()) / np.float32(p.temperature)
+        ids: I64 | None = None
+        if p.min_p > 0.0:
+            ids = np.flatnonzero(values >= np.float32(math.log(p.min_p)))
+        if 0 < p.top_k < self._vocab:
+            ids = top_ids(values, p.top_k) if ids is None else ids[top_ids(values[ids], p.top_k)]
+        if p.top_p < 1.0:
+            ids = nucleus(values, p.top_p) if ids is None else ids[nucleus(values[ids], p.top_p)]
+        if ids is not None:
+            ids = np.sort(ids)
+            values = values[ids]
+        mass = np.cumsum(np.exp(values), dtype=np.float64)
+        total = mass[-1]
+        pick = int(np.searchsorted(mass, self._uniform(position) * total, side="right"))
+        if pick >= len(mass):  # u * total may round up to total
+            pick = int(np.searchsorted(mass, total, side="left"))
+        return pick if ids is None else int(ids[pick])
+
+    def _uniform(self, position: int) -> float:
+        """A number in [0, 1) that depends on seed, choice and position only."""
+        bits = np.random.Philox(key=self._key, counter=[position, 0, 0, 0])
+        return float(np.random.Generator(bits).random())

@@ -1,0 +1,172 @@
+"""Which tokens run in the next step. Owns the policy, as a pure function of a snapshot; must not do I/O, hold state,
+read a clock or touch the pool.
+
+Requests are ordered by arrival, and that order is never broken: everything running arrived before everything waiting.
+From it follows the theorem that the property tests check: *if any request is queued, the plan moves some request
+forward or fails one with a reason*. The oldest running request may take the pages of every other one, so it moves or it
+alone needs more than the whole pool, which is a reason to fail it; with nothing running all pages are free, and the
+same choice stands for the oldest waiting one.
+
+The policy. Every running request that needs one token (a decode) has a token and a row reserved first; what is left of
+the step's tokens goes to unfinished prompts, oldest first, in chunks. A running request that finds no page takes those
+of the youngest running request, which goes back to the head of the queue and will be computed again; the youngest
+itself just skips the step, since keeping its pages costs nothing until an older one asks. A new request is admitted
+only when pages for its whole prompt are free beyond what running prompts still need, plus one for each running request:
+admitting on the first chunk alone is what makes preemption storms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+
+class Job(Protocol):
+    """What the policy sees of a request, all counts in tokens (positions) but `pages`."""
+
+    @property
+    def known(self) -> int:
+        """Prompt and generated tokens so far; at least 1."""
+        ...
+
+    @property
+    def computed(self) -> int:
+        """How many of them have their KV in the pool; less than `known`."""
+        ...
+
+    @property
+    def first_row(self) -> int:
+        """First position whose logits are wanted; from there on all are. At most known - 1."""
+        ...
+
+    @property
+    def pages(self) -> int:
+        """Pages held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_tokens: int
+    max_seqs: int
+    max_rows: int
+    page_tokens: int
+    total_pages: int
+
+    @property
+    def seqs(self) -> int:
+        """Requests that may run at once: each needs a token and a row of the step."""
+        return min(self.max_seqs, self.max_tokens, self.max_rows)
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass(slots=True)
+class Plan(Generic[J]):
+    """`preempt` (youngest first) loses its pages before `work` takes any; `work` is (request, tokens to run), oldest
+    first, and ends with the newly admitted, which `admit` lists; `fail` can never run: (request, why)."""
+
+    work: list[tuple[J, int]] = field(default_factory=list)
+    preempt: list[J] = field(default_factory=list)
+    admit: list[J] = field(default_factory=list)
+    fail: list[tuple[J, str]] = field(default_factory=list)
+
+
+def plan(running: Sequence[J], waiting: Iterable[J], free: int, limits: Limits) -> Plan[J]:
+    """The next step's work. `running` and `waiting` are oldest first; `free` is the number of free pages."""
+    return _Planner(running, free, limits).plan(waiting)
+
+
+class _Planner(Generic[J]):
+    """The counters of one call of `plan`."""
+
+    __slots__ = ("end", "free", "limits", "out", "promised", "rows", "running", "tokens")
+
+    def __init__(self, running: Sequence[J], free: int, limits: Limits) -> None:
+        decodes = 0
+        for job in running:
+            decodes += job.known - job.computed == 1
+        self.running = running
+        self.end = len(running)  # those from here on were preempted
+        self.free = free
+        self.limits = limits
+        self.tokens = limits.max_tokens - decodes  # left for prompts
+        self.rows = limits.max_rows - decodes
+        self.promised = 0  # pages that running prompts will need after this step
+        self.out: Plan[J] = Plan()
+
+    def plan(self, waiting: Iterable[J]) -> Plan[J]:
+        index = 0
+        while index < self.end:
+            self._advance(index)
+            index += 1
+        # Room that was made by preempting must not be given to a newcomer, least of all to the victim itself.
+        if not self.out.preempt:
+            self._admit(waiting)
+        return self.out
+
+    def _advance(self, index: int) -> None:
+        job = self.running[index]
+        need = job.known - job.computed
+        count = 1 if need == 1 else self._prompt_chunk(job)
+        page = self.limits.page_tokens
+        held = job.pages * page - job.computed
+        while count and held + self.free * page <= 0 and self.end - 1 > index:
+            self._preempt_youngest()
+        fits = min(count, held + self.free * page)
+        if fits:
+            self._take(job, fits)
+            if need > 1:
+                self._spend(job, fits)
+        elif count and self.end == 1:
+            pool = self.limits.total_pages * page
+            self.out.fail.append((job, f"the request is longer than the whole KV cache, which holds {pool} tokens"))
+            return
+        if need > 1:
+            self.promised += max(0, -(-job.known // page) - max(job.pages, -(-(job.computed + fits) // page)))
+
+    def _preempt_youngest(self) -> None:
+        self.end -= 1
+        victim = self.running[self.end]
+        self.free += victim.pages
+        self.out.preempt.append(victim)
+        if victim.known - victim.computed == 1:
+            self.tokens += 1
+            self.rows += 1
+
+    def _prompt_chunk(self, job: J) -> int:
+        """How many of the prompt's tokens the step's tokens and rows allow."""
+        rowless = max(0, job.first_row - job.computed)
+        return max(0, min(job.known - job.computed, self.tokens, rowless + self.rows))
+
+    def _take(self, job: J, count: int) -> None:
+        new = -(-(job.computed + count) // self.limits.page_tokens) - job.pages
+        self.free -= max(0, new)
+        self.out.work.append((job, count))
+
+    def _spend(self, job: J, count: int) -> None:
+        self.tokens -= count
+        self.rows -= max(0, job.computed + count - max(job.first_row, job.computed))
+
+    def _admit(self, waiting: Iterable[J]) -> None:
+        page = self.limits.page_tokens
+        active = self.end - len(self.out.fail)
+        for job in waiting:
+            pages = -(-job.known // page)
+            if pages > self.limits.total_pages:
+                pool = self.limits.total_pages * page
+                why = f"{job.known} tokens are more than the whole KV cache, which holds {pool}"
+                self.out.fail.append((job, why))
+                continue
+            if active >= self.limits.seqs or pages + active > self.free - self.promised:
+                break
+            count = self._prompt_chunk(job)
+            if not count:
+                break
+            self._take(job, count)
+            self._spend(job, count)
+            self.promised += pages - -(-(job.computed + count) // page)
+            self.out.admit.append(job)
+            active += 1

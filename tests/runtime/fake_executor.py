@@ -1,0 +1,190 @@
+"""A deterministic toy model in numpy behind the Executor protocol, and helpers to run an engine on it.
+
+What the toy says at position p is a hash of all tokens 0..p of the request, read back from the paged cache. So a wrong
+page, position, table or row changes the tokens, and the tokens of a request alone are known by plain recursion.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.engine import Engine, Request
+from xllm_compiler.runtime.executor import StepBatch
+from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.outputs import CompletionOutput, Output, RequestOutput
+from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.tokenizer import Tokenizer
+
+VOCAB = 97
+
+
+def toy_row(tokens: Sequence[int], vocab: int = VOCAB) -> NDArray[np.float32]:
+    """The toy's logits after `tokens`: fixed noise chosen by a polynomial hash of all of them."""
+    state = 0
+    for token in tokens:
+        state = (state * 31 + token + 1) % 1_000_003
+    return np.random.default_rng(state).normal(0.0, 3.0, vocab).astype(np.float32)
+
+
+def toy_greedy(prompt: Sequence[int], count: int, vocab: int = VOCAB) -> list[int]:
+    """What the toy answers, without engine, pages or batches."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(toy_row(tokens, vocab).argmax()))
+    return tokens[len(prompt) :]
+
+
+def make_facts(
+    *,
+    max_model_len: int = 64,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 16,
+    max_num_logits: int = 8,
+    page_tokens: int = 4,
+    eos: tuple[int, ...] = (),
+    vocab: int = VOCAB,
+) -> ModelFacts:
+    return ModelFacts(
+        name="toy",
+        architecture="Toy",
+        artifact_id="0" * 64,
+        dtype="f32",
+        vocab_size=vocab,
+        max_model_len=max_model_len,
+        eos_token_ids=eos,
+        bos_token_id=None,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_logits=max_num_logits,
+        page_tokens=page_tokens,
+    )
+
+
+class FakeExecutor:
+    """Checks every rule of a step's inputs, stores tokens in pages, and answers from what the pages say."""
+
+    def __init__(self, facts: ModelFacts, pages: int) -> None:
+        self.pages = pages
+        self.facts = facts
+        self.steps = 0
+        self.closed = False
+        self.fail_next: Exception | None = None
+        self.nan_next = False
+        self.hold: threading.Event | None = None
+        self.step_sizes: list[tuple[int, int, int]] = []
+        self._cache = np.full((pages, facts.page_tokens), -1, np.int64)
+        self._logits = np.zeros((facts.max_num_logits, facts.vocab_size), np.float32)
+
+    def new_batch(self) -> StepBatch:
+        facts = self.facts
+        width = -(-facts.max_model_len // facts.page_tokens)
+        return StepBatch(facts.max_num_batched_tokens, facts.max_num_seqs, facts.max_num_logits, width)
+
+    def execute(self, batch: StepBatch) -> NDArray[np.float32]:
+        if self.hold is not None:
+            self.hold.wait()
+        self.steps += 1
+        self.step_sizes.append((batch.n, batch.b, batch.s))
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        self._check(batch)
+        page = self.facts.page_tokens
+        for n in range(batch.n):
+            where = batch.table[batch.seq[n], batch.pos[n] // page]
+            self._cache[where, batch.pos[n] % page] = batch.ids[n]
+        for s in range(batch.s):
+            n = int(batch.sel[s])
+            row = batch.table[batch.seq[n]]
+            tokens = [int(self._cache[row[p // page], p % page]) for p in range(batch.pos[n] + 1)]
+            self._logits[s] = toy_row(tokens, self.facts.vocab_size)
+        if self.nan_next and batch.s:
+            self._logits[0, 3] = np.nan
+            self.nan_next = False
+        return self._logits[: batch.s]
+
+    def _check(self, batch: StepBatch) -> None:
+        assert 1 <= batch.b <= batch.n <= self.facts.max_num_batched_tokens
+        assert batch.b <= self.facts.max_num_seqs and batch.s <= self.facts.max_num_logits
+        assert batch.start[0] == 0 and batch.start[batch.b] == batch.n
+        used: list[int] = []
+        for b in range(batch.b):
+            low, high = int(batch.start[b]), int(batch.start[b + 1])
+            assert low < high
+            assert (batch.seq[low:high] == b).all()
+            assert (np.diff(batch.pos[low:high]) == 1).all()
+            held = -(-(int(batch.pos[high - 1]) + 1) // self.facts.page_tokens)
+            row = batch.table[b]
+            assert ((row[:held] >= 0) & (row[:held] < self.pages)).all()
+            assert (np.diff((row >= 0).astype(int)) <= 0).all()  # mapped pages first, then only -1
+            used += [int(p) for p in row if p >= 0]
+        assert len(set(used)) == len(used), "two requests of a step share a page"
+        sel = batch.sel[: batch.s]
+        assert ((sel >= 0) & (sel < batch.n)).all() and (np.diff(sel) > 0).all()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Run:
+    """An engine on the toy, started, with blocking helpers."""
+
+    def __init__(
+        self,
+        facts: ModelFacts | None = None,
+        *,
+        pages: int = 64,
+        tokenizer: Tokenizer | None = None,
+        start: bool = True,
+        gate: Callable[[], None] | None = None,
+        max_queued: int = 1000,
+    ) -> None:
+        self.facts = facts or make_facts()
+        self.executor = FakeExecutor(self.facts, pages)
+        self.engine = Engine(self.executor, self.facts, tokenizer=tokenizer, gate=gate, max_queued=max_queued)
+        self.events: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        self._ids = 0
+        if start:
+            self.engine.start()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.engine.stop()
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> str:
+        self._ids += 1
+        return self.engine.submit(Request(f"r{self._ids}", prompt, params), self.events.put)
+
+    def collect(self, submitted: dict[str, tuple[Sequence[int], SamplingParams]]) -> dict[str, RequestOutput]:
+        """Wait for these requests; results by id. Raises the first error among them."""
+        results = {
+            i: RequestOutput(i, None, list(prompt), [CompletionOutput(k) for k in range(params.n)])
+            for i, (prompt, params) in submitted.items()
+        }
+        while not all(r.finished for r in results.values()):
+            event = self.events.get(timeout=20)
+            if event.error is not None:
+                raise event.error
+            results[event.request_id].add(event)
+        return results
+
+    def generate(self, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
+        name = self.submit(prompt, params)
+        return self.collect({name: (prompt, params)})[name]
+
+
+def error_of(run: Run, prompt: Sequence[int], params: SamplingParams) -> XllmError:
+    """The error that a request ends with."""
+    try:
+        run.generate(prompt, params)
+    except XllmError as error:
+        return error
+    raise AssertionError("the request was answered")
