@@ -33,13 +33,13 @@ _ASSUME: Final = re.compile(r"assume\s+([^\n]*?)\s*>=\s*0[ \t\r]*(?=//|\n|\Z)")
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """`start` and `end` are character offsets into the source; `first` says that it is the first on its line."""
+    """`start` and `end` are character offsets into the source, `line` counts from 1."""
 
     kind: TokenKind
     text: str
     start: int
     end: int
-    first: bool = False
+    line: int
 
 
 class Source:
@@ -85,7 +85,7 @@ def tokenize(source: Source) -> tuple[list[Token], dict[int, str]]:
             line, first = line + 1, True
         elif kind == "comment":
             if depth and not first and tokens and tokens[-1].text not in (",", "(", "[", "{"):
-                tokens.append(Token("punct", "//", at, end))
+                tokens.append(Token("punct", "//", at, end, line))
             else:
                 stop = text.find("\n", at)
                 end = len(text) if stop < 0 else stop
@@ -96,16 +96,16 @@ def tokenize(source: Source) -> tuple[list[Token], dict[int, str]]:
             if whole is None:
                 raise source.error("an assumption reads `assume EXPR >= 0`", at, end)
             end = whole.end()
-            tokens.append(Token("assume", whole.group(1), at, whole.start(1) + len(whole.group(1)), True))
+            tokens.append(Token("assume", whole.group(1), at, whole.start(1) + len(whole.group(1)), line))
             first = False
         elif kind != "space":
             piece = m.group()
             depth += 1 if piece in ("(", "[") else -1 if piece in (")", "]") else 0
             depth = max(depth, 0)
-            tokens.append(Token(_kind(kind), piece, at, end, first))
+            tokens.append(Token(_kind(kind), piece, at, end, line))
             first = False
         at = end
-    tokens.append(Token("end", "", len(text), len(text), True))
+    tokens.append(Token("end", "", len(text), len(text), line))
     return tokens, comments
 
 

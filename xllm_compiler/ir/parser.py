@@ -249,7 +249,7 @@ class _Parser:
         return module
 
     def why(self, token: Token) -> str:
-        return self.comments.get(self.source.line_of(token.start), "")
+        return self.comments.get(token.line, "")
 
     def declare(self, module: Module, start: Token) -> None:
         name = self.kind("name", "a symbol").text
@@ -387,7 +387,7 @@ class _Parser:
 
     def loc(self, start: Token) -> Loc:
         if not self.accept("loc"):
-            return Loc(self.source.filename, self.source.line_of(start.start))
+            return Loc(self.source.filename, start.line)
         self.expect("(")
         file = self.string()
         self.expect(":")

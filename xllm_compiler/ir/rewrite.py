@@ -236,7 +236,7 @@ def _dead(op: Op) -> bool:
 
 
 def _affected(v: Value) -> list[Op]:
-    """Ops for which the loss of one use of `v` may make a rule fire: its definition, and its user if only one is left."""
+    """Ops at which a rule may fire now that `v` has lost a use: its definition, and its user if only one is left."""
     out = [] if v.op is None else [v.op]
     return out + v.users if v.has_one_use else out
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_compiler.dims import Dim
+from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.types import FLOATS, Kv, Tensor, Type
 
 Array = npt.NDArray[Any]
@@ -160,5 +161,5 @@ def kv_rows(ty: Kv, pos: Array, seq: Array, table: Array) -> Array:
     pages = table[seq, pos // ty.page].astype(np.int64)
     if pages.size and pages.min() < 0:
         n = int(np.argmin(pages))
-        raise IndexError(f"position {int(pos[n])} of request {int(seq[n])} has no page")
+        raise IrError(f"position {int(pos[n])} of request {int(seq[n])} has no page")
     return np.asarray(pages * ty.page + pos % ty.page)

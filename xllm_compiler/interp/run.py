@@ -1,0 +1,173 @@
+"""Runs functions with the reference meanings of their ops. Owns execution and freeing; op meanings are the ops'.
+
+Floats of every op are computed in f32 and rounded once, to the type of the result (precise: f64, never rounded). Arrays
+are dropped after their last use, so peak memory is that of the live values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from xllm_compiler.dims import DimScope
+from xllm_compiler.ir.core import Func, Module, Op, Value
+from xllm_compiler.ir.diag import IrError, blame
+from xllm_compiler.ir.ops import AllReduceStart
+from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape
+from xllm_compiler.ir.types import FLOATS, Future, Kv, Tensor, Type
+
+
+def run(
+    module: Module,
+    func: str = "step",
+    inputs: Mapping[str, Array] | None = None,
+    params: Mapping[str, Array] | None = None,
+    dims: Mapping[str, int] | None = None,
+    precise: bool = False,
+) -> list[Array]:
+    """The returned arrays of one call.
+
+    `inputs`: one array per argument, by name; a kv argument is [pages * page, heads, k_dim + v_dim]. Inputs are not
+    changed. `params`: checkpoint tensors by name; a lazy mapping is asked for each one when it is reached. `dims`: the
+    symbols' sizes; one that is an input's whole extent may be left out. Raises IrError when something does not fit.
+    """
+    return run_ranks(module, func, [inputs or {}], [params or {}], dims, precise)[0]
+
+
+def run_ranks(
+    module: Module,
+    func: str,
+    inputs: Sequence[Mapping[str, Array]],
+    params: Sequence[Mapping[str, Array]],
+    dims: Mapping[str, int] | None = None,
+    precise: bool = False,
+) -> list[list[Array]]:
+    """The same function on several ranks in lockstep, collectives included; `inputs` and `params` per rank.
+
+    A collective is run over all ranks given: its group must have as many.
+    """
+    if len(inputs) != len(params) or not inputs:
+        raise IrError(f"{len(inputs)} ranks of inputs and {len(params)} of params")
+    f = module.func(func)
+    sizes = _bind_dims(f, inputs[0], dims or {})
+    ranks = [EvalContext(p, sizes, precise) for p in params]
+    envs = [_arguments(f, ctx, given) for ctx, given in zip(ranks, inputs, strict=True)]
+    _execute(list(f.ops), ranks, envs, keep=f.returns)
+    return [[env[v] for v in f.returns] for env in envs]
+
+
+def run_value(value: Value, params: Mapping[str, Array], precise: bool = False) -> Array:
+    """The array of a weight expression, contiguous. Only what it needs is computed, and freed as early as possible."""
+    if value.op is None:
+        raise IrError(f"%{value.name} is an argument, not a weight expression")
+    needed: dict[Op, None] = {}
+    stack = [value.op]
+    while stack:
+        op = stack.pop()
+        if op in needed:
+            continue
+        needed[op] = None
+        for v in op.operands:
+            if v.op is None:
+                raise IrError(f"%{value.name} is not a weight expression: it depends on argument %{v.name}", op=op)
+            stack.append(v.op)
+    order = sorted(needed, key=value.op.func.ops.order)
+    env: dict[Value, Array] = {}
+    _execute(order, [EvalContext(params, {}, precise)], [env], keep=(value,))
+    return np.ascontiguousarray(env[value])
+
+
+def _bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int]) -> dict[str, int]:
+    """All symbol sizes: those given, and those read off inputs; checked against the module's scope."""
+    sizes = dict(dims)
+    for arg in func.args:
+        if arg.name not in inputs:
+            raise IrError(f"no input for %{arg.name}: {arg.type}", where=f"@{func.name}")
+        if isinstance(arg.type, Tensor):
+            for d, n in zip(arg.type.shape, inputs[arg.name].shape, strict=False):
+                if len(d.symbols) == 1 and str(d) == d.symbols[0]:
+                    sizes.setdefault(d.symbols[0], n)
+        elif isinstance(arg.type, Kv):
+            pages = arg.type.pages
+            if len(pages.symbols) == 1 and str(pages) == pages.symbols[0]:
+                sizes.setdefault(pages.symbols[0], inputs[arg.name].shape[0] // arg.type.page)
+    extra = [name for name in inputs if all(name != a.name for a in func.args)]
+    if extra:
+        raise IrError(f"@{func.name} has no argument {', '.join(extra)}")
+    _check_scope(func.module.scope, sizes)
+    return sizes
+
+
+def _check_scope(scope: DimScope, sizes: Mapping[str, int]) -> None:
+    for name, n in sizes.items():
+        s = scope.symbols.get(name)
+        if s is None:
+            continue
+        if (s.lo is not None and n < s.lo) or (s.hi is not None and n > s.hi) or n % s.multiple:
+            step = "" if s.multiple == 1 else f", a multiple of {s.multiple}"
+            raise IrError(f"{name} = {n} is outside [{s.lo}, {s.hi}]{step}")
+    for a in scope.assumptions:
+        if all(name in sizes for name in a.expr.symbols) and a.expr.evaluate(sizes) < 0:
+            raise IrError(f"these sizes break the assumption {a.expr} >= 0", help=a.why)
+
+
+def _arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) -> dict[Value, Array]:
+    env: dict[Value, Array] = {}
+    for arg in func.args:
+        x = np.asarray(inputs[arg.name])
+        want = array_shape(ctx, arg.type)
+        if x.shape != want:
+            raise IrError(f"input %{arg.name} has shape {list(x.shape)}, {arg.type} is {list(want)}")
+        dtype = _dtype(arg.type)
+        ours = OUR_DTYPE.get(x.dtype, str(x.dtype))
+        if ours != dtype and not (ctx.precise and ours in FLOATS and dtype in FLOATS):
+            raise IrError(f"input %{arg.name} is {ours}, wanted {dtype}")
+        env[arg] = ctx.store(x, arg.type)
+    return env
+
+
+def _dtype(ty: Type) -> str:
+    return ty.of.dtype if isinstance(ty, Future) else ty.dtype
+
+
+def _execute(
+    ops: Sequence[Op], ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]], keep: Iterable[Value]
+) -> None:
+    """Runs `ops` on every rank, leaving in `envs` what is in `keep`."""
+    kept = set(keep)
+    last = {v: op for op in ops for v in op.operands}
+    with np.errstate(all="ignore"):  # inf and NaN are results like others
+        for op in ops:
+            made = _collective(op, ranks, envs) if isinstance(op, AllReduceStart) else None
+            for i, (ctx, env) in enumerate(zip(ranks, envs, strict=True)):
+                outs = (made,) if made is not None else _call(op, ctx, env)
+                for r, out in zip(op.results, outs, strict=True):
+                    want = array_shape(ctx, r.type)
+                    if out.shape != want:
+                        raise blame(op, f"{op.name} made shape {list(out.shape)} for {r.type}, {list(want)} (rank {i})")
+                    if r.has_uses or r in kept:
+                        env[r] = ctx.store(out, r.type)
+                del outs
+                for v in op.operands:
+                    if last[v] is op and v not in kept:
+                        env.pop(v, None)
+
+
+def _call(op: Op, ctx: EvalContext, env: Mapping[Value, Array]) -> tuple[Array, ...]:
+    args: list[Array | tuple[Array, ...] | None] = []
+    for field in op.SPEC.operands:
+        values = tuple(env[v] for v in op.field(field.name))
+        args.append(values if field.arity == "many" else values[0] if values else None)
+    try:
+        out = op.interp(ctx, *args)
+    except IrError as e:
+        raise blame(op, e.message, e.help) from e
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _collective(op: AllReduceStart, ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]]) -> Array:
+    size = op.func.module.groups[op.group]
+    if size != len(ranks):
+        raise blame(op, f"group @{op.group} has {size} ranks, {len(ranks)} are run", "use run_ranks")
+    return op.interp_ranks(ranks[0], [env[op.x] for env in envs])
