@@ -1,0 +1,232 @@
+"""Builds the unmodified transformers model that is traced, without memory for its weights.
+
+Parameters become fake tensors (shape and dtype only) the moment a module registers them; buffers, such as a rotary
+embedding's frequencies, keep the values that the model's constructor computed. Owns what has to be known about the
+model as a whole: its facts, its limits, the names under which a checkpoint stores its tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.attention import IMPLEMENTATION
+from xllm_compiler.frontend.checkpoint import Checkpoint
+
+TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the artifact's manifest and the runtime need to know about a model besides its step function."""
+
+    architecture: str  # the transformers class, such as "Qwen3ForCausalLM"
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    layers: int  # attention layers, one KV cache each
+    dtype: str
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config of a checkpoint directory. Never runs code that came with it."""
+    raw = checkpoint.config
+    where = str(checkpoint.path / "config.json")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise XllmError("checkpoint", "config.json has no model_type", where=where)
+    try:
+        known = AutoConfig.for_model(kind)
+    except Exception:
+        known = None
+    if known is None:
+        if raw.get("auto_map"):
+            raise XllmError(
+                "unsupported",
+                f"model type {kind!r} needs code that comes with the checkpoint (auto_map), which is never run here",
+                where=where,
+            )
+        raise XllmError("unsupported", f"unknown model type {kind!r}", where=where)
+    if raw.get("quantization_config"):
+        raise XllmError(
+            "unsupported", "the checkpoint is quantized", where=where, help="use the unquantized checkpoint"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False, local_files_only=True)
+    except XllmError:
+        raise
+    except Exception as e:
+        raise XllmError("checkpoint", f"transformers rejects config.json: {_first_line(e)}", where=where) from e
+
+
+def _first_line(e: BaseException) -> str:
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
+@contextmanager
+def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+    original = torch.nn.Module.register_parameter
+
+    def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and not isinstance(param, FakeTensor):
+            with mode:
+                empty = torch.empty(param.shape, dtype=param.dtype)
+            param = torch.nn.Parameter(empty, requires_grad=False)
+        original(self, name, param)
+
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_model(config: Any, dtype: str, max_model_len: int) -> Any:
+    """The causal LM of `config` in eval mode, ready for tracing. XllmError("unsupported") when transformers cannot."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    try:
+        with no_init_weights(), _fake_parameters(mode):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
+            )
+        model.tie_weights()
+    except XllmError:
+        raise
+    except Exception as e:
+        raise XllmError(
+            "unsupported",
+            f"transformers cannot build {config.model_type!r}: {_first_line(e)}",
+            help="the model may have an attention of its own that cannot be replaced",
+        ) from e
+    model.eval()
+    _freeze_rope(model, max_model_len)
+    return model
+
+
+def _freeze_rope(model: torch.nn.Module, max_model_len: int) -> None:
+    """Rotary embeddings that change with the length of the sequence: fixed where no request can be long enough.
+
+    "dynamic" frequencies change beyond the trained length, "longrope" ones beyond the original length; below it both
+    are the frequencies that the constructor computed.
+    """
+    for name, module in model.named_modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = list(kind.values()) if isinstance(kind, dict) else [kind]
+        changing = [k for k in kinds if isinstance(k, str) and ("dynamic" in k or k == "longrope")]
+        if not changing:
+            continue
+        limit = _rope_limit(module, changing[0])
+        if isinstance(kind, dict) or limit is None or max_model_len > limit:
+            raise XllmError(
+                "unsupported",
+                f"rotary embedding {changing[0]!r} changes its frequencies with the length of the sequence",
+                where=name,
+                help=f"compile with a max model length of at most {limit}" if limit else "",
+            )
+        module.rope_type = "default"
+
+
+def _rope_limit(module: Any, kind: str) -> int | None:
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings")
+    if kind == "longrope":
+        return int(original) if original else None
+    cached = getattr(module, "max_seq_len_cached", None)
+    limits = [int(x) for x in (original, cached) if x]
+    return min(limits) if limits else None
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the language model; the config itself for a text-only one."""
+    return config.get_text_config(decoder=True)
+
+
+def model_limit(config: Any) -> int | None:
+    """The most positions the model was made for, None where it does not say."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def model_facts(
+    config: Any, model: Any, generation: dict[str, Any], *, layers: int, vocab: int, dtype: str, max_model_len: int
+) -> ModelFacts:
+    text = text_config(config)
+    eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    if eos is None:
+        eos = getattr(text, "eos_token_id", None)
+    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    bos = generation.get("bos_token_id", getattr(config, "bos_token_id", None))
+    if bos is None:
+        bos = getattr(text, "bos_token_id", None)
+    return ModelFacts(
+        architecture=type(model).__name__,
+        model_type=str(config.model_type),
+        vocab_size=vocab,
+        hidden_size=int(getattr(text, "hidden_size", 0)),
+        layers=layers,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        eos_token_ids=tuple(int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab),
+        bos_token_id=int(bos) if isinstance(bos, int) and 0 <= bos < vocab else None,
+    )
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every parameter and buffer name -> all names of the same tensor, itself included, in the model's order."""
+    groups: dict[int, list[str]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: tuple(groups[id(tensor)]) for name, tensor in named}
+
+
+def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Model tensor name -> the checkpoint's name for it, by transformers' own renaming rules.
+
+    XllmError("unsupported") when a tensor would have to be converted (split, merged, transposed) on the way.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    own = dict.fromkeys([n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())], True)
+    names: dict[str, str] = {}
+    for key in sorted(checkpoint.tensors):
+        if key in own:
+            names[key] = key
+            continue
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if pattern is not None:
+            raise XllmError(
+                "unsupported",
+                f"tensor {key!r} is stored in a form that has to be converted ({pattern})",
+                where=str(checkpoint.tensors[key].file),
+            )
+        if renamed in own and renamed not in checkpoint.tensors:
+            if renamed in names:
+                raise XllmError(
+                    "checkpoint",
+                    f"both {names[renamed]!r} and {key!r} are the model's {renamed!r}",
+                    where=str(checkpoint.tensors[key].file),
+                )
+            names[renamed] = key
+    return names
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters

@@ -1,0 +1,378 @@
+"""From a checkpoint to the step function: build the model, trace it, import the graph, prove that it may be batched.
+
+Owns `trace_checkpoint` and the shape of `@step` (see docs/architecture.md). It translates; passes improve.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import fx
+from torch.export import Dim as ExportDim
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from xllm_compiler.dims import as_dim, ceildiv, sym
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend import aten  # noqa: F401  (registers the handlers)
+from xllm_compiler.frontend.attention import AttendCall, decide, recording
+from xllm_compiler.frontend.checkpoint import Array, Checkpoint
+from xllm_compiler.frontend.importer import DTYPES, Importer, Item, short_path
+from xllm_compiler.frontend.model import (
+    TORCH_DTYPE,
+    ModelFacts,
+    build_model,
+    checkpoint_names,
+    load_config,
+    model_facts,
+    model_limit,
+    takes,
+    tied_names,
+)
+from xllm_compiler.frontend.rows import check_rows
+from xllm_compiler.frontend.weights import Slot, WeightSource, match
+from xllm_compiler.ir import ops
+from xllm_compiler.ir.core import Builder, Func, Module, Value
+from xllm_compiler.ir.types import Kv, Tensor
+
+PAGE = 16
+MAX_PAGES = 1 << 24
+# The range that export may assume: so wide that a model which branches on the number of tokens is found out.
+_EXPORT_MAX = 1 << 24
+_MAX_MODEL_LEN = 1 << 24
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced model: `module` is in stage graph with the function @step; `weights` has a tensor for every param op."""
+
+    module: Module
+    facts: ModelFacts
+    weights: WeightSource
+
+
+class _Step(torch.nn.Module):
+    """The model over one flat run of tokens: ids [N], pos [N], sel [S] to f32 logits [S, vocab]."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.keeps = takes(model, "logits_to_keep")
+        self.positioned = takes(model, "position_ids")
+
+    def forward(self, ids: torch.Tensor, pos: torch.Tensor, sel: torch.Tensor) -> torch.Tensor:
+        arguments: dict[str, Any] = {"input_ids": ids[None], "use_cache": False, "return_dict": True}
+        if self.positioned:
+            arguments["position_ids"] = pos[None]
+        if self.keeps:
+            arguments["logits_to_keep"] = sel
+        logits = self.model(**arguments).logits[0].float()
+        return logits if self.keeps else logits[sel]  # type: ignore[no-any-return]
+
+
+def trace_checkpoint(
+    path_or_config: str | os.PathLike[str] | Any,
+    *,
+    dtype: str,
+    max_model_len: int | None = None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_num_logits: int,
+    check_finite: bool = True,
+) -> Traced:
+    """Traces a checkpoint directory, or a transformers config (whose weights then have no values).
+
+    `dtype` is "f32" or "bf16". `max_model_len` is in tokens; None takes what the model was made for. Raises XllmError
+    with kind "checkpoint" (the directory), "unsupported" (the model) or "option" (a limit).
+    """
+    if dtype not in TORCH_DTYPE:
+        raise XllmError("option", f"dtype {dtype!r} cannot be compiled", help="one of " + ", ".join(TORCH_DTYPE))
+    checkpoint: Checkpoint | None = None
+    if isinstance(path_or_config, (str, os.PathLike)):
+        checkpoint = Checkpoint.open(path_or_config)
+        config = load_config(checkpoint)
+    else:
+        config = path_or_config
+    length = _model_len(config, max_model_len)
+    for name, limit in (
+        ("max_num_seqs", max_num_seqs),
+        ("max_num_batched_tokens", max_num_batched_tokens),
+        ("max_num_logits", max_num_logits),
+    ):
+        if not 1 <= limit <= _EXPORT_MAX:
+            raise XllmError("option", f"{name}={limit} must be in 1..{_EXPORT_MAX}")
+    model = build_model(config, dtype, length)
+    names = {} if checkpoint is None else checkpoint_names(model, checkpoint)
+    program, calls = _export(model)
+    for call in calls:
+        decide(call)
+    module = Module("graph")
+    _declare(module, max_num_seqs, max_num_batched_tokens, max_num_logits)
+    step = _StepImport(module, program, model, names, checkpoint, dtype, length)
+    logits = step.run(calls)
+    _drop_dead(module.func("step"))
+    check_rows(module.func("step"))
+    facts = model_facts(
+        config,
+        model,
+        checkpoint.generation if checkpoint else {},
+        layers=len(calls),
+        vocab=logits.shape[1].value,
+        dtype=dtype,
+        max_model_len=length,
+    )
+    used = {op.name_ for op in module.func("step").ops if isinstance(op, ops.Param)}
+    slots = {n: s for n, s in step.slots.items() if n in used}
+    if checkpoint is not None:
+        for slot in slots.values():
+            if slot.key:
+                match(slot, checkpoint)
+    return Traced(module, facts, WeightSource(slots, checkpoint, check_finite))
+
+
+def _model_len(config: Any, wanted: int | None) -> int:
+    limit = model_limit(config)
+    if wanted is None:
+        if limit is None:
+            raise XllmError("option", "the model names no maximal length", help="give a max model length")
+        return limit
+    if not 1 <= wanted <= (limit or _MAX_MODEL_LEN):
+        raise XllmError(
+            "option",
+            f"a max model length of {wanted} tokens",
+            help=f"the model was made for 1 to {limit or _MAX_MODEL_LEN}",
+        )
+    return wanted
+
+
+def _declare(module: Module, seqs: int, tokens: int, logits: int) -> None:
+    scope = module.scope
+    scope.declare("N", 1, tokens, why="tokens in this step, all requests flattened")
+    scope.declare("B", 1, seqs, why="requests in this step")
+    scope.declare("S", 0, logits, why="rows whose logits are wanted")
+    scope.declare("P", 1, MAX_PAGES, why="KV pages in the pool")
+    scope.assume(sym("N") - sym("B"), why="every request of a step has at least one token")
+
+
+def _export(model: Any) -> tuple[ExportedProgram, list[AttendCall]]:
+    """Runs torch.export. Whatever goes wrong in the model's own code is an XllmError naming its line."""
+    tokens = ExportDim("N", min=2, max=_EXPORT_MAX)
+    sampled = ExportDim("S", min=2, max=_EXPORT_MAX)
+    inputs = (
+        torch.zeros(11, dtype=torch.int32),
+        torch.arange(11, dtype=torch.int32),
+        torch.arange(3, dtype=torch.int32),
+    )
+    with recording() as calls, torch.no_grad():
+        try:
+            program = torch.export.export(
+                _Step(model), inputs, dynamic_shapes=({0: tokens}, {0: tokens}, {0: sampled}), strict=False
+            )
+        except XllmError:
+            raise
+        except Exception as e:
+            raise _model_error(e) from e
+    if not calls:
+        raise XllmError(
+            "unsupported",
+            f"{type(model).__name__} calls no attention that can be replaced",
+            help="it has an attention of its own, or none",
+        )
+    return program, calls
+
+
+_MODEL_FRAME = re.compile(r'transformers/models/(\S+?)", line (\d+)')
+
+
+def _model_error(e: Exception) -> XllmError:
+    """An exception from inside a trace, at the innermost line of the model."""
+    where = ""
+    seen: BaseException | None = e
+    while seen is not None and not where:
+        for frame in reversed(traceback.extract_tb(seen.__traceback__)):
+            if "/transformers/models/" in frame.filename:
+                where = f"{short_path(frame.filename)}:{frame.lineno}"
+                break
+        seen = seen.__cause__ or seen.__context__
+    text = " ".join(str(e).split())
+    found = _MODEL_FRAME.findall(text) if not where else []
+    if found:
+        where = f"transformers/models/{found[-1][0]}:{found[-1][1]}"
+    if "Mask'" in text:
+        message = "the model computes with its attention mask, outside of the attention function"
+    elif "Constraints violated" in text or "ConstraintViolation" in text:
+        message = "the model decides by the number of tokens"
+    elif "data-dependent" in text or "DataDependent" in type(e).__name__:
+        message = "the model decides by the values of its tensors"
+    else:
+        message = f"the model cannot be traced ({type(e).__name__}: {text[:240]})"
+    return XllmError("unsupported", message, where=where)
+
+
+class _StepImport:
+    """Builds @step from an exported program."""
+
+    def __init__(
+        self,
+        module: Module,
+        program: ExportedProgram,
+        model: torch.nn.Module,
+        names: Mapping[str, str],
+        checkpoint: Checkpoint | None,
+        dtype: str,
+        max_model_len: int,
+    ) -> None:
+        self.program = program
+        self.names = names
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.slots: dict[str, Slot] = {}
+        self.tied = tied_names(model)
+        self.func = module.add_func("step")
+        n, b, s, t = sym("N"), sym("B"), sym("S"), ceildiv(max_model_len, PAGE)
+        self.inputs = {
+            name: self.func.add_arg(name, Tensor("i32", shape))
+            for name, shape in {
+                "ids": (n,),
+                "pos": (n,),
+                "seq": (n,),
+                "start": (b + 1,),
+                "table": (b, as_dim(t)),
+                "sel": (s,),
+            }.items()
+        }
+        self.calls: list[AttendCall] = []
+        self.caches: list[tuple[Value, Value]] = []  # argument, last version
+        self.importer = Importer(Builder.at_end(self.func), self._symbols())
+
+    def _symbols(self) -> dict[str, str]:
+        """Export's names of the two traced sizes -> ours."""
+        out: dict[str, str] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name in ("ids", "sel"):
+                size = node.meta["val"].shape[0]
+                if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+                    raise XllmError("unsupported", f"the model fixes the number of its tokens at {size}")
+                out[size.node.expr.name] = "N" if node.name == "ids" else "S"
+        return out
+
+    def run(self, calls: list[AttendCall]) -> Value:
+        """Imports the graph; returns the logits."""
+        self.calls = calls
+        signature = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            spec = signature[node.name]
+            if spec.kind == InputKind.USER_INPUT:
+                self.importer.env[node] = self.inputs[node.name]
+            else:
+                self.importer.env[node] = self._tensor(node, spec.kind, str(spec.target))
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr":
+                raise XllmError("unsupported", f"the model calls a subgraph ({node.target})")
+        (logits,) = self.importer.run(self.program.graph, self._attend)
+        if not isinstance(logits, Value) or logits.dtype != "f32" or logits.tensor.rank != 2:
+            raise XllmError("unsupported", f"the model does not end in logits but in {logits}")
+        results = [logits, *[last for _, last in self.caches]]
+        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)})
+        return logits
+
+    def _tensor(self, node: fx.Node, kind: InputKind, target: str) -> Value:
+        """A parameter, buffer or constant of the model as a param op; scalars become constants."""
+        name = target.removeprefix("model.") if target.startswith("model.") else target
+        meta = node.meta["val"]
+        dtype = DTYPES.get(meta.dtype)
+        if dtype is None:
+            raise XllmError("unsupported", f"{name} is {meta.dtype}")
+        shape = tuple(int(d) for d in meta.shape)
+        builder = self.importer.b
+        value = self._traced_value(target, kind)
+        group = self.tied.get(name, (name,))
+        key = next((self.names[n] for n in group if n in self.names), "")
+        if value is not None and not key:
+            if not shape:
+                return builder.create(ops.Const, value=value.item(), dtype=dtype).result
+            own = f"traced.{name}"
+            self.slots[own] = Slot(own, dtype, shape, value=value)
+            return builder.create(ops.Param, name=own, type=Tensor(dtype, shape)).result
+        if self.checkpoint is not None and not key:
+            raise XllmError(
+                "checkpoint",
+                f"tensor {name!r} is missing",
+                where=str(self.checkpoint.path),
+                help="the checkpoint does not hold all weights of the model that config.json describes",
+            )
+        own = key or group[0]
+        self.slots[own] = Slot(own, dtype, shape, key=own)
+        return builder.create(ops.Param, name=own, type=Tensor(dtype, shape)).result
+
+    def _traced_value(self, target: str, kind: InputKind) -> Array | None:
+        """The value that the constructor or the trace gave to a buffer or constant; None for parameters."""
+        if kind == InputKind.PARAMETER:
+            return None
+        tensor = self.program.constants.get(target)
+        if tensor is None:
+            tensor = self.program.state_dict.get(target)
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, torch._subclasses.FakeTensor):
+            return None
+        return to_numpy(tensor)
+
+    def _attend(self, im: Importer, query: Value, key: Value, value: Value, sinks: Value | None, call: int) -> Item:
+        """One attention call: writes this step's keys and values into a cache of its own, then attends over it."""
+        about = self.calls[call]
+        (hq, hk), (dk, dv) = about.heads, about.dims
+        n = sym("N")
+        layer = len(self.caches)
+
+        def rows(x: Value, heads: int, size: int) -> Value:
+            if x.shape[2] is not n:
+                raise im.unsupported(f"attention over {x.shape[2]} tokens that are not the step's")
+            return im.cast(im.reshape(im.transpose(x, (0, 2, 1, 3)), (n, heads, size)), self.dtype)
+
+        kv_type = Kv(self.dtype, hk, dk, dv, PAGE, sym("P"))
+        first = self.func.add_arg(f"kv{layer}", kv_type)
+        where = {"pos": self.inputs["pos"], "seq": self.inputs["seq"], "table": self.inputs["table"]}
+        written = im.emit(ops.KvWrite, first, rows(key, hk, dk), rows(value, hk, dv), **where, hint=f"kv{layer}_")
+        out = im.emit(
+            ops.KvAttend,
+            written,
+            rows(query, hq, dk),
+            **where,
+            start=self.inputs["start"],
+            sinks=sinks,
+            scale=about.scale,
+            window=about.window,
+            softcap=about.softcap,
+        )
+        self.caches.append((first, written))
+        return im.cast(im.reshape(out, (1, n, hq, dv)), im.dtype_of())
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """A tensor as an array in the dtype that the IR gives it (64-bit integers as i32)."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16).copy()
+    array: Array = tensor.numpy()
+    if array.dtype == np.int64:
+        if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
+            raise XllmError("unsupported", "the model holds integers beyond 32 bits")
+        return array.astype(np.int32)
+    return np.array(array)
+
+
+def _drop_dead(func: Func) -> None:
+    """Removes pure ops without uses: what the model computed and threw away must not be judged."""
+    for op in reversed(list(func.ops)):
+        if op.SPEC.pure and not any(r.has_uses for r in op.results):
+            op.erase()
