@@ -1,0 +1,136 @@
+"""Words for writing kernels: 16-lane vectors, bf16 and f32 memory, shares of work. Owns the vocabulary.
+
+It wraps TVM's builder so that a kernel reads as what it computes; it must not know any kernel. All functions emit at, or
+make expressions for, the builder's current place. A vector is a 16-lane f32 expression. Multiply and add are fused only
+where `fma` says so: what LLVM contracts by itself may differ from one tile shape to another, and bits with it, so a
+product that meets a sum is always written as `fma`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.base import LANES, Isa, Kernel
+from xllm_compiler.kernels.tir.intrinsics import intrinsics
+
+Expr = Any  # a TVM expression, buffer or variable: TVM has no types that mypy can see
+_UNBOUNDED = 1 << 30  # a flat buffer's declared length, which nothing checks
+
+
+def build_function(kernel: Kernel, isa: Isa, body: Callable[..., None]) -> Expr:
+    """The private function of `kernel`; `body` gets one flat buffer per pointer and one variable per scalar, by name."""
+    with IRBuilder() as builder, T.prim_func(is_private=True):
+        T.func_name(kernel.symbol)
+        values: dict[str, Expr] = {}
+        for arg in kernel.args:
+            values[arg.name] = T.arg(arg.name, T.handle(arg.tir_type) if arg.pointer else T.int32())
+        for arg in kernel.args:
+            if arg.pointer:
+                values[arg.name] = T.decl_buffer((_UNBOUNDED,), arg.tir_type, data=values[arg.name])
+        with T.attr("default", "pragma_import_llvm", intrinsics(isa)):
+            body(**values)
+    return builder.get()
+
+
+def address(buffer: Expr, index: Expr) -> Expr:
+    """The address of one element."""
+    return T.address_of(buffer[index])
+
+
+def splat(value: Expr) -> Expr:
+    """All 16 lanes are `value`, a number or a scalar expression."""
+    return T.broadcast(T.float32(value) if isinstance(value, int | float) else value, LANES)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a * b + c with one rounding, scalar or vector."""
+    return tirx.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c)
+
+
+def load(buffer: Expr, index: Expr, dtype: str) -> Expr:
+    """16 elements as f32."""
+    return T.call_extern("float32x16", f"xllm_load_{dtype}", address(buffer, index))
+
+
+def load_first(buffer: Expr, index: Expr, count: Expr, dtype: str) -> Expr:
+    """The first `count` of 16 elements; the others are 0 and their memory is not touched."""
+    return T.call_extern("float32x16", f"xllm_load_first_{dtype}", address(buffer, index), count)
+
+
+def store(buffer: Expr, index: Expr, value: Expr, dtype: str) -> None:
+    """Writes 16 elements, rounded to `dtype`."""
+    T.evaluate(T.call_extern("int32", f"xllm_store_{dtype}", address(buffer, index), value))
+
+
+def store_first(buffer: Expr, index: Expr, value: Expr, count: Expr, dtype: str) -> None:
+    """Writes the first `count` of 16 elements."""
+    T.evaluate(T.call_extern("int32", f"xllm_store_first_{dtype}", address(buffer, index), value, count))
+
+
+def load_part(buffer: Expr, index: Expr, count: int, dtype: str) -> Expr:
+    """`load` for a count known at compile time, 1 to 16."""
+    return load(buffer, index, dtype) if count >= LANES else load_first(buffer, index, T.int32(count), dtype)
+
+
+def store_part(buffer: Expr, index: Expr, value: Expr, count: int, dtype: str) -> None:
+    """`store` for a count known at compile time, 1 to 16."""
+    if count >= LANES:
+        store(buffer, index, value, dtype)
+    else:
+        store_first(buffer, index, value, T.int32(count), dtype)
+
+
+def horizontal_sum(value: Expr) -> Expr:
+    """The sum of 16 lanes, in a fixed order."""
+    return T.call_pure_extern("float32", "xllm_sum", value)
+
+
+def horizontal_max(value: Expr) -> Expr:
+    """The largest of 16 lanes; NaN only if all are."""
+    return T.call_pure_extern("float32", "xllm_max", value)
+
+
+class Vectors:
+    """Mutable vectors that live in registers when every index is a Python int."""
+
+    def __init__(self, count: int) -> None:
+        self._buffer = T.alloc_buffer((count * LANES,), "float32", scope="local")
+
+    def __getitem__(self, index: int) -> Expr:
+        return self._buffer[T.ramp(index * LANES, 1, LANES)]
+
+    def __setitem__(self, index: int, value: Expr) -> None:
+        T.buffer_store(self._buffer, value, [T.ramp(index * LANES, 1, LANES)])
+
+
+class Scalars:
+    """Mutable scalars that live in registers when every index is a Python int."""
+
+    def __init__(self, count: int, dtype: str = "float32") -> None:
+        self._buffer = T.alloc_buffer((count,), dtype, scope="local")
+
+    def __getitem__(self, index: int) -> Expr:
+        return self._buffer[index]
+
+    def __setitem__(self, index: int, value: Expr) -> None:
+        T.buffer_store(self._buffer, value, [index])
+
+
+def share(total: Expr, member: Expr, team: Expr) -> tuple[Expr, Expr]:
+    """[first, last) of `total` units for one member: contiguous, and no two members differ by more than one unit."""
+    wide = T.Cast("int64", total)
+    first = T.Cast("int32", T.truncdiv(wide * T.Cast("int64", member), T.Cast("int64", team)))
+    last = T.Cast("int32", T.truncdiv(wide * T.Cast("int64", member + 1), T.Cast("int64", team)))
+    return T.bind(first), T.bind(last)
+
+
+def choose(value: Expr, cases: dict[int, Callable[[], None]]) -> None:
+    """Emits `if value == key: case()` for each key."""
+    for key, case in cases.items():
+        with T.If(value == key), T.Then():
+            case()

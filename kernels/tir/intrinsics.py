@@ -1,0 +1,168 @@
+"""Small LLVM functions that TensorIR has no words for: the bf16 dot product, rounding, masked access, reductions.
+
+Owns their text, one per instruction set level. TVM inlines an imported function wherever it is called and drops it.
+All work on 16 lanes and name their result types as TVM does; `emit` wraps them for the kernels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from xllm_compiler.kernels.tir.base import Isa
+
+_COMMON = """
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, <16 x i1>, <16 x float>)
+declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, <16 x i1>, <16 x i16>)
+declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, <16 x i1>)
+declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, <16 x i1>)
+declare <8 x float> @llvm.maxnum.v8f32(<8 x float>, <8 x float>)
+declare <4 x float> @llvm.maxnum.v4f32(<4 x float>, <4 x float>)
+declare <2 x float> @llvm.maxnum.v2f32(<2 x float>, <2 x float>)
+declare float @llvm.maxnum.f32(float, float)
+
+define linkonce_odr i32 @xllm_load_pair(ptr %p) {
+  %r = load i32, ptr %p, align 2
+  ret i32 %r
+}
+define linkonce_odr <16 x float> @xllm_load_f32(ptr %p) {
+  %r = load <16 x float>, ptr %p, align 4
+  ret <16 x float> %r
+}
+define linkonce_odr <16 x i32> @xllm_load_i32(ptr %p) {
+  %r = load <16 x i32>, ptr %p, align 4
+  ret <16 x i32> %r
+}
+define linkonce_odr i32 @xllm_store_f32(ptr %p, <16 x float> %v) {
+  store <16 x float> %v, ptr %p, align 4
+  ret i32 0
+}
+define linkonce_odr <16 x float> @xllm_widen(<16 x i16> %v) {
+  %w = zext <16 x i16> %v to <16 x i32>
+  %s = shl <16 x i32> %w, splat (i32 16)
+  %r = bitcast <16 x i32> %s to <16 x float>
+  ret <16 x float> %r
+}
+define linkonce_odr <16 x float> @xllm_load_bf16(ptr %p) {
+  %v = load <16 x i16>, ptr %p, align 2
+  %r = call <16 x float> @xllm_widen(<16 x i16> %v)
+  ret <16 x float> %r
+}
+define linkonce_odr i32 @xllm_store_bf16(ptr %p, <16 x float> %v) {
+  %r = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
+  store <16 x i16> %r, ptr %p, align 2
+  ret i32 0
+}
+define linkonce_odr <16 x i1> @xllm_first(i32 %n) {
+  %i = insertelement <16 x i32> poison, i32 %n, i32 0
+  %s = shufflevector <16 x i32> %i, <16 x i32> poison, <16 x i32> zeroinitializer
+  %m = icmp sgt <16 x i32> %s, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7,
+                                i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  ret <16 x i1> %m
+}
+define linkonce_odr <16 x float> @xllm_load_first_f32(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x float> @llvm.masked.load.v16f32.p0(ptr align 4 %p, <16 x i1> %m, <16 x float> zeroinitializer)
+  ret <16 x float> %r
+}
+define linkonce_odr <16 x float> @xllm_load_first_bf16(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %v = call <16 x i16> @llvm.masked.load.v16i16.p0(ptr align 2 %p, <16 x i1> %m, <16 x i16> zeroinitializer)
+  %r = call <16 x float> @xllm_widen(<16 x i16> %v)
+  ret <16 x float> %r
+}
+define linkonce_odr i32 @xllm_store_first_f32(ptr %p, <16 x float> %v, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  call void @llvm.masked.store.v16f32.p0(<16 x float> %v, ptr align 4 %p, <16 x i1> %m)
+  ret i32 0
+}
+define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
+  call void @llvm.masked.store.v16i16.p0(<16 x i16> %r, ptr align 2 %p, <16 x i1> %m)
+  ret i32 0
+}
+; lanes i and i+8, then i+4, i+2, i+1: the same tree at every level
+define linkonce_odr float @xllm_sum(<16 x float> %v) {
+  %a0 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %a1 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %a = fadd <8 x float> %a0, %a1
+  %b0 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b1 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %b = fadd <4 x float> %b0, %b1
+  %c0 = shufflevector <4 x float> %b, <4 x float> poison, <2 x i32> <i32 0, i32 1>
+  %c1 = shufflevector <4 x float> %b, <4 x float> poison, <2 x i32> <i32 2, i32 3>
+  %c = fadd <2 x float> %c0, %c1
+  %d0 = extractelement <2 x float> %c, i32 0
+  %d1 = extractelement <2 x float> %c, i32 1
+  %d = fadd float %d0, %d1
+  ret float %d
+}
+define linkonce_odr float @xllm_max(<16 x float> %v) {
+  %a0 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %a1 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %a = call <8 x float> @llvm.maxnum.v8f32(<8 x float> %a0, <8 x float> %a1)
+  %b0 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b1 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %b = call <4 x float> @llvm.maxnum.v4f32(<4 x float> %b0, <4 x float> %b1)
+  %c0 = shufflevector <4 x float> %b, <4 x float> poison, <2 x i32> <i32 0, i32 1>
+  %c1 = shufflevector <4 x float> %b, <4 x float> poison, <2 x i32> <i32 2, i32 3>
+  %c = call <2 x float> @llvm.maxnum.v2f32(<2 x float> %c0, <2 x float> %c1)
+  %d0 = extractelement <2 x float> %c, i32 0
+  %d1 = extractelement <2 x float> %c, i32 1
+  %d = call float @llvm.maxnum.f32(float %d0, float %d1)
+  ret float %d
+}
+"""
+
+_DOT_INSTRUCTION = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+define linkonce_odr <16 x float> @xllm_dot_bf16(<16 x float> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+define linkonce_odr <16 x i16> @xllm_round_bf16(<16 x float> %v) {
+  %c = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %v)
+  %r = bitcast <16 x bfloat> %c to <16 x i16>
+  ret <16 x i16> %r
+}
+"""
+
+_DOT_WITH_FMA = """
+define linkonce_odr <16 x float> @xllm_dot_bf16(<16 x float> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %al = shl <16 x i32> %a, splat (i32 16)
+  %bl = shl <16 x i32> %b, splat (i32 16)
+  %ah = and <16 x i32> %a, splat (i32 -65536)
+  %bh = and <16 x i32> %b, splat (i32 -65536)
+  %x0 = bitcast <16 x i32> %al to <16 x float>
+  %y0 = bitcast <16 x i32> %bl to <16 x float>
+  %x1 = bitcast <16 x i32> %ah to <16 x float>
+  %y1 = bitcast <16 x i32> %bh to <16 x float>
+  %r0 = call <16 x float> @llvm.fma.v16f32(<16 x float> %x0, <16 x float> %y0, <16 x float> %acc)
+  %r1 = call <16 x float> @llvm.fma.v16f32(<16 x float> %x1, <16 x float> %y1, <16 x float> %r0)
+  ret <16 x float> %r1
+}
+; to nearest, ties to even; a NaN stays one
+define linkonce_odr <16 x i16> @xllm_round_bf16(<16 x float> %v) {
+  %u = bitcast <16 x float> %v to <16 x i32>
+  %h = lshr <16 x i32> %u, splat (i32 16)
+  %odd = and <16 x i32> %h, splat (i32 1)
+  %bias = add <16 x i32> %odd, splat (i32 32767)
+  %sum = add <16 x i32> %u, %bias
+  %near = lshr <16 x i32> %sum, splat (i32 16)
+  %quiet = or <16 x i32> %h, splat (i32 64)
+  %nan = fcmp uno <16 x float> %v, zeroinitializer
+  %w = select <16 x i1> %nan, <16 x i32> %quiet, <16 x i32> %near
+  %r = trunc <16 x i32> %w to <16 x i16>
+  ret <16 x i16> %r
+}
+"""
+
+
+@cache
+def intrinsics(isa: Isa) -> str:
+    """The LLVM text to import into a kernel for `isa`."""
+    return _COMMON + (_DOT_INSTRUCTION if isa.has_bf16_dot else _DOT_WITH_FMA)

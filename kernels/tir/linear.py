@@ -1,0 +1,253 @@
+"""Linear layers over packed panels: `Linear` and `LinearGlu`. Owns the register tiles and the loop over them.
+
+One loop serves decode and prefill. The unit of work is a tile of up to 6 rows by one 64-column panel; units are numbered
+panel by panel and a member takes a contiguous range of them. So with few rows each weight panel is read once, front to
+back, by one member; with many rows a panel stays in the second-level cache while the rows pass by.
+
+Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them), whatever
+the tile: a row's bits do not depend on the other rows, on the tile or on the team.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PANEL, Arg, Isa, Kernel, require, scalar
+from xllm_compiler.kernels.tir.emit import (
+    Vectors,
+    address,
+    build_function,
+    choose,
+    fma,
+    load,
+    load_part,
+    share,
+    splat,
+    store_part,
+)
+from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
+
+Expr = Any
+_DTYPES = ("bf16", "f32")
+_MAX_ROWS = 6
+# Vectors of a panel that one register tile takes, by their number; a gated tile needs a gate vector and its up vector.
+_LINEAR_GROUPS = {4: ((0, 1, 2, 3),), 2: ((0, 1), (2, 3)), 1: ((0,), (1,), (2,), (3,))}
+_GLU_GROUPS = {4: ((0, 1, 2, 3),), 2: ((0, 2), (1, 3))}
+
+
+@dataclass(frozen=True)
+class Linear(Kernel):
+    """y[rows, n] = act(x[rows, k] @ w.T + bias) + residual, rounded once to `out`.
+
+    `dtype` is the type of x, w, bias and residual; w lies in `panel` layout.
+    """
+
+    k: int
+    n: int
+    dtype: str
+    out: str
+    bias: bool = False
+    residual: bool = False
+    act: str = "none"
+
+    def __post_init__(self) -> None:
+        require(self.k > 0 and self.n > 0, f"linear of {self.k} by {self.n}", self)
+        require(self.dtype in _DTYPES and self.out in _DTYPES, f"linear {self.dtype} to {self.out}", self)
+        require(self.act in ACTIVATIONS, f"activation {self.act!r}", self)
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        pointers = [Arg("x", self.dtype, f"rows, {self.k}"), Arg("w", self.dtype, f"panels of {self.n}, {self.k}")]
+        if self.bias:
+            pointers.append(Arg("bias", self.dtype, f"{self.n}"))
+        if self.residual:
+            pointers.append(Arg("residual", self.dtype, f"rows, {self.n}"))
+        pointers.append(Arg("y", self.out, f"rows, {self.n}", written=True))
+        return (*pointers, scalar("rows"), *MEMBER_ARGS)
+
+    def build(self, isa: Isa) -> Any:
+        def finish(tile: _Tile, env: dict[str, Expr]) -> None:
+            for (row, vector), total in tile.totals():
+                at = tile.panel * PANEL + vector * LANES
+                count = tile.valid(vector * LANES)
+                if count <= 0:
+                    continue
+                if self.bias:
+                    total = total + load_part(env["bias"], at, count, self.dtype)
+                total = ACTIVATIONS[self.act](total)
+                where = T.bind(T.Cast("int64", row) * self.n + at)
+                if self.residual:
+                    total = total + load_part(env["residual"], where, count, self.dtype)
+                store_part(env["y"], where, total, count, self.out)
+
+        loop = _Loop(isa, self.k, self.n, self.dtype, PANEL, _LINEAR_GROUPS, finish)
+        return build_function(self, isa, loop.emit)
+
+
+@dataclass(frozen=True)
+class LinearGlu(Kernel):
+    """y[rows, f] = act(g) * u, where g and u are the first and second f columns of x[rows, k] @ w.T + bias.
+
+    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint.
+    """
+
+    k: int
+    f: int
+    dtype: str
+    act: str = "silu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.k > 0 and self.f > 0, f"gated linear of {self.k} by {self.f}", self)
+        require(self.dtype in _DTYPES, f"gated linear in {self.dtype}", self)
+        require(self.act in ACTIVATIONS, f"activation {self.act!r}", self)
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        pointers = [Arg("x", self.dtype, f"rows, {self.k}"), Arg("w", self.dtype, f"glu panels of {self.f}, {self.k}")]
+        if self.bias:
+            pointers.append(Arg("bias", self.dtype, f"2 * {self.f}"))
+        pointers.append(Arg("y", self.dtype, f"rows, {self.f}", written=True))
+        return (*pointers, scalar("rows"), *MEMBER_ARGS)
+
+    def build(self, isa: Isa) -> Any:
+        half = PANEL // 2
+
+        def finish(tile: _Tile, env: dict[str, Expr]) -> None:
+            totals = dict(tile.totals())
+            for (row, vector), gate in totals.items():
+                count = tile.valid(vector * LANES)
+                if vector * LANES >= half or count <= 0:
+                    continue
+                up = totals[row, vector + half // LANES]
+                at = tile.panel * half + vector * LANES
+                if self.bias:
+                    gate = gate + load_part(env["bias"], at, count, self.dtype)
+                    up = up + load_part(env["bias"], at + self.f, count, self.dtype)
+                value = ACTIVATIONS[self.act](gate) * up
+                store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
+
+        loop = _Loop(isa, self.k, self.f, self.dtype, half, _GLU_GROUPS, finish)
+        return build_function(self, isa, loop.emit)
+
+
+class _Tile:
+    """Some rows by some vectors of one panel, after its accumulation."""
+
+    def __init__(
+        self, rows: Sequence[Expr], vectors: Sequence[int], panel: Expr, valid: int, accumulators: Vectors
+    ) -> None:
+        self.panel = panel
+        self._rows = rows
+        self._vectors = vectors
+        self._valid = valid
+        self._accumulators = accumulators
+
+    def totals(self) -> Iterator[tuple[tuple[Expr, int], Expr]]:
+        """((row of y, vector of the panel), sum)."""
+        for i, row in enumerate(self._rows):
+            for j, vector in enumerate(self._vectors):
+                yield (row, vector), self._accumulators[i * len(self._vectors) + j]
+
+    def valid(self, column: int) -> int:
+        """How many of the 16 columns of y from `column` of the panel on exist; may be negative."""
+        return min(self._valid - column, LANES)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The loop over tiles that both kernels share: `columns` of y per panel, n of them in all."""
+
+    isa: Isa
+    k: int
+    n: int
+    dtype: str
+    columns: int
+    groups: dict[int, tuple[tuple[int, ...], ...]]
+    finish: Callable[[_Tile, dict[str, Expr]], None]
+
+    def emit(self, **env: Expr) -> None:
+        height = max(rows for rows in range(1, _MAX_ROWS + 1) if self._width(rows))
+        panels = -(-self.n // self.columns)
+        rows = env["rows"]
+        tiles = T.bind(T.truncdiv(rows + (height - 1), T.int32(height)))
+        first, last = share(tiles * panels, env["member"], env["team"])
+        with T.If(first < last), T.Then():
+            start = T.bind(T.truncdiv(first, tiles))
+            stop = T.bind(T.truncdiv(last - 1, tiles) + 1)
+            with T.serial(start, stop) as panel:
+                lo = T.bind(T.max(first - panel * tiles, 0))
+                hi = T.bind(T.min(last - panel * tiles, tiles))
+                with T.serial(lo, hi) as tile:
+                    row = T.bind(tile * height)
+                    here = T.bind(T.min(rows - row, height))
+                    choose(here, {count: self._tile(env, row, count, panel, panels) for count in range(1, height + 1)})
+
+    def _width(self, rows: int) -> int:
+        """Vectors of a tile of `rows` rows whose accumulators leave registers for operands; 0 if there is none."""
+        registers_each = LANES // self.isa.register_lanes
+        budget = self.isa.vector_registers * 3 // 4
+        return max((width for width in self.groups if rows * width * registers_each <= budget), default=0)
+
+    def _tile(self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, panels: int) -> Callable[[], None]:
+        def emit() -> None:
+            for vectors in self.groups[self._width(count)]:
+                accumulators = self._accumulate(env["x"], env["w"], row, count, panel, vectors)
+                numbers = [T.bind(row + i) for i in range(count)]
+                tail = self.n - (panels - 1) * self.columns
+                if tail == self.columns:
+                    self.finish(_Tile(numbers, vectors, panel, tail, accumulators), env)
+                else:
+                    with T.If(panel < panels - 1):
+                        with T.Then():
+                            self.finish(_Tile(numbers, vectors, panel, self.columns, accumulators), env)
+                        with T.Else():
+                            self.finish(_Tile(numbers, vectors, panel, tail, accumulators), env)
+
+        return emit
+
+    def _accumulate(self, x: Expr, w: Expr, row: Expr, count: int, panel: Expr, vectors: Sequence[int]) -> Vectors:
+        accumulators = Vectors(count * len(vectors))
+        for i in range(count * len(vectors)):
+            accumulators[i] = splat(0.0)
+        depth = self.k if self.dtype == "f32" else -(-self.k // 2)
+        base = T.bind(T.Cast("int64", panel) * (depth * PANEL))
+        origin = T.bind(T.Cast("int64", row) * self.k)
+
+        def weights(step: Expr) -> list[Expr]:
+            return [self._weight(w, base + step * PANEL + vector * LANES) for vector in vectors]
+
+        def add(step: Expr, operands: list[Expr]) -> None:
+            packed = weights(step)
+            for i, operand in enumerate(operands):
+                for j, weight in enumerate(packed):
+                    at = i * len(vectors) + j
+                    accumulators[at] = self._multiply(accumulators[at], operand, weight)
+
+        whole = self.k if self.dtype == "f32" else self.k // 2
+        with T.serial(0, whole) as step:
+            add(step, [self._operand(x, origin + i * self.k, step) for i in range(count)])
+        if whole < depth:  # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
+            single = [T.Cast("int32", x[origin + i * self.k + (self.k - 1)]) for i in range(count)]
+            add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
+        return accumulators
+
+    def _operand(self, x: Expr, start: Expr, step: Expr) -> Expr:
+        if self.dtype == "f32":
+            return T.bind(splat(x[start + step]))
+        pair = T.call_extern("int32", "xllm_load_pair", address(x, start + step * 2))
+        return T.bind(T.broadcast(pair, LANES))
+
+    def _weight(self, w: Expr, index: Expr) -> Expr:
+        if self.dtype == "f32":
+            return T.bind(load(w, index, "f32"))
+        return T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, index * 2)))
+
+    def _multiply(self, total: Expr, operand: Expr, weight: Expr) -> Expr:
+        if self.dtype == "f32":
+            return fma(operand, weight, total)
+        return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, weight)

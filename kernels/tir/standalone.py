@@ -1,0 +1,112 @@
+"""Runs one kernel by itself on numpy arrays, with a team of any size: for tests and benchmarks only.
+
+Owns nothing of the product: the lowering compiles whole programs with the same `NativeModule`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm_compiler.kernels.tir.base import Arg, Isa, Kernel
+from xllm_compiler.kernels.tir.native import NativeModule
+from xllm_compiler.kernels.tir.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
+
+_STEP = "xllm_step_kernel"
+
+
+def aligned(shape: tuple[int, ...], dtype: Any, alignment: int = 64) -> npt.NDArray[Any]:
+    """A zeroed array whose data is aligned to `alignment` bytes."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(count + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + count].view(dtype).reshape(shape)
+
+
+class Team:
+    """Threads 1 .. size-1 that stay inside the native team runtime of `library` until `close`."""
+
+    def __init__(self, library: ctypes.CDLL, size: int) -> None:
+        self._library = library
+        self._ctx = aligned((CTX_BYTES,), np.uint8)
+        self._ctx[CTX_TEAM_OFFSET : CTX_TEAM_OFFSET + 4].view(np.int32)[0] = size
+        pointer = ctypes.c_void_p(self._ctx.ctypes.data)
+        self._pointer = pointer
+        self._threads = [
+            threading.Thread(target=library.xllm_team_join, args=(pointer, member), daemon=True)
+            for member in range(1, size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, step: Any, args: Any) -> int:
+        """One run of `step(args, member, team)` on all members; its status."""
+        return int(self._library.xllm_team_run(self._pointer, ctypes.cast(step, ctypes.c_void_p), args))
+
+    def close(self) -> None:
+        """Sends the threads home."""
+        self._library.xllm_team_stop(self._pointer)
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Standalone:
+    """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)` with arrays in argument order."""
+
+    def __init__(self, kernel: Kernel, isa: Isa) -> None:
+        self.kernel = kernel
+        self._args = kernel.args[:-2]
+        module = NativeModule(isa)
+        with module.entry(_STEP) as (args, member, team):
+            values = [self._expression(args, index, arg) for index, arg in enumerate(self._args)]
+            module.call(kernel, values, member, team)
+            module.barrier(args[len(self._args)], team)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.so"
+            module.write_shared(path)
+            self.library = ctypes.CDLL(str(path))
+            self.object = path.read_bytes()
+        self._barrier = aligned((BARRIER_BYTES,), np.uint8)
+
+    @staticmethod
+    def _expression(args: Any, index: int, arg: Arg) -> Any:
+        from tvm.tirx.script.builder import ir as T
+
+        return args[index] if arg.pointer else T.Cast("int32", args[index])
+
+    def pack(self, *values: Any) -> Any:
+        """The native argument array; it borrows the arrays' memory."""
+        if len(values) != len(self._args):
+            raise TypeError(f"{self.kernel.describe()} called with {len(values)} arguments")
+        packed = (ctypes.c_int64 * (len(values) + 1))()
+        for index, (value, arg) in enumerate(zip(values, self._args, strict=True)):
+            if arg.pointer and not value.flags.c_contiguous:
+                raise TypeError(f"{arg.name} is not contiguous")
+            packed[index] = value.ctypes.data if arg.pointer else value
+        packed[len(values)] = self._barrier.ctypes.data
+        return packed
+
+    @property
+    def step(self) -> Any:
+        """The native step function."""
+        return self.library[_STEP]
+
+    def __call__(self, *values: Any, team: int = 1) -> None:
+        """Runs the kernel once; `values` are arrays and sizes in the order of `kernel.args`."""
+        with Team(self.library, team) as threads:
+            status = threads.run(self.step, self.pack(*values))
+        if status != 0:
+            raise RuntimeError(f"{self.kernel.symbol} returned {status}")
