@@ -1,0 +1,1 @@
+"""Passes that only simplify: they never need a target."""
