@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -87,6 +89,7 @@ def _ping(ctx: Context) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def metrics(ctx: Context, request: Request) -> Response:
+    await asyncio.to_thread(importlib.import_module, "prometheus_client")  # slow the first time; streams keep flowing
     text, content_type = ctx.metrics.render(request.headers.get("accept", ""))
     return Response(text, headers={"content-type": content_type})
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from xllm_compiler.runtime.chat_template import ChatTemplate
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.server.bridge import Bridge
@@ -32,13 +33,14 @@ class TokenizerLike(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token: int) -> str: ...
     def id_to_token(self, token: int) -> str | None: ...
+    @property
+    def special_tokens(self) -> dict[str, str]: ...
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        chat_template: str | None = None,
         **variables: Any,
     ) -> str: ...
 
@@ -56,7 +58,7 @@ class Context:
     health: Callable[[], str | None]
     version: str
     pool_tokens: int  # what the whole KV pool holds
-    chat_template: str | None = None
+    template: ChatTemplate | None = None  # instead of the tokenizer's own
     max_body_size: int = 4 * 2**20
     receive_timeout: float = 30.0
     retry_after: int = 5
@@ -133,12 +135,15 @@ class Context:
             if name in _TEMPLATE_OWN:
                 raise bad_request(f"`chat_template_kwargs` may not set `{name}`", param="chat_template_kwargs")
         proceed = bool(continue_final_message)
+        chat = [_message(message, index) for index, message in enumerate(messages)]
+        prompt = not proceed if add_generation_prompt is None else add_generation_prompt
+        if self.template is not None:
+            variables = {**self.tokenizer.special_tokens, **(kwargs or {})}
+            return self.template.render(
+                chat, add_generation_prompt=prompt, continue_final_message=proceed, variables=variables
+            )
         return self.tokenizer.render_chat(
-            [_message(message, index) for index, message in enumerate(messages)],
-            add_generation_prompt=not proceed if add_generation_prompt is None else add_generation_prompt,
-            continue_final_message=proceed,
-            chat_template=self.chat_template,
-            **(kwargs or {}),
+            chat, add_generation_prompt=prompt, continue_final_message=proceed, **(kwargs or {})
         )
 
 

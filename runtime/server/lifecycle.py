@@ -52,29 +52,6 @@ def health_check(engine: HasHealth, stall_seconds: float = STALL_SECONDS) -> Cal
     return check
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises XllmError("io").
-
-    Bound before anything slow, so that a taken port is known at once and not after a compilation.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise XllmError("io", f"cannot resolve {host!r}: {error.strerror}", where="--host") from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise XllmError(
-            "io", f"cannot listen on {host}:{port}: {error.strerror}", where="--port", help="choose another --port"
-        ) from None
-    return sock
-
-
 def make_config(
     app: ASGIApp, guard: ConnectionGuard, *, keep_alive: int, certfile: str | None, keyfile: str | None
 ) -> uvicorn.Config:

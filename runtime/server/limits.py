@@ -7,8 +7,6 @@ Must not know about endpoints.
 from __future__ import annotations
 
 import asyncio
-import logging
-import resource
 from asyncio.events import TimerHandle
 from collections import OrderedDict
 
@@ -16,26 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from xllm_compiler.runtime.server.errors import ApiError
 
-log = logging.getLogger("xllm.server")
-
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; llhttp itself sets no bound
 WRITE_STALL_SECONDS = 120.0  # a client may leave an answer unread for so long
-_RESERVED_FILES = 64  # descriptors kept for the process itself
-
-
-def raise_open_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one; returns the number of connections that fit below it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1 << 20 if hard == resource.RLIM_INFINITY else hard
-    if soft == resource.RLIM_INFINITY:
-        return 1 << 20
-    if soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-        except (ValueError, OSError):  # some kernels cap nr_open below the hard limit
-            log.warning("cannot raise the limit of open files above %d", soft)
-    return max(16, soft - _RESERVED_FILES)
 
 
 class ConnectionGuard:

@@ -6,10 +6,9 @@ scrapes, and is imported then: it costs a tenth of a second of start-up otherwis
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +116,19 @@ def _bound(value: float) -> str:
     return repr(float(value))
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One number that somebody else counts, at the moment of a scrape. `kind` is "gauge" or "counter"."""
+
+    kind: str
+    name: str
+    help: str
+    value: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
 class Metrics:
-    """All counts of one server. `sources` give numbers that others own, read at scrape time: name -> () -> value."""
+    """All counts of one server. `sources` are asked for more at every scrape."""
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
@@ -126,35 +136,30 @@ class Metrics:
         self.counters: Counter[str] = Counter()
         self.finished: Counter[str] = Counter()
         self.http: Counter[tuple[str, str, int]] = Counter()
-        self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
-        self.totals: dict[str, tuple[str, Callable[[], float]]] = {}
-        self.infos: dict[str, tuple[str, Mapping[str, str]]] = {}
-        self.phases: dict[str, float] = {}
-        self._started = time.time()
+        self.sources: list[Callable[[], Iterable[Sample]]] = []
 
     def observe(self, name: str, value: float) -> None:
         self.histograms[name].observe(value)
 
+    def _samples(self) -> Iterator[Sample]:
+        for name, text in COUNTERS.items():
+            yield Sample("counter", f"vllm:{name}", text, self.counters[name])
+        for source in self.sources:
+            yield from source()
+
     def collect(self) -> Iterator[Metric]:
         """prometheus_client's collector protocol."""
-        from prometheus_client.core import (
-            CounterMetricFamily,
-            GaugeMetricFamily,
-            HistogramMetricFamily,
-            InfoMetricFamily,
-        )
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         names, values = ["model_name", "engine"], [self.model_name, "0"]
-        for name, (text, read) in self.gauges.items():
-            gauge = GaugeMetricFamily(name, text, labels=names)
-            gauge.add_metric(values, read())
-            yield gauge
-        totals = {name: (text, read()) for name, (text, read) in self.totals.items()}
-        totals |= {f"vllm:{name}": (text, float(self.counters[name])) for name, text in COUNTERS.items()}
-        for name, (text, value) in totals.items():
-            counter = CounterMetricFamily(name, text, labels=names)
-            counter.add_metric(values, value)
-            yield counter
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for sample in self._samples():
+            family = families.get(sample.name)
+            if family is None:
+                make = GaugeMetricFamily if sample.kind == "gauge" else CounterMetricFamily
+                family = families[sample.name] = make(sample.name, sample.help, labels=[*names, *sample.labels])
+            family.add_metric([*values, *sample.labels.values()], sample.value)
+        yield from families.values()
         success = CounterMetricFamily(
             "vllm:request_success", "Requests that ended, by why.", labels=[*names, "finished_reason"]
         )
@@ -170,14 +175,6 @@ class Metrics:
         for (method, handler, status), count in sorted(self.http.items()):
             http.add_metric([method, handler, str(status)], count)
         yield http
-        phase = GaugeMetricFamily("xllm:startup_phase_seconds", "Where start-up time went.", labels=["phase"])
-        for name, seconds in self.phases.items():
-            phase.add_metric([name], seconds)
-        yield phase
-        for name, (text, labels) in self.infos.items():
-            info = InfoMetricFamily(name, text, value=dict(labels))
-            yield info
-        yield GaugeMetricFamily("process_start_time_seconds", "Unix time of the start.", value=self._started)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition text for an Accept header, and its content type."""

@@ -14,14 +14,6 @@ from xllm_compiler.runtime.server.errors import bad_request, from_xllm
 from xllm_compiler.runtime.server.protocol import ChatRequest, CompletionRequest
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat runs to the model's length
-# generation_config.json keys that are sampling defaults, and the parameter that each one sets.
-DEFAULT_KEYS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-}
 # Fields that keep their name and meaning on the way through.
 _COPIED = (
     "n",
@@ -43,19 +35,6 @@ _COPIED = (
     "allowed_token_ids",
     "prompt_logprobs",
 )
-
-
-def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling defaults that a model's generation_config.json asks for; absent and null keys are left out."""
-    values = {
-        ours: generation_config[theirs]
-        for theirs, ours in DEFAULT_KEYS.items()
-        if generation_config.get(theirs) is not None
-    }
-    limit = generation_config.get("max_new_tokens")
-    if limit is not None:
-        values["max_tokens"] = limit
-    return values
 
 
 def check_stream_options(request: CompletionRequest | ChatRequest) -> None:

@@ -32,7 +32,7 @@ class Settings:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    kv_cache_memory: int | None = None
+    kv_cache_memory_bytes: int | None = None
     threads: int | None = None
     cache_dir: str | None = None
     chat_template: str | None = None
@@ -134,8 +134,8 @@ OPTIONS = (
     _Option("--max-model-len", _COUNT, "longest request in tokens, at most the artifact's"),
     _Option("--max-num-seqs", _COUNT, "most requests in one step, at most the artifact's"),
     _Option("--max-num-batched-tokens", _COUNT, "most tokens in one step, at most the artifact's"),
-    _Option("--kv-cache-memory", _size, "size of the KV page pool, for example 2GiB"),
-    _Option("--threads", _integer(1, 4096), "threads that compute (default: what this process may use)"),
+    _Option("--kv-cache-memory-bytes", _size, "size of the KV page pool, for example 2GiB"),
+    _Option("--threads", _integer(1, 1024), "threads that compute (default: what this process may use)"),
     _Option("--cache-dir", _text, "where a checkpoint given instead of an artifact is compiled to"),
     _Option("--chat-template", _text, "file with a jinja chat template that replaces the model's"),
     _Option(

@@ -26,9 +26,13 @@ from xllm_compiler.runtime.server.bridge import Bridge
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.limits import ConnectionGuard
 from xllm_compiler.runtime.server.metrics import Metrics
+from xllm_compiler.runtime.server.sockets import bind
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 EOS = 256
 VOCAB = 260
 
@@ -171,7 +175,7 @@ def fake(make: Maker) -> Served:
 def listening(served: Served, drain: float = 5.0, keep_alive: int = 5) -> Iterator[Served]:
     """The server on a free port of this machine, in a thread."""
     config = lifecycle.make_config(served.app, served.guard, keep_alive=keep_alive, certfile=None, keyfile=None)
-    sock = lifecycle.bind("127.0.0.1", 0)
+    sock = bind("127.0.0.1", 0)
     ready = threading.Event()
     served.server = lifecycle.Server(config, served.ctx, drain, ready.set)
     served.url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -1,0 +1,253 @@
+"""`xllm-serve`: from a command line to a listening server. Owns the order of the start; what it starts is elsewhere.
+
+Imports at the top are those that parsing the command line needs; the web stack is imported in a thread while the
+artifact is read and checked.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.phases import Phases
+from xllm_compiler.runtime.server.settings import Settings, parse_settings
+from xllm_compiler.runtime.server.sockets import bind, raise_open_file_limit
+
+if TYPE_CHECKING:
+    import socket
+
+    from xllm_compiler.runtime.server.context import Context
+    from xllm_compiler.runtime.startup import Started
+
+log = logging.getLogger("xllm.server")
+
+_STOP_SECONDS = 10.0  # for the engine's thread to end; it may be inside a step
+_WEB_STACK = ("uvloop", "xllm_compiler.runtime.server.lifecycle", "xllm_compiler.runtime.server.app")
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until told to stop; the process' exit code: 0 after draining, 2 for bad input, 1 for a fault of ours."""
+    phases = Phases.since_process_start()
+    phases.mark("start python")
+    try:
+        settings = parse_settings(argv, os.environ)
+        os.environ.pop("XLLM_API_KEY", None)  # the compiler, a child process, has no use for it
+        return _serve(settings, phases)
+    except XllmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(settings: Settings, phases: Phases) -> int:
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel(logging.DEBUG if settings.log_level == "debug" else logging.WARNING)
+    sock = bind(settings.host, settings.port)
+    web = _Importer(_WEB_STACK)
+    web.start()
+    try:
+        started = _prepare(settings, phases)
+        web.wait()
+        phases.mark("import web server")
+        return _listen(settings, phases, started, sock)
+    finally:
+        sock.close()
+
+
+class _Importer(threading.Thread):
+    """Imports modules beside other work."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(name="xllm-import", daemon=True)
+        self._names = names
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            for name in self._names:
+                importlib.import_module(name)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _prepare(settings: Settings, phases: Phases) -> Started:
+    """The artifact, compiled first if need be, loaded into an engine."""
+    from xllm_compiler.runtime.resolve import resolve_artifact
+    from xllm_compiler.runtime.startup import EngineOptions, prepare_engine
+
+    options = EngineOptions(
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        threads=settings.threads,
+    )
+    phases.mark("import runtime")
+    compiled: list[str] = []
+
+    def tell(line: str) -> None:
+        compiled.append(line)
+        print(line, flush=True)
+
+    path = resolve_artifact(Path(settings.model), compile_options=_compile_options(settings), tell=tell)
+    phases.mark("compile checkpoint" if compiled else "find artifact")
+    return prepare_engine(path, options, phases)
+
+
+def _compile_options(settings: Settings) -> list[str]:
+    """What a checkpoint must be compiled for so that these settings can be served."""
+    options: list[str] = []
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "cache_dir"):
+        value = getattr(settings, name)
+        if value is not None:
+            options += ["--" + name.replace("_", "-"), str(value)]
+    return options
+
+
+def _context(settings: Settings, started: Started) -> Context:
+    from xllm_compiler import __version__
+    from xllm_compiler.runtime.chat_template import ChatTemplate
+    from xllm_compiler.runtime.sampling_params import SamplingParams
+    from xllm_compiler.runtime.server.bridge import Bridge
+    from xllm_compiler.runtime.server.context import Context
+    from xllm_compiler.runtime.server.lifecycle import health_check
+    from xllm_compiler.runtime.server.metrics import Metrics
+
+    if started.tokenizer is None:
+        raise XllmError("artifact", "the artifact has no tokenizer.json, without which no text can be served")
+    template = None
+    if settings.chat_template is not None:
+        try:
+            template = ChatTemplate(Path(settings.chat_template).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise XllmError("option", f"cannot read the chat template: {error}", where="--chat-template") from None
+    defaults = dict(started.sampling_defaults) if settings.generation_config == "auto" else {}
+    try:
+        SamplingParams(**defaults)
+    except XllmError as error:
+        raise XllmError(
+            "artifact",
+            f"generation_config.json: {error.message}",
+            help="correct it and compile again, or serve with --generation-config vllm",
+        ) from None
+    names = settings.served_model_names or (started.facts.name,)
+    metrics = Metrics(names[0])
+    return Context(
+        tokenizer=started.tokenizer,
+        facts=started.facts,
+        bridge=Bridge(started.engine, metrics, started.facts.max_num_seqs + settings.max_waiting_requests),
+        metrics=metrics,
+        names=names,
+        defaults=defaults,
+        health=health_check(started.engine),
+        version=__version__,
+        pool_tokens=started.ledger.pages * started.ledger.page_tokens,
+        template=template,
+        max_body_size=settings.max_body_size,
+        receive_timeout=settings.timeout_receive,
+    )
+
+
+def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.socket) -> int:
+    from xllm_compiler.runtime.server import observe
+    from xllm_compiler.runtime.server.app import build_app
+    from xllm_compiler.runtime.server.lifecycle import Server, make_config
+    from xllm_compiler.runtime.server.limits import ConnectionGuard
+
+    ctx = _context(settings, started)
+    guard = ConnectionGuard(raise_open_file_limit(), settings.timeout_receive)
+    app = build_app(ctx, settings.api_keys, access_log=not settings.disable_access_log)
+    config = make_config(
+        app,
+        guard,
+        keep_alive=settings.timeout_keep_alive,
+        certfile=settings.ssl_certfile,
+        keyfile=settings.ssl_keyfile,
+    )
+    started.engine.start()
+
+    def ready() -> None:
+        phases.mark("listen")
+        memory = started.ledger.entries()
+        ctx.metrics.sources += [
+            observe.engine_samples(started.engine),
+            observe.connection_samples(guard),
+            observe.start_samples(started.facts, memory, started.ledger.pages, dict(phases.rows)),
+        ]
+        host, port = sock.getsockname()[:2]
+        scheme = "https" if settings.ssl_certfile else "http"
+        address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        print(f"start-up\n{phases.table()}")
+        print(f"serving {', '.join(ctx.names)} on {address}", flush=True)
+        if settings.startup_report is not None:
+            _write_report(settings.startup_report, phases, started, address)
+        gc.collect()
+        gc.freeze()  # what the start made stays; collections need not look at it again
+
+    server = Server(config, ctx, settings.timeout_graceful_shutdown, ready)
+    bad: list[XllmError] = []
+
+    def check_weights() -> None:
+        # Until this has returned the engine tells no token, so a damaged artifact is never heard.
+        try:
+            started.artifact.wait_checked()
+        except XllmError as error:
+            bad.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=check_weights, name="xllm-wait-check", daemon=True).start()
+    server.run([sock])
+    code = _stop(started)
+    if bad:
+        raise bad[0]
+    return code
+
+
+def _write_report(path: str, phases: Phases, started: Started, address: str) -> None:
+    report = {
+        "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.rows],
+        "total_seconds": phases.total,
+        "address": address,
+        "artifact": started.facts.artifact_id,
+        "threads": started.threads,
+        "memory_bytes": dict(started.ledger.entries()),
+    }
+    try:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        log.error("cannot write the start-up report to %s: %s", path, error.strerror)
+
+
+def _stop(started: Started) -> int:
+    """Stop the engine; a step that never ends must not keep the process alive."""
+    stopper = threading.Thread(target=started.engine.stop, name="xllm-stop", daemon=True)
+    stopper.start()
+    stopper.join(_STOP_SECONDS)
+    if stopper.is_alive():
+        log.error("the engine did not stop within %.0f s", _STOP_SECONDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0

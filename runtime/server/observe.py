@@ -1,0 +1,65 @@
+"""What is published of the engine, the connections and the start. Owns those metrics' names; counts nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.server.limits import ConnectionGuard
+from xllm_compiler.runtime.server.metrics import Sample
+from xllm_compiler.runtime.stats import EngineStats, Health
+
+
+class Observed(Protocol):
+    """What is read of an engine."""
+
+    def stats(self) -> EngineStats: ...
+    def health(self) -> Health: ...
+
+
+def engine_samples(engine: Observed) -> Callable[[], Iterable[Sample]]:
+    """vLLM's names where vLLM has the number, ours under `xllm:`."""
+
+    def read() -> Iterable[Sample]:
+        stats, health = engine.stats(), engine.health()
+        yield Sample("gauge", "vllm:num_requests_running", "Choices in the running batch.", stats.running)
+        yield Sample("gauge", "vllm:num_requests_waiting", "Choices that wait to run.", stats.waiting)
+        yield Sample("gauge", "vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", stats.kv_usage)
+        yield Sample("counter", "vllm:num_preemptions", "Choices sent back to the queue.", stats.preemptions)
+        yield Sample("counter", "xllm:recomputed_tokens", "Tokens computed again.", stats.recomputed_tokens)
+        yield Sample("counter", "xllm:engine_steps", "Steps run.", stats.steps)
+        yield Sample("counter", "xllm:engine_step_tokens", "Tokens of all steps.", stats.step_tokens)
+        age = "Seconds since a step finished while there is work; 0 when idle."
+        yield Sample("gauge", "xllm:engine_heartbeat_age_seconds", age, health.stalled_s)
+        for phase, seconds in stats.step_seconds.items():
+            yield Sample("counter", "xllm:step_seconds", "Time of all steps, by phase.", seconds, {"phase": phase})
+
+    return read
+
+
+def connection_samples(guard: ConnectionGuard) -> Callable[[], Iterable[Sample]]:
+    def read() -> Iterable[Sample]:
+        yield Sample("gauge", "xllm:connections_open", "Open connections.", guard.open)
+        yield Sample("counter", "xllm:connections_timed_out", "Closed for sending no request.", guard.timed_out)
+        yield Sample("counter", "xllm:connections_evicted", "Idle ones closed to make room.", guard.evicted)
+
+    return read
+
+
+def start_samples(
+    facts: ModelFacts, memory: Sequence[tuple[str, int]], pages: int, phases: Mapping[str, float]
+) -> Callable[[], Iterable[Sample]]:
+    """What was decided at the start: memory by class in bytes, pages of the KV pool, seconds by phase."""
+    cache = {"block_size": str(facts.page_tokens), "num_cpu_blocks": str(pages), "cache_dtype": facts.dtype}
+    artifact = {"id": facts.artifact_id, "architecture": facts.architecture, "dtype": facts.dtype}
+
+    def read() -> Iterable[Sample]:
+        yield Sample("gauge", "vllm:cache_config_info", "How the KV cache is laid out.", 1, cache)
+        yield Sample("gauge", "xllm:artifact_info", "What is served.", 1, artifact)
+        for name, size in memory:
+            yield Sample("gauge", "xllm:memory_bytes", "Memory by class.", size, {"class": name})
+        for name, seconds in phases.items():
+            yield Sample("gauge", "xllm:startup_phase_seconds", "Start-up by phase.", seconds, {"phase": name})
+
+    return read
