@@ -16,7 +16,7 @@ TokenKind = Literal["name", "value", "global", "number", "string", "punct", "ass
 
 _TOKEN: Final = re.compile(
     r"""
-      (?P<space>[ \t\r]+)
+    (?: (?P<space>[ \t\r]+)
     | (?P<newline>\n)
     | (?P<comment>//)
     | (?P<value>%[A-Za-z0-9_.'$]+)
@@ -25,9 +25,18 @@ _TOKEN: Final = re.compile(
     | (?P<name>[A-Za-z_][A-Za-z0-9_.]*)
     | (?P<string>"(?:[^"\\\n]|\\.)*")
     | (?P<punct>->|>=|[][(){}<>,:=!+*%-])
+    )[ \t\r]*
     """,
     re.VERBOSE,
 )
+_KINDS: Final[dict[str, TokenKind]] = {
+    "value": "value",
+    "global": "global",
+    "number": "number",
+    "name": "name",
+    "string": "string",
+    "punct": "punct",
+}
 _ASSUME: Final = re.compile(r"assume\s+([^\n]*?)\s*>=\s*0[ \t\r]*(?=//|\n|\Z)")
 
 
@@ -77,49 +86,36 @@ def tokenize(source: Source) -> tuple[list[Token], dict[int, str]]:
     at, line, depth, first = 0, 1, 0, True
     while at < len(text):
         m = _TOKEN.match(text, at)
-        if m is None:
+        group = m.lastgroup if m else None
+        if m is None or group is None:
             raise source.error(f"unexpected character {text[at]!r}", at)
-        kind = m.lastgroup
-        end = m.end()
-        if kind == "newline":
-            line, first = line + 1, True
-        elif kind == "comment":
-            if depth and not first and tokens and tokens[-1].text not in (",", "(", "[", "{"):
-                tokens.append(Token("punct", "//", at, end, line))
+        start, end = m.span(group)
+        at = m.end()
+        kind = _KINDS.get(group)
+        if kind is not None:
+            piece = text[start:end]
+            if first and depth == 0 and piece == "assume":
+                whole = _ASSUME.match(text, start)
+                if whole is None:
+                    raise source.error("an assumption reads `assume EXPR >= 0`", start, end)
+                at = whole.end()
+                tokens.append(Token("assume", whole.group(1), start, whole.end(1), line))
             else:
-                stop = text.find("\n", at)
-                end = len(text) if stop < 0 else stop
-                if not first:
-                    comments[line] = text[at + 2 : end].strip()
-        elif kind == "name" and first and depth == 0 and m.group() == "assume":
-            whole = _ASSUME.match(text, at)
-            if whole is None:
-                raise source.error("an assumption reads `assume EXPR >= 0`", at, end)
-            end = whole.end()
-            tokens.append(Token("assume", whole.group(1), at, whole.start(1) + len(whole.group(1)), line))
+                if piece in "([":
+                    depth += 1
+                elif piece in ")]":
+                    depth = max(depth - 1, 0)
+                tokens.append(Token(kind, piece, start, end, line))
             first = False
-        elif kind != "space":
-            piece = m.group()
-            depth += 1 if piece in ("(", "[") else -1 if piece in (")", "]") else 0
-            depth = max(depth, 0)
-            tokens.append(Token(_kind(kind), piece, at, end, line))
-            first = False
-        at = end
+        elif group == "newline":
+            line, first = line + 1, True
+        elif group == "comment":
+            if depth and not first and tokens and tokens[-1].text not in (",", "(", "[", "{"):
+                tokens.append(Token("punct", "//", start, end, line))
+                continue
+            stop = text.find("\n", start)
+            at = len(text) if stop < 0 else stop
+            if not first:
+                comments[line] = text[end:at].strip()
     tokens.append(Token("end", "", len(text), len(text), line))
     return tokens, comments
-
-
-def _kind(group: str | None) -> TokenKind:
-    match group:
-        case "value":
-            return "value"
-        case "global":
-            return "global"
-        case "number":
-            return "number"
-        case "name":
-            return "name"
-        case "string":
-            return "string"
-        case _:
-            return "punct"
