@@ -41,14 +41,16 @@ def verify(module: Module) -> None:
         _check_order(func)
         _check_uses(func)
         _check_signature(module, func)
+        # Before the types: inference would stumble over these two with a less telling number.
+        for op in func.ops:
+            _check_groups(module, op)
+        _check_partial(func)
         for op in func.ops:
             _check_types(op)
             _check_op_symbols(module, op)
-            _check_groups(module, op)
             _check_stage(module, op)
         _check_kv(func)
         _check_futures(func)
-        _check_partial(func)
         if module.stage == "buf":
             check_buffers(func)
 
