@@ -111,7 +111,7 @@ def broken(**changes: Any) -> Manifest:
 
 
 def row(name: str, offset: int, size: int) -> Weight:
-    return Weight(name, "row", "bf16", (8, 8), offset, size)
+    return Weight(name, "row", "bf16", (size // 2,), offset, size)
 
 
 RANGES = sample().dims
@@ -133,6 +133,7 @@ RANGES = sample().dims
         (broken(programs=(Program("decode", (), "f; rm"),)), "not a name"),
         (broken(weights=Weights(256, (row("a", 0, 128), row("b", 64, 128)))), "inside a"),
         (broken(weights=Weights(256, (row("a", -64, 32),))), "negative"),
+        (broken(weights=Weights(256, (Weight("a", "row", "bf16", (8, 8), 0, 126),))), "do not hold"),
         (broken(weights=Weights(256, (row("a", 0, 128), row("b", 192, 128)))), "ends at 320"),
         (broken(weights=Weights(250, (row("a", 0, 128),))), "the table says 250"),
         (broken(weights=Weights(256, (row("a", 0, 128), row("a", 128, 128)))), "twice"),

@@ -18,7 +18,7 @@ def test_one_line_per_phase_when_not_a_terminal() -> None:
     stream = io.StringIO()
     progress = ConsoleProgress(stream)
     with progress.phase("trace"):
-        progress.advance(1, 2)
+        progress.advance("half", 0.5)
     progress.note("something")
     with pytest.raises(ValueError), progress.phase("lower"):
         raise ValueError
@@ -32,10 +32,10 @@ def test_a_terminal_shows_work_in_progress() -> None:
     progress = ConsoleProgress(stream)
     with progress.phase("lower"):
         for i in range(1, 101):
-            progress.advance(i, 100, "weights")
+            progress.advance("weights", i / 100)
     text = stream.getvalue()
-    assert "lower ..." in text and "lower 100/100 weights" in text
-    assert text.count("/100") < 100  # not every call is worth a line
+    assert "lower ..." in text and "lower 100% weights" in text
+    assert text.count("%") < 100  # not every call is worth a line
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,9 @@ MANIFEST = "manifest.json"
 STEP = "step.xir"
 WEIGHTS = "weights.bin"
 
-DTYPES = ("f32", "bf16", "f16", "f64", "i64", "i32", "i8", "u8", "bool")
-LAYOUTS = ("row", "panel")
+_ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
+DTYPES = tuple(_ITEM_BYTES)
+LAYOUTS = ("row", "panel", "glu")
 SYMBOLS = ("N", "B", "S", "P")
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges."""
 
@@ -114,7 +116,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One packed tensor: `bytes` bytes at `offset` of weights.bin. `shape` is the logical one, before packing."""
+    """One packed tensor: `bytes` bytes at `offset` of weights.bin. `shape` is that of the packed array."""
 
     name: str
     layout: str
@@ -333,7 +335,8 @@ def _check_weights(manifest: Manifest) -> None:
         _one_of(tensor.layout, LAYOUTS, where)
         for size in tensor.shape:
             _at_least(size, 0, where)
-        _at_least(tensor.bytes, 0, where)
+        if tensor.bytes != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
+            raise bad(where, f"{tensor.bytes} bytes do not hold {tensor.dtype}{list(tensor.shape)}")
         if tensor.offset < end:
             raise bad(where, f"starts at {tensor.offset}, inside {last or 'nothing: the offset is negative'}")
         end, last = tensor.offset + tensor.bytes, tensor.name

@@ -35,12 +35,12 @@ class ConsoleProgress:
             raise
         self._line(f"{name:<10} {time.perf_counter() - started:8.2f} s")
 
-    def advance(self, done: int, total: int, what: str = "") -> None:
-        """`done` of `total` parts of the running phase are finished."""
+    def advance(self, what: str, done: float) -> None:
+        """The running phase now does `what`; `done`, 0 to 1, of it is behind us."""
         now = time.perf_counter()
-        if self._live and (now - self._shown > 0.05 or done == total):
+        if self._live and (now - self._shown > 0.05 or done >= 1):
             self._shown = now
-            self._status(f"{self._name} {done}/{total} {what}")
+            self._status(f"{self._name} {done:4.0%} {what}")
 
     def note(self, text: str) -> None:
         """Something that the user should know, once."""

@@ -1,0 +1,372 @@
+"""From a checkpoint to an artifact. Owns the order of the compiler's phases, the key of what they read, and the
+manifest; every phase itself lives elsewhere. torch and TVM are imported only when a compile really runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from xllm_compiler.artifact import (
+    FORMAT,
+    STEP,
+    DimRange,
+    KvLayer,
+    KvPlan,
+    Limits,
+    Manifest,
+    Memory,
+    Model,
+    Program,
+    Target,
+    TensorSpec,
+    Weight,
+    Weights,
+    digest_file,
+    read_manifest,
+)
+from xllm_compiler.artifact.writer import ArtifactWriter
+from xllm_compiler.cache import CompileCache, Factors
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import INDEX, Checkpoint
+from xllm_compiler.ir.types import Tensor
+from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
+from xllm_compiler.passes.base import PassContext
+from xllm_compiler.passes.base import Target as PassTarget
+from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
+
+if TYPE_CHECKING:
+    from xllm_compiler.frontend.model import ModelFacts
+    from xllm_compiler.ir.core import Module, Value
+    from xllm_compiler.lowering.cpu.build import CpuLowering
+
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""Checkpoint files that an artifact carries as they are, where present."""
+
+VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+"""Checkpoint files from which transformers makes a tokenizer.json for a checkpoint that lacks it."""
+
+_SOURCES = (
+    "errors.py",
+    "dims",
+    "ir",
+    "interp",
+    "analysis",
+    "frontend",
+    "passes",
+    "kernels",
+    "lowering",
+    "artifact",
+    "options.py",
+    "driver.py",
+)
+_VERSIONS = ("numpy", "ml_dtypes", "torch", "transformers", "tokenizers", "apache-tvm")
+
+
+class Progress(Protocol):
+    """Whoever watches a compile."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Entered around each phase."""
+
+    def advance(self, what: str, done: float) -> None:
+        """The running phase now does `what`; `done`, 0 to 1, of it is behind us."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+@dataclass
+class Silent:
+    """A Progress that shows nothing."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Shows nothing."""
+        yield
+
+    def advance(self, what: str, done: float) -> None:
+        """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compile did. `phases` are (name, seconds) and cover `seconds`; empty when the cache had the artifact."""
+
+    path: Path
+    manifest: Manifest
+    cached: bool
+    seconds: float
+    phases: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass
+class Request:
+    """A checked wish: the checkpoint, every option's value, and all that may decide the result."""
+
+    checkpoint: Checkpoint
+    options: Resolved
+    factors: Factors
+    stamps: dict[str, tuple[int, int, int] | None]
+
+
+@dataclass
+class _Clock:
+    """Passes phases on to the user's progress and keeps their times."""
+
+    progress: Progress
+    phases: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with self.progress.phase(name):
+            yield
+        self.phases.append((name, time.perf_counter() - started))
+
+
+def prepare(path: Path, options: CompileOptions) -> Request:
+    """Check the checkpoint's form and the options, and collect the factors of the key; imports nothing slow.
+    Raises kinds "checkpoint", "option" and "io"."""
+    checkpoint = Checkpoint.open(path)
+    resolved = resolve(options, checkpoint)
+    stamps = _stamps(checkpoint)
+    factors = Factors(
+        {
+            **_checkpoint_factors(checkpoint),
+            **resolved.factors(),
+            "pipeline.text": str(parse_pipeline(resolved.pipeline)),
+            **_source_factors(),
+            **_version_factors(),
+        }
+    )
+    return Request(checkpoint, resolved, factors, stamps)
+
+
+def compile_checkpoint(
+    checkpoint: Path,
+    out: Path | None,
+    options: CompileOptions,
+    progress: Progress | None = None,
+    *,
+    cache: CompileCache | None = None,
+    dump_ir: Path | None = None,
+) -> CompileReport:
+    """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
+
+    `dump_ir`: a directory that gets the IR before and after every pass. Raises XllmError of any kind but "request"."""
+    started = time.perf_counter()
+    progress = progress or Silent()
+    clock = _Clock(progress)
+    with clock.phase("read"):
+        request = prepare(checkpoint, options)
+    for note in request.options.notes:
+        progress.note(note)
+    cached = False
+    if out is not None:
+        path = out
+        manifest = _build(request, path, clock, dump_ir)
+    elif cache is not None:
+        path, made = cache.obtain(request.factors, lambda p: _build(request, p, clock, dump_ir), progress.note)
+        cached = not made
+        manifest = read_manifest(path)
+    else:
+        raise XllmError("option", "neither an output directory nor a cache is given")
+    phases = () if cached else tuple(clock.phases)
+    return CompileReport(path, manifest, cached, time.perf_counter() - started, phases)
+
+
+def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None) -> Manifest:
+    """Trace, transform, lower, and publish at `path`."""
+    read = request.factors.read
+    with ArtifactWriter(path) as writer:
+        with clock.phase("import"):
+            _require_compiler()
+            from xllm_compiler.frontend.trace import trace_checkpoint
+            from xllm_compiler.ir.printer import print_module
+            from xllm_compiler.lowering.cpu.build import lower_cpu
+        for group in ("checkpoint", "source", "version"):
+            request.factors.read_group(group)
+        with clock.phase("trace"):
+            traced = trace_checkpoint(
+                request.checkpoint.path,
+                dtype=read("option.dtype"),
+                max_model_len=read("option.max_model_len"),
+                max_num_seqs=read("option.max_num_seqs"),
+                max_num_batched_tokens=read("option.max_num_batched_tokens"),
+                max_num_logits=read("option.max_num_logits"),
+            )
+        module = traced.module
+        with clock.phase("passes"):
+            run_pipeline(
+                read("pipeline.text"), module, PassContext(PassTarget(read("option.target"))), dump_dir=dump_ir
+            )
+            writer.write_text(STEP, print_module(module))
+        with clock.phase("lower"):
+            lowered = lower_cpu(
+                module, traced.weights, writer.path, isas=tuple(read("option.isas")), progress=clock.progress.advance
+            )
+        with clock.phase("write"):
+            _copy_files(request, writer, clock.progress)
+            _check_unchanged(request)
+            return writer.commit(_manifest(request, module, traced.facts, lowered))
+
+
+def _require_compiler() -> None:
+    """A serving-only installation is told so before anything else is tried."""
+    missing = [module for module in ("torch", "transformers", "tvm") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise XllmError(
+            "option",
+            f"compiling needs {', '.join(missing)}, which this installation lacks",
+            help="pip install 'xllm-compiler[compile]'",
+        )
+
+
+def _copy_files(request: Request, writer: ArtifactWriter, progress: Progress) -> None:
+    root = request.checkpoint.path
+    for name in COPIED:
+        if (root / name).is_file():
+            writer.copy(name, root / name)
+    if (root / "tokenizer.json").is_file():
+        return
+    if not any((root / name).is_file() for name in VOCABULARIES):
+        progress.note("the checkpoint has no tokenizer; the artifact will take and give token ids only")
+        return
+    from xllm_compiler.frontend.tokenizer import convert_tokenizer
+
+    writer.write_text("tokenizer.json", convert_tokenizer(root))
+
+
+def _read_names(checkpoint: Checkpoint) -> list[str]:
+    return [*COPIED, *VOCABULARIES, INDEX, *(shard.name for shard in checkpoint.shards)]
+
+
+def _checkpoint_factors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Digest of each file that a compile reads; None for one that it would read if it were there."""
+    threads = len(os.sched_getaffinity(0))
+    found: dict[str, Any] = {}
+    for name in _read_names(checkpoint):
+        path = checkpoint.path / name
+        try:
+            found[f"checkpoint.{name}"] = digest_file(path, threads) if path.is_file() else None
+        except OSError as error:
+            raise XllmError("io", f"cannot read {name}: {error.strerror}", where=str(path)) from None
+    return found
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int] | None]:
+    """Size, time and inode of every file that a compile reads."""
+    found: dict[str, tuple[int, int, int] | None] = {}
+    for name in _read_names(checkpoint):
+        try:
+            stat = os.stat(checkpoint.path / name)
+            found[name] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        except OSError:
+            found[name] = None
+    return found
+
+
+def _check_unchanged(request: Request) -> None:
+    """The key says what was read; a file that changed meanwhile would make it a lie."""
+    now = _stamps(request.checkpoint)
+    for name, stamp in request.stamps.items():
+        if now.get(name) != stamp:
+            raise XllmError(
+                "checkpoint",
+                f"{name} changed while it was compiled",
+                where=str(request.checkpoint.path / name),
+                help="compile again when nothing writes to the checkpoint",
+            )
+
+
+def _manifest(request: Request, module: Module, facts: ModelFacts, lowered: CpuLowering) -> Manifest:
+    """The manifest, but for files and id, which the writer knows."""
+    read = request.factors.read
+    func = module.func("step")
+    dims = {}
+    for symbol in module.scope.symbols.values():
+        if symbol.lo is None or symbol.hi is None:
+            raise XllmError("internal", f"dim {symbol.name} has no range", where="@step")
+        dims[symbol.name] = DimRange(symbol.lo, symbol.hi, symbol.why)
+    return Manifest(
+        format=FORMAT,
+        id="",
+        model=Model(
+            architecture=facts.architecture,
+            name=read("option.name"),
+            vocab_size=facts.vocab_size,
+            hidden_size=facts.hidden_size,
+            layers=facts.layers,
+            dtype=read("option.dtype"),
+            max_model_len=read("option.max_model_len"),
+            eos_token_ids=facts.eos_token_ids,
+            bos_token_id=facts.bos_token_id,
+        ),
+        target=Target(read("option.target"), tuple(read("option.isas")), PAGE_TOKENS),
+        limits=Limits(
+            max_num_seqs=read("option.max_num_seqs"),
+            max_num_batched_tokens=read("option.max_num_batched_tokens"),
+            max_num_logits=read("option.max_num_logits"),
+        ),
+        dims=dims,
+        inputs=tuple(_spec(value) for value in func.args if isinstance(value.type, Tensor)),
+        outputs=tuple(_spec(value) for value in func.returns if isinstance(value.type, Tensor)),
+        memory=Memory(str(lowered.arena), str(lowered.logits), _kv_plan(lowered)),
+        weights=Weights(
+            lowered.weight_bytes,
+            tuple(Weight(t.name, t.layout, t.dtype, t.shape, t.offset, t.bytes) for t in lowered.weights),
+        ),
+        programs=tuple(Program(p.name, tuple(str(dim) for dim in p.guard), p.symbol) for p in lowered.programs),
+        files={},
+        key=request.factors.key(),
+    )
+
+
+def _kv_plan(lowered: CpuLowering) -> KvPlan:
+    pages = {layer.page for layer in lowered.kv_layers}
+    if pages - {PAGE_TOKENS}:
+        raise XllmError("internal", f"KV pages of {sorted(pages)} tokens, the format says {PAGE_TOKENS}")
+    layers = tuple(KvLayer(layer.page_bytes, layer.heads, layer.k, layer.v) for layer in lowered.kv_layers)
+    return KvPlan(PAGE_TOKENS, layers)
+
+
+def _spec(value: Value) -> TensorSpec:
+    return TensorSpec(value.name, value.dtype, tuple(str(dim) for dim in value.shape))
+
+
+def _source_factors() -> dict[str, str]:
+    """One digest for each part of the compiler, over the names and contents of its Python files."""
+    root = Path(__file__).parent
+    found = {}
+    for part in _SOURCES:
+        digest = hashlib.sha256()
+        path = root / part
+        for file in [path] if path.is_file() else sorted(path.resolve().rglob("*.py")):
+            data = file.read_bytes()
+            digest.update(f"{file.relative_to(path.resolve()).as_posix()} {len(data)}\n".encode())
+            digest.update(data)
+        found[f"source.{part.removesuffix('.py')}"] = digest.hexdigest()[:32]
+    return found
+
+
+def _version_factors() -> dict[str, str | None]:
+    """Versions of what the compiler is built on; None where a package is not installed."""
+    found: dict[str, str | None] = {"version.python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for package in _VERSIONS:
+        try:
+            found[f"version.{package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[f"version.{package}"] = None
+    return found

@@ -1,0 +1,110 @@
+"""Steps for checking an artifact: random requests, prefilled whole and in chunks, then decoded. Owns the schedule and
+the page tables; must not know who runs the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xllm_compiler.artifact import Manifest
+
+I32 = NDArray[np.int32]
+_LENGTHS = (1, 5, 16, 17, 40, 3)  # tokens of a prompt: less than a page, whole pages, just over, several
+
+
+@dataclass(frozen=True)
+class Step:
+    """The inputs of one step, by the names of docs/architecture.md. `rows[i]`: (request, position) of logits row i."""
+
+    ids: I32
+    pos: I32
+    seq: I32
+    start: I32
+    table: I32
+    sel: I32
+    rows: tuple[tuple[int, int], ...]
+
+    def inputs(self) -> dict[str, I32]:
+        """The step's arrays by argument name."""
+        return {name: getattr(self, name) for name in ("ids", "pos", "seq", "start", "table", "sel")}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Requests and the steps that serve them from a pool of `pages` KV pages."""
+
+    tokens: tuple[I32, ...]
+    steps: tuple[Step, ...]
+    pages: int
+
+
+def make_trial(manifest: Manifest, seed: int, decode_steps: int = 3) -> Trial:
+    """Random requests within the artifact's limits. Each step computes some tokens of some requests: first one chunk of
+    each prompt, then the rest beside the first decodes, then decodes alone. Pages are dealt out in random order."""
+    draw = np.random.default_rng(seed)
+    limits, longest = manifest.limits, manifest.model.max_model_len
+    lengths = [min(length, max(1, longest - decode_steps)) for length in _LENGTHS][: limits.max_num_seqs]
+    goals = [min(length + decode_steps, longest) for length in lengths]
+    tokens = [draw.integers(0, manifest.model.vocab_size, goal).astype(np.int32) for goal in goals]
+    page = manifest.target.page
+    counts = [-(-goal // page) for goal in goals]
+    pages = sum(counts) + 3
+    order = draw.permutation(pages)[: sum(counts)].astype(np.int32)
+    tables = np.full((len(goals), -(-longest // page)), -1, np.int32)
+    for i, count in enumerate(counts):
+        tables[i, :count] = order[sum(counts[:i]) : sum(counts[: i + 1])]
+    done = [0] * len(goals)
+    steps: list[Step] = []
+    while any(a < b for a, b in zip(done, goals, strict=True)):
+        plan = _plan(done, lengths, goals, limits.max_num_batched_tokens, first=not steps)
+        steps.append(_step(plan, done, tokens, tables, limits.max_num_logits))
+        for request, count in plan:
+            done[request] += count
+    return Trial(tuple(tokens), tuple(steps), pages)
+
+
+def _plan(done: list[int], prompts: list[int], goals: list[int], budget: int, first: bool) -> list[tuple[int, int]]:
+    """(request, tokens) of the next step: a decode, or the rest of a prompt; long prompts only begin in the first."""
+    plan = []
+    for request, (at, prompt, goal) in enumerate(zip(done, prompts, goals, strict=True)):
+        if at >= goal or budget == 0:
+            continue
+        rest = 1 if at >= prompt else prompt - at
+        count = min(budget, 1 + rest // 3 if first and rest > 16 else rest)
+        plan.append((request, count))
+        budget -= count
+    return plan
+
+
+def _step(plan: list[tuple[int, int]], done: list[int], tokens: list[I32], tables: I32, max_rows: int) -> Step:
+    ids: list[I32] = []
+    pos: list[Any] = []
+    seq: list[Any] = []
+    start, sel = [0], list[int]()
+    rows: list[tuple[int, int]] = []
+    for index, (request, count) in enumerate(plan):
+        at = done[request]
+        ids.append(tokens[request][at : at + count])
+        pos.append(np.arange(at, at + count))
+        seq.append(np.full(count, index))
+        start.append(start[-1] + count)
+        for back in sorted({0, count // 2}):
+            if len(sel) < max_rows:
+                sel.append(start[-1] - 1 - back)
+                rows.append((request, at + count - 1 - back))
+
+    def flat(parts: list[Any]) -> I32:
+        return np.concatenate(parts).astype(np.int32)
+
+    return Step(
+        ids=flat(ids),
+        pos=flat(pos),
+        seq=flat(seq),
+        start=np.array(start, np.int32),
+        table=np.ascontiguousarray(tables[[request for request, _ in plan]]),
+        sel=np.array(sel, np.int32),
+        rows=tuple(rows),
+    )
