@@ -1,4 +1,4 @@
-"""The figures of bench/RESULTS.md: a Qwen3-0.6B shape compiled, started, decoding and prefilling, beside eager transformers.
+"""The figures of bench/RESULTS.md: a Qwen3-0.6B shape compiled, started and serving, beside eager transformers.
 
     python bench/serving.py [--rounds 5] [--work .cache/bench] [--json FILE]
 
