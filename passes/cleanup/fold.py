@@ -101,8 +101,9 @@ def fold_constant(op: Op, rw: Rewriter) -> bool:
     values = [np.asarray(scalar_of(v), ctx.dtype(v.dtype)) for v in op.operands]
     with np.errstate(all="ignore"):
         array = op.interp(ctx, *values)
-    assert isinstance(array, np.ndarray)
-    value = ctx.store(array, ty).astype(np.float64 if ty.is_float else array.dtype).item()
+    assert not isinstance(array, tuple)
+    stored = ctx.store(array, ty)
+    value = (stored.astype(np.float64) if ty.is_float else stored).item()
     rw.replace(op, rw.create(Const, value=value, dtype=ty.dtype))
     return True
 

@@ -49,6 +49,10 @@ def _own(v: Value) -> Linear | None:
     return None
 
 
+def _only_user(v: Value) -> Value | None:
+    return v.users[0].result if len(v.users) == 1 and len(v.users[0].results) == 1 else None
+
+
 @rule(Add)
 def linear_bias(op: Add, rw: Rewriter) -> bool:
     for y, bias in ((op.a, op.b), (op.b, op.a)):
@@ -70,6 +74,8 @@ def linear_act(op: Op, rw: Rewriter) -> bool:
     name, x = found
     if name == "relu2" and op.operands[0].users != [op]:
         return False
+    if name == "relu" and (squared := _only_user(op.result)) is not None and activation_of(squared) == ("relu2", x):
+        return False  # goes in as one, from the square
     linear = _own(x)
     if linear is None or linear.act != "none":
         return False

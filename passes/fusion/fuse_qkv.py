@@ -23,8 +23,8 @@ class FuseQkv(FuncPass):
              ..                                                  %k = t.slice(%qkv, axis=1, start=128, stop=192) : ..
 
     Found by use in attention, behind per-head norms and rotary, not by a shared input alone: the MLP of a parallel
-    block reads the same x and is no part of it. The parts may also be slices of one projection in any order, say interleaved
-    by head: the weight's rows are put into the order q, k, v, which is what fuse-kv-append wants.
+    block reads the same x and is no part of it. The parts may also be slices of one projection in any order, say
+    interleaved by head: the weight's rows are put into the order q, k, v, which is what fuse-kv-append wants.
     """
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
@@ -55,7 +55,7 @@ def stack_projections(op: KvWrite, rw: Rewriter) -> bool:
     why = ""
     if v.linear.x is not k.linear.x:
         why = "keys and values are projected from different inputs"
-    elif k.value is v.value or q.value is k.value:
+    elif k.linear is v.linear and (k.value is v.value or (k.contiguous is not None and k.contiguous == v.contiguous)):
         why = "keys and values are the same projection"
     elif not all_or_none([p.linear.bias for p in parts]):
         why = "some of the projections have a bias and some have none"

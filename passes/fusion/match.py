@@ -87,6 +87,10 @@ class Columns:
 
     def _rows(self, rw: Rewriter, w: Value) -> Value:
         """The same steps on axis 0 of `w` [out, ...]: the token axis in front of them is gone, w's others follow."""
+        place = self.contiguous
+        if place is not None:
+            whole = place == (0, w.shape[0].value)
+            return w if whole else rw.create(Slice, w, axis=0, start=place[0], stop=place[1]).result
         rest = w.shape[1:]
         at = w
         for step in self.steps:

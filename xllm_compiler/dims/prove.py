@@ -83,6 +83,10 @@ class Prover:
         hi = self._search(-d, None)
         return self._search(d, None), None if hi is None else -hi
 
+    def interval(self, dim: Dim) -> Bounds:
+        """(lower, upper) from the symbols' ranges alone: looser than `bounds`, cheap, and reached for a sum of symbols."""
+        return self._interval(self._normal(dim))
+
     # ---- intervals
 
     def _normal(self, d: Dim) -> Dim:

@@ -1,0 +1,1 @@
+"""Passes that bring every spelling of an idea into one form."""

@@ -1,0 +1,173 @@
+"""plan-memory: gives every value that lives in a step its place. Owns offsets and the arena's size.
+
+A value is placed by formulas, not numbers: offsets are Dims over the step's symbols, so one plan serves every step size
+and the arena is never sized by trial. See `plan` for the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from xllm_compiler.analysis.liveness import Liveness, LiveRange, view_base
+from xllm_compiler.analysis.weights import weight_exprs
+from xllm_compiler.dims import Dim, DimScope, as_dim, ceildiv, dmax
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Func, Module, Stage, Value
+from xllm_compiler.ir.types import Future, Tensor
+from xllm_compiler.passes.base import Pass, PassContext
+from xllm_compiler.passes.registry import register_pass
+
+
+@register_pass("plan-memory")
+@dataclass(frozen=True)
+class PlanMemory(Pass):
+    """Assigns arena offsets so that values in use at the same time provably do not overlap, at any admissible size.
+
+    before:  func @f(%x: f32[N, 8]) -> (f32[N, 8]) {
+               %a = t.exp(%x) : f32[N, 8]
+               %b = t.neg(%a) : f32[N, 8]
+               %c = t.abs(%b) : f32[N, 8]
+               %d = t.exp(%c) : f32[N, 8]
+    after:   func @f(%x: f32[N, 8]) -> (f32[N, 8]) arena(128*ceildiv(N, 2)) {
+               %a = t.exp(%x, at=[0]) : f32[N, 8]
+               %b = t.neg(%a, at=[64*ceildiv(N, 2)]) : f32[N, 8]
+               %c = t.abs(%b, at=[0]) : f32[N, 8]
+               %d = t.exp(%c) : f32[N, 8]
+
+    Needs no place: arguments, weight expressions, kv values, and what the function returns (the caller's buffers).
+    A view has its operand's place. No op writes where it reads. The module is in stage buf afterwards.
+    """
+
+    leaves: ClassVar[Stage] = "buf"
+
+    def run(self, module: Module, ctx: PassContext) -> bool:
+        for func in module.funcs.values():
+            buffers = collect(func, ctx.target.align)
+            placed = plan(buffers, module.scope)
+            write_back(func, placed)
+            largest = _at_maxima(module.scope, func.arena or as_dim(0))
+            ctx.stat("buffers", len(buffers))
+            ctx.stat("arena-bytes", largest)
+            ctx.stat("live-bytes", _peak(buffers))
+        module.stage = "buf"
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Bytes for `value` and its views: `size` (aligned), in use during `range`; `largest` is the size at the maxima."""
+
+    value: Value
+    size: Dim
+    range: LiveRange
+    largest: int
+    offset: Dim | None = None
+
+    @property
+    def end(self) -> Dim:
+        assert self.offset is not None
+        return self.offset + self.size
+
+
+def collect(func: Func, align: int) -> list[Buffer]:
+    """The values of `func` that need a place, in order of definition."""
+    live = Liveness(func)
+    weights = weight_exprs(func)
+    scope = func.module.scope
+    out: list[Buffer] = []
+    for op in func.ops:
+        for r in op.results:
+            if not isinstance(r.type, Tensor) or r in weights or view_base(r) is not r or func.ret in r.users:
+                continue
+            size = align * ceildiv(r.type.nbytes, align)
+            span = live.storage_range(r)
+            for user in r.users:  # a collective in flight reads its operand until it is waited for
+                for promised in user.results:
+                    if isinstance(promised.type, Future):
+                        span = LiveRange(span.start, max(span.end, live.range(promised).end))
+            out.append(Buffer(r, size, span, _at_maxima(scope, size)))
+    return out
+
+
+def plan(buffers: list[Buffer], scope: DimScope) -> list[Buffer]:
+    """The buffers with offsets.
+
+    Greedy best fit over symbolic sizes. Buffers are placed largest first and, as a second attempt, in order of
+    definition; the smaller arena at the dims' maxima wins. Each may start at 0, at the end of a buffer that is in use
+    at the same time, or past all of those; of the places where it is proved clear of every such buffer it takes the one
+    that ends lowest at the maxima. What cannot be proved disjoint is taken to overlap.
+    """
+    by_size = sorted(range(len(buffers)), key=lambda i: (-buffers[i].largest, buffers[i].range.start, i))
+    proofs: dict[tuple[Dim, Dim], bool] = {}
+
+    def fits_below(end: Dim, start: Dim) -> bool:
+        key = (end, start)
+        if key not in proofs:
+            proofs[key] = end is start or scope.prove_le(end, start) is True
+        return proofs[key]
+
+    best: list[Buffer] = []
+    best_size = -1
+    for order in (by_size, list(range(len(buffers)))):
+        placed: dict[int, Buffer] = {}
+        for i in order:
+            b = buffers[i]
+            near = [p for p in placed.values() if p.range.overlaps(b.range)]
+            ends = list(dict.fromkeys(p.end for p in near))
+            candidates = list(dict.fromkeys([as_dim(0), *ends, *([dmax(*ends)] if ends else [])]))
+            candidates.sort(key=lambda d: (_at_maxima(scope, d), len(d.terms), str(d)))
+            for offset in candidates:
+                end = offset + b.size
+                if all(fits_below(p.end, offset) or fits_below(end, p.offset or offset) for p in near):
+                    placed[i] = replace(b, offset=offset)
+                    break
+            else:
+                raise XllmError("internal", f"no provable place in the arena for %{b.value.name}", where=b.value.name)
+        size = max((_at_maxima(scope, p.end) for p in placed.values()), default=0)
+        if best_size < 0 or size < best_size:
+            best, best_size = [placed[i] for i in range(len(buffers))], size
+    return best
+
+
+def write_back(func: Func, placed: list[Buffer]) -> None:
+    """Sets `at` on every op with results in the arena, and the arena's size."""
+    offsets: Mapping[Value, Dim] = {b.value: b.offset for b in placed if b.offset is not None}
+    for op in func.ops:
+        at = []
+        for r in op.results:
+            base = view_base(r)
+            if base in offsets and (base is r or func.ret not in r.users):
+                at.append(offsets[base])
+        if at:
+            op.set_attr("at", tuple(at))
+    ends = list(dict.fromkeys(b.end for b in placed))
+    scope = func.module.scope
+    highest: list[Dim] = []
+    for end in sorted(ends, key=lambda d: (-_at_maxima(scope, d), str(d))):
+        if not any(scope.prove_le(end, other) is True for other in highest):
+            highest.append(end)
+    func.arena = dmax(*highest) if highest else as_dim(0)
+
+
+def _at_maxima(scope: DimScope, size: Dim) -> int:
+    """An upper bound of `size`; every symbol of a step has one."""
+    hi = scope.prover.interval(size)[1]
+    if hi is None:
+        unbounded = [s for s in size.symbols if s not in scope.symbols or scope.symbols[s].hi is None]
+        raise XllmError("ir", f"size {size} has no bound: {', '.join(unbounded)} may grow without limit")
+    return hi
+
+
+def _peak(buffers: list[Buffer]) -> int:
+    """The most bytes in use at once, at the maxima: no plan can need less there."""
+    change: dict[int, int] = {}
+    for b in buffers:
+        change[b.range.start] = change.get(b.range.start, 0) + b.largest
+        change[b.range.end + 1] = change.get(b.range.end + 1, 0) - b.largest
+    total = peak = 0
+    for at in sorted(change):
+        total += change[at]
+        peak = max(peak, total)
+    return peak
