@@ -1,0 +1,113 @@
+"""Running a step function in the interpreter the way a server would, and the same tokens in transformers.
+
+Owns the comparison that decides whether a model was translated right: requests of different length side by side, cut
+into chunks, over shared pages, against an eager forward pass of the unmodified model. For tests, the coverage table and
+`xllm-compile verify`; slow and for small models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import Array
+from xllm_compiler.frontend.model import TORCH_DTYPE
+from xllm_compiler.interp import run
+from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.semantics import kv_zeros
+
+Chunk = tuple[int, int]  # request, number of its next tokens
+
+
+class Stepper:
+    """State of a few requests over one page pool. Requests are numbered from 0; pages are handed out scattered."""
+
+    def __init__(self, module: Module, weights: Mapping[str, Array], requests: int, pages: int = 64) -> None:
+        self.module = module
+        self.weights = weights
+        self.done = [0] * requests
+        self.func = module.func("step")
+        (_, width) = self.func.arg("table").shape
+        self.tables = np.full((requests, width.value), -1, np.int32)
+        self.pages = pages
+        # Neither in order nor from 0: a kernel or a meaning that ignores the table would show.
+        self.free = [int(p) for p in np.random.default_rng(0).permutation(pages)]
+        self.caches = {a.name: kv_zeros(a.kv, {"P": pages}) for a in self.func.args if a.name.startswith("kv")}
+
+    def step(self, prompts: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> dict[tuple[int, int], Array]:
+        """Runs one step over the next tokens of some requests; f32 logits [vocab] by (request, position)."""
+        ids, pos, seq, start = [], [], [], [0]
+        for row, (request, count) in enumerate(chunks):
+            at = self.done[request]
+            ids += list(prompts[request][at : at + count])
+            pos += range(at, at + count)
+            seq += [row] * count
+            start.append(len(ids))
+            for page in range((at + count + 15) // 16):
+                if self.tables[request, page] < 0:
+                    self.tables[request, page] = self.free.pop()
+            self.done[request] += count
+        where = [(chunks[row][0], p) for row, p in zip(seq, pos, strict=True)]
+        limit = self.module.scope.symbols["S"].hi
+        logits: dict[tuple[int, int], Array] = {}
+        for first in range(0, len(ids), limit or len(ids)):
+            sel = np.arange(first, min(len(ids), first + (limit or len(ids))), dtype=np.int32)
+            inputs = {
+                "ids": np.array(ids, np.int32),
+                "pos": np.array(pos, np.int32),
+                "seq": np.array(seq, np.int32),
+                "start": np.array(start, np.int32),
+                "table": self.tables[[r for r, _ in chunks]],
+                "sel": sel,
+                **self.caches,
+            }
+            results = run(self.module, "step", inputs, self.weights)
+            logits.update({where[int(n)]: results[0][i] for i, n in enumerate(sel)})
+        # The caches written by the last run over these tokens; runs over the same tokens write the same rows.
+        self.caches = dict(zip(self.caches, results[1:], strict=True))
+        return logits
+
+
+def stepped_logits(module: Module, weights: Mapping[str, Array], prompts: Sequence[Sequence[int]]) -> list[Array]:
+    """Logits [len(prompt), vocab] of every prompt, computed in ragged, interleaved chunks."""
+    stepper = Stepper(module, weights, len(prompts))
+    left = [len(p) for p in prompts]
+    sizes = (5, 1, 7, 2, 16, 3)
+    turn = 0
+    rows: dict[tuple[int, int], Array] = {}
+    while any(left):
+        chunks: list[Chunk] = []
+        for request in range(len(prompts)):
+            count = min(left[request], sizes[turn % len(sizes)])
+            turn += 1
+            if count and (turn % 4 or not chunks):  # now and then a request sits a step out
+                chunks.append((request, count))
+                left[request] -= count
+        if chunks:
+            rows.update(stepper.step(prompts, chunks))
+    return [np.stack([rows[(i, p)] for p in range(len(prompt))]) for i, prompt in enumerate(prompts)]
+
+
+def load_reference(path: str | os.PathLike[str], dtype: str = "f32") -> Any:
+    """The unmodified transformers model of a checkpoint directory, in eval mode with eager attention."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=TORCH_DTYPE[dtype], attn_implementation="eager", local_files_only=True
+        )
+    except Exception as e:
+        raise XllmError("unsupported", f"transformers cannot load the model: {e}", where=str(path)) from e
+    return model.eval()
+
+
+def reference_logits(model: Any, prompt: Sequence[int]) -> Array:
+    """f32 logits [len(prompt), vocab] of one eager forward pass over the whole prompt."""
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([list(prompt)]), use_cache=False)
+    logits: Array = out.logits[0].float().numpy()
+    return logits
