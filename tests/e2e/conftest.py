@@ -1,0 +1,52 @@
+"""Checkpoints and artifacts that the end-to-end tests share: compiled once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from xllm_compiler.driver import compile_checkpoint
+from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
+from xllm_compiler.options import CompileOptions
+
+BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
+
+SETTINGS = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "llama": {"attention_bias": True, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 24},
+}
+"""What makes each tiny family a test of its own, on top of TINY."""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a family, or the bundled model."""
+    made: dict[str, Path] = {"bundled": BUNDLED}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            path = tmp_path_factory.mktemp("checkpoint") / family
+            made[family] = write_random_checkpoint(family, path, settings={**TINY, **SETTINGS[family]}, seed=3)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def artifact(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The artifact of a family at a dtype."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, dtype: str) -> Path:
+        if (family, dtype) not in made:
+            out = tmp_path_factory.mktemp("artifact") / f"{family}-{dtype}"
+            options = CompileOptions(dtype=dtype, max_model_len=512, max_num_seqs=48, max_num_batched_tokens=512)
+            compile_checkpoint(checkpoint(family), out, options)
+            made[family, dtype] = out
+        return made[family, dtype]
+
+    return get

@@ -1,0 +1,89 @@
+"""Runs chosen steps on an artifact's executor, below the engine: the test decides which tokens go into which step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from xllm_compiler.runtime.cpu import CpuExecutor
+from xllm_compiler.runtime.loader import load_artifact
+
+PAGE = 16
+
+
+@dataclass
+class Sequence_:
+    """One request: its tokens, the pages it owns, and how many tokens are in the cache."""
+
+    ids: list[int]
+    pages: list[int]
+    done: int = 0
+    logits: list[np.ndarray] = field(default_factory=list)
+
+
+class Stepper:
+    """An executor with a page pool that hands out pages in the order asked for."""
+
+    def __init__(self, artifact: Path, *, threads: int = 2, pages: int = 1024, isa: str | None = None) -> None:
+        loaded = load_artifact(artifact, isa)
+        loaded.wait_checked()
+        self.manifest = loaded.manifest
+        self._loaded = loaded
+        self.executor = CpuExecutor(loaded.manifest, loaded.library, loaded.weights, pages=pages, threads=threads)
+        self.batch = self.executor.new_batch()
+        self._free = list(range(pages))
+
+    def __enter__(self) -> Stepper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.close()
+
+    def open(self, ids: Sequence[int], *, shuffle: np.random.Generator | None = None) -> Sequence_:
+        """Give a request the pages that its tokens need, scattered over the pool when `shuffle` is given."""
+        if shuffle is not None:
+            shuffle.shuffle(self._free)
+        count = -(-len(ids) // PAGE)
+        pages, self._free = self._free[:count], self._free[count:]
+        return Sequence_(list(ids), pages)
+
+    def close(self, request: Sequence_) -> None:
+        """Return its pages as they are, so that the next owner finds old bytes in them."""
+        self._free = request.pages + self._free
+
+    def step(self, work: Sequence[tuple[Sequence_, int]], *, keep: Sequence[Sequence_] = ()) -> None:
+        """One step that advances each request by its number of tokens; those in `keep` keep all rows' logits."""
+        batch, n = self.batch, 0
+        selected = []
+        for index, (request, count) in enumerate(work):
+            span = slice(n, n + count)
+            batch.ids[span] = request.ids[request.done : request.done + count]
+            batch.pos[span] = np.arange(request.done, request.done + count)
+            batch.seq[span] = index
+            batch.start[index] = n
+            batch.table[index] = -1
+            batch.table[index, : len(request.pages)] = request.pages
+            if any(request is kept for kept in keep):
+                selected += range(n, n + count)
+            n += count
+            request.done += count
+        batch.start[len(work)] = n
+        batch.sel[: len(selected)] = selected
+        batch.n, batch.b, batch.s = n, len(work), len(selected)
+        logits = self.executor.execute(batch).copy()
+        at = 0
+        for request, count in work:
+            if any(request is kept for kept in keep):
+                request.logits.append(logits[at : at + count])
+                at += count
+
+    def all_logits(self, ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
+        """Logits of every row of one request run alone in chunks: [len(ids), vocab]."""
+        request = self.open(ids)
+        while request.done < len(ids):
+            self.step([(request, min(chunk or len(ids), len(ids) - request.done))], keep=[request])
+        self.close(request)
+        return np.concatenate(request.logits)
