@@ -56,7 +56,8 @@ def test_gauges_move_while_requests_run(live: Any, until: Any) -> None:
     live.executor.delay = 0.02
     ask = {"prompt": "a", "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", live.url + "/v1/completions", json=ask) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: dropping the generator would close the connection
+        next(lines)
         text = httpx.get(live.url + "/metrics").text
         values = {s.name: s.value for family in parse(text) for s in family.samples}
     assert values["vllm:num_requests_running"] == 1 and values["vllm:kv_cache_usage_perc"] > 0
