@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.executor import F32
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.kv import BlockTable
 from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output, RequestMetrics
-from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, raw_logprobs
+from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, raw_logprobs
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.text import TextStream
 from xllm_compiler.runtime.tokenizer import Tokenizer
@@ -53,6 +51,7 @@ class Choice:
         "_prompt_logprobs",
         "_reported",
         "_sampler",
+        "_scratch",
         "_stop_ids",
         "_text",
         "_tokenizer",
@@ -79,6 +78,7 @@ class Choice:
         facts: ModelFacts,
         tokenizer: Tokenizer | None,
         limit: int,
+        scratch: Scratch,
     ) -> None:
         """`serial`: its place in the order of arrival. `limit`: tokens, prompt included, at which it ends."""
         request, params = group.request, group.request.params
@@ -99,7 +99,9 @@ class Choice:
             prompt=self.tokens,
             stop_ids=(*self._eos, *self._stop_ids),
             vocab=facts.vocab_size,
+            scratch=scratch,
         )
+        self._scratch = scratch
         self.plain = self._sampler.plain
         self._tokenizer = tokenizer
         self._text: TextStream | None = None
@@ -134,8 +136,9 @@ class Choice:
         """Take the logits at `position`, which judge the prompt token after it."""
         count = self.group.request.params.prompt_logprobs
         assert self._prompt_logprobs is not None and count is not None
-        row = np.array(row, np.float32)  # see RowSampler.sample
-        self._prompt_logprobs.append(self._named(raw_logprobs(row, self.tokens[position + 1], count)))
+        row = self._scratch.take(row)
+        raw = raw_logprobs(row, self.tokens[position + 1], count, self._scratch)
+        self._prompt_logprobs.append(self._named(raw))
 
     def sample(self, row: F32) -> Output:
         """Draw the next token from a row of logits and take it in. Raises XllmError."""

@@ -19,12 +19,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import operator
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+import numpy as np
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import scheduler
@@ -33,7 +34,7 @@ from xllm_compiler.runtime.executor import F32, Executor
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.kv import BlockTable, PagePool
 from xllm_compiler.runtime.outputs import Output
-from xllm_compiler.runtime.sampler import not_finite
+from xllm_compiler.runtime.sampler import Scratch, not_finite
 from xllm_compiler.runtime.stats import EngineStats, Health
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
@@ -75,6 +76,7 @@ class Engine:
         self._running: list[Choice] = []  # both in the order of arrival, and all running arrived before all waiting
         self._waiting: deque[Choice] = deque()
         self._groups: dict[str, list[Choice]] = {}
+        self._scratch = Scratch(facts.vocab_size)
         self._serial = itertools.count()
         self._stats = EngineStats(kv_pages_total=executor.pages)
         self._inbox: deque[tuple[Request, OnOutput] | str] = deque()
@@ -171,10 +173,9 @@ class Engine:
             raise XllmError("request", "stop strings need a tokenizer, and this model has none", where="stop")
         if not ids:
             raise XllmError("request", "the prompt has no tokens", where="prompt")
-        try:
-            low, high = operator.index(min(ids)), operator.index(max(ids))
-        except TypeError:
-            raise XllmError("request", "token ids must be integers", where="prompt") from None
+        if not all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, ids))):
+            raise XllmError("request", "token ids must be integers", where="prompt")
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.facts.vocab_size:
             wrong = low if low < 0 else high
             raise XllmError(
@@ -199,18 +200,22 @@ class Engine:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            try:
-                self._read_inbox()
-                if self._running or self._waiting:
-                    self._step()
-                    self._progress = time.monotonic()
-            except Exception as error:  # a bug of ours: no request may hang because of it
-                self._fail_all(_internal(error))
+            self.turn()
         self._read_inbox()
         for choice in [*self._running, *self._waiting]:
             self._finish(choice, choice.end("abort"))
         with self._idle:
             self._idle.notify_all()
+
+    def turn(self) -> None:
+        """Once around the loop: take messages, run one step. Only for the engine's own thread, or instead of it."""
+        try:
+            self._read_inbox()
+            if self._running or self._waiting:
+                self._step()
+                self._progress = time.monotonic()
+        except Exception as error:  # a bug of ours: no request may hang because of it
+            self._fail_all(_internal(error))
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -251,6 +256,7 @@ class Engine:
                     facts=self.facts,
                     tokenizer=self.tokenizer,
                     limit=self.max_tokens,
+                    scratch=self._scratch,
                 )
             )
         self._waiting.extend(choices)

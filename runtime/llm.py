@@ -61,6 +61,7 @@ class LLM:
             memory_utilization=memory_utilization,
             threads=threads,
             isa=isa,
+            max_queued=sys.maxsize,
         )
         path = resolve_artifact(
             Path(model), compile_options=compile_options, tell=lambda line: print(line, file=sys.stderr)
@@ -114,7 +115,7 @@ class LLM:
         them. `sampling_params`: one for all, or one for each; None takes the checkpoint's defaults. When a request
         fails the others are aborted and its XllmError is raised.
         """
-        batch = [prompts] if _is_one(prompts) else list(prompts)
+        batch: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):

@@ -11,7 +11,7 @@ from pathlib import Path
 from xllm_compiler.artifact import is_artifact
 from xllm_compiler.errors import XllmError
 
-COMPILER = "xllm_compiler.tools.compile"
+_COMPILE = "from xllm_compiler.tools.compile import entry; entry()"  # prints the artifact's path on its stdout
 
 
 def resolve_artifact(
@@ -34,7 +34,7 @@ def resolve_artifact(
         )
     if tell is not None:
         tell(f"{path} is a checkpoint: compiling it into the cache, unless it is there")
-    command = [sys.executable, "-m", COMPILER, str(path), "--cache", "--print-path", *compile_options]
+    command = [sys.executable, "-c", _COMPILE, str(path), *compile_options]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     except OSError as error:

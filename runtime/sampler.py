@@ -23,6 +23,10 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 _BLOCKS = 64  # rows of the folded view from which a top-n threshold is read
+_BLOCK = 256  # weights that are summed in one go when drawing
+_BINS = 4096  # of the nucleus search
+_NEAR = (6.0, 12.0)  # distances from the largest logit within which nearly all mass is, nearly always
+_REACH = 32.0  # distance from the largest logit that the bins cover; e**-32 of its probability is next to nothing
 _MASK64 = (1 << 64) - 1
 
 
@@ -60,20 +64,36 @@ def top_ids(row: F32, n: int) -> I64:
     return candidates[order].astype(np.int64, copy=False)
 
 
-def log_normalizer(row: F32) -> float:
-    """log(sum(exp(row))), finite, or XllmError("internal")."""
-    top = float(row.max())
-    if not math.isfinite(top):
-        raise not_finite()
-    return top + math.log(float(np.exp(row - np.float32(top)).sum(dtype=np.float64)))
+class Scratch:
+    """Buffers of one row, shared by all samplers of a thread. Fresh arrays of this size would come from and go back to
+    the kernel at every use, and the page faults cost more than the arithmetic."""
+
+    __slots__ = ("blocks", "row", "weights", "work")
+
+    def __init__(self, vocab: int) -> None:
+        blocks = -(-vocab // _BLOCK)
+        self.row: F32 = np.zeros(vocab, np.float32)
+        self.work: F32 = np.zeros(vocab, np.float32)
+        self.blocks: F32 = np.zeros((blocks, _BLOCK), np.float32)  # the same memory as `weights`, and a tail of zeros
+        self.weights: F32 = self.blocks.reshape(-1)[:vocab]
+
+    def take(self, row: F32) -> F32:
+        """A copy of `row`: rows of a batch are aligned differently, and vector code may round its edges differently.
+
+        Raises XllmError("internal") when it holds NaN or +inf.
+        """
+        np.copyto(self.row, row)
+        if not math.isfinite(self.row.max()):
+            raise not_finite()
+        return self.row
 
 
-def raw_logprobs(row: F32, token: int, n: int) -> RawLogprobs:
-    """Log-probabilities of `token` and of the n most likely ones under softmax(row). `row` is contiguous.
-
-    Raises XllmError("internal") when the row holds NaN or +inf.
-    """
-    norm = log_normalizer(row)
+def raw_logprobs(row: F32, token: int, n: int, scratch: Scratch) -> RawLogprobs:
+    """Log-probabilities of `token` and of the n most likely ones under softmax(row), for a row that `take` gave."""
+    top = row.max()
+    weights = np.subtract(row, top, out=scratch.weights)
+    np.exp(weights, out=weights)
+    norm = float(top) + math.log(float(weights.sum()))
     rank = int(np.count_nonzero(row > row[token])) + 1
     out = RawLogprobs([token], [float(row[token]) - norm], [rank])
     if n:
@@ -85,32 +105,65 @@ def raw_logprobs(row: F32, token: int, n: int) -> RawLogprobs:
     return out
 
 
-def nucleus(values: F32, top_p: float) -> I64:
-    """Indices of the shortest prefix, by falling value, of softmax(values) with mass >= top_p; at least one.
+def nucleus(values: F32, weights: F32, top_p: float) -> I64:
+    """Indices of the shortest prefix, by falling value, with mass >= top_p of all; at least one; in no given order.
 
-    Values within `reach` of the maximum are the most likely ones whatever the rest is; when their mass is already
-    enough the rest need not be sorted.
+    `weights` are exp(values - max). First only the likeliest values are looked at, which is nearly always enough. They
+    go into bins by their distance from the maximum, so that only the bin in which the prefix ends need be sorted: a
+    broad distribution has a prefix of most of the vocabulary, and sorting that takes tens of milliseconds.
     """
+    want = top_p * float(weights.sum())
     top = values.max()
-    weights = np.exp(values - top)
-    want = top_p * float(weights.sum(dtype=np.float64))
-    reach = 8.0
-    while True:
-        candidates = np.flatnonzero(values >= top - np.float32(reach))
-        enough = len(candidates) == len(values) or float(weights[candidates].sum(dtype=np.float64)) >= want
-        if enough or reach > 1e4:
+    for near in _NEAR:
+        ids = np.flatnonzero(values >= top - np.float32(near))
+        if float(weights[ids].sum()) >= want:
             break
-        reach *= 2.0
-    candidates = candidates[np.argsort(-values[candidates], kind="stable")]
-    mass = np.cumsum(weights[candidates], dtype=np.float64)
-    count = min(int(np.searchsorted(mass, want, side="left")) + 1, len(candidates))
-    return candidates[:count].astype(np.int64, copy=False)
+    else:
+        ids = np.arange(len(values))
+    distance, weights = top - values[ids], weights[ids]
+    bins = np.minimum(distance * np.float32(_BINS / _REACH), np.float32(_BINS - 1)).astype(np.int32)
+    mass = np.cumsum(np.bincount(bins, weights, _BINS))
+    last = min(int(np.searchsorted(mass, want, side="left")), int(bins.max()))
+    border = np.flatnonzero(bins == last)
+    border = border[np.argsort(distance[border], kind="stable")]
+    reached = np.cumsum(weights[border], dtype=np.float64) + (mass[last - 1] if last else 0.0)
+    count = min(int(np.searchsorted(reached, want, side="left")) + 1, len(border))
+    return ids[np.concatenate([np.flatnonzero(bins < last), border[:count]])]
+
+
+def pick(blocks: F32, u: float) -> int:
+    """Where the running sum of `blocks` [n, _BLOCK], row by row, passes u times its total; 0 <= u < 1. Never a zero.
+
+    Two levels: sums of the rows first, then inside one row, since a running sum over the whole vocabulary is slow.
+    """
+    upto = np.cumsum(blocks.sum(axis=1), dtype=np.float64)
+    # Below the total, so that the block found has weight.
+    at = min(u * float(upto[-1]), math.nextafter(float(upto[-1]), 0.0))
+    block = int(np.searchsorted(upto, at, side="right"))
+    inside = np.cumsum(blocks[block], dtype=np.float64)
+    rest = at - (float(upto[block - 1]) if block else 0.0)
+    index = int(np.searchsorted(inside, rest, side="right"))
+    if index >= blocks.shape[1]:  # the two levels round differently, so `rest` may reach the end: take the last weight
+        index = int(np.searchsorted(inside, inside[-1], side="left"))
+    return block * blocks.shape[1] + index
 
 
 class RowSampler:
     """The sampling state of one choice: its parameters, its random key, and which tokens it has seen."""
 
-    __slots__ = ("_allowed", "_bias", "_counts", "_key", "_params", "_penalised", "_prompt", "_stop", "_vocab", "plain")
+    __slots__ = (
+        "_allowed",
+        "_bias",
+        "_counts",
+        "_key",
+        "_params",
+        "_penalised",
+        "_prompt",
+        "_scratch",
+        "_stop",
+        "_vocab",
+        "plain",
+    )
 
     def __init__(
         self,
@@ -121,12 +174,14 @@ class RowSampler:
         prompt: Sequence[int],
         stop_ids: Sequence[int],
         vocab: int,
+        scratch: Scratch,
     ) -> None:
         """`stop_ids`: tokens that end the request, forbidden before `min_tokens`. `seed` is used when params has
         none."""
         p = params
         self._params = p
         self._vocab = vocab
+        self._scratch = scratch
         self._key = np.array([(seed if p.seed is None else p.seed) & _MASK64, index], np.uint64)
         self._stop = np.array(sorted(t for t in stop_ids if t < vocab), np.int64)
         self._bias: tuple[I64, F32] | None = None
@@ -146,29 +201,28 @@ class RowSampler:
         Raises XllmError: "internal" when the row holds NaN or +inf, "request" when the request forbids every token.
         """
         p = self._params
-        # A fresh copy: rows of a batch are aligned differently, and vector code may round its edges differently.
-        row = np.array(row, np.float32)
-        if not math.isfinite(row.max()):
-            raise not_finite()
+        row = self._scratch.take(row)
         work = self._modified(row, generated)
-        token = int(work.argmax()) if p.greedy else self._draw(work, position)
-        if not math.isfinite(work[token]):
+        best = int(work.argmax())
+        if not math.isfinite(work[best]):
             raise XllmError(
                 "request", "no token is allowed here: allowed_token_ids, logit_bias or min_tokens forbid all"
             )
+        token = best if p.greedy else self._draw(work, position)
         if self._penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
-        return token, None if p.logprobs is None else raw_logprobs(row, token, p.logprobs)
+        return token, None if p.logprobs is None else raw_logprobs(row, token, p.logprobs, self._scratch)
 
     def _modified(self, row: F32, generated: int) -> F32:
         p = self._params
         forbid_stop = generated < p.min_tokens and len(self._stop) > 0
         if not (self._penalised or forbid_stop or self._bias is not None or self._allowed is not None):
             return row
+        work = self._scratch.work
         if self._allowed is None:
-            work = row.copy()
+            np.copyto(work, row)
         else:
-            work = np.full_like(row, -np.inf)
+            work.fill(-np.inf)
             work[self._allowed] = row[self._allowed]
         if self._bias is not None:
             work[self._bias[0]] += self._bias[1]
@@ -191,25 +245,25 @@ class RowSampler:
             work[ids] -= np.float32(p.frequency_penalty) * counts + np.float32(p.presence_penalty)
 
     def _draw(self, work: F32, position: int) -> int:
+        """A draw from a row with a finite maximum; `work` is left with the scaled values."""
         p = self._params
         # Subtracting the maximum first keeps a tiny temperature from overflowing.
-        values = (work - work.max()) / np.float32(p.temperature)
+        values = np.subtract(work, work.max(), out=self._scratch.work)
+        if p.temperature != 1.0:
+            np.divide(values, np.float32(p.temperature), out=values)
+        weights = np.exp(values, out=self._scratch.weights)
         ids: I64 | None = None
         if p.min_p > 0.0:
             ids = np.flatnonzero(values >= np.float32(math.log(p.min_p)))
         if 0 < p.top_k < self._vocab:
             ids = top_ids(values, p.top_k) if ids is None else ids[top_ids(values[ids], p.top_k)]
         if p.top_p < 1.0:
-            ids = nucleus(values, p.top_p) if ids is None else ids[nucleus(values[ids], p.top_p)]
-        if ids is not None:
-            ids = np.sort(ids)
-            values = values[ids]
-        mass = np.cumsum(np.exp(values), dtype=np.float64)
-        total = mass[-1]
-        pick = int(np.searchsorted(mass, self._uniform(position) * total, side="right"))
-        if pick >= len(mass):  # u * total may round up to total
-            pick = int(np.searchsorted(mass, total, side="left"))
-        return pick if ids is None else int(ids[pick])
+            ids = nucleus(values, weights, p.top_p) if ids is None else ids[nucleus(values[ids], weights[ids], p.top_p)]
+        u = self._uniform(position)
+        if ids is None:
+            return pick(self._scratch.blocks, u)
+        ids = np.sort(ids)
+        return int(ids[pick(weights[ids][None], u)])
 
     def _uniform(self, position: int) -> float:
         """A number in [0, 1) that depends on seed, choice and position only."""
