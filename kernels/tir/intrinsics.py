@@ -14,6 +14,7 @@ _COMMON = """
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, <16 x i1>, <16 x float>)
 declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, <16 x i1>, <16 x i16>)
+declare <16 x i32> @llvm.masked.load.v16i32.p0(ptr, <16 x i1>, <16 x i32>)
 declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, <16 x i1>)
 declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, <16 x i1>)
 declare <8 x float> @llvm.maxnum.v8f32(<8 x float>, <8 x float>)
@@ -32,6 +33,23 @@ define linkonce_odr <16 x float> @xllm_load_f32(ptr %p) {
 define linkonce_odr <16 x i32> @xllm_load_i32(ptr %p) {
   %r = load <16 x i32>, ptr %p, align 4
   ret <16 x i32> %r
+}
+define linkonce_odr <16 x i32> @xllm_load_first_i32(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x i32> @llvm.masked.load.v16i32.p0(ptr align 4 %p, <16 x i1> %m, <16 x i32> zeroinitializer)
+  ret <16 x i32> %r
+}
+define linkonce_odr float @xllm_get_f32(ptr %p) {
+  %r = load float, ptr %p, align 4
+  ret float %r
+}
+define linkonce_odr i32 @xllm_put_f32(ptr %p, float %v) {
+  store float %v, ptr %p, align 4
+  ret i32 0
+}
+define linkonce_odr i32 @xllm_put_i16(ptr %p, i16 %v) {
+  store i16 %v, ptr %p, align 2
+  ret i32 0
 }
 define linkonce_odr i32 @xllm_store_f32(ptr %p, <16 x float> %v) {
   store <16 x float> %v, ptr %p, align 4

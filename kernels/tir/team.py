@@ -208,5 +208,36 @@ define i32 @xllm_team_stop(ptr %ctx) noinline nounwind {{
 }}
 
 declare i64 @llvm.readcyclecounter()
+
+; LLVM turns loops that copy or fill into calls of these; the library is linked without libc
+define hidden ptr @memcpy(ptr %to, ptr %from, i64 %count) noinline nounwind {{
+  %r = call {{ i64, i64, i64 }} asm sideeffect "rep movsb",
+    "={{rdi}},={{rsi}},={{rcx}},0,1,2,~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(ptr %to, ptr %from, i64 %count)
+  ret ptr %to
+}}
+define hidden ptr @memmove(ptr %to, ptr %from, i64 %count) noinline nounwind {{
+entry:
+  %a = ptrtoint ptr %to to i64
+  %b = ptrtoint ptr %from to i64
+  %distance = sub i64 %a, %b
+  %clear = icmp uge i64 %distance, %count
+  br i1 %clear, label %forward, label %backward
+forward:
+  %f = call ptr @memcpy(ptr %to, ptr %from, i64 %count)
+  ret ptr %to
+backward:
+  %last = sub i64 %count, 1
+  %to_end = getelementptr i8, ptr %to, i64 %last
+  %from_end = getelementptr i8, ptr %from, i64 %last
+  %r = call {{ i64, i64, i64 }} asm sideeffect "std\0Arep movsb\0Acld",
+    "={{rdi}},={{rsi}},={{rcx}},0,1,2,~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(
+    ptr %to_end, ptr %from_end, i64 %count)
+  ret ptr %to
+}}
+define hidden ptr @memset(ptr %to, i32 %value, i64 %count) noinline nounwind {{
+  %r = call {{ i64, i64 }} asm sideeffect "rep stosb",
+    "={{rdi}},={{rcx}},0,1,{{eax}},~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(ptr %to, i64 %count, i32 %value)
+  ret ptr %to
+}}
 """
 """The whole runtime as one LLVM module, without a target."""

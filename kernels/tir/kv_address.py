@@ -1,0 +1,91 @@
+"""Where a token's keys and values lie. The one place that knows: `kv_append` writes and `attend` reads through it.
+
+A layer's pool is an array of pages of 16 tokens; `table[request, position // 16]` names the page. A page holds, head by head,
+
+    bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
+    f32     K [k_dim, 16]        then V [16, v_dim]
+
+so that one vector of K is 16 tokens of one k (or pair of k), and one vector of V is 16 columns of one token (or pair).
+Contiguous virtual ranges in place of a table would change `Pages.page` and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.base import PAGE, require
+
+Expr = Any
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """The KV cache of one layer: `heads` KV heads of k_dim and v_dim elements, both even."""
+
+    dtype: str
+    heads: int
+    k_dim: int
+    v_dim: int
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("bf16", "f32"), f"KV cache in {self.dtype}", self)
+        require(self.heads > 0, f"{self.heads} KV heads", self)
+        require(self.k_dim > 0 and self.k_dim % 2 == 0, f"KV head of k_dim {self.k_dim}, which must be even", self)
+        require(self.v_dim > 0 and self.v_dim % 2 == 0, f"KV head of v_dim {self.v_dim}, which must be even", self)
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.dtype == "bf16" else 4
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head in one page: its K, then its V."""
+        return PAGE * (self.k_dim + self.v_dim) * self.element_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        return self.heads * self.head_bytes
+
+    @property
+    def k_row_bytes(self) -> int:
+        """Bytes of one vector's worth of K: 16 tokens of one k (f32) or one pair of k (bf16)."""
+        return PAGE * 4
+
+    @property
+    def v_row_bytes(self) -> int:
+        """Bytes of one row of V: one token (f32) or one pair of tokens (bf16)."""
+        return self.v_dim * 4
+
+
+class Pages:
+    """Addresses, as int64 byte offsets from a layer's first page."""
+
+    def __init__(self, layout: KvLayout, table: Expr, width: Expr) -> None:
+        self.layout = layout
+        self._table = table
+        self._width = width
+
+    def page(self, request: Expr, number: Expr, head: Expr) -> Expr:
+        """K of `head` in the page of positions 16*number .. 16*number+15 of `request`; reads one table entry."""
+        page = T.Cast("int64", self._table[request * self._width + number])
+        return T.bind(page * self.layout.page_bytes + T.Cast("int64", head) * self.layout.head_bytes)
+
+    def values(self, page: Expr) -> Expr:
+        """V of the head whose K is at `page`."""
+        return page + PAGE * self.layout.k_dim * self.layout.element_bytes
+
+    def k_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
+        """Element `index` of the key in `slot`."""
+        if self.layout.dtype == "f32":
+            return page + (index * PAGE + slot) * 4
+        return page + T.truncdiv(index, T.int32(2)) * (PAGE * 4) + slot * 4 + T.truncmod(index, T.int32(2)) * 2
+
+    def v_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
+        """Element `index` of the value in `slot`."""
+        if self.layout.dtype == "f32":
+            return self.values(page) + (slot * self.layout.v_dim + index) * 4
+        pair = T.truncdiv(slot, T.int32(2))
+        return self.values(page) + ((pair * self.layout.v_dim + index) * 2 + T.truncmod(slot, T.int32(2))) * 2
