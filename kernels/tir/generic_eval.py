@@ -14,9 +14,13 @@ from typing import Any, Final
 
 from tvm import tirx
 from tvm.ir import PointerType, PrimType
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.errors import XllmError
+from xllm_compiler.kernels.tir import vmath
+from xllm_compiler.kernels.tir.base import LANES
 from xllm_compiler.kernels.tir.generic_nodes import COMPARE, POINTWISE, Body, Node
 
 Expr = Any
@@ -321,7 +325,7 @@ class Evaluator:
         if node.op in COMPARE:  # a constant is compared in the other side's type
             kind = kinds[1] if self.body[node.args[0]].op == "const" else kinds[0]
         args = [as_compute(a, k, kind, lanes) for a, k in zip(args, kinds, strict=True)]
-        return Val(scalar_op(node, args, kind, lanes, self.body), vector)
+        return Val(scalar_op(node, args, kind, lanes, self.body, self.stmts), vector)
 
 
 def _const_of(body: Body, i: int) -> int | float | None:
@@ -330,7 +334,7 @@ def _const_of(body: Body, i: int) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body) -> Expr:
+def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body, stmts: list[Stmt]) -> Expr:
     """A pointwise op on compute values of dtype `kind`, all of `lanes` lanes."""
     t = vec(COMPUTE[kind], lanes)
     floating = kind in ("f64", "f32", "bf16", "f16")
@@ -390,39 +394,59 @@ def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body) -
         case "pow":
             return _power(a, b, kind, t, _const_of(body, node.args[1]))
     if not floating:
-        raise XllmError("unsupported", f"t.{node.op} of {kind}", help="cast to f32 first")
-    match node.op:
-        case "exp":
-            return tirx.exp(a)
-        case "log":
-            return tirx.log(a)
+        raise XllmError("internal", f"t.{node.op} of {kind}")
+    name = "gelu_tanh" if node.op == "gelu" and node.attr and node.attr[0] else node.op
+    return transcendental(name, a, t, lanes, stmts)
+
+
+def transcendental(name: str, a: Expr, t: str, lanes: int, stmts: list[Stmt]) -> Expr:
+    """A unary float function of compute values of TVM type `t`; what it binds on the way goes to `stmts`.
+
+    The frequent functions are vmath's polynomials, also for a single element, so that a value does not depend on whether
+    it was computed in a vector. The rare ones are libm's.
+    """
+
+    def c(value: float) -> Expr:
+        return tirx.const(value, t)
+
+    match name:
         case "sqrt":
             return tirx.sqrt(a)
         case "rsqrt":
             return tirx.Div(c(1.0), tirx.sqrt(a))
+        case "floor":
+            return tirx.floor(a)
+        case "log":
+            return tirx.log(a)
         case "sin":
             return tirx.sin(a)
         case "cos":
             return tirx.cos(a)
-        case "floor":
-            return tirx.floor(a)
-        case "tanh":
-            return tirx.tanh(a)
-        case "erf":
-            return tirx.erf(a)
-        case "sigmoid":
-            return tirx.Div(c(1.0), c(1.0) + tirx.exp(c(0.0) - a))
-        case "silu":
-            return tirx.Div(a, c(1.0) + tirx.exp(c(0.0) - a))
         case "softplus":  # log(1 + e^x) without overflow
-            big = tirx.Select(tirx.GT(a, c(0.0)), a, c(0.0))
-            return big + tirx.log(c(1.0) + tirx.exp(c(0.0) - tirx.abs(a)))
-        case "gelu":
-            if node.attr and node.attr[0]:
-                inner = c(math.sqrt(2.0 / math.pi)) * (a + c(0.044715) * a * a * a)
-                return c(0.5) * a * (c(1.0) + tirx.tanh(inner))
-            return c(0.5) * a * (c(1.0) + tirx.erf(a * c(math.sqrt(0.5))))
-    raise XllmError("internal", f"no code for pointwise op {node.op}")
+            size = tirx.Select(tirx.LT(a, c(0.0)), a, tirx.Mul(a, c(-1.0)))
+            e = transcendental("exp", size, t, lanes, stmts)
+            # log1p by the compensated quotient (Higham, Accuracy and Stability, 1.14.1), exact enough for tiny e
+            u = bind(tirx.Add(c(1.0), e), t, stmts)
+            tiny = tirx.EQ(u, c(1.0))
+            log1p = tirx.Select(tiny, e, tirx.Div(tirx.Mul(tirx.log(u), e), tirx.Sub(u, c(1.0))))
+            return tirx.Add(tirx.Select(tirx.LT(a, c(0.0)), c(0.0), a), log1p)
+    if not t.startswith("float32"):
+        raise XllmError("unsupported", f"t.{name} of f64", help="cast to f32 first")
+    function = vmath.erf if name == "erf" else vmath.exp if name == "exp" else vmath.ACTIVATIONS[name]
+    with IRBuilder() as builder, T.prim_func(is_private=True):
+        T.func_name("captured")
+        wide = function(a if lanes == LANES else T.broadcast(a, LANES))
+        T.evaluate(T.int32(0))
+    body = builder.get().body
+    stmts += [s for s in body.seq if isinstance(s, tirx.Bind)]
+    return wide if lanes == LANES else tirx.Shuffle([wide], [tirx.const(0, "int32")])
+
+
+def bind(value: Expr, t: str, stmts: list[Stmt]) -> Expr:
+    """A variable that holds `value`, so that using it twice computes it once."""
+    var = tirx.Var("b", t)
+    stmts.append(tirx.Bind(var, value))
+    return var
 
 
 def _power(a: Expr, b: Expr, kind: str, t: str, exponent: float | None) -> Expr:

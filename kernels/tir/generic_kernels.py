@@ -7,7 +7,7 @@ are fused and vectorised, matrix products are merely right.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from xllm_compiler.kernels.tir.generic_eval import (
     Expr,
     Index,
     Stmt,
+    bind,
     convert,
     i64,
     to_compute,
     to_storage,
+    transcendental,
     vec,
 )
 from xllm_compiler.kernels.tir.generic_loops import BLOCK, Frame, blocks, loop, prim_func, seq, split, sweep, unravel
@@ -306,6 +308,11 @@ def _softmax(frame: Frame, spec: Scan) -> Stmt:
     def many(x: Expr, lanes: int) -> Expr:
         return x if lanes == 1 else tirx.Broadcast(x, lanes)
 
+    def exp_of(x: Expr, lanes: int, use: Callable[[Expr], Stmt]) -> Stmt:
+        stmts: list[Stmt] = []
+        e = transcendental("exp", bind(x, vec(wide, lanes), stmts), vec(wide, lanes), lanes, stmts)
+        return seq([*stmts, use(e)])
+
     top, total = tirx.Var("top", wide), tirx.Var("total", wide)
     if last:
 
@@ -320,12 +327,15 @@ def _softmax(frame: Frame, spec: Scan) -> Stmt:
                 return tops[lanes].add(load([*outer, ix], lanes)[0])
 
             def add(lanes: int, ix: Index) -> Stmt:
-                return sums[lanes].add(tirx.exp(load([*outer, ix], lanes)[0] - many(top, lanes)))
+                return exp_of(load([*outer, ix], lanes)[0] - many(top, lanes), lanes, sums[lanes].add)
 
             def put(lanes: int, ix: Index) -> Stmt:
                 x, at = load([*outer, ix], lanes)
-                y = tirx.Div(tirx.exp(x - many(top, lanes)), many(total, lanes))
-                return _store(frame, out, y, at, spec.dtype, lanes)
+
+                def store(e: Expr) -> Stmt:
+                    return _store(frame, out, tirx.Div(e, many(total, lanes)), at, spec.dtype, lanes)
+
+                return exp_of(x - many(top, lanes), lanes, store)
 
             def folded(accs: dict[int, _Acc]) -> Expr:
                 return accs[1].load() if not vector else accs[1].combine(accs[frame.lanes].fold(), accs[1].load())
@@ -344,19 +354,14 @@ def _softmax(frame: Frame, spec: Scan) -> Stmt:
                 return loop(i64(0), frame.dim(n), lambda i: body(*load(_at(shape, axis, place, Index(i)), lanes)))
 
             t, s = tops[lanes], sums[lanes]
-            return seq(
-                [
-                    t.init(),
-                    s.init(),
-                    each(lambda x, _: t.add(x)),
-                    each(lambda x, _: s.add(tirx.exp(x - t.load()))),
-                    each(
-                        lambda x, p: _store(
-                            frame, out, tirx.Div(tirx.exp(x - t.load()), s.load()), p, spec.dtype, lanes
-                        )
-                    ),
-                ]
-            )
+
+            def add(x: Expr, _: Expr) -> Stmt:
+                return exp_of(x - t.load(), lanes, s.add)
+
+            def put(x: Expr, p: Expr) -> Stmt:
+                return exp_of(x - t.load(), lanes, lambda e: _store(frame, out, e / s.load(), p, spec.dtype, lanes))
+
+            return seq([t.init(), s.init(), each(lambda x, _: t.add(x)), each(add), each(put)])
 
         done: list[Stmt] = run(at)
         return done

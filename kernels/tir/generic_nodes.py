@@ -7,7 +7,7 @@ translates ops into nodes). Descriptions are hashable: equal ones are one kernel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from xllm_compiler.dims import Dim
 
@@ -36,9 +36,25 @@ BINARY: Final = frozenset(
 )
 COMPARE: Final = frozenset(["eq", "ne", "lt", "le", "gt", "ge"])
 UNARY: Final = frozenset(
-    "neg exp log sqrt rsqrt sin cos tanh sigmoid silu relu erf abs floor not gelu softplus".split()
+    [
+        "neg",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "sin",
+        "cos",
+        "tanh",
+        "sigmoid",
+        "silu",
+        "relu",
+        "erf",
+        "abs",
+        "floor",
+        "not",
+    ]
 )
-POINTWISE: Final = BINARY | UNARY | {"where", "clamp", "cast"}
+POINTWISE: Final = BINARY | UNARY | {"where", "clamp", "cast", "gelu", "softplus"}
 MOVES: Final = frozenset(["transpose", "expand", "slice", "take"])
 
 
@@ -85,7 +101,7 @@ class Pointwise:
 class Reduce:
     """out = the reduction of body over `axes` (ascending); f32 accumulation for floats narrower than f64."""
 
-    kind: Literal["sum", "mean", "max", "min"]
+    kind: str  # sum, mean, max, min
     body: Body
     axes: tuple[int, ...]
     dtype: str
@@ -95,7 +111,7 @@ class Reduce:
 class Scan:
     """out = softmax or running sum of one input buffer along `axis`."""
 
-    kind: Literal["softmax", "cumsum"]
+    kind: str  # softmax, cumsum
     shape: tuple[Dim, ...]
     axis: int
     dtype_in: str

@@ -1,0 +1,159 @@
+"""Compiles a small module for the CPU, runs a step through the C interface and through the reference interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from xllm_compiler.artifact.cpu_isa import machine_isas
+from xllm_compiler.dims import as_dim, ceildiv
+from xllm_compiler.interp import run
+from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.parser import parse_module
+from xllm_compiler.ir.semantics import NP_DTYPE, kv_zeros
+from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.verify import verify
+from xllm_compiler.ir.verify_buf import arena_results, weight_values
+from xllm_compiler.kernels.tir.team import CTX_BYTES, CTX_TEAM_OFFSET
+from xllm_compiler.lowering.cpu.build import CpuLowering, lower_cpu
+
+Array = npt.NDArray[Any]
+INPUTS = ("ids", "pos", "seq", "start", "table", "sel")
+HEAD = """xir 1 stage=graph
+dim N in [1, 512]  // "tokens"
+dim B in [1, 64]  // "requests"
+dim S in [0, 64]  // "rows"
+dim P in [1, 64]  // "pages"
+assume N - B >= 0  // "a token each"
+"""
+
+
+def plan_apart(module: Module) -> None:
+    """The simplest memory plan: every value has bytes of its own."""
+    for func in module.funcs.values():
+        weights = weight_values(func)
+        end = as_dim(0)
+        for op in func.ops:
+            needing = arena_results(op, weights)
+            if not needing or (op.SPEC.view and not op.operands[0].has_uses):
+                continue
+            at = []
+            for r in needing:
+                at.append(end)
+                end = end + 64 * ceildiv(r.tensor.nbytes, 64)
+            op.set_attr("at", tuple(at))
+        func.arena = end
+    module.stage = "buf"
+
+
+@dataclass
+class Compiled:
+    """A lowered module on disk."""
+
+    module: Module
+    lowering: CpuLowering
+    folder: Path
+    params: Mapping[str, Array]
+
+    def step(
+        self,
+        inputs: Mapping[str, Array],
+        dims: Mapping[str, int],
+        isa: str,
+        team: int = 1,
+        program: str = "prefill",
+        kv: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """(logits, KV pool bytes). The arena and the logits are full of NaN before the step."""
+        library = ctypes.CDLL(str(self.folder / "cpu" / f"{isa}.so"))
+        env = {"N": 1, "B": 1, "S": 0, "P": 1, **dims}
+        arena = aligned(self.lowering.arena.evaluate(env) + 64, 0xFF)
+        weights = aligned(self.lowering.weight_bytes + 64, 0)
+        weights[: self.lowering.weight_bytes] = np.fromfile(self.folder / "weights.bin", np.uint8)
+        logits = aligned(self.lowering.logits.evaluate(env) + 64, 0xFF)
+        pool = aligned(env["P"] * sum(layer.page_bytes for layer in self.lowering.kv_layers), 0)
+        if kv is not None:
+            pool[:] = kv
+        barrier = aligned(64, 0)
+        ints = [np.ascontiguousarray(inputs.get(n, np.zeros(0, np.int32)), np.int32) for n in INPUTS]
+        places = [arena, weights, pool, *ints, logits]
+        args = [x.ctypes.data for x in places] + [env[n] for n in ("N", "B", "S", "P")] + [barrier.ctypes.data]
+        block = (ctypes.c_int64 * len(args))(*args)
+        status = run_team(library, f"xllm_step_{program}", block, team)
+        assert status == 0
+        out = next(v for v in self.module.func("step").returns if isinstance(v.type, Tensor))
+        shape = [d.evaluate(env) for d in out.shape]
+        size = self.lowering.logits.evaluate(env)
+        assert (logits[size:] == 0xFF).all(), "wrote past the logits"
+        assert (arena[self.lowering.arena.evaluate(env) :] == 0xFF).all(), "wrote past the arena"
+        return logits[:size].view(NP_DTYPE[out.dtype]).reshape(shape), pool
+
+    def reference(self, inputs: Mapping[str, Array], dims: Mapping[str, int], precise: bool = False) -> Array:
+        """The logits by the interpreter."""
+        func = self.module.func("step")
+        given: dict[str, Array] = {}
+        for arg in func.args:
+            if isinstance(arg.type, Kv):
+                given[arg.name] = kv_zeros(arg.type, dims, precise)
+            else:
+                given[arg.name] = np.asarray(inputs[arg.name])
+        outs = run(self.module, "step", given, self.params, dims, precise)
+        return next(x for x, v in zip(outs, func.returns, strict=True) if isinstance(v.type, Tensor))
+
+
+def aligned(size: int, fill: int) -> npt.NDArray[np.uint8]:
+    """`size` bytes on a 64-byte boundary, all of them `fill`."""
+    raw = np.full(size + 64, fill, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+def run_team(library: ctypes.CDLL, symbol: str, args: Any, team: int) -> int:
+    """One step on a native team of that size."""
+    memory = aligned(CTX_BYTES, 0)
+    context = ctypes.c_void_p(memory.ctypes.data)
+    ctypes.c_int32.from_address(memory.ctypes.data + CTX_TEAM_OFFSET).value = team
+    threads = [threading.Thread(target=library.xllm_team_join, args=(context, m), daemon=True) for m in range(1, team)]
+    for t in threads:
+        t.start()
+    step = ctypes.cast(getattr(library, symbol), ctypes.c_void_p)
+    status = int(library.xllm_team_run(context, step, args))
+    library.xllm_team_stop(context)
+    for t in threads:
+        t.join()
+    return status
+
+
+Build = Callable[..., Compiled]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """build(text of @step, params, isas=best) -> Compiled; dims are declared already."""
+    count = 0
+
+    def make(
+        text: str,
+        params: Mapping[str, Array] | None = None,
+        isas: Sequence[str] | None = None,
+        plan: Callable[[Module], None] = plan_apart,
+    ) -> Compiled:
+        nonlocal count
+        count += 1
+        module = parse_module(text if text.startswith("xir") else HEAD + text)
+        verify(module)
+        plan(module)
+        verify(module)
+        folder = tmp_path / str(count)
+        lowering = lower_cpu(module, params or {}, folder, isas=isas or machine_isas()[-1:])
+        return Compiled(module, lowering, folder, params or {})
+
+    return make

@@ -1,0 +1,126 @@
+"""`lower_cpu`: a planned module and its weights become shared libraries and a weight file. Owns the whole of that way.
+
+Must not know the manifest: the driver turns the returned facts into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from xllm_compiler.dims import Dim, as_dim, sym
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Module
+from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.native import NativeModule
+from xllm_compiler.lowering.cpu.choose import select
+from xllm_compiler.lowering.cpu.emit import emit_program
+from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
+from xllm_compiler.lowering.schedule import barriers
+from xllm_compiler.lowering.storage import kv_args
+from xllm_compiler.lowering.weights import WeightTable
+
+Progress = Callable[[str, float], None]
+PROGRAMS: Final = (("decode", (8 - sym("N"),)), ("prefill", ()))
+"""Programs from the most special to the general one, each with the Dims that must be >= 0 for it to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuProgram:
+    """One entry point of the libraries."""
+
+    name: str
+    guard: tuple[Dim, ...]
+    symbol: str
+    kernels: int
+    barriers: int
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKvLayer:
+    """One layer of the KV pool, in bytes and elements of a page."""
+
+    page_bytes: int
+    heads: int
+    k: int
+    v: int
+    page: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLowering:
+    """Everything a manifest says about the CPU programs. `files` are relative to the output directory."""
+
+    isas: tuple[str, ...]
+    programs: tuple[CpuProgram, ...]
+    weights: tuple[PackedTensor, ...]
+    weight_bytes: int
+    arena: Dim
+    logits: Dim
+    kv_layers: tuple[CpuKvLayer, ...]
+    files: tuple[str, ...]
+
+
+def lower_cpu(
+    module: Module,
+    weights: Mapping[str, npt.NDArray[Any]],
+    out_dir: Path,
+    *,
+    isas: Sequence[str] = tuple(ISAS),
+    progress: Progress = lambda what, done: None,
+) -> CpuLowering:
+    """Lowers `@step` of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` below `out_dir`.
+
+    `weights`: checkpoint tensors by name, read one at a time. `progress` gets what is being done and how much of it is
+    done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad tensor, "io" where
+    nothing can be written or linked.
+    """
+    if module.stage != "buf":
+        raise XllmError("internal", f"lower_cpu needs stage buf, the module is at {module.stage}")
+    unknown = [isa for isa in isas if isa not in ISAS]
+    if unknown or not isas:
+        raise XllmError(
+            "option", f"no instruction set level {', '.join(unknown) or '(none given)'}", help=", ".join(ISAS)
+        )
+    func = module.func("step")
+    table = WeightTable()
+    selection = select(func, table)
+    meet = barriers(selection.calls, selection.storage)
+    tensors, size = plan_file(table)
+    offsets = {i: t.offset for i, t in enumerate(tensors)}
+    programs = tuple(
+        CpuProgram(name, guard, f"xllm_step_{name}", len(selection.calls), sum(meet)) for name, guard in PROGRAMS
+    )
+    try:
+        (out_dir / "cpu").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise XllmError("io", f"cannot write code: {error.strerror}", where=str(out_dir / "cpu")) from error
+    files: list[str] = []
+    for i, isa in enumerate(isas):
+        progress(f"compiling for {isa}", i / len(isas))
+        native = NativeModule(ISAS[isa])
+        for program in programs:
+            emit_program(native, program.symbol, selection.calls, meet, offsets)
+        native.write_shared(out_dir / "cpu" / f"{isa}.so")
+        files.append(f"cpu/{isa}.so")
+    write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
+    files.append("weights.bin")
+    logits = selection.storage.logits
+    return CpuLowering(
+        isas=tuple(isas),
+        programs=programs,
+        weights=tuple(tensors),
+        weight_bytes=size,
+        arena=func.arena if func.arena is not None else as_dim(0),
+        logits=logits.tensor.nbytes,
+        kv_layers=tuple(
+            CpuKvLayer(v.kv.page_bytes, v.kv.heads, v.kv.k_dim, v.kv.v_dim, v.kv.page, v.kv.dtype)
+            for v in kv_args(func)
+        ),
+        files=tuple(files),
+    )

@@ -1,0 +1,275 @@
+"""Kernels for nn.* and kv.* ops on the CPU, and the walk over a step that selects all of them.
+
+Owns the choice. A new weight format is a new key of the registry and a chooser here; nothing else moves.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xllm_compiler.dims import Dim, as_dim
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.types import Kv
+from xllm_compiler.kernels.tir.attend import Attend
+from xllm_compiler.kernels.tir.embedding import Embedding
+from xllm_compiler.kernels.tir.kv_address import KvLayout
+from xllm_compiler.kernels.tir.kv_append import KvAppend, KvWrite
+from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.norms import AddRmsNorm, LayerNorm, RmsNorm
+from xllm_compiler.kernels.tir.rope import Rope
+from xllm_compiler.lowering.cpu.selection import CPU, Selection, const_dim, rows
+from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
+from xllm_compiler.lowering.fuse import Fusion
+from xllm_compiler.lowering.select import Key
+from xllm_compiler.lowering.storage import Ref, Storage, where
+from xllm_compiler.lowering.weights import WeightTable
+
+_FLOATS: Final = ("f32", "bf16")
+
+
+def _keys(*ops: str, weight: bool = False) -> list[Key]:
+    return [Key(op, t, t if weight else "") for op in ops for t in _FLOATS]
+
+
+def _float(op: Op, name: str) -> float:
+    value = op.attrs[name]
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
+def _int(op: Op, name: str) -> int:
+    value = op.attrs[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _text(op: Op, name: str) -> str:
+    value = op.attrs[name]
+    assert isinstance(value, str)
+    return value
+
+
+def _one(op: Op, name: str) -> Value | None:
+    values = op.field(name)
+    return values[0] if values else None
+
+
+def _operand(op: Op, name: str) -> Value:
+    return op.field(name)[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- linear
+
+
+def _packed(s: Selection, op: Op, layout: str) -> tuple[Value, Ref]:
+    w = _operand(op, "w")
+    if w not in s.storage.weights:
+        raise XllmError(
+            "unsupported", f"{op.name} with a weight that is computed in the step", where=where(op), help="use t.matmul"
+        )
+    return w, s.weight(w, layout)
+
+
+@CPU.register(_keys("nn.linear", weight=True))
+def _linear(s: Selection, op: Op) -> None:
+    x, bias, residual = _operand(op, "x"), _one(op, "bias"), _one(op, "residual")
+    w, packed = _packed(s, op, "panel")
+    out = _widened(s, op)
+    n, k = (const_dim(d, op, "the weight's shape") for d in w.shape)
+    kernel = Linear(
+        k=k,
+        n=n,
+        dtype=x.dtype,
+        out=out.dtype,
+        bias=bias is not None,
+        residual=residual is not None,
+        act=_text(op, "act"),
+    )
+    args: list[Ref | Dim] = [s.ref(x), packed]
+    args += [s.ref(v, x.dtype) for v in (bias, residual) if v is not None]
+    s.call(op, kernel, [*args, s.ref(out), rows(x)])
+
+
+def _widened(s: Selection, op: Op) -> Value:
+    """The value that a linear writes: its result, or the logits in f32 where casting is all that is left to do.
+
+    Only the logits have a place that the memory plan cannot have given to anything else in between.
+    """
+    out = op.result
+    if out.dtype == "bf16" and out.has_one_use:
+        user = out.users[0]
+        if user.name == "t.cast" and user.result is s.storage.logits and user.result.dtype == "f32":
+            s.done.add(user)
+            return user.result
+    return out
+
+
+@CPU.register(_keys("nn.linear_glu", weight=True))
+def _linear_glu(s: Selection, op: Op) -> None:
+    x, bias = _operand(op, "x"), _one(op, "bias")
+    w, packed = _packed(s, op, "glu")
+    n, k = (const_dim(d, op, "the weight's shape") for d in w.shape)
+    kernel = LinearGlu(k=k, f=n // 2, dtype=x.dtype, bias=bias is not None, act=_text(op, "act"))
+    args: list[Ref | Dim] = [s.ref(x), packed]
+    args += [s.ref(v, x.dtype) for v in (bias,) if v is not None]
+    s.call(op, kernel, [*args, s.ref(op.result), rows(x)])
+
+
+# ---------------------------------------------------------------------------------------------------- norms, embedding
+
+
+@CPU.register(_keys("nn.rms_norm"))
+def _rms_norm(s: Selection, op: Op) -> None:
+    x, w = _operand(op, "x"), _one(op, "w")
+    n = const_dim(x.shape[-1], op, "the normalised axis")
+    kernel = RmsNorm(n=n, dtype=x.dtype, eps=_float(op, "eps"), offset=_float(op, "offset"), weight=w is not None)
+    weights = [s.ref(w, x.dtype)] if w is not None else []
+    s.call(op, kernel, [s.ref(x), *weights, s.ref(op.result), rows(x)])
+
+
+@CPU.register(_keys("nn.add_rms_norm"))
+def _add_rms_norm(s: Selection, op: Op) -> None:
+    x = _operand(op, "x")
+    n = const_dim(x.shape[-1], op, "the normalised axis")
+    kernel = AddRmsNorm(n=n, dtype=x.dtype, eps=_float(op, "eps"), offset=_float(op, "offset"))
+    y, total = op.results
+    inputs = [s.ref(x), s.ref(_operand(op, "res")), s.ref(_operand(op, "w"), x.dtype)]
+    s.call(op, kernel, [*inputs, s.ref(y), s.ref(total), rows(x)])
+
+
+@CPU.register(_keys("nn.layer_norm"))
+def _layer_norm(s: Selection, op: Op) -> None:
+    x, w, b = _operand(op, "x"), _one(op, "w"), _one(op, "b")
+    n = const_dim(x.shape[-1], op, "the normalised axis")
+    kernel = LayerNorm(n=n, dtype=x.dtype, eps=_float(op, "eps"), weight=w is not None, bias=b is not None)
+    weights = [s.ref(v, x.dtype) for v in (w, b) if v is not None]
+    s.call(op, kernel, [s.ref(x), *weights, s.ref(op.result), rows(x)])
+
+
+@CPU.register(_keys("nn.embedding"))
+def _embedding(s: Selection, op: Op) -> None:
+    ids, w = _operand(op, "ids"), _operand(op, "w")
+    dim = const_dim(w.shape[1], op, "the row length")
+    # a table that a linear reads too is stored once, the way the linear wants it
+    tied = w in s.storage.weights and s.weights.key(w) in s.panels
+    table = s.weight(w, "panel") if tied else s.ref(w)
+    count = rows(ids) * ids.shape[-1] if ids.shape else as_dim(1)
+    kernel = Embedding(dim=dim, dtype=w.dtype, layout="panel" if tied else "row")
+    s.call(op, kernel, [s.ref(ids, "i32"), table, s.ref(op.result), count])
+
+
+# ---------------------------------------------------------------------------------------------- rotary, KV, attention
+
+
+def _kv(op: Op) -> tuple[Kv, KvLayout]:
+    kv = _operand(op, "kv").kv
+    return kv, KvLayout(dtype=kv.dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim)
+
+
+def _width(op: Op) -> Dim:
+    return _operand(op, "table").shape[1]
+
+
+def _rotary(s: Selection, op: Op, n: Dim) -> tuple[int, list[Ref]]:
+    """The rotated part of a head and where cos and sin lie; 0 and nothing where there are none."""
+    cos, sin = _one(op, "cos"), _one(op, "sin")
+    if cos is None or sin is None:
+        return 0, []
+    if cos.shape[0] is not n:
+        raise XllmError("unsupported", f"{op.name}: cos has {cos.shape[0]} rows for {n} tokens", where=where(op))
+    return 2 * const_dim(cos.shape[1], op, "the rotated part"), [s.ref(cos, "f32"), s.ref(sin, "f32")]
+
+
+@CPU.register(_keys("nn.rope"))
+def _rope(s: Selection, op: Op) -> None:
+    x = _operand(op, "x")
+    rotary, tables = _rotary(s, op, x.shape[0])
+    heads, dim = (const_dim(d, op, "the head shape") for d in x.shape[1:])
+    kernel = Rope(heads=heads, dim=dim, rotary=rotary, style=_style(op), dtype=x.dtype)
+    s.call(op, kernel, [s.ref(x), *tables, s.ref(op.result), x.shape[0]])
+
+
+def _style(op: Op) -> str:
+    return _text(op, "style")
+
+
+@CPU.register(_keys("kv.write"))
+def _kv_write(s: Selection, op: Op) -> None:
+    _, layout = _kv(op)
+    places = [s.ref(_operand(op, name)) for name in ("kv", "k", "v", "pos", "seq", "table")]
+    s.call(op, KvWrite(kv=layout), [*places, _operand(op, "k").shape[0], _width(op)])
+
+
+@CPU.register(_keys("kv.append"))
+def _kv_append(s: Selection, op: Op) -> None:
+    kv, layout = _kv(op)
+    n = _operand(op, "qkv").shape[0]
+    qw, kw = _one(op, "qw"), _one(op, "kw")
+    rotary, tables = _rotary(s, op, n)
+    kernel = KvAppend(
+        kv=layout,
+        q_heads=_int(op, "q_heads"),
+        rotary=rotary,
+        style=_style(op),
+        q_norm=qw is not None,
+        k_norm=kw is not None,
+        eps=_float(op, "eps"),
+        offset=_float(op, "offset"),
+    )
+    places = [s.ref(_operand(op, name)) for name in ("kv", "qkv", "pos", "seq", "table")]
+    places += [*tables, *(s.ref(w, kv.dtype) for w in (qw, kw) if w is not None)]
+    s.call(op, kernel, [*places, s.ref(op.results[1]), n, _width(op)])
+
+
+@CPU.register(_keys("kv.attend"))
+def _kv_attend(s: Selection, op: Op) -> None:
+    _, layout = _kv(op)
+    q, sinks = _operand(op, "q"), _one(op, "sinks")
+    kernel = Attend(
+        kv=layout,
+        q_heads=const_dim(q.shape[1], op, "the number of heads"),
+        scale=_float(op, "scale"),
+        window=_int(op, "window"),
+        softcap=_float(op, "softcap"),
+        sinks=sinks is not None,
+    )
+    places = [s.ref(_operand(op, name)) for name in ("kv", "q", "pos", "seq", "start", "table")]
+    places += [s.ref(sinks, "f32")] if sinks is not None else []
+    requests = _operand(op, "table").shape[0]
+    s.call(op, kernel, [*places, s.ref(op.result), q.shape[0], requests, _width(op)])
+
+
+# ------------------------------------------------------------------------------------------------------------- the walk
+
+
+def _key(op: Op) -> Key:
+    first = op.operands[0]
+    dtype = first.kv.dtype if isinstance(first.type, Kv) else first.dtype
+    if op.name == "nn.embedding":
+        dtype = op.operands[1].dtype
+    return Key(op.name, dtype, op.operands[1].dtype if op.name in ("nn.linear", "nn.linear_glu") else "")
+
+
+def select(func: Func, weights: WeightTable) -> Selection:
+    """Kernel calls of a planned step function, in order. Asks `weights` for every weight it reads."""
+    scope = func.module.scope
+    storage = Storage(func, scope)
+    fusion = Fusion(storage)
+    s = Selection(func, storage, fusion, weights)
+    for op in func.ops:
+        if op in s.done or all(r in storage.weights for r in op.results):
+            continue
+        if op in storage.copies:
+            copy_view(s, op)
+        elif op.SPEC.view:
+            continue
+        elif op.name.startswith("t."):
+            if fusion.is_materialised(op.result) and op.result.has_uses:
+                lower_tensor_op(s, op)
+        else:
+            CPU.choose(_key(op), op)(s, op)
+    logits = storage.logits
+    if logits.op is None or logits in storage.weights:
+        raise XllmError("ir", f"the logits of @{func.name} are not computed in the step", where=str(logits))
+    return s

@@ -1,0 +1,49 @@
+"""The step function: one call after the other with addreses that are formulas of N, B, S and P. Owns the C interface.
+
+    int32_t xllm_step_<program>(const int64_t *args, int32_t member, int32_t team)
+
+Must not choose kernels or know ops. The numbers of `args` are the contract with the runtime (architecture, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.dims import Dim
+from xllm_compiler.kernels.tir.generic_eval import dim_expr
+from xllm_compiler.kernels.tir.native import NativeModule
+from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.storage import INPUTS, Ref
+
+ARGS: Final = ("arena", "weights", "kv", *INPUTS, "logits", "N", "B", "S", "P", "barrier")
+SIZES: Final = ("N", "B", "S", "P")
+
+
+def emit_program(
+    native: NativeModule, symbol: str, calls: Sequence[Call], meet: Sequence[bool], offsets: Mapping[int, int]
+) -> None:
+    """Adds a program to a native module. `meet[i]`: a barrier stands before call i. `offsets`: byte offset of every
+    weight request in the weight file."""
+    with native.entry(symbol) as (args, member, team):
+        value = {name: T.bind(args[i]) for i, name in enumerate(ARGS)}
+        sizes = {name: value[name] for name in SIZES}
+
+        def pointer(ref: Ref) -> Any:
+            if ref.space == "input":
+                return value[INPUTS[ref.index]]
+            if ref.space == "weight":
+                return value["weights"] + T.int64(offsets[ref.index])
+            return value[ref.space] + dim_expr(ref.offset, sizes)
+
+        for call, wait in zip(calls, meet, strict=True):
+            if wait:
+                native.barrier(value["barrier"], team)
+            given = [pointer(a) if isinstance(a, Ref) else _size(a, sizes) for a in call.args]
+            native.call(call.kernel, given, member, team)
+
+
+def _size(dim: Dim, sizes: dict[str, Any]) -> Any:
+    return T.Cast("int32", dim_expr(dim, sizes))

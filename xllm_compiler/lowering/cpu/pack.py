@@ -1,0 +1,139 @@
+"""The weight file: evaluates one weight expression at a time, packs it, appends it. Owns offsets and layouts on disk.
+
+Peak memory is about twice the largest tensor: the evaluated expression and its packed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.interp import run_value
+from xllm_compiler.ir.semantics import NP_DTYPE
+from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS
+from xllm_compiler.kernels.layouts import glu_rows, pack_glu, pack_panels, panel_shape
+from xllm_compiler.lowering.weights import WeightRequest, WeightTable, param_names
+
+ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
+_SMALL: Final = 1 << 16  # smaller tensors share pages
+_CHECK: Final = 1 << 22  # elements looked at in one go for NaN
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """One tensor of the weight file; `shape` is the packed one."""
+
+    name: str
+    layout: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+def packed_shape(request: WeightRequest) -> tuple[int, ...]:
+    """The shape of the stored array."""
+    shape = tuple(d.value for d in request.value.shape)
+    match request.layout:
+        case "row":
+            return shape
+        case "panel":
+            return panel_shape(shape[0], shape[1], request.dtype)
+        case "glu":
+            return panel_shape(glu_rows(shape[0] // 2), shape[1], request.dtype)
+    raise XllmError("internal", f"no weight layout called {request.layout}", where=request.name)
+
+
+def plan_file(table: WeightTable) -> tuple[list[PackedTensor], int]:
+    """Where every request lies in the file, and the file's size; needs no weights."""
+    out: list[PackedTensor] = []
+    end = 0
+    for request in table.requests:
+        shape = packed_shape(request)
+        size = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[request.dtype]
+        align = ALIGN if size >= _SMALL else 64
+        offset = -(-end // align) * align
+        out.append(PackedTensor(request.name, request.layout, request.dtype, shape, offset, size))
+        end = offset + size
+    return out, -(-end // ALIGN) * ALIGN
+
+
+def write_weights(
+    table: WeightTable,
+    plan: Sequence[PackedTensor],
+    size: int,
+    params: Mapping[str, Array],
+    path: Path,
+    progress: Callable[[str, float], None],
+) -> None:
+    """Writes the weight file of `plan`. Raises XllmError("checkpoint") for a missing or non-finite tensor."""
+    total = sum(t.bytes for t in plan) or 1
+    done = 0
+    try:
+        with path.open("wb") as file:
+            for request, tensor in zip(table.requests, plan, strict=True):
+                progress(tensor.name, done / total)
+                packed = _pack(request, params)
+                if packed.shape != tensor.shape or packed.nbytes != tensor.bytes:
+                    raise XllmError("internal", f"packed {packed.shape}, planned {tensor.shape}", where=tensor.name)
+                file.write(b"\0" * (tensor.offset - file.tell()))
+                file.write(packed.reshape(-1).view(np.uint8).data)
+                done += tensor.bytes
+                del packed
+            file.write(b"\0" * (size - file.tell()))
+    except OSError as error:
+        raise XllmError("io", f"cannot write weights: {error.strerror}", where=str(path)) from error
+    progress("", 1.0)
+
+
+def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
+    sources = param_names(request.value)
+    missing = [name for name in sources if name not in params]
+    if missing:
+        raise XllmError("checkpoint", f"the checkpoint has no tensor {missing[0]}", where=request.name)
+    value = run_value(request.value, params)
+    if sources and request.value.dtype in FLOATS:
+        _check_finite(value, request.name, sources, params)
+    value = value.astype(NP_DTYPE[request.dtype], copy=False)
+    match request.layout:
+        case "panel":
+            return pack_panels(value)
+        case "glu":
+            return pack_glu(value)
+    return value
+
+
+def _check_finite(value: Array, name: str, sources: Sequence[str], params: Mapping[str, Array]) -> None:
+    """Refuses NaN and infinities in what comes from the checkpoint, naming the tensor they come from."""
+    if _finite(value):
+        return
+    for source in sources:
+        if not _finite(params[source]):
+            raise XllmError(
+                "checkpoint",
+                f"tensor {source} holds NaN or infinite values",
+                where=name,
+                help="the checkpoint is damaged or was saved from a diverged run; download or export it again",
+            )
+    raise XllmError(
+        "checkpoint", f"computing {name} from {', '.join(sources)} gives NaN or infinite values", where=name
+    )
+
+
+def _finite(value: Array) -> bool:
+    """Whether all elements are finite; looked at in pieces, since bf16 has to be widened."""
+    flat = value.reshape(-1)
+    return all(
+        bool(np.isfinite(flat[i : i + _CHECK].astype(np.float32)).all())
+        if flat.dtype != np.float64
+        else bool(np.isfinite(flat[i : i + _CHECK]).all())
+        for i in range(0, flat.size, _CHECK)
+    )

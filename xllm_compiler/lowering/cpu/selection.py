@@ -1,0 +1,84 @@
+"""The state of kernel selection for the CPU: calls made so far, weights asked for. Owns how a value becomes a place.
+
+Must not know any op: choosers (choose.py, tensor_ops.py) do.
+"""
+
+from __future__ import annotations
+
+from xllm_compiler.dims import Dim, as_dim
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.types import DTYPE_BYTES
+from xllm_compiler.kernels.tir.base import Kernel
+from xllm_compiler.lowering.fuse import Fusion
+from xllm_compiler.lowering.select import Call, Registry
+from xllm_compiler.lowering.storage import Ref, Storage, where
+from xllm_compiler.lowering.weights import WeightTable
+
+
+class Selection:
+    """Kernel calls of one program, in order."""
+
+    def __init__(self, func: Func, storage: Storage, fusion: Fusion, weights: WeightTable) -> None:
+        self.func, self.storage, self.fusion, self.weights = func, storage, fusion, weights
+        self.calls: list[Call] = []
+        self.done: set[Op] = set()
+        """Ops that an earlier op's kernel has computed as well."""
+        self.panels = _panel_keys(func, storage, weights)
+
+    def ref(self, value: Value, dtype: str | None = None) -> Ref:
+        """Where a kernel reads `value`; weights as rows, in `dtype` where one is given."""
+        if value in self.storage.weights:
+            return self.weight(value, "row", dtype)
+        if dtype is not None and dtype != value.dtype:
+            op = value.owner if isinstance(value.owner, Op) else None
+            raise XllmError(
+                "unsupported",
+                f"%{value.name} is {value.type} where a kernel needs {dtype}",
+                where=where(op) if op else "",
+                help="insert t.cast",
+            )
+        return self.storage.ref(value)
+
+    def weight(self, value: Value, layout: str, dtype: str | None = None) -> Ref:
+        """The place of a weight expression in a layout."""
+        index = self.weights.request(value, layout, dtype)
+        size = value.tensor.elements * DTYPE_BYTES[dtype or value.dtype]
+        return Ref("weight", index, as_dim(0), size)
+
+    def call(self, op: Op, kernel: Kernel, args: list[Ref | Dim]) -> None:
+        """Adds a kernel call; what it reads and writes follows from the kernel's own declaration."""
+        declared = kernel.args[:-2]
+        if len(args) != len(declared) or any(
+            a.pointer != isinstance(x, Ref) for a, x in zip(declared, args, strict=True)
+        ):
+            raise XllmError("internal", f"{kernel.describe()} called with {len(args)} arguments", where=where(op))
+        refs = [(a, x) for a, x in zip(declared, args, strict=True) if isinstance(x, Ref)]
+        reads = tuple(x for a, x in refs if not a.written)
+        writes = tuple(x for a, x in refs if a.written)
+        self.calls.append(Call(kernel, tuple(args), reads, writes, op))
+
+
+def rows(value: Value) -> Dim:
+    """The number of rows of a tensor: the product of all dimensions but the last."""
+    n = as_dim(1)
+    for d in value.shape[:-1]:
+        n = n * d
+    return n
+
+
+def const_dim(d: Dim, op: Op, what: str) -> int:
+    """A dimension that must be a number for code to be specialised to it."""
+    if not d.is_const:
+        raise XllmError("unsupported", f"{op.name}: {what} is {d}, which is not constant", where=where(op))
+    return d.value
+
+
+def _panel_keys(func: Func, storage: Storage, weights: WeightTable) -> frozenset[str]:
+    """Structures of the weights that some linear reads as panels."""
+    return frozenset(
+        weights.key(op.operands[1]) for op in func.ops if op.name == "nn.linear" and op.operands[1] in storage.weights
+    )
+
+
+CPU: Registry[Selection] = Registry("the CPU")

@@ -1,0 +1,32 @@
+"""Where a team must meet: barriers between kernels that touch the same bytes. Owns the hazard rule, nothing else.
+
+Kernels between two barriers run in any order and interleaving, so no two of them may conflict; inside one kernel,
+members write disjoint parts. A barrier stands before the first kernel that reads or writes what one since the last
+barrier wrote, or writes what one of them read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.storage import Ref, Storage
+
+
+def barriers(calls: Sequence[Call], storage: Storage) -> list[bool]:
+    """For every call, whether a barrier stands before it."""
+    out: list[bool] = []
+    reads: list[Ref] = []
+    writes: list[Ref] = []
+
+    def touches(places: Sequence[Ref], others: Sequence[Ref]) -> bool:
+        return any(storage.overlap(a, b) for a in places for b in others)
+
+    for call in calls:
+        needed = touches(call.reads, writes) or touches(call.writes, writes) or touches(call.writes, reads)
+        if needed:
+            reads, writes = [], []
+        out.append(needed)
+        reads += call.reads
+        writes += call.writes
+    return out

@@ -1,0 +1,145 @@
+"""Where every value of a step lives: arena, weights, inputs, KV layers, logits. Owns places and their overlap.
+
+Must not know kernels or targets. A place is a base and a byte range of Dims; whether two ranges may overlap is asked of
+the module's DimScope, and "don't know" counts as yes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from xllm_compiler.analysis.weights import weight_exprs
+from xllm_compiler.dims import Dim, DimScope, as_dim
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.verify_buf import arena_results
+
+Space = Literal["arena", "weight", "input", "kv", "logits"]
+INPUTS: Final = ("ids", "pos", "seq", "start", "table", "sel")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """`nbytes` bytes at `offset` from the base of a space. `index`: the weight request, the input or the KV layer."""
+
+    space: Space
+    index: int
+    offset: Dim
+    nbytes: Dim
+
+
+def kv_args(func: Func) -> list[Value]:
+    """The KV arguments; their order numbers the layers."""
+    return [v for v in func.args if isinstance(v.type, Kv)]
+
+
+def where(op: Op) -> str:
+    """What an error about `op` points at: its source line, or the op itself."""
+    return op.loc.describe() or repr(op)
+
+
+class Storage:
+    """Places of all values of `func` but the weights, which get theirs when a kernel asks for them."""
+
+    def __init__(self, func: Func, scope: DimScope) -> None:
+        self.func, self.scope = func, scope
+        self.weights = set(weight_exprs(func))
+        self.order = {op: i for i, op in enumerate(func.ops)}
+        self.copies: list[Op] = []
+        """Views whose bytes must be copied: the plan gave them a place of their own."""
+        self._refs: dict[Value, Ref] = {}
+        self._place_arguments()
+        self.logits = self._logits()
+        self._logits_bytes = self._written_as_logits()
+        for op in func.ops:
+            if not all(r in self.weights for r in op.results):
+                self._place_results(op)
+
+    def ref(self, value: Value) -> Ref:
+        """The place of a value that is not a weight."""
+        found = self._refs.get(value)
+        if found is None:
+            raise XllmError("internal", f"%{value.name} has no place in memory", where=str(value))
+        return found
+
+    def has_place(self, value: Value) -> bool:
+        return value in self._refs
+
+    def overlap(self, a: Ref, b: Ref) -> bool:
+        """Whether two places may share a byte."""
+        if a.space != b.space or a.index != b.index:
+            return False
+        if a.space not in ("arena", "kv", "logits"):
+            return False  # never written
+        if a.space == "kv":
+            return True
+        apart = self.scope.prove_le(a.offset + a.nbytes, b.offset) or self.scope.prove_le(b.offset + b.nbytes, a.offset)
+        return apart is not True
+
+    def _place_arguments(self) -> None:
+        layer = 0
+        start = as_dim(0)
+        for v in self.func.args:
+            if isinstance(v.type, Kv):
+                size = v.type.pages * v.type.page_bytes
+                self._refs[v] = Ref("kv", layer, start, size)
+                start, layer = start + size, layer + 1
+            elif v.name in INPUTS and v.dtype == "i32":
+                self._refs[v] = Ref("input", INPUTS.index(v.name), as_dim(0), v.tensor.nbytes)
+            else:
+                raise XllmError(
+                    "ir",
+                    f"@{self.func.name} has an argument that no step gets: {v}",
+                    help="inputs: " + ", ".join(INPUTS),
+                )
+
+    def _logits(self) -> Value:
+        outs = [v for v in self.func.returns if isinstance(v.type, Tensor)]
+        if len(outs) != 1:
+            raise XllmError("ir", f"a step returns one tensor of logits, @{self.func.name} returns {len(outs)}")
+        return outs[0]
+
+    def _written_as_logits(self) -> frozenset[Value]:
+        """The returned value and, through views with no other use, the computed value whose bytes it is."""
+        value = self.logits
+        chain = [value]
+        while value.op is not None and value.op.SPEC.view:
+            value = value.op.operands[0]
+            if value.op is None or value in self.weights or not value.has_one_use:
+                break
+            chain.append(value)
+        return frozenset(chain)
+
+    def _place_results(self, op: Op) -> None:
+        offsets = self._offsets(op)
+        for value in op.results:
+            if isinstance(value.type, Kv):
+                self._refs[value] = self._refs[op.operands[op.field_index(op.SPEC.consumes)]]
+                continue
+            if not isinstance(value.type, Tensor):
+                raise XllmError("unsupported", f"{op.name} needs more than one CPU process", where=where(op))
+            source = self._refs.get(op.operands[0]) if op.SPEC.view else None
+            own = offsets.get(value)
+            if value in self._logits_bytes:
+                own = Ref("logits", 0, as_dim(0), value.tensor.nbytes)
+            elif source is not None and (own is None or source.space != "arena" or source.offset is own.offset):
+                own = source
+            if own is None:
+                raise XllmError("internal", f"V13: %{value.name} has no place in the arena", where=where(op))
+            self._refs[value] = own
+            if op.SPEC.view and own is not source and own != source:
+                self.copies.append(op)
+
+    def _offsets(self, op: Op) -> dict[Value, Ref]:
+        """What `at` says: one offset per result that lives in the arena."""
+        at = op.attrs.get("at")
+        if not isinstance(at, tuple):
+            return {}
+        needing = arena_results(op, self.weights)
+        out: dict[Value, Ref] = {}
+        for value, offset in zip(needing, at, strict=False):
+            assert isinstance(offset, Dim)
+            out[value] = Ref("arena", 0, offset, value.tensor.nbytes)
+        return out

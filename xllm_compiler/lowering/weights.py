@@ -1,0 +1,88 @@
+"""Which weight expressions a step reads, and in which layout. Owns their identity and evaluation; must not know files.
+
+A weight expression depends on parameters and constants only. Two with the same structure are one tensor, so that a tied
+embedding, or a constant that every layer spells out again, is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from xllm_compiler.ir.core import Op, Value
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRequest:
+    """One tensor of the weight file: an expression, the layout in which kernels read it, and its stored dtype."""
+
+    value: Value
+    name: str
+    layout: str
+    dtype: str
+
+
+class WeightTable:
+    """Requests in order of first use, one for each structure, layout and dtype."""
+
+    def __init__(self) -> None:
+        self.requests: list[WeightRequest] = []
+        self._keys: dict[Value, str] = {}
+        self._index: dict[tuple[str, str, str], int] = {}
+        self._names: dict[str, int] = {}
+
+    def request(self, value: Value, layout: str, dtype: str | None = None) -> int:
+        """The index of the request for `value` in `layout`; a new one where none has been made."""
+        stored = dtype or value.dtype
+        key = (self.key(value), layout, stored)
+        found = self._index.get(key)
+        if found is None:
+            found = self._index[key] = len(self.requests)
+            self.requests.append(WeightRequest(value, self._name(value), layout, stored))
+        return found
+
+    def key(self, value: Value) -> str:
+        """The structural identity of a weight expression."""
+        found = self._keys.get(value)
+        if found is None:
+            found = self._keys[value] = self._hash(value)
+        return found
+
+    def _hash(self, value: Value) -> str:
+        op = value.op
+        assert op is not None
+        attrs = [f"{k}={v!r}" for k, v in sorted(op.attrs.items()) if k != "at"]
+        parts = [op.name, str(value.index), str(op.segments), *attrs, *(self.key(v) for v in op.operands)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _name(self, value: Value) -> str:
+        """The checkpoint name of a parameter; a readable one for an expression. Unique."""
+        names = list(dict.fromkeys(param_names(value)))
+        if value.op is not None and value.op.name == "param":
+            base = names[0]
+        elif names:
+            base = f"{value.name}({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        else:
+            base = f"constant({value.name})"
+        count = self._names.get(base, 0)
+        self._names[base] = count + 1
+        return base if count == 0 else f"{base}#{count + 1}"
+
+
+def param_names(value: Value) -> list[str]:
+    """Checkpoint names of the parameters that a weight expression reads, in order."""
+    out: list[str] = []
+    seen: set[Op] = set()
+
+    def visit(v: Value) -> None:
+        op = v.op
+        if op is None or op in seen:
+            return
+        seen.add(op)
+        if op.name == "param":
+            out.append(str(op.attrs["name"]))
+        for operand in op.operands:
+            visit(operand)
+
+    visit(value)
+    return out
