@@ -103,6 +103,28 @@ def test_dead_users_do_not_count() -> None:
     assert body(module)[0] == "%n = t.silu(%x) : f32[N, 8]"  # takes the name it replaces
 
 
+@rule(Silu)
+def silu_of_single_use(op: Silu, rw: Rewriter) -> bool:
+    if op.x.op is None or not op.x.has_one_use:
+        return False
+    rw.replace(op, rw.create(Neg, op.x))
+    return True
+
+
+def test_the_last_user_is_looked_at_again() -> None:
+    # %s is visited before %late is found dead; only then is %n's single use the one in %s.
+    module = parse(
+        """  %n = t.exp(%x) : f32[N, 8]
+  %s = t.silu(%n) : f32[N, 8]
+  %late = t.exp(%n) : f32[N, 8]
+  return %s, %y
+"""
+    )
+    stats = apply_rules(module.funcs["f"], [silu_of_single_use], "p")
+    assert stats.hits["silu-of-single-use"] == 1 and stats.erased == 1
+    verify(module)
+
+
 def test_effects_keep_ops_alive() -> None:
     module = Module()
     module.groups["tp"] = 1
