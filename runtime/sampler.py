@@ -128,7 +128,8 @@ def nucleus(values: F32, weights: F32, top_p: float) -> I64:
     border = border[np.argsort(distance[border], kind="stable")]
     reached = np.cumsum(weights[border], dtype=np.float64) + (mass[last - 1] if last else 0.0)
     count = min(int(np.searchsorted(reached, want, side="left")) + 1, len(border))
-    return ids[np.concatenate([np.flatnonzero(bins < last), border[:count]])]
+    kept: I64 = ids[np.concatenate([np.flatnonzero(bins < last), border[:count]])]
+    return kept
 
 
 def pick(blocks: F32, u: float) -> int:
@@ -145,7 +146,7 @@ def pick(blocks: F32, u: float) -> int:
     index = int(np.searchsorted(inside, rest, side="right"))
     if index >= blocks.shape[1]:  # the two levels round differently, so `rest` may reach the end: take the last weight
         index = int(np.searchsorted(inside, inside[-1], side="left"))
-    return block * blocks.shape[1] + index
+    return block * int(blocks.shape[1]) + index
 
 
 class RowSampler:

@@ -119,6 +119,23 @@ def test_prompt_logprobs_come_once_and_are_right_however_chunked(rows: int, chun
     assert all(d[t].rank == 1 for d, t in zip(logprobs, answer, strict=True))
 
 
+def test_a_prompt_that_loses_its_pages_half_way_is_scored_once() -> None:
+    """One page per token: the older answer's growth takes the younger prompt's pages in the middle of its chunks."""
+    facts = make_facts(max_num_seqs=2, max_num_logits=2, page_tokens=1)
+    old, young = SamplingParams(temperature=0, max_tokens=10), SamplingParams(max_tokens=1, prompt_logprobs=0)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    run = Run(facts, pages=12, start=False)
+    names = [run.submit([1, 2], old), run.submit(prompt, young)]
+    turn_until(run, lambda: not run.engine.health().busy)
+    assert run.engine.stats().preemptions == 1
+    results = run.collect(dict(zip(names, [([1, 2], old), (prompt, young)], strict=True)))
+    scores = results[names[1]].prompt_logprobs
+    assert scores is not None and [next(iter(entry or {})) for entry in scores[1:]] == prompt[1:]
+    for position, entry in enumerate(scores[1:], 1):
+        assert entry is not None
+        assert entry[prompt[position]].logprob == pytest.approx(log_softmax(toy_row(prompt[:position]))[prompt[position]])
+
+
 def test_scoring_only() -> None:
     prompt = list(range(10))
     with Run() as run:
