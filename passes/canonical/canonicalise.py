@@ -13,8 +13,8 @@ from xllm_compiler.passes.canonical.heads import unrepeat_heads
 from xllm_compiler.passes.registry import register_pass
 
 RULES: Final[tuple[Rule, ...]] = (*norms.RULES, *rotary.RULES, *activations.RULES, *rows.RULES)
-# Powers become products only when no rule needs to see them any more.
-LATE_RULES: Final[tuple[Rule, ...]] = activations.LATE_RULES
+# Powers become products, and rows are taken in the middle of things, only when no rule needs to see them whole.
+LATE_RULES: Final[tuple[Rule, ...]] = (*activations.LATE_RULES, *rows.LATE_RULES)
 
 
 @register_pass("canonicalise")

@@ -246,16 +246,11 @@ def partial_rope(op: Concat, rw: Rewriter) -> bool:
         rope, start = head.op, window(head.op.x)
     else:
         return False
-    if (
-        start is None
-        or rest is None
-        or rest.base is not start.base
-        or (start.start, start.step, rest.step) != (0, 1, 1)
-    ):
+    if start is None or rest is None or rest.base is not start.base:
         return False
-    if rest.start != start.count or rest.start + rest.count != start.base.shape[-1]:
+    if (start.step, rest.step) != (1, 1) or rest.start != start.start + start.count:
         return False
-    _replace(op, Window(start.base, 0, start.count + rest.count, 1), rope.cos, rope.sin, rope.style, rw)
+    _replace(op, Window(start.base, start.start, start.count + rest.count, 1), rope.cos, rope.sin, rope.style, rw)
     return True
 
 

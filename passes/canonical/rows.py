@@ -80,4 +80,5 @@ def rebuilt(op: Op, operands: list[Value], rw: Rewriter) -> Op:
     return rw.create(type(op), loc=op.loc, **fields)
 
 
-RULES: Final[tuple[Rule, ...]] = (matmul_weight, take_early)
+RULES: Final[tuple[Rule, ...]] = (matmul_weight,)
+LATE_RULES: Final[tuple[Rule, ...]] = (take_early,)
