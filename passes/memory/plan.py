@@ -6,7 +6,6 @@ and the arena is never sized by trial. See `plan` for the method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -46,10 +45,8 @@ class PlanMemory(Pass):
         for func in module.funcs.values():
             buffers = collect(func, ctx.target.align)
             placed = plan(buffers, module.scope)
-            write_back(func, placed)
-            largest = _at_maxima(module.scope, func.arena or as_dim(0))
             ctx.stat("buffers", len(buffers))
-            ctx.stat("arena-bytes", largest)
+            ctx.stat("arena-bytes", _at_maxima(module.scope, write_back(func, placed)))
             ctx.stat("live-bytes", _peak(buffers))
         module.stage = "buf"
         return True
@@ -57,18 +54,29 @@ class PlanMemory(Pass):
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Bytes for `value` and its views: `size` (aligned), in use during `range`; `largest` is the size at the maxima."""
+    """Bytes for `value` and its views: `bytes`, rounded up to `size`, in use during `range`; at most `largest`."""
 
     value: Value
+    bytes: Dim
     size: Dim
     range: LiveRange
     largest: int
     offset: Dim | None = None
 
     @property
+    def start(self) -> Dim:
+        assert self.offset is not None, "not placed yet"
+        return self.offset
+
+    @property
     def end(self) -> Dim:
-        assert self.offset is not None
-        return self.offset + self.size
+        """Where the next aligned buffer may start."""
+        return self.start + self.size
+
+    @property
+    def last(self) -> Dim:
+        """Where its bytes end."""
+        return self.start + self.bytes
 
 
 def collect(func: Func, align: int) -> list[Buffer]:
@@ -87,7 +95,7 @@ def collect(func: Func, align: int) -> list[Buffer]:
                 for promised in user.results:
                     if isinstance(promised.type, Future):
                         span = LiveRange(span.start, max(span.end, live.range(promised).end))
-            out.append(Buffer(r, size, span, _at_maxima(scope, size)))
+            out.append(Buffer(r, r.type.nbytes, size, span, _at_maxima(scope, size)))
     return out
 
 
@@ -116,11 +124,11 @@ def plan(buffers: list[Buffer], scope: DimScope) -> list[Buffer]:
             b = buffers[i]
             near = [p for p in placed.values() if p.range.overlaps(b.range)]
             ends = list(dict.fromkeys(p.end for p in near))
-            candidates = list(dict.fromkeys([as_dim(0), *ends, *([dmax(*ends)] if ends else [])]))
+            candidates = list(dict.fromkeys([as_dim(0), *ends, highest(near, scope)]))
             candidates.sort(key=lambda d: (_at_maxima(scope, d), len(d.terms), str(d)))
             for offset in candidates:
-                end = offset + b.size
-                if all(fits_below(p.end, offset) or fits_below(end, p.offset or offset) for p in near):
+                last = offset + b.bytes
+                if all(fits_below(p.last, offset) or fits_below(last, p.start) for p in near):
                     placed[i] = replace(b, offset=offset)
                     break
             else:
@@ -131,9 +139,9 @@ def plan(buffers: list[Buffer], scope: DimScope) -> list[Buffer]:
     return best
 
 
-def write_back(func: Func, placed: list[Buffer]) -> None:
-    """Sets `at` on every op with results in the arena, and the arena's size."""
-    offsets: Mapping[Value, Dim] = {b.value: b.offset for b in placed if b.offset is not None}
+def write_back(func: Func, placed: list[Buffer]) -> Dim:
+    """Sets `at` on every op with results in the arena, and the arena's size, which it returns."""
+    offsets = {b.value: b.start for b in placed}
     for op in func.ops:
         at = []
         for r in op.results:
@@ -142,13 +150,23 @@ def write_back(func: Func, placed: list[Buffer]) -> None:
                 at.append(offsets[base])
         if at:
             op.set_attr("at", tuple(at))
-    ends = list(dict.fromkeys(b.end for b in placed))
-    scope = func.module.scope
-    highest: list[Dim] = []
-    for end in sorted(ends, key=lambda d: (-_at_maxima(scope, d), str(d))):
-        if not any(scope.prove_le(end, other) is True for other in highest):
-            highest.append(end)
-    func.arena = dmax(*highest) if highest else as_dim(0)
+    func.arena = highest(placed, func.module.scope)
+    return func.arena
+
+
+def highest(buffers: list[Buffer], scope: DimScope) -> Dim:
+    """The maximum of the buffers' ends (0 of none), without ends under which another buffer's bytes provably lie.
+
+    Questions are asked about bytes and not about aligned sizes, here as in `plan`: they are the ones that the verifier
+    will ask, and what is proved now is proved then.
+    """
+    kept: list[Dim] = []
+    seen: set[tuple[Dim, Dim]] = set()
+    for b in sorted(buffers, key=lambda b: (-_at_maxima(scope, b.end), str(b.end))):
+        if (b.start, b.bytes) not in seen and not any(scope.prove_le(b.last, end) is True for end in kept):
+            kept.append(b.end)
+        seen.add((b.start, b.bytes))
+    return dmax(*kept) if kept else as_dim(0)
 
 
 def _at_maxima(scope: DimScope, size: Dim) -> int:

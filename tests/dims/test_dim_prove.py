@@ -69,7 +69,7 @@ def values(dim: Dim, box: list[tuple[int, int, int]], facts: list[Dim]) -> list[
 tally = {"decided": 0, "could be decided": 0}
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=700, deadline=None, derandomize=True)
 @given(trees, st.lists(trees, max_size=2), st.tuples(ranges, ranges))
 def test_never_wrong(tree: Tree, fact_trees: list[Tree], box_: tuple[tuple[int, int, int], ...]) -> None:
     box = list(box_)
@@ -179,6 +179,6 @@ def test_no_question_takes_long() -> None:
     for i in range(8):
         scope.assume(sym(f"x{i}") - sym(f"x{(i + 1) % 8}") + N // (i + 2) - 1)
     hard = sum((ceildiv(sym(f"x{i}") * N, i + 3) - dmin(N, sym(f"x{i}")) for i in range(6)), const(0))
-    begin = time.perf_counter()
+    begin = time.process_time()
     scope.prove(hard)
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0

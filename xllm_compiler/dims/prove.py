@@ -19,6 +19,7 @@ Bounds = tuple[int | None, int | None]
 BUDGET = 160  # elimination steps per question
 DEPTH = 5  # eliminations in a row
 TIGHTEN = 12  # steps spent on the bounds of one atom's argument
+MAX_SPLITS = 3  # min and max atoms in a question up to which all their cases are tried
 
 
 class Prover:
@@ -37,7 +38,9 @@ class Prover:
         self._atoms: dict[Atom, Bounds] = {}
         self._definitions: dict[Atom, tuple[Dim, ...]] = {}
         self._answers: dict[Dim, bool | None] = {}
+        self._proved: dict[Dim, bool] = {}
         self._steps = 0
+        self._seen: dict[Dim, tuple[int, int | None]] = {}  # lower bounds by remaining depth, of one round
 
     # ---- questions
 
@@ -48,16 +51,7 @@ class Prover:
         if dim in self._answers:
             return self._answers[dim]
         d = self._normal(dim)
-        lo, hi = self._interval(d)
-        answer: bool | None = None
-        if lo is not None and lo >= 0:
-            answer = True
-        elif hi is not None and hi < 0:
-            answer = False
-        elif _at_least(self._search(d, 0), 0):
-            answer = True
-        elif _at_least(self._search(-d - 1, 0), 0):
-            answer = False
+        answer = True if self._always(d) else False if self._always(-d - 1) else None
         self._answers[dim] = answer
         return answer
 
@@ -84,7 +78,7 @@ class Prover:
         return self._search(d, None), None if hi is None else -hi
 
     def interval(self, dim: Dim) -> Bounds:
-        """(lower, upper) from the symbols' ranges alone: looser than `bounds`, cheap, and reached for a sum of symbols."""
+        """(lower, upper) from the symbols' ranges alone: looser than `bounds`, and cheap."""
         return self._interval(self._normal(dim))
 
     # ---- intervals
@@ -122,7 +116,7 @@ class Prover:
             else:
                 # First without elimination, and remembered, since a fact used below may mention this very atom.
                 found = self._atoms[atom] = _apply(atom.kind, [self._interval(a) for a in atom.args])
-                if self._facts:
+                if self._facts and any(len(a.terms) > 1 for a in atom.args):  # a fact may know more about a sum
                     tight: list[Bounds] = []
                     for a in atom.args:
                         hi = self._search(-a, None, TIGHTEN)
@@ -133,18 +127,59 @@ class Prover:
 
     # ---- elimination
 
+    def _always(self, d: Dim) -> bool:
+        """Whether d >= 0 is proved. A max is at least each of its arguments, and at most one of them; a min likewise:
+        with that many fewer atoms each case is a question of its own, with a budget of its own."""
+        lo, hi = self._interval(d)
+        if (lo is not None and lo >= 0) or (hi is not None and hi < 0):
+            return lo is not None and lo >= 0
+        if d in self._proved:
+            return self._proved[d]
+        proved = False
+        split = next((t for t in d.terms if len(t[0]) == 1 and t[0][0].kind in ("min", "max")), None)
+        if split is not None and sum(a.kind in ("min", "max") for a in _atoms_inside(d)) <= MAX_SPLITS:
+            (atom,), k = split
+            cases = (self._always(_replace(d, atom, arg)) for arg in atom.args)
+            proved = any(cases) if (k > 0) == (atom.kind == "max") else all(cases)
+        proved = proved or _at_least(self._search(d, 0), 0)
+        self._proved[d] = proved
+        return proved
+
     def _search(self, d: Dim, goal: int | None, budget: int = BUDGET) -> int | None:
-        outer, self._steps = self._steps, budget
+        """The best lower bound of `d` within `budget` steps; shallow proofs first, so that a dead end costs little."""
+        outer = self._steps, self._seen
+        self._steps = budget
+        best: int | None = None
         try:
-            return self._lower(d, goal, DEPTH, ())
+            for depth in range(DEPTH + 1):
+                self._seen = {}
+                found = self._lower(d, goal, depth, ())
+                if found is not None and (best is None or found > best):
+                    best = found
+                if _at_least(best, goal) or self._steps <= 0:
+                    break
         finally:
-            self._steps = outer
+            self._steps, self._seen = outer
+        return best
 
     def _lower(self, e: Dim, goal: int | None, depth: int, extra: tuple[Dim, ...]) -> int | None:
         """The greatest lower bound found; the search stops early once `goal` is reached."""
         best = self._interval(e)[0]
         if depth == 0 or e.is_const or _at_least(best, goal):
             return best
+        if not extra:  # the same remainder is reached in many orders
+            known = self._seen.get(e)
+            if known is not None and known[0] >= depth:
+                return known[1]
+            self._seen[e] = depth, best
+        best = self._relax(e, best, goal, depth, extra)
+        if best is not None:
+            best = _round_up(e, best)
+        if not extra:
+            self._seen[e] = depth, best
+        return best
+
+    def _relax(self, e: Dim, best: int | None, goal: int | None, depth: int, extra: tuple[Dim, ...]) -> int | None:
         for scale, cofactor, fact in self._eliminations(e, extra):
             if self._steps <= 0:
                 return best
@@ -155,7 +190,7 @@ class Prover:
             bound = _ceil(low, scale)
             if bound is not None and (best is None or bound > best):
                 best = bound
-                if _at_least(best, goal):
+                if _at_least(_round_up(e, best), goal):
                     return best
         split = next((a for a in _atoms_inside(e) if a.kind in ("min", "max")), None)
         if split is not None and self._steps > 0:
@@ -216,6 +251,13 @@ class Prover:
             found = tuple(f for f in found if any(mono == (atom,) for mono, _ in f.terms))
             self._definitions[atom] = found
         return found
+
+
+def _round_up(e: Dim, bound: int) -> int:
+    """The least value >= bound that e can take, given that e without its constant is a multiple of its coefficients'
+    greatest common divisor."""
+    g, c = gcd(*(k for mono, k in e.terms if mono)), e.constant
+    return c - (c - bound) // g * g
 
 
 def _symbol(name: str) -> Dim:

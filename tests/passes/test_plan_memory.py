@@ -1,0 +1,159 @@
+"""plan-memory: offsets that provably do not overlap, and few bytes. The verifier proves V13 to V15 after each run; here
+the plan is also tried by running a function in one numpy buffer, which would show what a wrong proof let through."""
+
+from __future__ import annotations
+
+import random
+
+import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
+import numpy as np
+import pytest
+
+from xllm_compiler.dims import Dim
+from xllm_compiler.interp import run
+from xllm_compiler.ir.clone import clone_module
+from xllm_compiler.ir.core import Module, Value
+from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext
+from xllm_compiler.ir.types import Tensor
+from xllm_compiler.testing.graphs import random_module
+from xllm_compiler.testing.xir import Case, make_inputs, make_params, step_dims
+
+HEAD = "xir 1 stage=graph\ndim N in [1, 512]\ndim S in [0, 64]\n"
+
+
+def func(body: str, returns: str = "f32[N, 8]", args: str = "%x: f32[N, 8]") -> Case:
+    return Case.parse(f"{HEAD}\nfunc @f({args}) -> ({returns}) {{\n{body}\n}}\n").run("plan-memory")
+
+
+def run_in_arena(
+    module: Module, name: str, inputs: dict[str, Array], params: dict[str, Array], dims: dict[str, int]
+) -> list[Array]:
+    """Executes with every planned value in one poisoned buffer at its offset, as a machine would."""
+    f = module.funcs[name]
+    ctx = EvalContext(params, dims)
+    assert f.arena is not None
+    memory = np.full(f.arena.evaluate(dims), 0xFF, np.uint8)  # NaN in every float
+    env: dict[Value, Array] = {a: ctx.store(inputs[a.name], a.type) for a in f.args}
+    with np.errstate(all="ignore"):
+        for op in f.ops:
+            args: list[object] = []
+            for spec in op.SPEC.operands:
+                values = tuple(env[v] for v in op.field(spec.name))
+                args.append(values if spec.arity == "many" else values[0] if values else None)
+            out = op.interp(ctx, *args)
+            at = op.attrs.get("at", ())
+            offsets = [d for d in at if isinstance(d, Dim)] if isinstance(at, tuple) else []
+            for r, value in zip(op.results, out if isinstance(out, tuple) else (out,), strict=True):
+                array = np.array(ctx.store(value, r.type))
+                if offsets and isinstance(r.type, Tensor) and f.ret not in r.users:
+                    begin = offsets.pop(0).evaluate(dims)
+                    assert begin % 64 == 0
+                    place = memory[begin : begin + array.nbytes].view(NP_DTYPE[r.dtype]).reshape(array.shape)
+                    if not op.SPEC.view:
+                        place[...] = array
+                    env[r] = place
+                else:
+                    env[r] = array
+    return [np.array(env[v]) for v in f.returns]
+
+
+def test_a_chain_takes_two_places() -> None:
+    case = func(
+        """  %a = t.exp(%x) : f32[N, 8]
+  %b = t.neg(%a) : f32[N, 8]
+  %c = t.abs(%b) : f32[N, 8]
+  %d = t.exp(%c) : f32[N, 8]
+  %e = t.neg(%d) : f32[N, 8]
+  return %e"""
+    )
+    assert "arena(128*ceildiv(N, 2))" in case.text
+    assert case.text.count("at=[0]") == 2 and case.text.count("at=[64*ceildiv(N, 2)]") == 2
+    assert case.ctx.stats["plan-memory"] == {"buffers": 4, "arena-bytes": 32768, "live-bytes": 32768}
+
+
+def test_what_needs_no_place_gets_none() -> None:
+    case = func(
+        """  %w = param(name="w") : f32[8, 8]
+  %w2 = t.add(%w, %w) : f32[8, 8]
+  %r = t.reshape(%x, shape=[N, 8]) : f32[N, 8]
+  %y = nn.linear(%r, %w2) : f32[N, 8]
+  return %y"""
+    )
+    assert "at=" not in case.text and "arena(0)" in case.text
+
+
+def test_a_view_shares_its_operands_place() -> None:
+    case = func(
+        """  %a = t.exp(%x) : f32[N, 8]
+  %v = t.reshape(%a, shape=[N, 2, 4]) : f32[N, 2, 4]
+  %b = t.exp(%x) : f32[N, 8]
+  %c = t.neg(%v) : f32[N, 2, 4]
+  %d = t.reshape(%c, shape=[N, 8]) : f32[N, 8]
+  %y = t.add(%b, %d) : f32[N, 8]
+  return %y"""
+    )
+    lines = {line.split(" = ")[0].strip(): line for line in case.text.splitlines() if " = " in line}
+    at = {name: line[line.index("at=") :].split("]")[0] for name, line in lines.items() if "at=" in line}
+    assert at["%v"] == at["%a"] and at["%d"] == at["%c"] and len({at["%a"], at["%b"], at["%c"]}) == 3
+
+
+def test_sizes_that_cannot_be_compared_are_stacked() -> None:
+    """N against S: whichever is larger at run time, nothing overlaps."""
+    case = func(
+        """  %a = t.exp(%x) : f32[N, 8]
+  %b = t.exp(%s) : f32[S, 8]
+  %c = t.neg(%b) : f32[S, 8]
+  %d = t.neg(%a) : f32[N, 8]
+  %p = t.abs(%c) : f32[S, 8]
+  %q = t.abs(%d) : f32[N, 8]
+  return %p, %q""",
+        "f32[S, 8], f32[N, 8]",
+        "%x: f32[N, 8], %s: f32[S, 8]",
+    )
+    for n, s in ((1, 0), (1, 64), (512, 3), (7, 7)):
+        rng = np.random.default_rng(n)
+        inputs = {"x": rng.standard_normal((n, 8), np.float32), "s": rng.standard_normal((s, 8), np.float32)}
+        dims = {"N": n, "S": s}
+        got = run_in_arena(case.after, "f", inputs, {}, dims)
+        for a, b in zip(run(case.before, "f", inputs, {}, dims), got, strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_an_unbounded_size_is_an_error() -> None:
+    from xllm_compiler.errors import XllmError
+
+    text = "xir 1 stage=graph\ndim N in [1, *]\n\nfunc @f(%x: f32[N]) -> (f32[N]) {\n  %a = t.exp(%x) : f32[N]\n"
+    with pytest.raises(XllmError, match="N may grow without limit"):
+        Case.parse(text + "  %y = t.exp(%a) : f32[N]\n  return %y\n}\n").run("plan-memory")
+
+
+def test_the_plan_is_deterministic_and_tight() -> None:
+    """A decoder-like chain of 40 layers: the arena is what is live, to a tenth."""
+    body, h = [], "%x"
+    for i in range(40):
+        w = f'  %w{i} = param(name="w{i}") : f32[8]'
+        u = f'  %u{i} = param(name="u{i}") : f32[64, 8]\n  %d{i} = param(name="d{i}") : f32[8, 64]'
+        body += [w, u, f"  %n{i} = nn.rms_norm({h}, w=%w{i}, eps=1e-06) : f32[N, 8]"]
+        body += [f"  %a{i} = nn.linear(%n{i}, %u{i}, act=silu) : f32[N, 64]"]
+        body += [f"  %h{i} = nn.linear(%a{i}, %d{i}, residual={h}) : f32[N, 8]"]
+        h = f"%h{i}"
+    text = "\n".join(body) + f"\n  return {h}"
+    case, again = func(text), func(text)
+    assert case.text == again.text
+    stats = case.ctx.stats["plan-memory"]
+    assert stats["buffers"] == 119 and stats["arena-bytes"] <= 1.1 * stats["live-bytes"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_functions_run_in_their_arena(seed: int) -> None:
+    chooser = random.Random(seed)
+    module = random_module(chooser.randrange, size=24)
+    case = Case(module, clone_module(module)).run("plan-memory")
+    step = case.before.funcs["step"]
+    for n in (1, 5):
+        rng = np.random.default_rng([seed, n])
+        dims = step_dims(step, n)
+        inputs, params = make_inputs(step, dims, rng), make_params(step, rng)
+        got = run_in_arena(case.after, "step", inputs, params, dims)
+        for a, b in zip(run(case.before, "step", inputs, params, dims), got, strict=True):
+            assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f" or a.dtype.name == "bfloat16"), seed
