@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 from xllm_compiler.dims import Dim, parse_dim
@@ -231,7 +232,7 @@ class _Parser:
             start = self.token
             if start.kind == "assume":
                 self.next()
-                expr = self.guarded(start, lambda text=start.text: parse_dim(text))  # type: ignore[misc]
+                expr = self.guarded(start, partial(parse_dim, start.text))
                 module.scope.assume(expr, why=self.why(start))
             elif self.accept("dim"):
                 self.declare(module, start)
