@@ -160,18 +160,42 @@ def as_compute(value: Expr, source: str, target: str, lanes: int) -> Expr:
     return value if same else convert(value, source, target, lanes)
 
 
+class Code:
+    """Statements under construction, and the stack slots (`slots`, the function's own) that they use."""
+
+    def __init__(self, slots: list[Any]) -> None:
+        self.slots = slots
+        self.stmts: list[Stmt] = []
+
+    def bind(self, value: Expr, t: str, var: Expr | None = None) -> Expr:
+        """A variable of type `t` that holds `value`, so that using it twice computes it once.
+
+        The value goes through a stack slot, which LLVM removes: TVM's analysers follow a variable to its definition,
+        and over a polynomial of bound values that takes time exponential in its length. They do not follow memory.
+        """
+        if var is None:
+            var = tirx.Var("v", t)
+        if not t.startswith("bool"):
+            base, _, lanes = t.partition("x")
+            slot = tirx.decl_buffer((int(lanes or 1),), base, name=f"v{len(self.slots)}", scope="local")
+            self.slots.append(slot)
+            at = [tirx.Ramp(i64(0), i64(1), int(lanes)) if lanes else i64(0)]
+            self.stmts.append(tirx.BufferStore(slot, value, at))
+            value = tirx.BufferLoad(slot, at)
+        self.stmts.append(tirx.Bind(var, value))
+        return var
+
+
 class Evaluator:
-    """Evaluates one body. `stmts` collects the bindings of intermediate values, which the caller puts before its use
+    """Evaluates one body. `code` collects the bindings of intermediate values, which the caller puts before its use
     of the result; make a new Evaluator for every loop body, since bindings are visible in theirs only."""
 
-    def __init__(
-        self, body: Body, buffers: Sequence[Expr], env: dict[str, Expr], lanes: int, stmts: list[Stmt]
-    ) -> None:
+    def __init__(self, body: Body, buffers: Sequence[Expr], env: dict[str, Expr], lanes: int, code: Code) -> None:
         self.body = body
         self.buffers = buffers
         self.env = env
         self.lanes = lanes
-        self.stmts = stmts
+        self.code = code
         self._done: dict[tuple[int, tuple[int, ...]], Val] = {}
         self._keep: list[Sequence[Index]] = []  # ids are keys, so the objects must live
         self._zero = Index(i64(0))
@@ -201,9 +225,7 @@ class Evaluator:
     def _bind(self, v: Val, node: Node) -> Val:
         if node.op == "const" or isinstance(v.expr, tirx.Var):
             return v
-        var = tirx.Var("v", vec(COMPUTE[node.dtype], self.lanes if v.vector else 1))
-        self.stmts.append(tirx.Bind(var, v.expr))
-        return Val(var, v.vector)
+        return Val(self.code.bind(v.expr, vec(COMPUTE[node.dtype], self.lanes if v.vector else 1)), v.vector)
 
     def _compute(self, node: Node, idx: Sequence[Index]) -> Val:
         if node.op in POINTWISE:
@@ -325,7 +347,7 @@ class Evaluator:
         if node.op in COMPARE:  # a constant is compared in the other side's type
             kind = kinds[1] if self.body[node.args[0]].op == "const" else kinds[0]
         args = [as_compute(a, k, kind, lanes) for a, k in zip(args, kinds, strict=True)]
-        return Val(scalar_op(node, args, kind, lanes, self.body, self.stmts), vector)
+        return Val(scalar_op(node, args, kind, lanes, self.body, self.code), vector)
 
 
 def _const_of(body: Body, i: int) -> int | float | None:
@@ -334,7 +356,7 @@ def _const_of(body: Body, i: int) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body, stmts: list[Stmt]) -> Expr:
+def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body, code: Code) -> Expr:
     """A pointwise op on compute values of dtype `kind`, all of `lanes` lanes."""
     t = vec(COMPUTE[kind], lanes)
     floating = kind in ("f64", "f32", "bf16", "f16")
@@ -396,14 +418,14 @@ def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body, s
     if not floating:
         raise XllmError("internal", f"t.{node.op} of {kind}")
     name = "gelu_tanh" if node.op == "gelu" and node.attr and node.attr[0] else node.op
-    return transcendental(name, a, t, lanes, stmts)
+    return transcendental(name, a, t, lanes, code)
 
 
-def transcendental(name: str, a: Expr, t: str, lanes: int, stmts: list[Stmt]) -> Expr:
-    """A unary float function of compute values of TVM type `t`; what it binds on the way goes to `stmts`.
+def transcendental(name: str, a: Expr, t: str, lanes: int, code: Code) -> Expr:
+    """A unary float function of compute values of TVM type `t`; what it binds on the way goes to `code`.
 
-    The frequent functions are vmath's polynomials, also for a single element, so that a value does not depend on whether
-    it was computed in a vector. The rare ones are libm's.
+    The frequent functions are vmath's polynomials, also for a single element, so that a value does not depend on
+    whether it was computed in a vector. The rare ones are libm's.
     """
 
     def c(value: float) -> Expr:
@@ -424,9 +446,9 @@ def transcendental(name: str, a: Expr, t: str, lanes: int, stmts: list[Stmt]) ->
             return tirx.cos(a)
         case "softplus":  # log(1 + e^x) without overflow
             size = tirx.Select(tirx.LT(a, c(0.0)), a, tirx.Mul(a, c(-1.0)))
-            e = transcendental("exp", size, t, lanes, stmts)
+            e = transcendental("exp", size, t, lanes, code)
             # log1p by the compensated quotient (Higham, Accuracy and Stability, 1.14.1), exact enough for tiny e
-            u = bind(tirx.Add(c(1.0), e), t, stmts)
+            u = code.bind(tirx.Add(c(1.0), e), t)
             tiny = tirx.EQ(u, c(1.0))
             log1p = tirx.Select(tiny, e, tirx.Div(tirx.Mul(tirx.log(u), e), tirx.Sub(u, c(1.0))))
             return tirx.Add(tirx.Select(tirx.LT(a, c(0.0)), c(0.0), a), log1p)
@@ -437,16 +459,10 @@ def transcendental(name: str, a: Expr, t: str, lanes: int, stmts: list[Stmt]) ->
         T.func_name("captured")
         wide = function(a if lanes == LANES else T.broadcast(a, LANES))
         T.evaluate(T.int32(0))
-    body = builder.get().body
-    stmts += [s for s in body.seq if isinstance(s, tirx.Bind)]
+    for stmt in builder.get().body.seq:
+        if isinstance(stmt, tirx.Bind):
+            code.bind(stmt.value, str(stmt.var.ty), stmt.var)
     return wide if lanes == LANES else tirx.Shuffle([wide], [tirx.const(0, "int32")])
-
-
-def bind(value: Expr, t: str, stmts: list[Stmt]) -> Expr:
-    """A variable that holds `value`, so that using it twice computes it once."""
-    var = tirx.Var("b", t)
-    stmts.append(tirx.Bind(var, value))
-    return var
 
 
 def _power(a: Expr, b: Expr, kind: str, t: str, exponent: float | None) -> Expr:

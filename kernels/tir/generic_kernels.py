@@ -18,11 +18,11 @@ from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel,
 from xllm_compiler.kernels.tir.generic_eval import (
     COMPUTE,
     STORAGE,
+    Code,
     Evaluator,
     Expr,
     Index,
     Stmt,
-    bind,
     convert,
     i64,
     to_compute,
@@ -140,13 +140,13 @@ def _segment(frame: Frame, spec: Pointwise, body: Body, start: Dim) -> Stmt:
 
     def row(outer: list[Index], run: Any) -> list[Stmt]:
         def at(lanes: int, ix: Index) -> Stmt:
-            stmts: list[Stmt] = []
+            code = Code(frame.locals)
             idx = [*outer, ix]
-            value = Evaluator(body, frame.buffers, frame.env, lanes, stmts).result(idx if body[-1].shape else [])
+            value = Evaluator(body, frame.buffers, frame.env, lanes, code).result(idx if body[-1].shape else [])
             place = list(idx)
             place[spec.axis] = Index(idx[spec.axis].base + frame.dim(start))
             value = convert(value, body[-1].dtype, spec.dtype, lanes)
-            return seq([*stmts, _store(frame, out, value, _flat(frame, place, full), spec.dtype, lanes)])
+            return seq([*code.stmts, _store(frame, out, value, _flat(frame, place, full), spec.dtype, lanes)])
 
         done: list[Stmt] = run(at)
         return done
@@ -232,9 +232,9 @@ def _reduce(frame: Frame, spec: Reduce) -> Stmt:
     many = _Acc(frame, spec.kind, COMPUTE[wide], frame.lanes) if vector else None
 
     def take(acc: _Acc, lanes: int, idx: dict[int, Index]) -> Stmt:
-        stmts: list[Stmt] = []
-        value = Evaluator(body, frame.buffers, frame.env, lanes, stmts).result([idx[d] for d in range(len(shape))])
-        return seq([*stmts, acc.add(convert(value, source, wide, lanes))])
+        code = Code(frame.locals)
+        value = Evaluator(body, frame.buffers, frame.env, lanes, code).result([idx[d] for d in range(len(shape))])
+        return seq([*code.stmts, acc.add(convert(value, source, wide, lanes))])
 
     def finish(value: Expr, lanes: int) -> Expr:
         if spec.kind == "mean":
@@ -309,9 +309,9 @@ def _softmax(frame: Frame, spec: Scan) -> Stmt:
         return x if lanes == 1 else tirx.Broadcast(x, lanes)
 
     def exp_of(x: Expr, lanes: int, use: Callable[[Expr], Stmt]) -> Stmt:
-        stmts: list[Stmt] = []
-        e = transcendental("exp", bind(x, vec(wide, lanes), stmts), vec(wide, lanes), lanes, stmts)
-        return seq([*stmts, use(e)])
+        code = Code(frame.locals)
+        e = transcendental("exp", code.bind(x, vec(wide, lanes)), vec(wide, lanes), lanes, code)
+        return seq([*code.stmts, use(e)])
 
     top, total = tirx.Var("top", wide), tirx.Var("total", wide)
     if last:
@@ -435,12 +435,12 @@ def _matmul(frame: Frame, spec: Matmul) -> Stmt:
             acc = accs[lanes]
 
             def step(k: Expr) -> Stmt:
-                stmts: list[Stmt] = []
+                code = Code(frame.locals)
                 depth_ix = Index(k)
-                x = Evaluator(left, frame.buffers, frame.env, lanes, stmts).result([*outer, depth_ix])
-                y = Evaluator(right, frame.buffers, frame.env, lanes, stmts).result([*outer[:-1], depth_ix, ix])
+                x = Evaluator(left, frame.buffers, frame.env, lanes, code).result([*outer, depth_ix])
+                y = Evaluator(right, frame.buffers, frame.env, lanes, code).result([*outer[:-1], depth_ix, ix])
                 x, y = convert(x, spec.dtype, wide, lanes), convert(y, spec.dtype, wide, lanes)
-                return seq([*stmts, acc.add(tirx.Mul(x, y))])
+                return seq([*code.stmts, acc.add(tirx.Mul(x, y))])
 
             place = _flat(frame, [*outer, ix], shape)
             value = convert(acc.load(), wide, spec.dtype, lanes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,8 +249,7 @@ def test_integer_arithmetic(build: Any) -> None:
 
 def test_every_tensor_op_is_tried_here() -> None:
     """A new t.* op has to come with a test: this file's text names all of them."""
-    text = open(__file__, encoding="utf-8").read()
+    text = Path(__file__).read_text(encoding="utf-8")
     tried = set(UNARY) | set(BINARY) | {"eq", "ne", "lt", "le", "gt", "ge", "softmax", "cumsum"}
     missing = [name for name in OPS if name.startswith("t.") and name[2:] not in tried and f"{name}(" not in text]
     assert not missing, missing
-    assert math.prod([1]) == 1
