@@ -47,6 +47,7 @@ def build_app(ctx: Context, keys: tuple[str, ...] = (), *, access_log: bool = Tr
         get("/v1/models/{model:path}", model, "model"),
         post("/tokenize", tokenize, "tokenize"),
         post("/detokenize", detokenize, "detokenize"),
+        get("/tokenizer_info", tokenizer_info, "tokenizer_info"),
         get("/health", health, "health"),
         get("/metrics", metrics, "metrics"),
         get("/version", version, "version"),
@@ -124,3 +125,9 @@ async def detokenize(ctx: Context, request: Request, body: bytes) -> Response:
     ctx.check_model(asked.model)
     ctx.check_token_ids(asked.tokens, "tokens")
     return json_response(Detokenized(ctx.tokenizer.decode(asked.tokens, False)))
+
+
+async def tokenizer_info(ctx: Context, request: Request) -> Response:
+    """The special tokens by name: what a client needs beside /tokenize to do without tokenizer files."""
+    names = {"bos_token": None, "eos_token": None, "pad_token": None, **ctx.tokenizer.special_tokens}
+    return json_response({"tokenizer_class": "xllm", **names})

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -223,3 +229,99 @@ def wait_until(check: Callable[[], bool], seconds: float = 5.0) -> bool:
 @pytest.fixture
 def until() -> Callable[..., bool]:
     return wait_until
+
+
+BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
+BIN = Path(sys.executable).parent
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "tvm", "tvm_ffi"):
+            raise ImportError(f"the server must not import {name}")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@dataclass
+class Process:
+    """A running `xllm-serve`."""
+
+    popen: subprocess.Popen[str]
+    log: Path
+    began: float
+    url: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    def wait_ready(self, seconds: float = 60) -> Process:
+        """Until it says where it serves."""
+        timer = threading.Timer(seconds, self.popen.kill)
+        timer.start()
+        assert self.popen.stdout is not None
+        try:
+            for line in self.popen.stdout:
+                self.lines.append(line.rstrip())
+                found = re.search(r"serving .* on (https?://\S+)", line)
+                if found:
+                    self.url = found[1]
+                    return self
+        finally:
+            timer.cancel()
+        raise AssertionError(f"the server ended with {self.popen.wait()}:\n{self.log.read_text()}")
+
+    def end(self, sig: int = signal.SIGTERM, seconds: float = 30) -> int:
+        if self.popen.poll() is None:
+            self.popen.send_signal(sig)
+        try:
+            return self.popen.wait(seconds)
+        finally:
+            self.popen.kill()
+
+
+@pytest.fixture(scope="session")
+def real_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint, compiled by the command that users run."""
+    out = tmp_path_factory.mktemp("served") / "bundled"
+    command = [BIN / "xllm-compile", BUNDLED, "-o", out, "--max-num-seqs", "32", "--max-num-batched-tokens", "512"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+Starter = Callable[..., Process]
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Starts `xllm-serve` processes in which importing torch, transformers or TVM fails."""
+    blocker = tmp_path_factory.mktemp("blocker")
+    (blocker / "sitecustomize.py").write_text(BLOCKER)
+    running: list[Process] = []
+
+    def start(model: Path, *flags: str, blocked: bool = True, **environ: str) -> Process:
+        log = tmp_path_factory.mktemp("log") / "stderr"
+        env = {**os.environ, **environ, **({"PYTHONPATH": str(blocker)} if blocked else {})}
+        with log.open("w") as stderr:
+            began = time.monotonic()
+            popen = subprocess.Popen(
+                [BIN / "xllm-serve", model, "--port", "0", *flags],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=env,
+            )
+        running.append(Process(popen, log, began))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.popen.kill()
+        process.popen.wait()
+
+
+@pytest.fixture(scope="session")
+def real_server(real_artifact: Path, start_server: Starter) -> Process:
+    """One server for every test that does not end it."""
+    return start_server(real_artifact, "--timeout-receive", "3", "--threads", "1").wait_ready()

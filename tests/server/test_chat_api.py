@@ -114,3 +114,8 @@ def test_detokenize_refuses_what_is_no_token(fake: Any, tokens: Any) -> None:
 def test_tokenize_wants_one_of_two(fake: Any) -> None:
     assert fake.post("/tokenize").status_code == 400
     assert fake.post("/tokenize", prompt="a", messages=[]).status_code == 400
+
+
+def test_tokenizer_info_names_the_special_tokens(fake: Any) -> None:
+    info = fake.ask("GET", "/tokenizer_info").json()
+    assert info["eos_token"] == "<eos>" and info["bos_token"] is None
