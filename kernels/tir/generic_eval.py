@@ -106,7 +106,9 @@ def round_bf16(x: Expr, lanes: int) -> Expr:
     odd = tirx.bitwise_and(tirx.shift_right(bits, tirx.const(16, u)), tirx.const(1, u))
     rounded = tirx.shift_right(bits + odd + tirx.const(0x7FFF, u), tirx.const(16, u))
     quiet = tirx.bitwise_or(tirx.shift_right(bits, tirx.const(16, u)), tirx.const(0x40, u))
-    return tirx.Select(tirx.NE(x, x), quiet, rounded).astype(vec("uint16", lanes))
+    # not x != x: TVM simplifies that to false
+    nan = tirx.GT(tirx.bitwise_and(bits, tirx.const(0x7FFFFFFF, u)), tirx.const(0x7F800000, u))
+    return tirx.Select(nan, quiet, rounded).astype(vec("uint16", lanes))
 
 
 def widen_bf16(bits: Expr, lanes: int) -> Expr:
@@ -175,14 +177,16 @@ class Code:
         """
         if var is None:
             var = tirx.Var("v", t)
-        if not t.startswith("bool"):
-            base, _, lanes = t.partition("x")
-            slot = tirx.decl_buffer((int(lanes or 1),), base, name=f"v{len(self.slots)}", scope="local")
-            self.slots.append(slot)
-            at = [tirx.Ramp(i64(0), i64(1), int(lanes)) if lanes else i64(0)]
-            self.stmts.append(tirx.BufferStore(slot, value, at))
-            value = tirx.BufferLoad(slot, at)
-        self.stmts.append(tirx.Bind(var, value))
+        base, _, count = t.partition("x")
+        lanes = int(count or 1)
+        slot = tirx.decl_buffer((lanes,), STORAGE.get(base, base), name=f"v{len(self.slots)}", scope="local")
+        self.slots.append(slot)
+        at = [i64(0) if lanes == 1 else tirx.Ramp(i64(0), i64(1), lanes)]
+        if base == "bool":  # as bytes; and not bound, since the analysers have no vectors of truth values
+            self.stmts.append(tirx.BufferStore(slot, to_storage(value, "bool", lanes), at))
+            return to_compute(tirx.BufferLoad(slot, at), "bool", lanes)
+        self.stmts.append(tirx.BufferStore(slot, value, at))
+        self.stmts.append(tirx.Bind(var, tirx.BufferLoad(slot, at)))
         return var
 
 
@@ -350,6 +354,13 @@ class Evaluator:
         return Val(scalar_op(node, args, kind, lanes, self.body, self.code), vector)
 
 
+def extreme(kind: str, a: Expr, b: Expr, t: str) -> Expr:
+    """max or min of two values of TVM type `t`; a NaN on either side stays, as in numpy and torch."""
+    if t.startswith("float"):
+        return tirx.call_llvm_pure_intrin(t, "llvm.maximum" if kind == "max" else "llvm.minimum", a, b)
+    return tirx.Select(tirx.GT(a, b) if kind == "max" else tirx.LT(a, b), a, b)
+
+
 def _const_of(body: Body, i: int) -> int | float | None:
     node = body[i]
     value = node.attr[0] if node.op == "const" else None
@@ -379,10 +390,8 @@ def scalar_op(node: Node, args: list[Expr], kind: str, lanes: int, body: Body, c
             return tirx.floor(tirx.Div(a, b)) if floating else tirx.FloorDiv(a, b)
         case "mod":
             return tirx.Sub(a, tirx.Mul(tirx.floor(tirx.Div(a, b)), b)) if floating else tirx.FloorMod(a, b)
-        case "max":  # a NaN on either side stays, as in numpy and torch
-            return tirx.Select(tirx.Or(tirx.GT(a, b), tirx.NE(a, a)) if floating else tirx.GT(a, b), a, b)
-        case "min":
-            return tirx.Select(tirx.Or(tirx.LT(a, b), tirx.NE(a, a)) if floating else tirx.LT(a, b), a, b)
+        case "max" | "min":
+            return extreme(node.op, a, b, t)
         case "eq":
             return tirx.EQ(a, b)
         case "ne":

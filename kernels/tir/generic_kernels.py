@@ -24,6 +24,7 @@ from xllm_compiler.kernels.tir.generic_eval import (
     Index,
     Stmt,
     convert,
+    extreme,
     i64,
     to_compute,
     to_storage,
@@ -177,15 +178,12 @@ class _Acc:
         return tirx.BufferStore(self.buffer, value, [self.at])
 
     def add(self, value: Expr) -> Stmt:
-        return tirx.BufferStore(self.buffer, self.combine(tirx.BufferLoad(self.buffer, [self.at]), value), [self.at])
+        return tirx.BufferStore(self.buffer, self.combine(self.load(), value, self.lanes), [self.at])
 
-    def combine(self, a: Expr, b: Expr) -> Expr:
+    def combine(self, a: Expr, b: Expr, lanes: int = 1) -> Expr:
         if self.kind == "sum":
             return tirx.Add(a, b)
-        better = tirx.GT(b, a) if self.kind == "max" else tirx.LT(b, a)
-        if self.dtype.startswith("float"):
-            better = tirx.Or(better, tirx.NE(b, b))
-        return tirx.Select(better, b, a)
+        return extreme(self.kind, a, b, vec(self.dtype, lanes))
 
     def load(self) -> Expr:
         return tirx.BufferLoad(self.buffer, [self.at])
