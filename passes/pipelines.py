@@ -10,7 +10,8 @@ _CPU: Final[tuple[str, ...]] = (
     "cse",  # the rotary table and masks are spelled out once per layer; afterwards there is one of each
     "canonicalise",  # models spell out norms, rotary and repeats by hand; everything below matches ops, not spellings
     "tabulate-positions",  # needs nn.rope in place, so that cos and sin are seen as functions of %pos alone
-    "fix(fold,cse,dce)",  # canonicalising leaves half-used chains; fusions count users, so dead ones must be gone
+    "fix(fold,cse,dce,canonicalise)",  # half-used chains must be gone, since fusions count users; and what became equal
+    #                                    may be one op now, with the single user that a canonical form asks for
     "fuse-epilogue{act=false,residual=false}",  # an explicit bias add must be inside the linear before linears merge
     "fuse-glu",  # before fuse-epilogue takes the activation into the gate's own linear and hides the pair
     "fuse-qkv",  # before residuals: merges by use in attention, so the mlp of a parallel block is left alone

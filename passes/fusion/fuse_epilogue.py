@@ -22,7 +22,8 @@ class FuseEpilogue(FuncPass):
              %h = t.add(%y, %res)   : bf16[N, 64]
     after:   %h = nn.linear(%x, %w, residual=%res) : bf16[N, 64]
 
-    Only where the linear has no other user, in the order act(x @ w.T + bias) + residual, and never on a partial sum.
+    A parallel block's %x + attention + mlp becomes two linears, each with one residual. Only where the linear has no
+    other user, in the order act(x @ w.T + bias) + residual, and never on a partial sum.
     The fused linear rounds once where the separate ops rounded twice. Options choose which of the three are done.
     """
 
@@ -37,7 +38,7 @@ class FuseEpilogue(FuncPass):
         if self.act:
             chosen.append(linear_act)
         if self.residual:
-            chosen.append(linear_residual)
+            chosen += [linear_residual, chain_residuals]
         return apply_rules(func, chosen, self.name, ctx).changed
 
 
@@ -93,3 +94,19 @@ def linear_residual(op: Add, rw: Rewriter) -> bool:
     linear, other = hosts[0] if len(hosts) == 1 or hosts[1][0].is_before(hosts[0][0]) else hosts[1]
     rw.replace(op, rw.create(Linear, linear.x, linear.w, bias=linear.bias, residual=other, act=linear.act))
     return True
+
+
+@rule(Add)
+def chain_residuals(op: Add, rw: Rewriter) -> bool:
+    """(b + a) + other, where linear b holds linear a as its residual: a takes `other` first."""
+    for y, other in ((op.a, op.b), (op.b, op.a)):
+        outer = y.op
+        if not isinstance(outer, Linear) or outer.residual is None or not y.has_one_use:
+            continue
+        inner = _own(outer.residual)
+        if inner is None or other.type != op.result.type or inner.result.type != op.result.type:
+            continue
+        first = rw.create(Linear, inner.x, inner.w, bias=inner.bias, residual=other, act=inner.act).result
+        rw.replace(op, rw.create(Linear, outer.x, outer.w, bias=outer.bias, residual=first, act=outer.act))
+        return True
+    return False

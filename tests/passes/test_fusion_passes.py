@@ -124,6 +124,19 @@ def test_the_later_of_two_linears_hosts_their_sum() -> None:
     case.check_same()
 
 
+def test_a_parallel_block_is_two_linears_with_residuals() -> None:
+    case = func(
+        """%a = nn.linear(%x, %w) : DT[N, 16]
+        %m = nn.linear(%x, %v, act=relu) : DT[N, 16]
+        %s = t.add(%m, %a) : DT[N, 16]
+        %h = t.add(%s, %r) : DT[N, 16]
+        return %h"""
+    ).run("dce,fuse-epilogue")
+    assert case.op_names() == ["nn.linear", "nn.linear"]
+    assert "nn.linear(%x, %w, residual=%r)" in case.text and "%h = nn.linear(%x, %v, residual=" in case.text
+    case.check_same()
+
+
 def test_epilogue_options() -> None:
     body = """%y = nn.linear(%x, %w) : DT[N, 16]
         %p = t.add(%y, %b) : DT[N, 16]
