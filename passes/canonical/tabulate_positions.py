@@ -112,8 +112,9 @@ def _length(func: Func, known: Mapping[Value, bool], pos: Value, length: int) ->
 
 def _tabulate(root: Value, op: Op, pos: Value, length: int, memo: dict[Value, Value]) -> None:
     rows = as_dim(length)
-    inner: list[Dim] = list(root.shape[1:])
-    width = root.tensor.elements // root.shape[0] if inner else as_dim(1)
+    width = as_dim(1)
+    for d in root.shape[1:]:
+        width = width * d
     n = pos.shape[0]
     table = _over_all(root, pos, n, rows, memo)
     b = Builder.before(op)

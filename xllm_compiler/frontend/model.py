@@ -114,6 +114,10 @@ def build_model(config: Any, dtype: str, max_model_len: int) -> Any:
             help="the model may have an attention of its own that cannot be replaced",
         ) from e
     model.eval()
+    for name, module in model.named_modules():
+        # Positions that skip padding start at another number, and depend on which tokens are padding.
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            raise XllmError("unsupported", f"{type(module).__name__} derives positions from token ids", where=name)
     _freeze_rope(model, max_model_len)
     return model
 

@@ -42,7 +42,10 @@ class Stepper:
 
     def step(self, prompts: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> dict[tuple[int, int], Array]:
         """Runs one step over the next tokens of some requests; f32 logits [vocab] by (request, position)."""
-        ids, pos, seq, start = [], [], [], [0]
+        ids: list[int] = []
+        pos: list[int] = []
+        seq: list[int] = []
+        start = [0]
         for row, (request, count) in enumerate(chunks):
             at = self.done[request]
             ids += list(prompts[request][at : at + count])

@@ -35,6 +35,7 @@ from xllm_compiler.frontend.model import (
     model_facts,
     model_limit,
     takes,
+    text_config,
     tied_names,
 )
 from xllm_compiler.frontend.rows import check_rows
@@ -101,6 +102,8 @@ def trace_checkpoint(
         config = load_config(checkpoint)
     else:
         config = path_or_config
+    if text_config(config) is not config:
+        raise XllmError("unsupported", f"{config.model_type!r} is a multimodal model", help="compile its text model")
     length = _model_len(config, max_model_len)
     for name, limit in (
         ("max_num_seqs", max_num_seqs),
@@ -362,7 +365,8 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16).copy()
+        halves: Array = bits.view(ml_dtypes.bfloat16)
+        return np.array(halves)
     array: Array = tensor.numpy()
     if array.dtype == np.int64:
         if array.size and (array.min() < -(2**31) or array.max() >= 2**31):

@@ -1,0 +1,313 @@
+"""Tries every causal-LM family of the installed transformers at tiny random size and writes docs/supported-models.md.
+
+    python bench/coverage.py                    # families that bench/coverage.json does not know yet
+    python bench/coverage.py --only llama,phi3  # these, again
+    python bench/coverage.py --all              # everything again
+    python bench/coverage.py --end-to-end       # through the CPU compiler and the offline LLM too
+
+Every family runs in a process of its own with a time and a memory limit. First the model is traced, canonicalised and
+run in the interpreter: four requests of different length, side by side, in ragged chunks, against transformers' eager
+forward pass on the same weights. With --end-to-end the checkpoint is compiled for the CPU and greedy tokens are
+compared with transformers'. Owns the table of tiny configs; a family is "equal", "refused" (with the compiler's own
+message), "wrong", "crash" or "untested" (transformers itself does not work at this size). The last three are bugs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
+from xllm_compiler.frontend.trace import Traced, trace_checkpoint
+from xllm_compiler.models.random_checkpoint import TINY, random_config, write_random_checkpoint
+from xllm_compiler.passes.base import PassContext
+from xllm_compiler.passes.manager import run_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = ROOT / "bench" / "coverage.json"
+TABLE = ROOT / "docs" / "supported-models.md"
+PIPELINE = "import-clean,fold,cse,canonicalise,tabulate-positions,fix(fold,cse,dce)"
+TIMEOUT_S = 240
+MEMORY = 12 << 30
+LENGTH = 64  # tokens; the longest prompt has 40
+TOLERANCE = 1e-4
+
+# Set where a family's config has the field, so that every family is small and no special path is left out.
+SMALL: dict[str, Any] = {
+    **TINY,
+    "max_position_embeddings": 128,
+    "head_dim": 16,
+    "sliding_window": 12,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "pad_token_id": 0,
+    "ffn_dim": 160,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_ffn_dim": 160,
+    "encoder_ffn_dim": 160,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "embedding_size": 64,
+    "word_embed_proj_dim": 64,
+}
+# What else a family needs at this size.
+FAMILY: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "cwm": {"bos_token_id": 1},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.0},
+    "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "axk1": {"num_key_value_heads": 4},
+}
+
+
+def settings_of(family: str) -> dict[str, Any]:
+    """The config fields for the tiny model of a family."""
+    default = random_config(family)
+    names = {k: v for k, v in SMALL.items() if hasattr(default, k)}
+    if getattr(default, "sliding_window", None) is None:
+        names.pop("sliding_window", None)
+    if getattr(default, "is_decoder", None) is False:
+        names["is_decoder"] = True
+    if getattr(default, "is_encoder_decoder", None) is True:
+        names["is_encoder_decoder"] = False
+        names["is_decoder"] = True
+    return {**names, **FAMILY.get(family, {})}
+
+
+def limits() -> dict[str, Any]:
+    return {
+        "dtype": "f32",
+        "max_model_len": LENGTH,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "max_num_logits": 64,
+    }
+
+
+def prompts_for(vocab: int) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(3, vocab, n).tolist() for n in (23, 1, 9, 40)]
+
+
+def canonical(traced: Traced) -> None:
+    """The passes that come before anything target-specific."""
+    run_pipeline(PIPELINE, traced.module, PassContext())
+
+
+def compare(ours: list[Any], theirs: list[Any]) -> tuple[float, float]:
+    """(largest difference, largest logit) over all prompts and positions."""
+    worst = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+    return worst, max(float(np.abs(b).max()) for b in theirs)
+
+
+def try_family(family: str, end_to_end: bool) -> dict[str, Any]:
+    """The outcome of one family, as stored."""
+    try:
+        settings = settings_of(family)
+        config = random_config(family, settings)
+    except Exception as e:
+        return {"status": "untested", "why": f"no tiny config: {short(e)}"}
+    try:
+        trace_checkpoint(config, **limits())
+    except XllmError as e:
+        return refused(e)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint"
+        try:
+            write_random_checkpoint(family, path, settings=settings)
+            model = load_reference(path)
+            prompts = prompts_for(int(model.config.vocab_size))
+            theirs = [reference_logits(model, p) for p in prompts]
+        except Exception as e:
+            return {"status": "untested", "why": f"transformers fails at this size: {short(e)}"}
+        if not all(np.isfinite(t).all() for t in theirs):
+            return {"status": "untested", "why": "transformers gives NaN at this size"}
+        try:
+            traced = trace_checkpoint(path, **limits())
+            canonical(traced)
+        except XllmError as e:
+            return refused(e)
+        error, size = compare(stepped_logits(traced.module, dict(traced.weights), prompts), theirs)
+        out: dict[str, Any] = {"error": float(f"{error:.1e}"), "logits": float(f"{size:.2g}")}
+        if not error <= TOLERANCE * max(1.0, size):
+            return {"status": "wrong", "why": f"logits differ by {error:.2g}", **out}
+        if end_to_end:
+            out.update(tokens_equal(path, model))
+        return {"status": "equal", **out} if out.get("tokens", "equal") == "equal" else {"status": "wrong", **out}
+
+
+def tokens_equal(path: Path, model: Any) -> dict[str, Any]:
+    """Greedy tokens of the compiled artifact against transformers': {"tokens": "equal"} or what went wrong."""
+    from xllm_compiler.driver import compile_checkpoint
+    from xllm_compiler.options import CompileOptions
+    from xllm_compiler.runtime.llm import LLM, SamplingParams
+
+    artifact = path.parent / "artifact"
+    try:
+        compile_checkpoint(path, artifact, CompileOptions(dtype="float32", max_model_len=LENGTH, max_num_seqs=4))
+    except XllmError as e:
+        return {"tokens": f"cpu: {e.kind}", "why": e.message}
+    prompts = [p[:24] for p in prompts_for(int(model.config.vocab_size))]
+    llm = LLM(str(artifact))
+    wanted = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], wanted)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ours = list(output.outputs[0].token_ids)
+        theirs = list(prompt)
+        for _ in ours:
+            theirs.append(int(reference_logits(model, theirs)[-1].argmax()))
+        if ours != theirs[len(prompt) :]:
+            return {"tokens": "differ", "why": f"{ours} instead of {theirs[len(prompt) :]}"}
+    return {"tokens": "equal"}
+
+
+def refused(e: XllmError) -> dict[str, Any]:
+    status = "refused" if e.kind in ("unsupported", "option") else "crash"
+    return {"status": status, "why": e.message, **({"where": e.where} if e.where else {})}
+
+
+def short(e: BaseException) -> str:
+    return (type(e).__name__ + ": " + " ".join(str(e).split()))[:200]
+
+
+def in_child(family: str, end_to_end: bool) -> dict[str, Any]:
+    """`try_family` in a forked process with limits."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        signal.alarm(TIMEOUT_S)
+        log = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            result = try_family(family, end_to_end)
+        except BaseException as e:
+            frame = traceback.extract_tb(e.__traceback__)[-1]
+            result = {"status": "crash", "why": short(e), "where": f"{Path(frame.filename).name}:{frame.lineno}"}
+        os.write(write, json.dumps(result).encode())
+        os._exit(0)
+    os.close(write)
+    data = b""
+    while chunk := os.read(read, 1 << 16):
+        data += chunk
+    os.close(read)
+    _, status = os.waitpid(pid, 0)
+    if not data:
+        return {"status": "crash", "why": f"the process ended with status {status} (time or memory)"}
+    return dict(json.loads(data))
+
+
+def load_state() -> dict[str, dict[str, Any]]:
+    return dict(json.loads(STATE.read_text())) if STATE.exists() else {}
+
+
+def save(state: Mapping[str, dict[str, Any]]) -> None:
+    STATE.write_text(json.dumps(dict(sorted(state.items())), indent=1, sort_keys=True) + "\n")
+    TABLE.write_text(table(state))
+
+
+def table(state: Mapping[str, dict[str, Any]]) -> str:
+    """docs/supported-models.md."""
+    counts = {s: sum(1 for r in state.values() if r["status"] == s) for s in ("equal", "refused", "wrong", "crash")}
+    lines = [
+        "# Supported models",
+        "",
+        "Written by `python bench/coverage.py`; do not edit. Every causal-LM family of transformers "
+        f"{transformers.__version__} at tiny random size in f32: four requests of different length, side by side and "
+        "in ragged chunks, against transformers' eager forward pass. **equal** means: logits within 1e-4 of it at every "
+        "position; *tokens* means that greedy tokens of the compiled CPU artifact were equal too. **refused** means: "
+        "`xllm-compile` says so, with the message given here, instead of compiling something else.",
+        "",
+        f"{counts['equal']} equal, {counts['refused']} refused, {counts['wrong']} wrong, {counts['crash']} crashed, "
+        f"{len(state) - sum(counts.values())} untested, of {len(state)} families.",
+        "",
+        "| family | class | outcome | largest difference / why |",
+        "|---|---|---|---|",
+    ]
+    for family, r in sorted(state.items(), key=lambda item: (item[1]["status"] != "equal", item[0])):
+        what = r["status"] + (" (tokens)" if r.get("tokens") == "equal" else "")
+        if r["status"] == "equal":
+            why = f"{r['error']:.0e} of {r['logits']:.2g}"
+        else:
+            why = r.get("why", "") + (f" ({r['where']})" if r.get("where") else "")
+        lines.append(f"| {family} | {FAMILIES[family]} | {what} | {escape(why)} |")
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")[:300]
+
+
+def families(args: argparse.Namespace, state: Mapping[str, dict[str, Any]]) -> Iterable[str]:
+    if args.only:
+        unknown = [f for f in args.only.split(",") if f not in FAMILIES]
+        if unknown:
+            sys.exit(f"transformers has no causal-LM family {', '.join(unknown)}")
+        return list(args.only.split(","))
+    if args.status:
+        return [f for f, r in state.items() if r["status"] in args.status.split(",")]
+    return [f for f in FAMILIES if args.all or f not in state]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="comma-separated families, run again even when known")
+    parser.add_argument("--status", default="", help="run again what has one of these outcomes")
+    parser.add_argument("--all", action="store_true", help="run everything again")
+    parser.add_argument("--end-to-end", action="store_true", help="also compile for the CPU and compare greedy tokens")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    state = load_state()
+    for family in families(args, state):
+        started = time.time()
+        state[family] = in_child(family, args.end_to_end)
+        save(state)
+        r = state[family]
+        print(
+            f"{family:28} {r['status']:9} {time.time() - started:5.1f} s  {r.get('error', '')} {r.get('why', '')[:150]}"
+        )
+        sys.stdout.flush()
+    bad = [f for f, r in state.items() if r["status"] in ("wrong", "crash")]
+    equal = sum(1 for r in state.values() if r["status"] == "equal")
+    print(f"{equal} equal; wrong or crashed: {', '.join(bad) or 'none'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
