@@ -199,10 +199,10 @@ def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.s
         host, port = sock.getsockname()[:2]
         scheme = "https" if settings.ssl_certfile else "http"
         address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-        print(f"start-up\n{phases.table()}")
-        print(f"serving {', '.join(ctx.names)} on {address}", flush=True)
         if settings.startup_report is not None:
             _write_report(settings.startup_report, phases, started, address)
+        print(f"start-up\n{phases.table()}")
+        print(f"serving {', '.join(ctx.names)} on {address}", flush=True)
         gc.collect()
         gc.freeze()  # what the start made stays; collections need not look at it again
 

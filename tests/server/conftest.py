@@ -281,13 +281,14 @@ class Process:
 
 
 @pytest.fixture(scope="session")
-def real_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled checkpoint, compiled by the command that users run."""
-    out = tmp_path_factory.mktemp("served") / "bundled"
-    command = [BIN / "xllm-compile", BUNDLED, "-o", out, "--max-num-seqs", "32", "--max-num-batched-tokens", "512"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def real_artifact(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint, compiled by the command that users run; a later session finds it in the compile cache."""
+    kept = pytestconfig.cache
+    cache = kept.mkdir("xllm-compile") if kept is not None else tmp_path_factory.mktemp("cache")
+    command = [BIN / "xllm-compile", BUNDLED, "--cache-dir", cache]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    return out
+    return Path(done.stdout.strip().splitlines()[-1])
 
 
 Starter = Callable[..., Process]

@@ -158,16 +158,16 @@ def test_bad_bodies_and_still_serving(real_server: Any, body: bytes, status: int
     assert httpx.post(real_server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
-def test_a_thousand_connections_that_send_nothing(real_server: Any) -> None:
+def test_a_thousand_connections_that_send_nothing(real_server: Any, until: Any) -> None:
     host, port = real_server.url.removeprefix("http://").split(":")
+    before = gauge(real_server, "xllm:connections_timed_out_total")
     socks = [socket.create_connection((host, int(port)), 10) for _ in range(1000)]
     answer = httpx.post(real_server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=10)
     assert answer.status_code == 200
-    socks[0].settimeout(20)
-    assert socks[0].recv(1) == b""  # --timeout-receive 3
+    # --timeout-receive 3
+    assert until(lambda: gauge(real_server, "xllm:connections_timed_out_total") - before == 1000, 20)
     for sock in socks:
         sock.close()
-    assert gauge(real_server, "xllm:connections_timed_out_total") >= 900
 
 
 def test_the_start_up_table_adds_up_to_the_wall_time(real_artifact: Path, start_server: Any, tmp_path: Path) -> None:
@@ -185,11 +185,13 @@ def test_the_start_up_table_adds_up_to_the_wall_time(real_artifact: Path, start_
 
 def test_sigterm_finishes_what_runs_and_ends_with_0(real_artifact: Path, start_server: Any) -> None:
     server = start_server(real_artifact).wait_ready()
-    ask = {"prompt": PROMPT, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    ask = {"prompt": PROMPT, "max_tokens": 1900, "n": 4, "ignore_eos": True, "stream": True}
     lines = []
     with httpx.stream("POST", server.url + "/v1/completions", json=ask, timeout=60) as answer:
         for line in answer.iter_lines():
-            lines += [line] if line else []
+            if not line:
+                continue
+            lines.append(line)
             if len(lines) == 3:
                 server.popen.send_signal(signal.SIGTERM)
                 time.sleep(0.1)
@@ -197,7 +199,8 @@ def test_sigterm_finishes_what_runs_and_ends_with_0(real_artifact: Path, start_s
                 assert new.status_code == 503 and new.json()["error"]["code"] == "draining"
                 assert httpx.get(server.url + "/health").status_code == 503
     assert lines[-1] == "data: [DONE]"
-    assert json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
+    reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines[:-1]]
+    assert reasons.count("length") == 4 and reasons.count(None) == len(reasons) - 4
     assert server.popen.wait(20) == 0
 
 
