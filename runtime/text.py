@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _CONTEXT = 6  # prompt tokens that decide, in some tokenizers, whether the answer's first token starts with a space
-_UNFINISHED = 3  # an unfinished UTF-8 character has at most three bytes, and each may show as one U+FFFD
 _WINDOW = 64  # tokens after which bytes that make no character are shown as U+FFFD
 
 
@@ -68,10 +67,11 @@ class TextStream:
     def _grow(self, token: int) -> str:
         self._window.append(token)
         text = self._decode(self._window)
+        # An unfinished character shows as U+FFFD: once, or (byte tokens) once for each byte of the run it ends, those of
+        # whole characters before it included. So all of them at the end wait.
         unfinished = 0
         if len(self._window) - self._settled < _WINDOW:
-            while unfinished < _UNFINISHED and text.endswith("\ufffd", 0, len(text) - unfinished):
-                unfinished += 1
+            unfinished = len(text) - len(text.rstrip("\ufffd"))
         new = text[self._shown : len(text) - unfinished]
         self._shown += len(new)
         # Tokens without text are no context to decode the next one after, so the window waits for some.

@@ -148,6 +148,14 @@ def test_penalties_agree_with_transformers_and_openai() -> None:
     assert len(set(history)) > 20  # the penalties bite: unpenalised greedy would repeat one token
 
 
+def test_a_repeated_token_becomes_less_likely_whatever_the_sign() -> None:
+    row = np.full(VOCAB, -50.0, np.float32)
+    row[[2, 30]] = [-1.0, -1.5]  # 2 is in the prompt
+    assert sampler(SamplingParams(temperature=0, repetition_penalty=2.0)).sample(row, 0, 0)[0] == 30
+    row[[2, 30]] = [1.5, 1.0]
+    assert sampler(SamplingParams(temperature=0, repetition_penalty=2.0)).sample(row, 0, 0)[0] == 30
+
+
 def test_bias_allowed_tokens_and_minimum_length() -> None:
     row = make_row(2)
     best = int(row.argmax())

@@ -84,6 +84,12 @@ def test_an_emoji_comes_at_once_when_its_last_byte_does() -> None:
     assert pieces == ["a", "", "", "", "🙂", "b", ""]
 
 
+def test_byte_tokens_hold_back_every_byte_of_an_unfinished_character() -> None:
+    """Such a decoder shows one U+FFFD for each byte, not one for all."""
+    pieces, _ = run(LLAMA, list("é🙂".encode()))
+    assert pieces == ["", "é", "", "", "", "🙂", ""]
+
+
 def test_half_a_character_at_the_end_is_shown_when_nothing_can_follow() -> None:
     pieces, _ = run(BYTES, list("a🙂".encode())[:-1])
     assert "".join(pieces) == "a\ufffd" and pieces[-1] == "\ufffd"
