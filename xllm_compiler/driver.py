@@ -41,7 +41,7 @@ from xllm_compiler.ir.types import Tensor
 from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.base import Target as PassTarget
-from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
+from xllm_compiler.passes.manager import PipelineReport, parse_pipeline, run_pipeline
 
 if TYPE_CHECKING:
     from xllm_compiler.frontend.model import ModelFacts
@@ -165,7 +165,8 @@ def compile_checkpoint(
 ) -> CompileReport:
     """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
 
-    `dump_ir`: a directory that gets the IR before and after every pass. Raises XllmError of any kind but "request"."""
+    `dump_ir`: a directory that gets the IR before and after every pass, and what each did.
+    Raises XllmError of any kind but "request"."""
     started = time.perf_counter()
     progress = progress or Silent()
     clock = _Clock(progress)
@@ -209,9 +210,10 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None) ->
             )
         module = traced.module
         with clock.phase("passes"):
-            run_pipeline(
-                read("pipeline.text"), module, PassContext(PassTarget(read("option.target"))), dump_dir=dump_ir
-            )
+            context = PassContext(PassTarget(read("option.target")))
+            passes = run_pipeline(read("pipeline.text"), module, context, dump_dir=dump_ir)
+            if dump_ir is not None:
+                _dump_report(dump_ir, passes)
             writer.write_text(STEP, print_module(module))
         with clock.phase("lower"):
             lowered = lower_cpu(
@@ -221,6 +223,14 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None) ->
             _copy_files(request, writer, clock.progress)
             _check_unchanged(request)
             return writer.commit(_manifest(request, module, traced.facts, lowered))
+
+
+def _dump_report(directory: Path, passes: PipelineReport) -> None:
+    text = "\n".join([passes.table(), *map(str, passes.ctx.remarks)])
+    try:
+        (directory / "passes.txt").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise XllmError("io", f"cannot write the IR dump: {error.strerror}", where=str(directory)) from None
 
 
 def _require_compiler() -> None:
