@@ -70,7 +70,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """What one run of one pass did. `seconds` excludes the manager's own checks."""
+    """What one run of one pass did. `seconds` excludes the manager's own checks; `stats` are this run's counts."""
 
     index: int
     text: str
@@ -78,6 +78,7 @@ class PassRun:
     seconds: float
     ops_before: int
     ops_after: int
+    stats: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -91,8 +92,7 @@ class PipelineReport:
         """One line per run: number, pass, whether it changed anything, ops before and after, milliseconds, counts."""
         lines = []
         for r in self.runs:
-            stats = self.ctx.stats.get(r.text.partition("{")[0], {}) if r.changed else {}
-            counts = ", ".join(f"{k} {v}" for k, v in sorted(stats.items()))
+            counts = ", ".join(f"{k} {v}" for k, v in sorted(r.stats.items()))
             mark = "changed" if r.changed else "-"
             lines.append(
                 f"{r.index:02} {r.text:<44} {mark:<8} {r.ops_before:>6} -> {r.ops_after:<6} "
@@ -167,7 +167,7 @@ class _Runner:
 
     def run_pass(self, p: Pass) -> bool:
         self.ctx.current = p.name
-        before = _count_ops(self.module)
+        before, counted = _count_ops(self.module), dict(self.ctx.stats.get(p.name, {}))
         begin = time.perf_counter()
         try:
             claimed = p.run(self.module, self.ctx)
@@ -182,7 +182,9 @@ class _Runner:
             ) from e
         seconds = time.perf_counter() - begin
         self.check(p, claimed)
-        run = PassRun(len(self.report.runs) + 1, item_text(p), claimed, seconds, before, _count_ops(self.module))
+        stats = {k: n - counted.get(k, 0) for k, n in self.ctx.stats.get(p.name, {}).items() if n != counted.get(k, 0)}
+        after = _count_ops(self.module)
+        run = PassRun(len(self.report.runs) + 1, item_text(p), claimed, seconds, before, after, stats)
         self.report.runs.append(run)
         self.dump(run.index, p.name)
         if self.after is not None:
