@@ -20,12 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from xllm_compiler.ir.verify import verify
-
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.printer import print_module
+from xllm_compiler.ir.verify import verify
 from xllm_compiler.passes.base import Pass, PassContext
 from xllm_compiler.passes.pipelines import PRESETS
 from xllm_compiler.passes.registry import did_you_mean, pass_class
