@@ -331,8 +331,8 @@ def _manifest(request: Request, module: Module, facts: ModelFacts, lowered: CpuL
             max_num_logits=read("option.max_num_logits"),
         ),
         dims=dims,
-        inputs=tuple(_spec(value) for value in func.args if isinstance(value.type, Tensor)),
-        outputs=tuple(_spec(value) for value in func.returns if isinstance(value.type, Tensor)),
+        inputs=tuple(_spec(value.name, value) for value in func.args if isinstance(value.type, Tensor)),
+        outputs=tuple(_spec("logits", value) for value in func.returns if isinstance(value.type, Tensor)),
         memory=Memory(str(lowered.arena), str(lowered.logits), _kv_plan(lowered)),
         weights=Weights(
             lowered.weight_bytes,
@@ -352,8 +352,8 @@ def _kv_plan(lowered: CpuLowering) -> KvPlan:
     return KvPlan(PAGE_TOKENS, layers)
 
 
-def _spec(value: Value) -> TensorSpec:
-    return TensorSpec(value.name, value.dtype, tuple(str(dim) for dim in value.shape))
+def _spec(name: str, value: Value) -> TensorSpec:
+    return TensorSpec(name, value.dtype, tuple(str(dim) for dim in value.shape))
 
 
 def _source_factors() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Op, Value
 
 
@@ -29,7 +30,7 @@ class WeightTable:
         self.requests: list[WeightRequest] = []
         self._keys: dict[Value, str] = {}
         self._index: dict[tuple[str, str, str], int] = {}
-        self._names: dict[str, int] = {}
+        self._taken: set[str] = set()
 
     def request(self, value: Value, layout: str, dtype: str | None = None) -> int:
         """The index of the request for `value` in `layout`; a new one where none has been made."""
@@ -38,7 +39,7 @@ class WeightTable:
         found = self._index.get(key)
         if found is None:
             found = self._index[key] = len(self.requests)
-            self.requests.append(WeightRequest(value, self._name(value), layout, stored))
+            self.requests.append(WeightRequest(value, self._unique_name(value, layout, stored), layout, stored))
         return found
 
     def key(self, value: Value) -> str:
@@ -55,18 +56,24 @@ class WeightTable:
         parts = [op.name, str(value.index), str(op.segments), *attrs, *(self.key(v) for v in op.operands)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def _name(self, value: Value) -> str:
-        """The checkpoint name of a parameter; a readable one for an expression. Unique."""
+    def name(self, value: Value) -> str:
+        """The checkpoint name of a parameter; for an expression its op, its parameters and its structure's hash.
+
+        Nothing of value names, so that an expression has the same name in a module that was printed and parsed."""
         names = list(dict.fromkeys(param_names(value)))
-        if value.op is not None and value.op.name == "param":
-            base = names[0]
-        elif names:
-            base = f"{value.name}({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        else:
-            base = f"constant({value.name})"
-        count = self._names.get(base, 0)
-        self._names[base] = count + 1
-        return base if count == 0 else f"{base}#{count + 1}"
+        assert value.op is not None
+        if value.op.name == "param":
+            return names[0]
+        return f"{value.op.name}({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})#{self.key(value)[:8]}"
+
+    def _unique_name(self, value: Value, layout: str, dtype: str) -> str:
+        """The name of a stored tensor: its value's, with layout and dtype where another form of it is stored too."""
+        base = self.name(value)
+        for name in (base, f"{base}:{layout}", f"{base}:{layout}:{dtype}"):
+            if name not in self._taken:
+                self._taken.add(name)
+                return name
+        raise XllmError("internal", f"two weight expressions are called {base}")
 
 
 def param_names(value: Value) -> list[str]:

@@ -48,7 +48,7 @@ def weight_groups(weights: Iterable[Weight]) -> list[tuple[str, Weight, int, int
     """Weights that differ only in the numbers of their names, as (pattern, first, how many, bytes of all)."""
     groups: dict[tuple[str, str, str, tuple[int, ...]], list[Weight]] = {}
     for weight in weights:
-        pattern = re.sub(r"\b\d+\b", "*", weight.name)
+        pattern = re.sub(r"\b\d+\b", "*", re.sub(r"#[0-9a-f]{8}", "", weight.name))
         groups.setdefault((pattern, weight.layout, weight.dtype, weight.shape), []).append(weight)
     found = []
     for (pattern, _, _, _), members in groups.items():

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
         for kind, group in (("in", manifest.inputs), ("out", manifest.outputs))
         for spec in group
     ]
-    key = [(name, str(value)) for name, value in sorted(manifest.key.items())]
+    key = [(name, "absent" if value is None else str(value)) for name, value in sorted(manifest.key.items())]
     sections = [
         table(facts),
         f"dims\n{table(dims)}",

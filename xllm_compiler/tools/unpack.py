@@ -53,13 +53,12 @@ def bind_weights(module: Module, directory: Path, manifest: Manifest) -> PackedW
     stored = {weight.name: weight for weight in manifest.weights.tensors}
     known = weight_exprs(func)
     wanted: dict[str, tuple[Weight, Tensor]] = {}
+    table = WeightTable()
     for op in list(func.ops):
         for value in op.results:
             if value not in known:
                 continue
-            table = WeightTable()
-            table.request(value, "row")
-            name = table.requests[0].name
+            name = table.name(value)
             if name in stored:
                 builder = Builder.before(op)
                 param = builder.create(Param, name=name, type=value.tensor).result
