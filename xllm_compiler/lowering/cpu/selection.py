@@ -5,15 +5,19 @@ Must not know any op: choosers (choose.py, tensor_ops.py) do.
 
 from __future__ import annotations
 
+from typing import Final
+
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
-from xllm_compiler.ir.types import DTYPE_BYTES
+from xllm_compiler.ir.types import DTYPE_BYTES, Tensor
 from xllm_compiler.kernels.tir.base import Kernel
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.select import Call, Registry
 from xllm_compiler.lowering.storage import Ref, Storage, where
 from xllm_compiler.lowering.weights import WeightTable
+
+_WIDENS: Final = frozenset([("bf16", "f32"), ("f16", "f32")])
 
 
 class Selection:
@@ -27,18 +31,19 @@ class Selection:
         self.panels = _panel_keys(func, storage, weights)
 
     def ref(self, value: Value, dtype: str | None = None) -> Ref:
-        """Where a kernel reads `value`; weights as rows, in `dtype` where one is given."""
-        if value in self.storage.weights:
-            return self.weight(value, "row", dtype)
-        if dtype is not None and dtype != value.dtype:
-            op = value.owner if isinstance(value.owner, Op) else None
+        """Where a kernel reads `value`. A weight of another dtype is stored as the kernel's, widened, never rounded."""
+        if not isinstance(value.type, Tensor):
+            return self.storage.ref(value)
+        wanted = dtype or value.dtype
+        weight = value in self.storage.weights
+        if wanted != value.dtype and not (weight and (value.dtype, wanted) in _WIDENS):
             raise XllmError(
                 "unsupported",
-                f"%{value.name} is {value.type} where a kernel needs {dtype}",
-                where=where(op) if op else "",
+                f"%{value.name} is {value.type} where a kernel needs {wanted}",
+                where=where(value.op) if value.op is not None else "",
                 help="insert t.cast",
             )
-        return self.storage.ref(value)
+        return self.weight(value, "row", wanted) if weight else self.storage.ref(value)
 
     def weight(self, value: Value, layout: str, dtype: str | None = None) -> Ref:
         """The place of a weight expression in a layout."""

@@ -141,7 +141,9 @@ def lower_tensor_op(s: Selection, op: Op) -> None:
             raise XllmError(
                 "unsupported", "t.reduce over no axis", where=where(op), help="it is the identity: remove it"
             )
-        spec = Reduce(str(op.attrs["kind"]), bodies.build(op.operands[0]), tuple(int(_number(a)) for a in axes), out.dtype)
+        spec = Reduce(
+            str(op.attrs["kind"]), bodies.build(op.operands[0]), tuple(int(_number(a)) for a in axes), out.dtype
+        )
     elif op.name in ("t.softmax", "t.cumsum"):
         x = bodies.read(op.operands[0])
         spec = Scan("softmax" if op.name == "t.softmax" else "cumsum", x.shape, _axis(op), x.dtype, out.dtype)
