@@ -22,7 +22,7 @@ class Cse(FuncPass):
              %b = t.exp(%x) : f32[N]                %y = t.add(%a, %a) : f32[N]
              %y = t.add(%a, %b) : f32[N]
 
-    Ops that use up a linear value are left alone: two equal writes to one cache version are not one write.
+    Two equal writes to one cache version cannot stand in sound IR: each version is used up once.
     """
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
@@ -32,7 +32,7 @@ class Cse(FuncPass):
             number[arg] = len(number)
         merged = 0
         for op in func.ops:
-            if op.SPEC.pure and not op.SPEC.consumes:
+            if op.SPEC.pure:
                 first = seen.setdefault(_key(op, number), op)
                 if first is not op:
                     for old, new in zip(op.results, first.results, strict=True):
