@@ -93,10 +93,11 @@ def available_memory(root: Path = _ROOT) -> int:
 
 
 def _reclaimable(folder: Path) -> int:
-    total = 0
+    """Bytes of file pages in a memory group and those below it."""
+    found: dict[str, int] = {}
     for line in (_read(folder / "memory.stat") or "").splitlines():
         name, _, value = line.partition(" ")
-        if name in ("inactive_file", "active_file", "total_inactive_file", "total_active_file"):
-            # v1 has both the group's own and the "total_" figures; the larger of each pair counts, v2 has only one.
-            total = max(total, 0) + int(value) if not name.startswith("total_") else total
-    return total
+        found[name] = _number(value) or 0
+    # The plain figures of v1 leave out the groups below, which its usage counts; v2 has only plain ones, of all.
+    prefix = "total_" if "total_active_file" in found else ""
+    return found.get(prefix + "active_file", 0) + found.get(prefix + "inactive_file", 0)

@@ -67,8 +67,8 @@ class TextStream:
     def _grow(self, token: int) -> str:
         self._window.append(token)
         text = self._decode(self._window)
-        # An unfinished character shows as U+FFFD: once, or (byte tokens) once for each byte of the run it ends, those of
-        # whole characters before it included. So all of them at the end wait.
+        # An unfinished character shows as U+FFFD: once, or (byte tokens) once for each byte of the run that it ends,
+        # even for those of whole characters. So all of them at the end wait.
         unfinished = 0
         if len(self._window) - self._settled < _WINDOW:
             unfinished = len(text) - len(text.rstrip("\ufffd"))

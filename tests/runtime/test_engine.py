@@ -133,7 +133,9 @@ def test_a_prompt_that_loses_its_pages_half_way_is_scored_once() -> None:
     assert scores is not None and [next(iter(entry or {})) for entry in scores[1:]] == prompt[1:]
     for position, entry in enumerate(scores[1:], 1):
         assert entry is not None
-        assert entry[prompt[position]].logprob == pytest.approx(log_softmax(toy_row(prompt[:position]))[prompt[position]])
+        assert entry[prompt[position]].logprob == pytest.approx(
+            log_softmax(toy_row(prompt[:position]))[prompt[position]]
+        )
 
 
 def test_scoring_only() -> None:
