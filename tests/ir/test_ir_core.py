@@ -41,6 +41,24 @@ def test_iteration_survives_erasing_and_inserting() -> None:
     assert len(func.ops) == len(list(func.ops)) == len(list(reversed(func.ops))) == 5
 
 
+def test_iteration_goes_on_past_what_was_erased_after_the_current_op() -> None:
+    func, x = chain(5)
+    func.set_returns([x])
+    first, second, third, fourth, fifth = func.ops
+    seen = []
+    for op in func.ops:
+        seen.append(op)
+        if op is first:  # backwards, so that the erased op's own neighbour is erased after it
+            for dead in (fifth, fourth):
+                dead.erase()
+            second.result.replace_all_uses_with(x)
+            first.result.replace_all_uses_with(x)
+            first.erase()
+            second.erase()
+    assert seen == [first, third] and list(func.ops) == [third]
+    verify(func.module)
+
+
 def test_insertion_order_and_is_before() -> None:
     func, x = chain(3)
     first, second, third = func.ops

@@ -78,6 +78,7 @@ def test_locations_print_on_request_and_parse() -> None:
 
 def test_comments_are_free() -> None:
     noisy = SAMPLE.replace("    %pos: i32[N],", "    // a line of its own\n    %pos: i32[N],  // trailing\n\n")
+    noisy = noisy.replace("\n) -> (", "\n    // after the last argument\n) -> (")
     noisy = noisy.replace("  return", "  // CHECK: return\n  return")
     assert print_module(parse_module("// RUN: something\n" + noisy)) == SAMPLE
 
@@ -93,6 +94,19 @@ def test_names_are_unique_and_stay() -> None:
     text = print_module(module)
     names = [line.split()[0] for line in text.splitlines() if line.startswith("  %")]
     assert names == ["%x_1", "%x_2", "%x_3", "%neg", "%neg_1", "%bad_name_", "%x_1_1"]
+    assert print_module(parse_module(text)) == text
+
+
+def test_a_made_up_name_never_takes_a_given_one() -> None:
+    module = Module()
+    func = module.add_func("f")
+    x = func.add_arg("x_1", Tensor("f32", [2]))
+    b = Builder.at_end(func)
+    for _ in range(3):
+        x = b.create(Neg, x, hint="x").result
+    func.set_returns([x])
+    text = print_module(module)
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  %")] == ["%x", "%x_2", "%x_3"]
     assert print_module(parse_module(text)) == text
 
 
