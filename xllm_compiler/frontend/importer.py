@@ -76,8 +76,8 @@ def location(node: fx.Node) -> Loc:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     file, line = (short_path(frames[-1][0]), int(frames[-1][1])) if frames else ("", 0)
     stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return Loc(file, line, str(path).removeprefix("model.").removeprefix("model"), ())
+    path = str(next(reversed(stack.values()))[0]) if stack else ""
+    return Loc(file, line, "" if path == "model" else path.removeprefix("model."), ())
 
 
 class Importer:

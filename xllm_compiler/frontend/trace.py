@@ -102,6 +102,8 @@ def trace_checkpoint(
         config = load_config(checkpoint)
     else:
         config = path_or_config
+    if getattr(config, "is_encoder_decoder", False):
+        raise XllmError("unsupported", f"{config.model_type!r} is an encoder-decoder model")
     if text_config(config) is not config:
         raise XllmError("unsupported", f"{config.model_type!r} is a multimodal model", help="compile its text model")
     length = _model_len(config, max_model_len)
