@@ -169,14 +169,13 @@ class Code:
         self.slots = slots
         self.stmts: list[Stmt] = []
 
-    def bind(self, value: Expr, t: str, var: Expr | None = None) -> Expr:
+    def bind(self, value: Expr, t: str) -> Expr:
         """A variable of type `t` that holds `value`, so that using it twice computes it once.
 
         The value goes through a stack slot, which LLVM removes: TVM's analysers follow a variable to its definition,
         and over a polynomial of bound values that takes time exponential in its length. They do not follow memory.
         """
-        if var is None:
-            var = tirx.Var("v", t)
+        var = tirx.Var("v", t)
         base, _, count = t.partition("x")
         lanes = int(count or 1)
         slot = tirx.decl_buffer((lanes,), STORAGE.get(base, base), name=f"v{len(self.slots)}", scope="local")
@@ -469,8 +468,10 @@ def transcendental(name: str, a: Expr, t: str, lanes: int, code: Code) -> Expr:
         wide = function(a if lanes == LANES else T.broadcast(a, LANES))
         T.evaluate(T.int32(0))
     for stmt in builder.get().body.seq:
-        if isinstance(stmt, tirx.Bind):
-            code.bind(stmt.value, str(stmt.var.ty), stmt.var)
+        if isinstance(stmt, tirx.AllocBuffer):
+            code.slots.append(stmt.buffer)
+        elif not isinstance(stmt, tirx.Evaluate):
+            code.stmts.append(stmt)
     return wide if lanes == LANES else tirx.Shuffle([wide], [tirx.const(0, "int32")])
 
 
