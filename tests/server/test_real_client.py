@@ -237,6 +237,44 @@ def test_a_key_from_the_environment_and_names(real_artifact: Path, start_server:
     assert "POST /v1/completions 200" in log and "hush" not in log and "wrong" not in log
 
 
+def test_https_and_a_chat_template_of_one_s_own(real_artifact: Path, start_server: Any, tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs openssl to make a certificate")
+    cert, key, template = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "chat.jinja"
+    request = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*request, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    flags = ["--ssl-certfile", str(cert), "--ssl-keyfile", str(key), "--chat-template", str(template)]
+    server = start_server(real_artifact, *flags, "--max-num-seqs", "2", "--max-model-len", "64").wait_ready()
+    assert server.url.startswith("https://")
+    with httpx.Client(base_url=server.url, verify=False) as client:
+        body = client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
+        assert body["max_model_len"] == 64
+        assert client.post("/detokenize", json={"tokens": body["tokens"]}).json()["prompt"] == "[user]x"
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 64}).status_code == 400
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--max-model-len", "999999"], "--max-model-len"),
+        (["--max-num-seqs", "999999"], "--max-num-seqs"),
+        (["--kv-cache-memory-bytes", "1KiB"], "KV cache"),
+        (["--chat-template", "/no/such/file"], "chat template"),
+        (["--ssl-certfile", "/no/such", "--ssl-keyfile", "/no/such"], "certificate"),
+    ],
+)
+def test_options_that_cannot_be_met_end_with_2(
+    real_artifact: Path, start_server: Any, flags: list[str], word: str
+) -> None:
+    server = start_server(real_artifact, *flags)
+    assert server.popen.wait(30) == 2
+    log = server.log.read_text()
+    assert word in log and "Traceback" not in log
+
+
 def test_a_taken_port_is_known_before_anything_slow(real_artifact: Path, real_server: Any) -> None:
     port = real_server.url.rpartition(":")[2]
     command = [Path(sys.executable).parent / "xllm-serve", real_artifact, "--port", port]
