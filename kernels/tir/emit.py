@@ -95,30 +95,39 @@ def horizontal_max(value: Expr) -> Expr:
     return T.call_pure_extern("float32", "xllm_max", value)
 
 
+def keep_between(value: Expr, first: Expr, last: Expr, other: float) -> Expr:
+    """Lanes first .. last-1 of `value`, and `other` in the rest; first and last may lie outside 0 .. 16.
+
+    TVM's own comparison of a ramp with a broadcast would do, were it not for the seconds its simplifier takes over it.
+    """
+    return T.call_pure_extern("float32x16", "xllm_keep_between", value, first, last, T.float32(other))
+
+
 class Vectors:
-    """Mutable vectors that live in registers when every index is a Python int."""
+    """Mutable vectors that live in registers."""
 
     def __init__(self, count: int) -> None:
-        self._buffer = T.alloc_buffer((count * LANES,), "float32", scope="local")
+        # One stack slot each: LLVM would make one of all of them a single very long vector, and take it apart on every use.
+        self._slots = [T.alloc_buffer((LANES,), "float32", scope="local") for _ in range(count)]
 
     def __getitem__(self, index: int) -> Expr:
-        return self._buffer[T.ramp(index * LANES, 1, LANES)]
+        return self._slots[index][T.ramp(0, 1, LANES)]
 
     def __setitem__(self, index: int, value: Expr) -> None:
-        T.buffer_store(self._buffer, value, [T.ramp(index * LANES, 1, LANES)])
+        T.buffer_store(self._slots[index], value, [T.ramp(0, 1, LANES)])
 
 
 class Scalars:
-    """Mutable scalars that live in registers when every index is a Python int."""
+    """Mutable scalars that live in registers."""
 
     def __init__(self, count: int, dtype: str = "float32") -> None:
-        self._buffer = T.alloc_buffer((count,), dtype, scope="local")
+        self._slots = [T.alloc_buffer((1,), dtype, scope="local") for _ in range(count)]
 
     def __getitem__(self, index: int) -> Expr:
-        return self._buffer[index]
+        return self._slots[index][0]
 
     def __setitem__(self, index: int, value: Expr) -> None:
-        T.buffer_store(self._buffer, value, [index])
+        T.buffer_store(self._slots[index], value, [0])
 
 
 def share(total: Expr, member: Expr, team: Expr) -> tuple[Expr, Expr]:

@@ -78,6 +78,16 @@ define linkonce_odr <16 x i1> @xllm_first(i32 %n) {
                                 i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   ret <16 x i1> %m
 }
+define linkonce_odr <16 x float> @xllm_keep_between(<16 x float> %v, i32 %first, i32 %last, float %other) {
+  %below = call <16 x i1> @xllm_first(i32 %last)
+  %under = call <16 x i1> @xllm_first(i32 %first)
+  %not = xor <16 x i1> %under, splat (i1 true)
+  %m = and <16 x i1> %below, %not
+  %i = insertelement <16 x float> poison, float %other, i32 0
+  %s = shufflevector <16 x float> %i, <16 x float> poison, <16 x i32> zeroinitializer
+  %r = select <16 x i1> %m, <16 x float> %v, <16 x float> %s
+  ret <16 x float> %r
+}
 define linkonce_odr <16 x float> @xllm_load_first_f32(ptr %p, i32 %n) {
   %m = call <16 x i1> @xllm_first(i32 %n)
   %r = call <16 x float> @llvm.masked.load.v16f32.p0(ptr align 4 %p, <16 x i1> %m, <16 x float> zeroinitializer)

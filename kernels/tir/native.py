@@ -60,17 +60,16 @@ class NativeModule:
     def entry(self, symbol: str) -> Iterator[tuple[Any, Any, Any]]:
         """Defines `int32_t symbol(const int64_t *args, int32_t member, int32_t team)`; the body is what is emitted
         inside, and then it returns 0. Yields (args as an int64 buffer, member, team)."""
-        with IRBuilder() as builder:
-            with T.prim_func():
-                T.func_name(symbol)
-                pointer = T.arg("args", T.handle("int64"))
-                member = T.arg("member", T.int32())
-                team = T.arg("team", T.int32())
-                T.func_ret(tvm.ir.PrimType("int32"))
-                T.func_attr({"calling_conv": _C_CALL, "global_symbol": symbol})
-                buffer = T.decl_buffer((1 << 16,), "int64", data=pointer)
-                yield buffer, member, team
-                T.Return(T.int32(0))
+        with IRBuilder() as builder, T.prim_func():
+            T.func_name(symbol)
+            pointer = T.arg("args", T.handle("int64"))
+            member = T.arg("member", T.int32())
+            team = T.arg("team", T.int32())
+            T.func_ret(tvm.ir.PrimType("int32"))
+            T.func_attr({"calling_conv": _C_CALL, "global_symbol": symbol})
+            buffer = T.decl_buffer((1 << 16,), "int64", data=pointer)
+            yield buffer, member, team
+            T.Return(T.int32(0))
         self._functions[tvm.ir.GlobalVar(symbol)] = builder.get()
 
     def _declare(self, kernel: Kernel) -> Any:
@@ -89,12 +88,10 @@ class NativeModule:
             functions[variable] = kernel.build(self.isa)
         module = tvm.IRModule(functions)
         target = tvm.target.Target(self.isa.target())
+        # No simplifier: LLVM does that work, and TVM's takes minutes over an unrolled tile.
         for transform in (
             tirx.transform.BindTarget(target.with_host(target)),
-            tirx.transform.StmtSimplify(),
             tirx.transform.FlattenBuffer(),
-            tirx.transform.VectorizeLoop(True),
-            tirx.transform.UnrollLoop(),
             tirx.transform.LowerIntrin(),
         ):
             module = transform(module)

@@ -1,0 +1,401 @@
+"""Attention over the KV pages: `Attend`. Owns the online softmax, its tiles and how the work is shared out.
+
+A *row* is one query head of one token; the rows of a request that share a KV head are numbered token by token, head by head.
+They are worked on in query blocks of 24 rows, within those in tiles of up to 6, and against KV blocks of 64 tokens that
+begin at multiples of 64, in order. For each KV block every tile of the query block takes its turn, so a block of K and V is
+read from memory once per query block. This is Dao et al., "FlashAttention-2", with one thread per query block.
+
+For one row and one KV block (m, l, acc are the row's running maximum, sum of weights by lane, and weighted sum of values):
+
+    s = q.k * scale (capped); m' = max(m, s); a = exp(m - m'); p = exp(s - m'); l = l*a + p; acc = acc*a + p @ v
+
+with p rounded to bf16 for bf16 values. A row sees token t of the cache if pos - window < t <= pos. Where all rows of a tile see
+all 64 tokens, the tile is computed as one; else row by row, and then pages and values that a row does not see are not
+touched: nothing that an unwritten slot holds can leak, not even NaN. Both ways compute the same bits for a row, and the
+blocks do not depend on the batch, so neither do the bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PAGE, Arg, Isa, Kernel, require, scalar
+from xllm_compiler.kernels.tir.emit import (
+    Scalars,
+    Vectors,
+    address,
+    build_function,
+    choose,
+    fma,
+    horizontal_max,
+    horizontal_sum,
+    keep_between,
+    load,
+    splat,
+    store,
+    store_part,
+)
+from xllm_compiler.kernels.tir.kv_address import KvLayout, Pages
+from xllm_compiler.kernels.tir.vmath import exp, maximum, tanh
+
+Expr = Any
+_BLOCK = 64
+_BLOCK_PAGES = _BLOCK // PAGE
+_QUERY_ROWS = 24
+_MAX_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Attend(Kernel):
+    """out[rows, q_heads, v_dim] = softmax(q . k * scale) @ v over what each token sees.
+
+    `window` > 0: the last `window` tokens only. `softcap` > 0: scores become softcap * tanh(score / softcap). `sinks`: one
+    more logit per query head that takes weight and has no value.
+    """
+
+    kv: KvLayout
+    q_heads: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.q_heads % self.kv.heads == 0, f"{self.q_heads} query heads for {self.kv.heads} KV heads", self)
+        require(math.isfinite(self.scale), f"scale {self.scale}", self)
+        require(self.window >= 0 and self.softcap >= 0, f"window {self.window}, softcap {self.softcap}", self)
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        dtype, heads = self.kv.dtype, self.q_heads
+        pointers = (
+            Arg("kv", "u8", "pages"),
+            Arg("q", dtype, f"rows, {heads}, {self.kv.k_dim}"),
+            Arg("pos", "i32", "rows"),
+            Arg("seq", "i32", "rows"),
+            Arg("start", "i32", "requests + 1"),
+            Arg("table", "i32", "requests, width"),
+        )
+        sinks = (Arg("sinks", "f32", f"{heads}"),) if self.sinks else ()
+        out = Arg("out", dtype, f"rows, {heads}, {self.kv.v_dim}", written=True)
+        return (*pointers, *sinks, out, scalar("rows"), scalar("requests"), scalar("width"), *MEMBER_ARGS)
+
+    def build(self, isa: Isa) -> Any:
+        return build_function(self, isa, lambda **env: _Body(self, isa, env).emit())
+
+
+class _Body:
+    """Emits the function's body. Names: `token` is a row of q, `row` a row of the request and KV head at hand."""
+
+    def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
+        self.kernel = kernel
+        self.isa = isa
+        self.env = env
+        self.layout = kernel.kv
+        self.bf16 = kernel.kv.dtype == "bf16"
+        self.group = kernel.q_heads // kernel.kv.heads
+        self.pages = Pages(kernel.kv, env["table"], env["width"])
+        self.value_vectors = -(-kernel.kv.v_dim // LANES)
+        self.steps = kernel.kv.k_dim // 2 if self.bf16 else kernel.kv.k_dim
+
+    # ---- sharing out
+
+    def emit(self) -> None:
+        """Walks the query blocks in order and works on those whose share of the total cost falls to this member.
+
+        The cost of a block is its rows times the KV blocks they see, so that long contexts weigh what they take.
+        """
+        member, team = (T.Cast("int64", self.env[name]) for name in ("member", "team"))
+        scores = self._local(_MAX_ROWS * _BLOCK, "float32")
+        weights = self._local(_MAX_ROWS * _BLOCK, "uint16" if self.bf16 else "float32")
+        sums = self._local(_QUERY_ROWS * LANES, "float32")
+        maxima = self._local(_QUERY_ROWS, "float32")
+        totals = self._local(_QUERY_ROWS * self.value_vectors * LANES, "float32")
+        self.scores, self.weights, self.sums, self.maxima, self.totals = scores, weights, sums, maxima, totals
+        self.values = self._local(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
+
+        cost = Scalars(2, "int64")
+        cost[0] = T.int64(0)
+
+        def count(request: Expr, first: Expr, rows: Expr, cost_each: Expr) -> None:
+            cost[0] = cost[0] + cost_each * self.layout.heads
+
+        self._query_blocks(count)
+        total = T.bind(T.max(cost[0], T.int64(1)))
+        cost[1] = T.int64(0)
+
+        def work(request: Expr, first: Expr, rows: Expr, cost_each: Expr) -> None:
+            with T.serial(0, self.layout.heads) as head:
+                owner = T.bind(T.truncdiv((cost[1] * 2 + cost_each) * team, total * 2))
+                cost[1] = cost[1] + cost_each
+                with T.If(owner == member), T.Then():
+                    self._work(request, first, rows, head)
+
+        self._query_blocks(work)
+
+    def _query_blocks(self, body: Callable[[Expr, Expr, Expr, Expr], None]) -> None:
+        """Emits body(request, first row, rows, cost) for all query blocks of one KV head."""
+        start, pos = self.env["start"], self.env["pos"]
+        with T.serial(0, self.env["requests"]) as request:
+            begin = T.bind(start[request])
+            rows = T.bind((start[request + 1] - begin) * self.group)
+            blocks = T.truncdiv(rows + (_QUERY_ROWS - 1), T.int32(_QUERY_ROWS))
+            with T.serial(0, blocks) as block:
+                first = T.bind(block * _QUERY_ROWS)
+                count = T.bind(T.min(rows - first, _QUERY_ROWS))
+                position = pos[begin + T.truncdiv(first + count - 1, T.int32(self.group))]
+                seen = position if self.kernel.window == 0 else T.min(position, self.kernel.window)
+                cost = (T.truncdiv(seen, T.int32(_BLOCK)) + 1) * count
+                body(request, first, count, T.bind(T.Cast("int64", cost)))
+
+    # ---- one query block
+
+    def _work(self, request: Expr, first: Expr, rows: Expr, head: Expr) -> None:
+        with T.serial(0, rows) as row:
+            query_head = head * self.group + T.truncmod(first + row, T.int32(self.group))
+            if self.kernel.sinks:
+                sink = T.bind(self.env["sinks"][query_head])
+                T.buffer_store(self.maxima, sink, [row])
+                store(self.sums, row * LANES, splat(1.0 / LANES), "f32")
+            else:
+                T.buffer_store(self.maxima, T.float32(float("-inf")), [row])
+                store(self.sums, row * LANES, splat(0.0), "f32")
+            for i in range(self.value_vectors):
+                store(self.totals, (row * self.value_vectors + i) * LANES, splat(0.0), "f32")
+
+        lowest, _ = self._seen(request, first)
+        _, highest = self._seen(request, first + rows - 1)
+        with T.serial(T.truncdiv(lowest, T.int32(_BLOCK)), T.truncdiv(highest - 1, T.int32(_BLOCK)) + 1) as block:
+            tiles = T.truncdiv(rows + (_MAX_ROWS - 1), T.int32(_MAX_ROWS))
+            with T.serial(0, tiles) as tile:
+                row = T.bind(tile * _MAX_ROWS)
+                here = T.bind(T.min(rows - row, _MAX_ROWS))
+                self._tile(request, first, row, here, head, block)
+
+        with T.serial(0, rows) as row:
+            self._finish(request, first + row, row, head)
+
+    def _token(self, request: Expr, row: Expr) -> Expr:
+        """The token (row of q) of a row of the request."""
+        return self.env["start"][request] + T.truncdiv(row, T.int32(self.group))
+
+    def _seen(self, request: Expr, row: Expr) -> tuple[Expr, Expr]:
+        """[first, last) of the cached tokens that a row sees."""
+        position = T.bind(self.env["pos"][self._token(request, row)])
+        first = T.bind(T.max(position - (self.kernel.window - 1), 0)) if self.kernel.window else T.int32(0)
+        return first, T.bind(position + 1)
+
+    def _query(self, request: Expr, row: Expr, head: Expr, width: int) -> Expr:
+        """The offset of a row's elements in q (width k_dim) or out (width v_dim)."""
+        query_head = head * self.group + T.truncmod(row, T.int32(self.group))
+        index = T.Cast("int64", self._token(request, row)) * self.kernel.q_heads + T.Cast("int64", query_head)
+        return T.bind(index * width)
+
+    def _tile(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
+        base = T.bind(block * _BLOCK)
+        lowest, low_end = self._seen(request, first + row)
+        high_start, high_end = self._seen(request, first + row + here - 1)
+        # The first row of a tile sees no further than the last one, and from no later on.
+        with T.If(T.And(high_start <= base, low_end >= base + _BLOCK)):
+            with T.Then():
+                self._whole(request, first, row, here, head, block)
+            with T.Else(), T.If(T.And(lowest < base + _BLOCK, high_end > base)), T.Then(), T.serial(0, here) as i:
+                one = T.bind(row + i)
+                start, end = self._seen(request, first + one)
+                lo = T.bind(T.max(start - base, 0))
+                hi = T.bind(T.min(end - base, _BLOCK))
+                with T.If(lo < hi), T.Then():
+                    self._part(request, first, one, head, block, lo, hi)
+
+    # ---- one tile of rows that see the whole block
+
+    def _whole(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
+        pages = [self.pages.page(request, block * _BLOCK_PAGES + i, head) for i in range(_BLOCK_PAGES)]
+        for i, page in enumerate(pages):
+            T.buffer_store(self.values, self.pages.values(page), [i])
+
+        def score(count: int) -> None:
+            queries = [self._query(request, first + row + i, head, self.layout.k_dim) for i in range(count)]
+            width = self._width(count)
+            for group in range(0, _BLOCK_PAGES, width):
+                totals = self._dots(queries, pages[group : group + width])
+                for i in range(count):
+                    for j in range(width):
+                        store(self.scores, T.int32(i * _BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
+
+        def add(count: int) -> None:
+            width = self._width(count)
+            for vector in range(0, self.value_vectors, width):
+                self._add_values(row, count, range(vector, min(vector + width, self.value_vectors)))
+
+        choose(here, {count: partial(score, count) for count in range(1, _MAX_ROWS + 1)})
+        with T.serial(0, here) as i:
+            self._weigh(i, row + i, None)
+        choose(here, {count: partial(add, count) for count in range(1, _MAX_ROWS + 1)})
+
+    def _width(self, rows: int) -> int:
+        """Vectors beside each other in a register tile of `rows` rows."""
+        budget = self.isa.vector_registers * 3 // 4 * self.isa.register_lanes // LANES
+        return max(width for width in (1, 2, 4) if width == 1 or rows * width <= budget)
+
+    def _dots(self, queries: list[Expr], pages: list[Expr]) -> Vectors:
+        """q . k for some rows by some pages."""
+        totals = Vectors(len(queries) * len(pages))
+        for i in range(len(queries) * len(pages)):
+            totals[i] = splat(0.0)
+        with T.serial(0, self.steps) as step:
+            keys = [self._row(page + step * self.layout.k_row_bytes) for page in pages]
+            for i, query in enumerate(queries):
+                operand = self._pair(self.env["q"], query, step)
+                for j, key in enumerate(keys):
+                    totals[i * len(keys) + j] = self._multiply(totals[i * len(keys) + j], operand, key)
+        return totals
+
+    def _add_values(self, row: Expr, count: int, vectors: range) -> None:
+        """acc += p @ v for some rows and some vectors of v."""
+        sums = Vectors(count * len(vectors))
+        for i in range(count):
+            for j, vector in enumerate(vectors):
+                sums[i * len(vectors) + j] = load(self.totals, self._total(row + i, vector), "f32")
+        rows = PAGE // 2 if self.bf16 else PAGE
+        # One loop over the whole block: one per page would be unrolled, every tile size at once, into 100 KB of code.
+        with T.serial(0, rows * _BLOCK_PAGES) as step:
+            base = self.values[T.shift_right(step, T.int32(int(math.log2(rows))))]
+            at = T.bind(base + T.bitwise_and(step, T.int32(rows - 1)) * self.layout.v_row_bytes)
+            values = [self._value(at, vector) for vector in vectors]
+            for i in range(count):
+                operand = self._pair(self.weights, T.int32(i * _BLOCK), step)
+                for j, value in enumerate(values):
+                    sums[i * len(vectors) + j] = self._multiply(sums[i * len(vectors) + j], operand, value)
+        for i in range(count):
+            for j, vector in enumerate(vectors):
+                store(self.totals, self._total(row + i, vector), sums[i * len(vectors) + j], "f32")
+
+    # ---- one row that sees tokens lo .. hi-1 of the block
+
+    def _part(self, request: Expr, first: Expr, row: Expr, head: Expr, block: Expr, lo: Expr, hi: Expr) -> None:
+        query = self._query(request, first + row, head, self.layout.k_dim)
+        start = T.bind(T.truncdiv(lo, T.int32(PAGE)))
+        stop = T.bind(T.truncdiv(hi + (PAGE - 1), T.int32(PAGE)))
+        for i in range(_BLOCK_PAGES):
+            store(self.scores, T.int32(i * LANES), splat(0.0), "f32")
+        with T.serial(start, stop) as number:
+            page = self.pages.page(request, block * _BLOCK_PAGES + number, head)
+            totals = self._dots([query], [page])
+            store(self.scores, number * LANES, totals[0], "f32")
+        self._weigh(T.int32(0), row, (lo, hi))
+
+        sums = Vectors(self.value_vectors)
+        for vector in range(self.value_vectors):
+            sums[vector] = load(self.totals, self._total(row, vector), "f32")
+        with T.serial(start, stop) as number:
+            page = self.pages.page(request, block * _BLOCK_PAGES + number, head)
+            base = T.bind(self.pages.values(page))
+            lowest = T.bind(T.max(lo - number * PAGE, 0))
+            highest = T.bind(T.min(hi - number * PAGE, PAGE))
+            self._add_some_values(sums, base, number, lowest, highest)
+        for vector in range(self.value_vectors):
+            store(self.totals, self._total(row, vector), sums[vector], "f32")
+
+    def _add_some_values(self, sums: Vectors, base: Expr, number: Expr, lowest: Expr, highest: Expr) -> None:
+        """acc += p @ v for one row and slots lowest .. highest-1 of a page."""
+        if not self.bf16:
+            with T.serial(lowest, highest) as slot:
+                operand = self._pair(self.weights, number * PAGE, slot)
+                for vector in range(self.value_vectors):
+                    value = self._value(base + slot * self.layout.v_row_bytes, vector)
+                    sums[vector] = fma(operand, value, sums[vector])
+            return
+        with T.serial(T.truncdiv(lowest, T.int32(2)), T.truncdiv(highest + 1, T.int32(2))) as pair:
+            # the half of a pair that is out of sight may hold anything
+            first_seen = T.Select(pair * 2 >= lowest, T.int32(0xFFFF), T.int32(0))
+            second_seen = T.Select(pair * 2 + 1 < highest, T.int32(-0x10000), T.int32(0))
+            mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
+            operand = self._pair(self.weights, number * PAGE, pair)
+            for vector in range(self.value_vectors):
+                value = T.bitwise_and(self._value(base + pair * self.layout.v_row_bytes, vector), mask)
+                sums[vector] = self._multiply(sums[vector], operand, value)
+
+    # ---- the softmax
+
+    def _weigh(self, tile_row: Expr, row: Expr, seen: tuple[Expr, Expr] | None) -> None:
+        """Turns a row's 64 scores into weights and brings its maximum, sum and accumulators up to date."""
+        scores = []
+        for i in range(_BLOCK_PAGES):
+            score = load(self.scores, tile_row * _BLOCK + i * LANES, "f32") * splat(self.kernel.scale)
+            if self.kernel.softcap:
+                score = tanh(score * splat(1.0 / self.kernel.softcap)) * splat(self.kernel.softcap)
+            scores.append(T.bind(score))
+
+        def only_seen(i: int, value: Expr, other: float) -> Expr:
+            if seen is None:
+                return value
+            return keep_between(value, seen[0] - i * LANES, seen[1] - i * LANES, other)
+
+        tops = [only_seen(i, score, float("-inf")) for i, score in enumerate(scores)]
+        top = T.bind(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])))
+        before = T.bind(self.maxima[row])
+        highest = T.bind(horizontal_max(top))
+        now = T.bind(T.Select(before < highest, highest, before))
+        T.buffer_store(self.maxima, now, [row])
+        shrink = exp(splat(before) - splat(now))
+        sums = load(self.sums, row * LANES, "f32") * shrink
+        for i, score in enumerate(scores):
+            weight = T.bind(only_seen(i, exp(score - splat(now)), 0.0))
+            store(self.weights, tile_row * _BLOCK + i * LANES, weight, self.layout.dtype)
+            sums = sums + weight
+        store(self.sums, row * LANES, sums, "f32")
+        for vector in range(self.value_vectors):
+            at = self._total(row, vector)
+            store(self.totals, at, load(self.totals, at, "f32") * shrink, "f32")
+
+    def _finish(self, request: Expr, row: Expr, local: Expr, head: Expr) -> None:
+        """out = acc / l."""
+        inverse = T.bind(splat(T.float32(1.0) / horizontal_sum(load(self.sums, local * LANES, "f32"))))
+        to = self._query(request, row, head, self.layout.v_dim)
+        for vector in range(self.value_vectors):
+            valid = min(self.layout.v_dim - vector * LANES, LANES)
+            value = load(self.totals, self._total(local, vector), "f32") * inverse
+            store_part(self.env["out"], to + vector * LANES, value, valid, self.layout.dtype)
+
+    # ---- memory
+
+    @staticmethod
+    def _local(count: int, dtype: str) -> Expr:
+        return T.alloc_buffer((count,), dtype, scope="local")
+
+    def _total(self, row: Expr, vector: int) -> Expr:
+        return (row * self.value_vectors + vector) * LANES
+
+    def _row(self, offset: Expr) -> Expr:
+        """One vector of K."""
+        where = address(self.env["kv"], offset)
+        if self.bf16:
+            return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
+        return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
+
+    def _value(self, offset: Expr, vector: int) -> Expr:
+        """One vector of V; lanes past v_dim are 0."""
+        valid = min(self.layout.v_dim - vector * LANES, LANES)
+        where = address(self.env["kv"], offset + vector * LANES * 4)
+        kind, first = ("int32x16", "i32") if self.bf16 else ("float32x16", "f32")
+        if valid == LANES:
+            return T.bind(T.call_extern(kind, f"xllm_load_{first}", where))
+        return T.bind(T.call_extern(kind, f"xllm_load_first_{first}", where, T.int32(valid)))
+
+    def _pair(self, buffer: Expr, base: Expr, step: Expr) -> Expr:
+        """One element (f32) or pair (bf16) in all lanes."""
+        if not self.bf16:
+            return T.bind(splat(buffer[base + step]))
+        return T.bind(T.broadcast(T.call_extern("int32", "xllm_load_pair", address(buffer, base + step * 2)), LANES))
+
+    def _multiply(self, total: Expr, operand: Expr, vector: Expr) -> Expr:
+        if self.bf16:
+            return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, vector)
+        return fma(operand, vector, total)
