@@ -15,7 +15,7 @@ from typing import Protocol
 from xllm_compiler.runtime.choice import Request
 from xllm_compiler.runtime.outputs import Output
 from xllm_compiler.runtime.sampling_params import SamplingParams
-from xllm_compiler.runtime.server.errors import unavailable
+from xllm_compiler.runtime.server.errors import bad_request, unavailable
 from xllm_compiler.runtime.server.metrics import Metrics
 
 
@@ -183,7 +183,11 @@ class Bridge:
         return Stream(self, time.monotonic() if arrival is None else arrival)
 
     def admit(self, choices: int) -> None:
-        """Count `choices` more as open. Raises ApiError 429 when they do not fit."""
+        """Count `choices` more as open. Raises ApiError: 429 when they do not fit now, 400 when they never will."""
+        if choices > self.max_open:
+            raise bad_request(
+                f"n is {choices}, and this server takes {self.max_open} at once", param="n", code="capacity"
+            )
         if self.open + choices > self.max_open:
             raise unavailable(
                 f"the server is full: {self.open} requests are running or waiting", code="server_overloaded", status=429

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from xllm_compiler.errors import XllmError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_MOST_WAITING = 10_000  # the engine itself refuses beyond 16384
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -150,7 +151,9 @@ OPTIONS = (
     ),
     _Option("--timeout-graceful-shutdown", _SECONDS, "seconds for running requests to finish on SIGTERM (default 60)"),
     _Option(
-        "--max-waiting-requests", _integer(0, 2**31 - 1), "queued requests beyond which new ones get 429 (default 1024)"
+        "--max-waiting-requests",
+        _integer(0, _MOST_WAITING),
+        "queued requests beyond which new ones get 429 (default 1024)",
     ),
     _Option("--disable-access-log", _switch, "no line per request", switch=True),
     _Option("--startup-report", _text, "write the start-up phases to this file as JSON"),

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 PATHS = {
     "/v1/completions": {"prompt": "abc", "max_tokens": 2},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/chat/completions": CHAT,
 }
 
 
@@ -189,6 +190,7 @@ def test_more_prompts_than_the_server_takes_at_once(make: Any) -> None:
     served = make(max_waiting=2)
     refused(served.post("/v1/completions", prompt=["a"] * 11, max_tokens=1), 400, "11", code="capacity")
     assert served.post("/v1/completions", prompt=["a"] * 10, max_tokens=1).status_code == 200
+    refused(served.post("/v1/chat/completions", **CHAT, n=11), 400, "11", param="n", code="capacity")
 
 
 def test_unknown_models_paths_and_methods(fake: Any) -> None:
