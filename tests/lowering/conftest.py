@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from xllm_compiler.ir.verify import verify
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
 from xllm_compiler.kernels.tir.team import CTX_BYTES, CTX_TEAM_OFFSET
 from xllm_compiler.lowering.cpu.build import CpuLowering, lower_cpu
+from xllm_compiler.passes.manager import run_pipeline
 
 Array = npt.NDArray[Any]
 INPUTS = ("ids", "pos", "seq", "start", "table", "sel")
@@ -132,28 +134,42 @@ def run_team(library: ctypes.CDLL, symbol: str, args: Any, team: int) -> int:
     return status
 
 
+def plan_tight(module: Module) -> None:
+    """The product's memory plan, which reuses bytes as soon as they are free."""
+    run_pipeline("plan-memory", module)
+
+
 Build = Callable[..., Compiled]
+_built: dict[str, Compiled] = {}
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Build:
-    """build(text of @step, params, isas=best) -> Compiled; dims are declared already."""
-    count = 0
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build(text of @step, params) -> Compiled for the best instruction set; dims are declared already.
+
+    Equal requests share one compilation, unless `fresh`.
+    """
 
     def make(
         text: str,
         params: Mapping[str, Array] | None = None,
         isas: Sequence[str] | None = None,
-        plan: Callable[[Module], None] = plan_apart,
+        plan: Callable[[Module], None] = plan_tight,
+        fresh: bool = False,
     ) -> Compiled:
-        nonlocal count
-        count += 1
-        module = parse_module(text if text.startswith("xir") else HEAD + text)
-        verify(module)
-        plan(module)
-        verify(module)
-        folder = tmp_path / str(count)
-        lowering = lower_cpu(module, params or {}, folder, isas=isas or machine_isas()[-1:])
-        return Compiled(module, lowering, folder, params or {})
+        given = dict(params or {})
+        wanted = tuple(isas or machine_isas()[-1:])
+        digest = hashlib.sha256(repr((text, wanted, plan.__name__, sorted(given))).encode())
+        for name in sorted(given):
+            digest.update(given[name].tobytes())
+        key = digest.hexdigest()
+        if fresh or key not in _built:
+            module = parse_module(text if text.startswith("xir") else HEAD + text)
+            verify(module)
+            plan(module)
+            verify(module)
+            folder = tmp_path_factory.mktemp("lowered")
+            _built[key] = Compiled(module, lower_cpu(module, given, folder, isas=wanted), folder, given)
+        return _built[key]
 
     return make

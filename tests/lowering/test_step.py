@@ -104,8 +104,11 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("t", ["f32", "bf16"])
+# in f32 the last level has no code of its own
+CASES = [(t, isa) for t in ("f32", "bf16") for isa in machine_isas() if (t, isa) != ("f32", "avx512_bf16")]
+
+
+@pytest.mark.parametrize(("t", "isa"), CASES)
 def test_steps_match_the_interpreter(build: Any, t: str, isa: str) -> None:
     params = _params(t)
     c = build(_text(t), params, isas=[isa])
@@ -140,14 +143,15 @@ def test_a_request_has_the_same_bits_alone_and_in_company(build: Any) -> None:
 
 
 def test_same_bytes_twice(build: Any) -> None:
-    one, two = (build(_text("bf16"), _params("bf16")) for _ in range(2))
+    one = build(_text("bf16"), _params("bf16"))
+    two = build(_text("bf16"), _params("bf16"), fresh=True)
     for name in one.lowering.files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
     assert one.lowering == two.lowering
 
 
 def test_layers_share_kernels_and_barriers_are_few(build: Any) -> None:
-    c = build(_text("f32"), _params("f32"))
+    c = build(_text("bf16"), _params("bf16"))
     program = c.lowering.programs[0]
     assert [p.name for p in c.lowering.programs] == ["decode", "prefill"]
     assert str(program.guard[0]) == "8 - N"
