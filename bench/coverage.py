@@ -62,6 +62,7 @@ SMALL: dict[str, Any] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
     "pad_token_id": 0,
@@ -86,6 +87,13 @@ FAMILY: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "cwm": {"bos_token_id": 1},
+    "modernbert-decoder": {"bos_token_id": 1},
+    "gpt_neo": {"num_hidden_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "smollm3": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]},
+    "cohere_compass_text": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "conv"]},
+    "minicpm3": {"num_key_value_heads": 4},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.0},
     "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
@@ -93,12 +101,25 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
+def settable(config: Any, name: str) -> bool:
+    """Whether a config has a plain field of that name."""
+    try:
+        getattr(config, name)
+    except Exception:
+        return False
+    found = getattr(type(config), name, None)
+    return not (isinstance(found, property) and found.fset is None)
+
+
 def settings_of(family: str) -> dict[str, Any]:
     """The config fields for the tiny model of a family."""
-    default = random_config(family)
-    names = {k: v for k, v in SMALL.items() if hasattr(default, k)}
+    default = random_config(family, FAMILY.get(family, {}))
+    names = {k: v for k, v in SMALL.items() if settable(default, k)}
     if getattr(default, "sliding_window", None) is None:
         names.pop("sliding_window", None)
+    kinds = getattr(default, "layer_types", None) or []
+    if {"sliding_attention", "full_attention"} == set(kinds):
+        names["layer_types"] = ["sliding_attention", "full_attention"]
     if getattr(default, "is_decoder", None) is False:
         names["is_decoder"] = True
     if getattr(default, "is_encoder_decoder", None) is True:
@@ -140,10 +161,8 @@ def try_family(family: str, end_to_end: bool) -> dict[str, Any]:
         config = random_config(family, settings)
     except Exception as e:
         return {"status": "untested", "why": f"no tiny config: {short(e)}"}
-    try:
-        trace_checkpoint(config, **limits())
-    except XllmError as e:
-        return refused(e)
+    if config.get_text_config(decoder=True) is not config:
+        return refusal_of(config, "not a plain decoder")  # before its vision tower is written to disk
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
         try:
@@ -152,7 +171,7 @@ def try_family(family: str, end_to_end: bool) -> dict[str, Any]:
             prompts = prompts_for(int(model.config.vocab_size))
             theirs = [reference_logits(model, p) for p in prompts]
         except Exception as e:
-            return {"status": "untested", "why": f"transformers fails at this size: {short(e)}"}
+            return refusal_of(config, f"transformers fails at this size: {short(e)}")
         if not all(np.isfinite(t).all() for t in theirs):
             return {"status": "untested", "why": "transformers gives NaN at this size"}
         try:
@@ -167,6 +186,15 @@ def try_family(family: str, end_to_end: bool) -> dict[str, Any]:
         if end_to_end:
             out.update(tokens_equal(path, model))
         return {"status": "equal", **out} if out.get("tokens", "equal") == "equal" else {"status": "wrong", **out}
+
+
+def refusal_of(config: Any, otherwise: str) -> dict[str, Any]:
+    """What the compiler says about a config for which there is no reference to compare with."""
+    try:
+        trace_checkpoint(config, **limits())
+    except XllmError as e:
+        return refused(e)
+    return {"status": "untested", "why": otherwise}
 
 
 def tokens_equal(path: Path, model: Any) -> dict[str, Any]:
@@ -196,7 +224,8 @@ def tokens_equal(path: Path, model: Any) -> dict[str, Any]:
 
 def refused(e: XllmError) -> dict[str, Any]:
     status = "refused" if e.kind in ("unsupported", "option") else "crash"
-    return {"status": status, "why": e.message, **({"where": e.where} if e.where else {})}
+    where = e.where if e.where and not e.where.startswith("/") else ""  # not the temporary folder
+    return {"status": status, "why": e.message, **({"where": where} if where else {})}
 
 
 def short(e: BaseException) -> str:
@@ -249,7 +278,7 @@ def table(state: Mapping[str, dict[str, Any]]) -> str:
         "",
         "Written by `python bench/coverage.py`; do not edit. Every causal-LM family of transformers "
         f"{transformers.__version__} at tiny random size in f32: four requests of different length, side by side and "
-        "in ragged chunks, against transformers' eager forward pass. **equal** means: logits within 1e-4 of it at every "
+        "in ragged chunks, against transformers' eager forward pass. **equal** means: logits within 1e-4 at every "
         "position; *tokens* means that greedy tokens of the compiled CPU artifact were equal too. **refused** means: "
         "`xllm-compile` says so, with the message given here, instead of compiling something else.",
         "",

@@ -53,9 +53,9 @@ _MUST_BE_NONE = frozenset({"head_mask"})
 class Mask:
     """What a model gets where it asked for an attention mask: opaque, so that using it for anything else fails."""
 
-    def __init__(self, function: Callable[..., torch.Tensor] | None, padded: bool) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor] | None, padding: torch.Tensor | None) -> None:
         self.function = function
-        self.padded = padded
+        self.padding = padding  # a mask over tokens that the model made; the importer insists that it is all ones
 
 
 @dataclass
@@ -68,6 +68,7 @@ class AttendCall:
     softcap: float
     sliding_window: int | None
     sinks_shape: tuple[int, ...] | None
+    sinks_names: tuple[str, ...]  # the module's own parameters that are the sinks
     heads: tuple[int, int]
     dims: tuple[int, int]  # key and value size of one head
     extra: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +80,12 @@ _calls: list[AttendCall] | None = None
 
 @torch.library.custom_op("xllm::attend", mutates_args=())
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, call: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    call: int,
 ) -> torch.Tensor:
     """Stand-in for attention: query [1, Hq, N, Dk], key [1, Hk, N, Dk], value [1, Hk, N, Dv] to [1, N, Hq, Dv]."""
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -87,7 +93,12 @@ def attend(
 
 @attend.register_fake
 def _attend_shape(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, call: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    call: int,
 ) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
@@ -133,18 +144,23 @@ def _hook(
         softcap=float(softcap) if softcap else 0.0,
         sliding_window=int(sliding_window) if sliding_window else None,
         sinks_shape=None if s_aux is None else tuple(int(d) for d in s_aux.shape),
+        sinks_names=tuple(n for n, p in module.named_parameters(recurse=False) if p is s_aux),
         heads=(int(query.shape[1]), int(key.shape[1])),
         dims=(int(key.shape[3]), int(value.shape[3])),
         extra=extra,
     )
     _calls.append(call)
-    return torch.ops.xllm.attend(query, key, value, s_aux, len(_calls) - 1), None
+    padding = None if attention_mask is None else attention_mask.padding
+    return torch.ops.xllm.attend(query, key, value, s_aux, padding, len(_calls) - 1), None
 
 
 def _mask_hook(
-    *args: object, mask_function: Callable[..., torch.Tensor] | None = None, attention_mask: object = None, **_: object
+    *args: object,
+    mask_function: Callable[..., torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **_: object,
 ) -> Mask:
-    return Mask(mask_function, attention_mask is not None)
+    return Mask(mask_function, attention_mask)
 
 
 AttentionInterface.register(IMPLEMENTATION, _hook)
@@ -176,8 +192,6 @@ def decide(call: AttendCall) -> None:
     """
     if call.mask is None:
         raise _unsupported(call.module, "attention without a causal mask")
-    if call.mask.padded:
-        raise _unsupported(call.module, "attention with a padding mask of the model's own making")
     call.window = _window(call)
     _compare(call)
 
@@ -240,6 +254,18 @@ def _reference(
     return (weights @ v).transpose(1, 2)
 
 
+@contextmanager
+def _sinks(module: torch.nn.Module, names: tuple[str, ...], values: torch.Tensor | None) -> Iterator[None]:
+    """Inside, the module's own parameters `names` have these values: some eager attentions read them there."""
+    before = {n: module._parameters[n] for n in names}
+    if values is not None:
+        module._parameters.update({n: torch.nn.Parameter(values, requires_grad=False) for n in names})
+    try:
+        yield
+    finally:
+        module._parameters.update(before)
+
+
 def _compare(call: AttendCall) -> None:
     """Runs the model's own eager attention function beside kv.attend's equation on random numbers."""
     module = call.module
@@ -264,7 +290,8 @@ def _compare(call: AttendCall) -> None:
     if sinks is not None:
         arguments["s_aux"] = sinks
     try:
-        theirs = eager(module, q, k, v, additive, **arguments, **call.extra)[0]
+        with _sinks(module, call.sinks_names, sinks):
+            theirs = eager(module, q, k, v, additive, **arguments, **call.extra)[0]
     except XllmError:
         raise
     except Exception as e:

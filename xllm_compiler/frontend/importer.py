@@ -22,7 +22,7 @@ from xllm_compiler.frontend.sympy_dims import to_dim
 from xllm_compiler.ir.core import Builder, Op, Value
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.loc import Loc
-from xllm_compiler.ir.ops import Cast, Const, Expand, Reshape, Transpose
+from xllm_compiler.ir.ops import Cast, Concat, Const, Expand, Reshape, Slice, Transpose
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "f64",
@@ -157,26 +157,49 @@ class Importer:
     def _in_place(self, node: fx.Node, name: str) -> Item:
         """`x.mul_(y)`: the same as `mul`, and from here on x is the result, which needs that nothing else sees x."""
         packet, _, overload = name.rpartition(".")
-        handler = ATEN.get(f"{packet[:-1]}.{overload}")
+        handler = self._write if packet == "aten.copy_" else ATEN.get(f"{packet[:-1]}.{overload}")
         target = node.args[0]
         if handler is None or not isinstance(target, fx.Node) or packet.endswith("__"):
             raise self.unsupported(f"{name} has no translation")
         here, root = self._order[node], self.base(target)
-        sharing = [n for n in self._order if n is not target and n is not node and self.base(n) is root]
-        for other in sharing:
-            # A view made before this node and read after it would show the write.
-            if self._order[other] < here and any(self._order[u] > here for u in other.users):
-                raise self.unsupported(f"{name} writes to a tensor that is seen through another view later")
-        if root is not target or root.op != "call_function":
+        views = [n for n in self._order if self.base(n) is root and n not in (root, target, node)]
+        # A view made before this node and read after it would show the write.
+        if any(self._order[v] < here and any(self._order[u] > here for u in v.users) for v in views):
+            raise self.unsupported(f"{name} writes to a tensor that is seen through another view later")
+        if root.op != "call_function" or (root is not target and packet != "aten.copy_"):
             raise self.unsupported(f"{name} writes to a tensor that is not its own")
+        if root is not target and any(self._order[u] > here for u in target.users):
+            raise self.unsupported(f"{name} writes to a view that is read later")
         result = handler(self, **self._bind(node))
-        if isinstance(result, Value) and isinstance(self.env[target], Value):
-            result = self.cast(result, self.env[target].dtype)
-            if result.shape != self.env[target].shape:
-                result = self.emit(Expand, result, shape=self.env[target].shape)
-        self.env[target] = result
+        old = self.env[root]
+        if isinstance(result, Value) and isinstance(old, Value):
+            result = self.expand(self.cast(result, old.dtype), old.shape)
+        self.env[root] = self.env[node] = result
         self._base[node] = root
         return result
+
+    def _write(self, _: Importer, x: Value, src: Value, non_blocking: bool = False) -> Value:
+        """`x[.., a:b] = src` for a slice x of a tensor of the model's own: that tensor, with the part replaced."""
+        target = self.node.args[0]
+        assert isinstance(target, fx.Node)
+        whole = self.env[self.base(target)]
+        part, slices = x, []
+        while part is not whole:
+            made = part.op
+            if not isinstance(made, Slice) or made.step != 1:
+                raise self.unsupported("writing to a part of a tensor that is not a plain slice")
+            slices.append(made)
+            part = made.x
+        new = self.expand(self.cast(src, x.dtype), x.shape)
+        for made in slices:
+            axis, size = made.axis, made.x.shape[made.axis]
+            parts = [new]
+            if made.start is not as_dim(0):
+                parts.insert(0, self.emit(Slice, made.x, axis=axis, start=0, stop=made.start))
+            if made.stop is not size:
+                parts.append(self.emit(Slice, made.x, axis=axis, start=made.stop, stop=size))
+            new = parts[0] if len(parts) == 1 else self.emit(Concat, *parts, axis=axis)
+        return new
 
     # ---- reading arguments
 

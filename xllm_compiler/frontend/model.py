@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.attention import IMPLEMENTATION
 from xllm_compiler.frontend.checkpoint import Checkpoint
+from xllm_compiler.frontend.weights import Slot, match
 
 TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -219,6 +220,7 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                 "unsupported",
                 f"tensor {key!r} is stored in a form that has to be converted ({pattern})",
                 where=str(checkpoint.tensors[key].file),
+                help="mixture-of-experts models are not supported yet" if "expert" in key else "",
             )
         if renamed in own and renamed not in checkpoint.tensors:
             if renamed in names:
@@ -229,6 +231,21 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                 )
             names[renamed] = key
     return names
+
+
+def check_weights(model: torch.nn.Module, names: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Before anything slow: every parameter is in the checkpoint, with the model's shape. XllmError("checkpoint")."""
+    tied = tied_names(model)
+    for name, parameter in model.named_parameters():
+        key = next((names[n] for n in tied[name] if n in names), None)
+        if key is None:
+            raise XllmError(
+                "checkpoint",
+                f"tensor {name!r} is missing",
+                where=str(checkpoint.path),
+                help="the checkpoint does not hold all weights of the model that config.json describes",
+            )
+        match(Slot(name, "f32", tuple(parameter.shape), key=key), checkpoint)
 
 
 def takes(model: Any, argument: str) -> bool:

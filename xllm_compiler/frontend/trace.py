@@ -30,6 +30,7 @@ from xllm_compiler.frontend.model import (
     TORCH_DTYPE,
     ModelFacts,
     build_model,
+    check_weights,
     checkpoint_names,
     load_config,
     model_facts,
@@ -116,6 +117,8 @@ def trace_checkpoint(
             raise XllmError("option", f"{name}={limit} must be in 1..{_EXPORT_MAX}")
     model = build_model(config, dtype, length)
     names = {} if checkpoint is None else checkpoint_names(model, checkpoint)
+    if checkpoint is not None:
+        check_weights(model, names, checkpoint)
     program, calls = _export(model)
     for call in calls:
         decide(call)
@@ -123,6 +126,7 @@ def trace_checkpoint(
     _declare(module, max_num_seqs, max_num_batched_tokens, max_num_logits)
     step = _StepImport(module, program, model, names, checkpoint, dtype, length)
     logits = step.run(calls)
+    _number_by_position(module.func("step"))
     _drop_dead(module.func("step"))
     check_rows(module.func("step"))
     facts = model_facts(
@@ -331,8 +335,19 @@ class _StepImport:
             return None
         return to_numpy(tensor)
 
-    def _attend(self, im: Importer, query: Value, key: Value, value: Value, sinks: Value | None, call: int) -> Item:
+    def _attend(
+        self,
+        im: Importer,
+        query: Value,
+        key: Value,
+        value: Value,
+        sinks: Value | None,
+        padding: Value | None,
+        call: int,
+    ) -> Item:
         """One attention call: writes this step's keys and values into a cache of its own, then attends over it."""
+        if padding is not None and not _all_ones(padding):
+            raise im.unsupported("attention with a padding mask of the model's own making")
         about = self.calls[call]
         (hq, hk), (dk, dv) = about.heads, about.dims
         n = sym("N")
@@ -360,6 +375,29 @@ class _StepImport:
         )
         self.caches.append((first, written))
         return im.cast(im.reshape(out, (1, n, hq, dv)), im.dtype_of())
+
+
+def _all_ones(v: Value) -> bool:
+    """Whether v is certainly 1 (or true) everywhere."""
+    while isinstance(v.op, (ops.Expand, ops.Reshape, ops.Cast)):
+        v = v.op.x
+    return isinstance(v.op, ops.Const) and v.op.value == 1
+
+
+def _number_by_position(func: Func) -> None:
+    """arange over the tokens becomes %pos.
+
+    A model that numbers the tokens of its one sequence by their index means their position in it; in a step with many
+    requests that is %pos. Where such a number is used for anything but its own token, `check_rows` finds out.
+    """
+    pos = func.arg("pos")
+    for op in func.ops:
+        if isinstance(op, ops.Iota) and op.size is pos.shape[0]:
+            number = pos
+            if op.result.dtype != "i32":
+                number = Builder.before(op).create(ops.Cast, pos, dtype=op.result.dtype).result
+            op.result.replace_all_uses_with(number)
+            op.erase()
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:

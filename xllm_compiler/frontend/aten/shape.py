@@ -221,6 +221,12 @@ def zeros(im: Importer, **_: Item) -> Value:
     return _full(im, 0)
 
 
+@handles("aten.new_empty.default", "aten.empty_like.default", "aten.empty.memory_format")
+def empty(im: Importer, **_: Item) -> Value:
+    """Memory that the model fills: what it holds before that has no meaning in torch either."""
+    return _full(im, 0)
+
+
 @handles("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default")
 def ones(im: Importer, **_: Item) -> Value:
     return _full(im, 1)
