@@ -177,9 +177,11 @@ def compile_checkpoint(
     cached = False
     if out is not None:
         path = out
-        manifest = _build(request, path, clock, dump_ir)
+        manifest = _build(request, path, clock, dump_ir, in_cache=False)
     elif cache is not None:
-        path, made = cache.obtain(request.factors, lambda p: _build(request, p, clock, dump_ir), progress.note)
+        path, made = cache.obtain(
+            request.factors, lambda p: _build(request, p, clock, dump_ir, in_cache=True), progress.note
+        )
         cached = not made
         manifest = read_manifest(path)
     else:
@@ -188,7 +190,7 @@ def compile_checkpoint(
     return CompileReport(path, manifest, cached, time.perf_counter() - started, phases)
 
 
-def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None) -> Manifest:
+def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in_cache: bool) -> Manifest:
     """Trace, transform, lower, and publish at `path`."""
     read = request.factors.read
     with ArtifactWriter(path) as writer:
@@ -197,6 +199,9 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None) ->
             from xllm_compiler.frontend.trace import trace_checkpoint
             from xllm_compiler.ir.printer import print_module
             from xllm_compiler.lowering.cpu.build import lower_cpu
+
+            if in_cache:
+                _check_sources(request)
         for group in ("checkpoint", "source", "version"):
             request.factors.read_group(group)
         with clock.phase("trace"):
@@ -369,6 +374,15 @@ def _source_factors() -> dict[str, str]:
             digest.update(data)
         found[f"source.{part.removesuffix('.py')}"] = digest.hexdigest()[:32]
     return found
+
+
+def _check_sources(request: Request) -> None:
+    """The compiler is in memory now. If its files are not those in the key any more, the entry would be a lie."""
+    for name, digest in _source_factors().items():
+        if request.factors.read(name) != digest:
+            raise XllmError(
+                "internal", f"{name} changed while the compiler was loaded", help="compile again when no one edits it"
+            )
 
 
 def _version_factors() -> dict[str, str | None]:

@@ -47,7 +47,7 @@ class Outcome:
     def __str__(self) -> str:
         mark = "ok" if self.good else "BEYOND TOLERANCE"
         return (
-            f"{self.name:<40} max |difference| {self.difference:.3g}, allowed {self.allowed:.3g} "
+            f"{self.name:<46} max |difference| {self.difference:.3g}, allowed {self.allowed:.3g} "
             f"(largest logit {self.largest:.3g})  {mark}"
         )
 

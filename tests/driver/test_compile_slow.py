@@ -1,0 +1,93 @@
+"""Real compiles of a tiny model: the same bytes whatever the surroundings, and a cache that survives its makers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xllm_compiler.artifact import check_files, machine_isas, read_manifest
+from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ["--isas", "avx2", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--max-model-len", "128"]
+MAIN = "import sys; from xllm_compiler.tools.compile import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return write_random_checkpoint("qwen3", path, settings={**TINY, "num_hidden_layers": 1, "head_dim": 32}, seed=5)
+
+
+def start(*arguments: object, cwd: Path, seed: int = 0) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    return out
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_same_bytes_and_relocation(checkpoint: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "x" / "tiny"
+    shutil.copytree(checkpoint, elsewhere)
+    finish(start(checkpoint, "-o", tmp_path / "a", *FLAGS, cwd=tmp_path, seed=1))
+    finish(start("tiny", "-o", "../b", *FLAGS, cwd=tmp_path / "x", seed=2))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    for name, data in tree(tmp_path / "a").items():
+        assert str(tmp_path).encode() not in data, f"{name} knows where it was made"
+    assert finish(start("diff", tmp_path / "a", tmp_path / "b", cwd=tmp_path)).startswith("identical")
+    moved = tmp_path / "deep" / "c"
+    moved.parent.mkdir()
+    (tmp_path / "a").rename(moved)
+    if machine_isas():
+        text = finish(start("verify", moved, "--checkpoint", checkpoint, cwd=tmp_path / "x"))
+        assert text.count(" ok\n") == 3 and "transformers" in text
+
+
+def test_cache_with_a_killed_and_a_waiting_compile(checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    arguments = (checkpoint, "--cache-dir", cache, *FLAGS)
+    victim = start(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 600
+    while not list(cache.glob(".*/step.xir")) and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert victim.poll() is None, "the compile is at work, with a part of its artifact written"
+    waiter = start(*arguments, cwd=tmp_path)
+    time.sleep(2)
+    victim.kill()
+    victim.communicate()
+    path = Path(finish(waiter).strip())
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    assert sorted(os.listdir(cache)) == sorted([path.name, "locks"])
+    started = time.monotonic()
+    again = start(*arguments, cwd=tmp_path)
+    out, err = again.communicate()
+    assert Path(out.strip()) == path and "from the cache" in err
+    assert "trace" not in err, f"compiled again in {time.monotonic() - started:.1f} s"
+    assert finish(start("explain", *arguments, cwd=tmp_path)).startswith("would use")
+
+
+def test_the_levels_that_the_compiler_targets_are_those_that_loaders_know() -> None:
+    from xllm_compiler.kernels.tir.base import ISAS
+
+    assert list(ISAS) == list(CPU_FLAGS)
