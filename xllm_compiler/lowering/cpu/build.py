@@ -100,7 +100,9 @@ def lower_cpu(
         (out_dir / "cpu").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise XllmError("io", f"cannot write code: {error.strerror}", where=str(out_dir / "cpu")) from error
-    files: list[str] = []
+    # Before the native code, which takes longer: a damaged checkpoint is found in seconds.
+    write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
+    files = ["weights.bin"]
     for i, isa in enumerate(isas):
         progress(f"compiling for {isa}", i / len(isas))
         native = NativeModule(ISAS[isa])
@@ -108,8 +110,6 @@ def lower_cpu(
             emit_program(native, program.symbol, selection.calls, meet, offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")
         files.append(f"cpu/{isa}.so")
-    write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
-    files.append("weights.bin")
     logits = selection.storage.logits
     return CpuLowering(
         isas=tuple(isas),
