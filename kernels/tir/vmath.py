@@ -12,7 +12,6 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.base import LANES
 from xllm_compiler.kernels.tir.emit import fma, splat
 
@@ -146,12 +145,19 @@ def relu(x: Expr) -> Expr:
     return _bind(T.Select(x < splat(0.0), splat(0.0), x))
 
 
+def relu2(x: Expr) -> Expr:
+    """max(x, 0)^2; NaN for NaN."""
+    x = relu(x)
+    return _bind(x * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "none": lambda x: x,
     "silu": silu,
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
     "relu": relu,
+    "relu2": relu2,
     "sigmoid": sigmoid,
     "tanh": tanh,
 }
