@@ -86,4 +86,4 @@ def _panel_keys(func: Func, storage: Storage, weights: WeightTable) -> frozenset
     )
 
 
-CPU: Registry[Selection] = Registry("the CPU")
+CPU: Registry[Selection] = Registry("cpu")

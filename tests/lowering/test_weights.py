@@ -1,0 +1,155 @@
+"""The weight file: layouts, sharing, alignment, and refusals that name the tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.parser import parse_module
+from xllm_compiler.kernels.layouts import unpack_panels
+from xllm_compiler.lowering.cpu.build import lower_cpu
+from xllm_compiler.passes.manager import run_pipeline
+
+TEXT = """xir 1 stage=graph
+dim N in [1, 512]  // "tokens"
+func @step(%ids: i32[N]) -> (f32[N, 70]) {
+  %w = param(name="emb") : bf16[70, 40]
+  %a = param(name="a") : bf16[30, 40]
+  %b = param(name="b") : bf16[20, 40]
+  %ab = t.concat(%a, %b, axis=0) : bf16[50, 40]
+  %a2 = param(name="a") : bf16[30, 40]
+  %b2 = param(name="b") : bf16[20, 40]
+  %again = t.concat(%a2, %b2, axis=0) : bf16[50, 40]
+  %d = param(name="d") : bf16[40, 50]
+  %s = param(name="s") : bf16[]
+  %x = nn.embedding(%ids, %w) : bf16[N, 40]
+  %y = nn.linear(%x, %ab) : bf16[N, 50]
+  %z = nn.linear(%y, %d) : bf16[N, 40]
+  %u = nn.linear(%z, %again) : bf16[N, 50]
+  %v = nn.linear(%u, %d) : bf16[N, 40]
+  %q = t.mul(%v, %s) : bf16[N, 40]
+  %l = nn.linear(%q, %w) : bf16[N, 70]
+  %out = t.cast(%l, dtype=f32) : f32[N, 70]
+  return %out
+}
+"""
+
+
+def _params() -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    shapes = {"emb": (70, 40), "a": (30, 40), "b": (20, 40), "d": (40, 50), "s": ()}
+    return {k: np.asarray(rng.standard_normal(s)).astype(ml_dtypes.bfloat16) for k, s in shapes.items()}
+
+
+def _lower(params: dict[str, Any], folder: Path) -> Any:
+    module = parse_module(TEXT)
+    run_pipeline("plan-memory", module)
+    return lower_cpu(module, params, folder, isas=["avx2"])
+
+
+def test_layouts_and_sharing(build: Any) -> None:
+    params = _params()
+    c = build(TEXT, params)
+    tensors = {t.name: t for t in c.lowering.weights}
+    assert sorted((t.layout, t.shape) for t in tensors.values()) == [
+        ("panel", (1, 20, 64, 2)),  # a and b, once for both linears
+        ("panel", (1, 25, 64, 2)),
+        ("panel", (2, 20, 64, 2)),  # the embedding, tied
+        ("row", ()),
+    ]
+    data = np.fromfile(c.folder / "weights.bin", np.uint8)
+    assert len(data) == c.lowering.weight_bytes
+    emb = tensors["emb"]
+    raw = data[emb.offset : emb.offset + emb.bytes].view(ml_dtypes.bfloat16).reshape(emb.shape)
+    np.testing.assert_array_equal(unpack_panels(raw, 70, 40), params["emb"])
+    end = 0
+    for t in c.lowering.weights:
+        assert t.offset >= end and t.offset % 64 == 0
+        end = t.offset + t.bytes
+    inputs = {"ids": np.asarray([3, 69, 0], np.int32)}
+    got, _ = c.step(inputs, {"N": 3}, c.lowering.isas[0])
+    np.testing.assert_allclose(got, c.reference(inputs, {"N": 3}), rtol=0.03, atol=0.03 * np.abs(got).max())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_values_name_the_tensor(tmp_path: Path, bad: float) -> None:
+    params = _params()
+    params["b"][3, 4] = bad
+    with pytest.raises(XllmError, match="tensor b holds NaN") as e:
+        _lower(params, tmp_path)
+    assert e.value.kind == "checkpoint" and e.value.exit_code == 2
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    params = _params()
+    del params["d"]
+    with pytest.raises(XllmError, match="no tensor d") as e:
+        _lower(params, tmp_path)
+    assert e.value.kind == "checkpoint"
+
+
+def test_weights_are_read_once_and_let_go(tmp_path: Path) -> None:
+    """Never two of the checkpoint's tensors at once, but those of one expression."""
+
+    class Lazy(dict[str, Any]):
+        reads: list[str]
+
+        def __getitem__(self, name: str) -> Any:
+            self.reads.append(name)
+            return super().__getitem__(name).copy()
+
+    lazy = Lazy(_params())
+    lazy.reads = []
+    _lower(lazy, tmp_path)
+    assert sorted(lazy.reads) == ["a", "b", "d", "emb", "s"]
+
+
+def test_without_a_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(XllmError, match="cc") as e:
+        _lower(_params(), tmp_path / "out")
+    assert e.value.kind == "io" and "gcc" in e.value.help
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(XllmError) as e:
+        _lower(_params(), tmp_path / "file")
+    assert e.value.kind == "io"
+
+
+def test_no_instruction_set() -> None:
+    with pytest.raises(XllmError, match="avx1024") as e:
+        lower_cpu(_planned(), {}, Path("nowhere"), isas=["avx1024"])
+    assert e.value.kind == "option"
+
+
+def _planned() -> Any:
+    module = parse_module(TEXT)
+    run_pipeline("plan-memory", module)
+    return module
+
+
+def test_an_op_without_a_kernel_is_named(tmp_path: Path) -> None:
+    module = parse_module(TEXT.replace("bf16", "f16"))
+    run_pipeline("plan-memory", module)
+    with pytest.raises(XllmError, match=r"no cpu kernel for nn\.") as e:
+        lower_cpu(module, {}, tmp_path)
+    assert e.value.kind == "unsupported" and "f32" in e.value.help
+
+
+def test_the_library_needs_nothing_but_libm(build: Any) -> None:
+    import subprocess
+
+    c = build(TEXT, _params())
+    path = c.folder / "cpu" / f"{c.lowering.isas[0]}.so"
+    needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    assert "libm" in needed or "NEEDED" not in needed
+    exported = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in exported.splitlines()}
+    assert names == {"xllm_step_decode", "xllm_step_prefill", "xllm_team_join", "xllm_team_run", "xllm_team_stop"}
