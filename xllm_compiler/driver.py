@@ -204,6 +204,8 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in
                 _check_sources(request)
         for group in ("checkpoint", "source", "version"):
             request.factors.read_group(group)
+        with clock.phase("tokenizer"):
+            _copy_files(request, writer, clock.progress)
         with clock.phase("trace"):
             traced = trace_checkpoint(
                 request.checkpoint.path,
@@ -225,7 +227,6 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in
                 module, traced.weights, writer.path, isas=tuple(read("option.isas")), progress=clock.progress.advance
             )
         with clock.phase("write"):
-            _copy_files(request, writer, clock.progress)
             _check_unchanged(request)
             return writer.commit(_manifest(request, module, traced.facts, lowered))
 
@@ -250,18 +251,19 @@ def _require_compiler() -> None:
 
 
 def _copy_files(request: Request, writer: ArtifactWriter, progress: Progress) -> None:
+    """The tokenizer and other files that servers want. A bad tokenizer is found here, before the long phases."""
+    from xllm_compiler.frontend.tokenizer import check_tokenizer, convert_tokenizer
+
     root = request.checkpoint.path
     for name in COPIED:
         if (root / name).is_file():
             writer.copy(name, root / name)
     if (root / "tokenizer.json").is_file():
-        return
-    if not any((root / name).is_file() for name in VOCABULARIES):
+        check_tokenizer(root / "tokenizer.json")
+    elif any((root / name).is_file() for name in VOCABULARIES):
+        writer.write_text("tokenizer.json", convert_tokenizer(root))
+    else:
         progress.note("the checkpoint has no tokenizer; the artifact will take and give token ids only")
-        return
-    from xllm_compiler.frontend.tokenizer import convert_tokenizer
-
-    writer.write_text("tokenizer.json", convert_tokenizer(root))
 
 
 def _read_names(checkpoint: Checkpoint) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from xllm_compiler import driver
 from xllm_compiler.artifact import check_files, read_manifest
@@ -86,7 +88,8 @@ def checkpoint(tmp_path: Path) -> Path:
     root.mkdir()
     safetensors.numpy.save_file({"w": np.ones((8, 8), np.float32)}, root / "model.safetensors")
     (root / "config.json").write_text('{"model_type": "toy", "max_position_embeddings": 64}')
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    Tokenizer(WordLevel({"a": 0, "b": 1}, "a")).save(str(root / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "generation_config.json"):
         (root / name).write_text('{"of": "' + name + '"}')
     (root / "README.md").write_text("not copied")
     return root
@@ -138,7 +141,7 @@ def test_same_bytes_twice(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_phases_add_up(checkpoint: Path, tmp_path: Path) -> None:
     report = compile_checkpoint(checkpoint, tmp_path / "out", OPTIONS)
-    assert [name for name, _ in report.phases] == ["read", "import", "trace", "passes", "lower", "write"]
+    assert [name for name, _ in report.phases] == ["read", "import", "tokenizer", "trace", "passes", "lower", "write"]
     covered = sum(seconds for _, seconds in report.phases)
     assert covered <= report.seconds and report.seconds - covered < 0.1 * report.seconds + 0.05
     text = report_text(report)
@@ -151,7 +154,7 @@ def test_cache_is_used_and_told(checkpoint: Path, tmp_path: Path) -> None:
     second = compile_checkpoint(checkpoint, None, OPTIONS, cache=cache)
     assert not first.cached and second.cached and first.path == second.path and second.manifest == first.manifest
     assert "from the cache" in report_text(second)
-    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     third = compile_checkpoint(checkpoint, None, OPTIONS, cache=cache)
     assert not third.cached and third.path != first.path
 
@@ -174,6 +177,19 @@ def test_no_tokenizer_is_told(checkpoint: Path, tmp_path: Path) -> None:
     report = compile_checkpoint(checkpoint, tmp_path / "out", OPTIONS, watch)
     assert "tokenizer.json" not in report.manifest.files
     assert any("no tokenizer" in note for note in watch.notes)
+
+
+def test_bad_tokenizer_is_found_before_the_long_phases(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkpoint / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(
+        sys.modules["xllm_compiler.frontend.trace"], "trace_checkpoint", lambda *_, **__: pytest.fail("traced")
+    )
+    with pytest.raises(XllmError, match=r"tokenizer\.json cannot be read") as caught:
+        compile_checkpoint(checkpoint, tmp_path / "out", OPTIONS)
+    assert caught.value.kind == "checkpoint"
+    assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
 def test_serving_installation(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

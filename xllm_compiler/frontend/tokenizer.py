@@ -1,10 +1,24 @@
-"""A tokenizer.json for checkpoints that come with an older form of vocabulary. Owns the call into transformers."""
+"""The checkpoint's tokenizer: checked where it is a tokenizer.json, made into one from older forms of vocabulary.
+Owns the calls into tokenizers and transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from xllm_compiler.errors import XllmError
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raises kind "checkpoint" unless the tokenizer.json at `path` can be read; a server would only fail later."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side has no narrower type
+        reason = " ".join(str(error).split())[:300]
+        raise XllmError(
+            "checkpoint", f"tokenizer.json cannot be read: {reason}", where=str(path), help="download the file again"
+        ) from None
 
 
 def convert_tokenizer(checkpoint: Path) -> str:
