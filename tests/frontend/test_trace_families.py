@@ -39,8 +39,34 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "granite": ({}, {"nn.rms_norm": 5, "nn.rope": 4}),
     "smollm3": ({}, {"nn.rms_norm": 5}),
     "phi": ({}, {"nn.layer_norm": 3, "nn.rope": 4}),
+    "granite_swa": ({"sliding_window": 8}, {"nn.rms_norm": 5}),  # attention sinks
+    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, {"nn.layer_norm": 5, "t.cumsum": 0}),  # positions from a mask
+    "minicpm3": (
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+        {"kv.attend": 2},
+    ),  # latent attention, written into its parts in place
 }
-MANY = ("gemma3_text", "glm4", "stablelm", "granite", "smollm3", "phi")
+# Those that show nothing to the importer and the passes that the others do not show.
+MANY = (
+    "glm4",
+    "stablelm",
+    "granite",
+    "smollm3",
+    "phi",
+    "olmo2",
+    "starcoder2",
+    "cohere",
+    "opt",
+    "minicpm3",
+    "gemma3_text",
+)
 
 
 def prompts(vocab: int) -> list[list[int]]:

@@ -162,19 +162,21 @@ class Importer:
         if handler is None or not isinstance(target, fx.Node) or packet.endswith("__"):
             raise self.unsupported(f"{name} has no translation")
         here, root = self._order[node], self.base(target)
-        views = [n for n in self._order if self.base(n) is root and n not in (root, target, node)]
-        # A view made before this node and read after it would show the write.
-        if any(self._order[v] < here and any(self._order[u] > here for u in v.users) for v in views):
-            raise self.unsupported(f"{name} writes to a tensor that is seen through another view later")
-        if root.op != "call_function" or (root is not target and packet != "aten.copy_"):
-            raise self.unsupported(f"{name} writes to a tensor that is not its own")
-        if root is not target and any(self._order[u] > here for u in target.users):
-            raise self.unsupported(f"{name} writes to a view that is read later")
-        result = handler(self, **self._bind(node))
         old = self.env[root]
-        if isinstance(result, Value) and isinstance(old, Value):
-            result = self.expand(self.cast(result, old.dtype), old.shape)
-        self.env[root] = self.env[node] = result
+        if root.op != "call_function" or not isinstance(old, Value):
+            raise self.unsupported(f"{name} writes to a tensor that is not its own")
+        # Nodes that stand for the whole tensor see the write; a view made before and read after it would have to, too.
+        made = [n for n in self.env if self.base(n) is root]
+        whole = [n for n in made if self.env[n] is old]
+        for view in made:
+            if view not in whole and any(self._order[u] > here for u in view.users):
+                raise self.unsupported(f"{name} writes to a tensor that is seen through another view later")
+        if target not in whole and packet != "aten.copy_":
+            raise self.unsupported(f"{name} writes to a part of a tensor")
+        result = handler(self, **self._bind(node))
+        assert isinstance(result, Value)
+        result = self.expand(self.cast(result, old.dtype), old.shape)
+        self.env.update(dict.fromkeys([*whole, node], result))
         self._base[node] = root
         return result
 
@@ -243,9 +245,17 @@ class Importer:
         return self.b.create(cls, *operands, **attrs).result
 
     def number(self, value: Item, dtype: str) -> Value:
-        """A rank-0 constant of `dtype`; a Value is cast instead."""
+        """An operand of an elementwise op of `dtype`: a Value is cast, a Python number is a rank-0 constant.
+
+        Torch computes 16-bit floats with Python numbers in f32, so the constant is f32: next to a 16-bit tensor it
+        takes that dtype without being rounded first.
+        """
         if isinstance(value, Value):
             return self.cast(value, dtype)
+        return self.constant(value, "f32" if dtype in ("bf16", "f16") else dtype)
+
+    def constant(self, value: Item, dtype: str) -> Value:
+        """A rank-0 constant that is itself of `dtype`."""
         if isinstance(value, Dim):
             if not value.is_const:
                 raise self.unsupported(f"{self.node.target} computes with the size {value}")
@@ -263,7 +273,7 @@ class Importer:
         if x.op is not None and isinstance(x.op, Const):
             value = x.op.value
             if dtype != "bool" and (isinstance(value, (int, bool)) or dtype in ("f32", "f64")):
-                return self.number(value, dtype)
+                return self.constant(value, dtype)
         return self.emit(Cast, x, dtype=dtype)
 
     def reshape(self, x: Value, shape: Sequence[Dim | int]) -> Value:

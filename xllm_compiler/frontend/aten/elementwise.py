@@ -123,14 +123,14 @@ for _name, _cls in {
     handles(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_comparison(_cls))
 
 
-@handles("aten.logical_and.default", "aten.bitwise_and.Tensor")
+@handles("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor")
 def logical_and(im: Importer, x: Value, other: Item) -> Value:
     if im.dtype_of() != "bool":
         raise im.unsupported("bit operations on integers")
     return im.emit(ops.And, im.number(x, "bool"), im.number(other, "bool"))
 
 
-@handles("aten.logical_or.default", "aten.bitwise_or.Tensor")
+@handles("aten.logical_or.default", "aten.bitwise_or.Tensor", "aten.__or__.Tensor")
 def logical_or(im: Importer, x: Value, other: Item) -> Value:
     if im.dtype_of() != "bool":
         raise im.unsupported("bit operations on integers")
@@ -230,7 +230,9 @@ def clamp(im: Importer, x: Value, min: Item = None, max: Item = None) -> Value:
 @handles("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
 def where(im: Importer, condition: Value, x: Item, other: Item) -> Value:
     dtype = im.dtype_of()
-    return im.emit(ops.Where, condition, im.number(x, dtype), im.number(other, dtype))
+    both = not isinstance(x, Value) and not isinstance(other, Value)
+    a = im.constant(x, dtype) if both else im.number(x, dtype)
+    return im.emit(ops.Where, condition, a, im.constant(other, dtype) if both else im.number(other, dtype))
 
 
 @handles("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")

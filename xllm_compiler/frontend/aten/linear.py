@@ -135,6 +135,11 @@ def std(im: Importer, x: Value, dim: Any = None, correction: Item = None, keepdi
     return im.emit(ops.Sqrt, _variance(im, x, dim, 1 if correction is None else correction, keepdim))
 
 
+@handles("aten.std.dim")
+def std_dim(im: Importer, x: Value, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Value:
+    return im.emit(ops.Sqrt, _variance(im, x, dim, 1 if unbiased else 0, keepdim))
+
+
 @handles("aten.linalg_vector_norm.default")
 def vector_norm(
     im: Importer, x: Value, ord: Item = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None

@@ -198,7 +198,7 @@ def arange(im: Importer, end: Item, start: Item = 0, step: Item = 1, **_: Item) 
 
 def _full(im: Importer, value: Item) -> Value:
     shape = im.shape_of()
-    return im.expand(im.number(value, im.dtype_of()), shape)
+    return im.expand(im.constant(value, im.dtype_of()), shape)
 
 
 @handles("aten.full.default")
@@ -213,7 +213,7 @@ def full_like(im: Importer, x: Value, fill_value: Item, **_: Item) -> Value:
 
 @handles("aten.scalar_tensor.default")
 def scalar_tensor(im: Importer, s: Item, **_: Item) -> Value:
-    return im.number(s, im.dtype_of())
+    return im.constant(s, im.dtype_of())
 
 
 @handles("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default")
