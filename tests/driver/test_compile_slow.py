@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from xllm_compiler.artifact import check_files, machine_isas, read_manifest
+from xllm_compiler.artifact import WEIGHTS, check_files, machine_isas, read_manifest
 from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
+from xllm_compiler.artifact.writer import ArtifactWriter
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +48,19 @@ def tree(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
+def spoil(artifact: Path, out: Path) -> None:
+    """A sound artifact of a slightly wrong compile: one weight has another sign."""
+    manifest = read_manifest(artifact)
+    weight = next(w for w in manifest.weights.tensors if "down_proj" in w.name)
+    with ArtifactWriter(out) as writer:
+        for name in manifest.files:
+            writer.copy(name, artifact / name)
+        data = bytearray((artifact / WEIGHTS).read_bytes())
+        data[weight.offset + 3] ^= 0x80
+        (writer.path / WEIGHTS).write_bytes(data)
+        writer.commit(replace(manifest, files={}))
+
+
 def test_same_bytes_and_relocation(checkpoint: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "x" / "tiny"
     shutil.copytree(checkpoint, elsewhere)
@@ -61,6 +76,10 @@ def test_same_bytes_and_relocation(checkpoint: Path, tmp_path: Path) -> None:
     if machine_isas():
         text = finish(start("verify", moved, "--checkpoint", checkpoint, cwd=tmp_path / "x"))
         assert text.count(" ok\n") == 3 and "transformers" in text
+        spoil(moved, tmp_path / "spoilt")
+        wrong = start("verify", tmp_path / "spoilt", "--checkpoint", checkpoint, cwd=tmp_path)
+        text, _ = wrong.communicate(timeout=600)
+        assert wrong.returncode == 1 and text.count("BEYOND TOLERANCE\n") == 2, text
 
 
 def test_cache_with_a_killed_and_a_waiting_compile(checkpoint: Path, tmp_path: Path) -> None:
