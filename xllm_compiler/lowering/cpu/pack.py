@@ -99,7 +99,8 @@ def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
     missing = [name for name in sources if name not in params]
     if missing:
         raise XllmError("checkpoint", f"the checkpoint has no tensor {missing[0]}", where=request.name)
-    value = run_value(request.value, params).reshape([d.value for d in request.value.shape])  # numpy makes rank 0 rank 1
+    shape = [d.value for d in request.value.shape]  # said again, since numpy makes a contiguous rank 0 a rank 1
+    value = run_value(request.value, params).reshape(shape)
     if sources and request.value.dtype in FLOATS:
         _check_finite(value, request.name, sources, params)
     value = value.astype(NP_DTYPE[request.dtype], copy=False)
