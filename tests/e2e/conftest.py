@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from xllm_compiler.artifact import machine_isas
 from xllm_compiler.driver import compile_checkpoint
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
 from xllm_compiler.options import CompileOptions
@@ -44,7 +45,10 @@ def artifact(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     def get(family: str, dtype: str) -> Path:
         if (family, dtype) not in made:
             out = tmp_path_factory.mktemp("artifact") / f"{family}-{dtype}"
-            options = CompileOptions(dtype=dtype, max_model_len=512, max_num_seqs=48, max_num_batched_tokens=512)
+            # this machine's best code only: what the other levels compute is tested with the kernels and the lowering
+            options = CompileOptions(
+                dtype=dtype, max_model_len=512, max_num_seqs=48, max_num_batched_tokens=512, isas=(machine_isas()[-1],)
+            )
             compile_checkpoint(checkpoint(family), out, options)
             made[family, dtype] = out
         return made[family, dtype]

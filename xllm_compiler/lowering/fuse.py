@@ -12,34 +12,11 @@ from typing import Final
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.kernels.tir import generic_nodes
 from xllm_compiler.lowering.storage import Storage, where
 
-POINTWISE: Final = frozenset(
-    f"t.{name}"
-    for name in [
-        *[
-            "add",
-            "sub",
-            "mul",
-            "div",
-            "pow",
-            "max",
-            "min",
-            "floordiv",
-            "mod",
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "and",
-        ],
-        *["or", "neg", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "erf", "abs"],
-        *["floor", "not", "gelu", "softplus", "clamp", "where", "cast"],
-    ]
-)
-MOVES: Final = frozenset(["t.transpose", "t.expand", "t.slice", "t.take"])
+POINTWISE: Final = frozenset(f"t.{name}" for name in generic_nodes.POINTWISE)
+MOVES: Final = frozenset(f"t.{name}" for name in generic_nodes.MOVES)
 JOINING: Final = POINTWISE | MOVES | {"t.reduce", "t.concat", "t.pad"}  # consumers that take a fused operand
 HEAVY: Final = frozenset(
     f"t.{name}"
