@@ -2,11 +2,11 @@
 
     row     as in the checkpoint, [out, in]
     panel   bf16 [ceil(out/64), ceil(in/2), 64, 2], f32 [ceil(out/64), in, 64]; padded with zeros
-    glu     the gate rows and the up rows of a [2*F, in] matrix interleaved 32 by 32, F padded to a multiple of 32, then
-            `panel`: each panel holds 32 gate columns and the 32 up columns that belong to them
+    glu     the gate rows and the up rows of a [2*F, in] matrix interleaved 32 by 32, F padded to a multiple of 32,
+            then `panel`: each panel holds 32 gate columns and the 32 up columns that belong to them
 
-A panel is read front to back by one stream, and pairs along `in` are what the bf16 dot instruction takes. All instruction
-set levels read the same bytes.
+A panel is read front to back by one stream, and pairs along `in` are what the bf16 dot instruction takes. All
+instruction set levels read the same bytes.
 """
 
 from __future__ import annotations

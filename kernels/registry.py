@@ -1,12 +1,12 @@
 """Which hand-written CPU kernels there are, and how each is called. Owns the list; must not know TVM or the IR.
 
-Every kernel is a frozen dataclass below `kernels/tir`; arguments in order, `member, team` (int32) always last. Pointers are
-plain addresses; activations are dense and row-major; `rows`, `requests`, `width` are int32.
+Every kernel is a frozen dataclass below `kernels/tir`; arguments in order, `member, team` (int32) always last. Pointers
+are plain addresses; activations are dense and row-major; `rows`, `requests`, `width` are int32.
 
-    Linear(k, n, dtype, out, bias, residual, act, program)                                       tir/linear.py
+    Linear(k, n, dtype, out, bias, residual, act)                                                tir/linear.py
         x[rows,k] w(panel) [bias[n]] [residual[rows,n]] y[rows,n] | rows
-        y = act(x @ w.T + bias) + residual. program: "decode" (rows <= 8) or "prefill"; both are right for any rows.
-    LinearGlu(k, f, dtype, bias, act, program)                                                   tir/linear.py
+        y = act(x @ w.T + bias) + residual
+    LinearGlu(k, f, dtype, act, bias)                                                            tir/linear.py
         x[rows,k] w(glu panel) [bias[2*f]] y[rows,f] | rows             bias: gate then up, as in the checkpoint
     RmsNorm(n, dtype, eps, offset, weight)            x[rows,n] [w[n]] y[rows,n] | rows          tir/norms.py
     AddRmsNorm(n, dtype, eps, offset)                 x res w[n] y sum | rows                    tir/norms.py
@@ -23,9 +23,9 @@ plain addresses; activations are dense and row-major; `rows`, `requests`, `width
         kv q[rows,q_heads,k_dim] pos seq start[requests+1] table [sinks f32[q_heads]] out[rows,q_heads,v_dim]
         | rows requests width
 
-`kv` is `KvLayout(dtype, heads, k_dim, v_dim)` (tir/kv_address.py) as a field, and as an argument the address of this layer's
-page 0. `width` is the row length of `table`. Weight layouts are packed by `layouts.py`.
+`kv` is `KvLayout(dtype, heads, k_dim, v_dim)` (tir/kv_address.py) as a field, and as an argument the address of this
+layer's page 0. `width` is the row length of `table`. Weight layouts are packed by `layouts.py`.
 
-In-place: `y` of RmsNorm, LayerNorm, Rope and `sum` of AddRmsNorm may be the same memory as `x` (or `res`); `y` of Linear may be
-the same memory as `residual`. No other overlap between an output and an input is allowed.
+In-place: `y` of RmsNorm, LayerNorm, Rope and `sum` of AddRmsNorm may be the same memory as `x` (or `res`); `y` of
+Linear may be the same memory as `residual`. No other overlap between an output and an input is allowed.
 """

@@ -1,18 +1,20 @@
 """Attention over the KV pages: `Attend`. Owns the online softmax, its tiles and how the work is shared out.
 
-A *row* is one query head of one token; the rows of a request that share a KV head are numbered token by token, head by head.
-They are worked on in query blocks of 24 rows, within those in tiles of up to 6, and against KV blocks of 64 tokens that
-begin at multiples of 64, in order. For each KV block every tile of the query block takes its turn, so a block of K and V is
-read from memory once per query block. This is Dao et al., "FlashAttention-2", with one thread per query block.
+A *row* is one query head of one token; the rows of a request that share a KV head are numbered token by token, head by
+head. They are worked on in query blocks of 24 rows, within those in tiles of up to 6, and against KV blocks of 64
+tokens that begin at multiples of 64, in order. For each KV block every tile of the query block takes its turn, so a
+block of K and V is read from memory once per query block. This is Dao et al., "FlashAttention-2", with one thread per
+query block.
 
-For one row and one KV block (m, l, acc are the row's running maximum, sum of weights by lane, and weighted sum of values):
+For one row and one KV block (m, l, acc are the row's running maximum, sum of weights by lane, and weighted sum of
+values):
 
     s = q.k * scale (capped); m' = max(m, s); a = exp(m - m'); p = exp(s - m'); l = l*a + p; acc = acc*a + p @ v
 
-with p rounded to bf16 for bf16 values. A row sees token t of the cache if pos - window < t <= pos. Where all rows of a tile see
-all 64 tokens, the tile is computed as one; else row by row, and then pages and values that a row does not see are not
-touched: nothing that an unwritten slot holds can leak, not even NaN. Both ways compute the same bits for a row, and the
-blocks do not depend on the batch, so neither do the bits.
+with p rounded to bf16 for bf16 values. A row sees token t of the cache if pos - window < t <= pos. Where all rows of a
+tile see all 64 tokens, the tile is computed as one; else row by row, and then pages and values that a row does not see
+are not touched: nothing that an unwritten slot holds can leak, not even NaN. Both ways compute the same bits for a row,
+and the blocks do not depend on the batch, so neither do the bits.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ _MAX_ROWS = 6
 class Attend(Kernel):
     """out[rows, q_heads, v_dim] = softmax(q . k * scale) @ v over what each token sees.
 
-    `window` > 0: the last `window` tokens only. `softcap` > 0: scores become softcap * tanh(score / softcap). `sinks`: one
-    more logit per query head that takes weight and has no value.
+    `window` > 0: the last `window` tokens only. `softcap` > 0: scores become softcap * tanh(score / softcap).
+    `sinks`: one more logit per query head that takes weight and has no value.
     """
 
     kv: KvLayout
@@ -326,11 +328,13 @@ class _Body:
 
     def _weigh(self, tile_row: Expr, row: Expr, seen: tuple[Expr, Expr] | None) -> None:
         """Turns a row's 64 scores into weights and brings its maximum, sum and accumulators up to date."""
+        kernel = self.kernel
+        factor = splat(kernel.softcap or kernel.scale)
         scores = []
         for i in range(_BLOCK_PAGES):
-            score = load(self.scores, tile_row * _BLOCK + i * LANES, "f32") * splat(self.kernel.scale)
-            if self.kernel.softcap:
-                score = tanh(score * splat(1.0 / self.kernel.softcap)) * splat(self.kernel.softcap)
+            score = load(self.scores, tile_row * _BLOCK + i * LANES, "f32")
+            if kernel.softcap:
+                score = tanh(score * splat(kernel.scale) * splat(1.0 / kernel.softcap))
             scores.append(T.bind(score))
 
         def only_seen(i: int, value: Expr, other: float) -> Expr:
@@ -338,18 +342,19 @@ class _Body:
                 return value
             return keep_between(value, seen[0] - i * LANES, seen[1] - i * LANES, other)
 
-        tops = [only_seen(i, score, float("-inf")) for i, score in enumerate(scores)]
+        tops = [only_seen(i, score * factor, float("-inf")) for i, score in enumerate(scores)]
         top = T.bind(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])))
         before = T.bind(self.maxima[row])
         highest = T.bind(horizontal_max(top))
         now = T.bind(T.Select(before < highest, highest, before))
         T.buffer_store(self.maxima, now, [row])
         shrink = exp(splat(before) - splat(now))
-        sums = load(self.sums, row * LANES, "f32") * shrink
+        weights = []
         for i, score in enumerate(scores):
-            weight = T.bind(only_seen(i, exp(score - splat(now)), 0.0))
+            weight = T.bind(only_seen(i, exp(fma(score, factor, splat(0.0) - splat(now))), 0.0))
+            weights.append(weight)
             store(self.weights, tile_row * _BLOCK + i * LANES, weight, self.layout.dtype)
-            sums = sums + weight
+        sums = fma(load(self.sums, row * LANES, "f32"), shrink, (weights[0] + weights[1]) + (weights[2] + weights[3]))
         store(self.sums, row * LANES, sums, "f32")
         for vector in range(self.value_vectors):
             at = self._total(row, vector)

@@ -1,12 +1,12 @@
 """What a CPU kernel is: instruction set levels, arguments, and the `Kernel` that builds one private TensorIR function.
 
-Owns `Isa`, `Arg` and `Kernel`. It must not know any particular kernel, how functions become machine code (`native`)
-or how an address inside the arena is found (the lowering).
+Owns `Isa`, `Arg` and `Kernel`. It must not know any particular kernel, how functions become machine code (`native`) or
+how an address inside the arena is found (the lowering).
 
 A kernel is a frozen dataclass: its fields are everything the code is specialised to, so two equal kernels are one
 function and `symbol` is derived from the fields. Its arguments are, in order, pointers, then runtime sizes, then always
-`member` and `team`: a member computes only its own share, and reads nothing that another member of the same call writes.
-Every kernel tolerates size 0 and any `team >= 1`, and gives the same bits for every team.
+`member` and `team`: a member computes only its own share, and reads nothing that another member of the same call
+writes. Every kernel tolerates size 0 and any `team >= 1`, and gives the same bits for every team.
 
 How the lowering uses one:
 

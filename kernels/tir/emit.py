@@ -1,9 +1,9 @@
 """Words for writing kernels: 16-lane vectors, bf16 and f32 memory, shares of work. Owns the vocabulary.
 
-It wraps TVM's builder so that a kernel reads as what it computes; it must not know any kernel. All functions emit at, or
-make expressions for, the builder's current place. A vector is a 16-lane f32 expression. Multiply and add are fused only
-where `fma` says so: what LLVM contracts by itself may differ from one tile shape to another, and bits with it, so a
-product that meets a sum is always written as `fma`.
+It wraps TVM's builder so that a kernel reads as what it computes; it must not know any kernel. All functions emit at,
+or make expressions for, the builder's current place. A vector is a 16-lane f32 expression. Multiply and add are fused
+only where `fma` says so: what LLVM contracts by itself may differ from one tile shape to another, and bits with it, so
+a product that meets a sum is always written as `fma`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNBOUNDED = 1 << 30  # a flat buffer's declared length, which nothing checks
 
 
 def build_function(kernel: Kernel, isa: Isa, body: Callable[..., None]) -> Expr:
-    """The private function of `kernel`; `body` gets one flat buffer per pointer and one variable per scalar, by name."""
+    """The private function of `kernel`; `body` gets a flat buffer per pointer and a variable per scalar, by name."""
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(kernel.symbol)
         values: dict[str, Expr] = {}
@@ -81,6 +81,10 @@ def store_part(buffer: Expr, index: Expr, value: Expr, count: int, dtype: str) -
     """`store` for a count known at compile time, 1 to 16."""
     if count >= LANES:
         store(buffer, index, value, dtype)
+    elif count == 1:
+        # LLVM 22 turns a masked store of one truncated lane (AVX512 without bf16) into a store of the lane before
+        # truncation: four bytes where two were asked for.
+        T.evaluate(T.call_extern("int32", f"xllm_store_one_{dtype}", address(buffer, index), value))
     else:
         store_first(buffer, index, value, T.int32(count), dtype)
 
@@ -107,7 +111,7 @@ class Vectors:
     """Mutable vectors that live in registers."""
 
     def __init__(self, count: int) -> None:
-        # One stack slot each: LLVM would make one of all of them a single very long vector, and take it apart on every use.
+        # One stack slot each: LLVM would make a single very long vector of all of them, and take it apart on every use.
         self._slots = [T.alloc_buffer((LANES,), "float32", scope="local") for _ in range(count)]
 
     def __getitem__(self, index: int) -> Expr:

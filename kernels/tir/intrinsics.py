@@ -110,10 +110,23 @@ define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) 
   call void @llvm.masked.store.v16i16.p0(<16 x i16> %r, ptr align 2 %p, <16 x i1> %m)
   ret i32 0
 }
+define linkonce_odr i32 @xllm_store_one_f32(ptr %p, <16 x float> %v) {
+  %r = extractelement <16 x float> %v, i32 0
+  store float %r, ptr %p, align 4
+  ret i32 0
+}
+define linkonce_odr i32 @xllm_store_one_bf16(ptr %p, <16 x float> %v) {
+  %w = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
+  %r = extractelement <16 x i16> %w, i32 0
+  store i16 %r, ptr %p, align 2
+  ret i32 0
+}
 ; lanes i and i+8, then i+4, i+2, i+1: the same tree at every level
 define linkonce_odr float @xllm_sum(<16 x float> %v) {
-  %a0 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %a1 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %a0 = shufflevector <16 x float> %v, <16 x float> poison,
+    <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %a1 = shufflevector <16 x float> %v, <16 x float> poison,
+    <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %a = fadd <8 x float> %a0, %a1
   %b0 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
   %b1 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
@@ -127,8 +140,10 @@ define linkonce_odr float @xllm_sum(<16 x float> %v) {
   ret float %d
 }
 define linkonce_odr float @xllm_max(<16 x float> %v) {
-  %a0 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %a1 = shufflevector <16 x float> %v, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %a0 = shufflevector <16 x float> %v, <16 x float> poison,
+    <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %a1 = shufflevector <16 x float> %v, <16 x float> poison,
+    <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %a = call <8 x float> @llvm.maxnum.v8f32(<8 x float> %a0, <8 x float> %a1)
   %b0 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
   %b1 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>

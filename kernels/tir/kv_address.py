@@ -1,6 +1,7 @@
 """Where a token's keys and values lie. The one place that knows: `kv_append` writes and `attend` reads through it.
 
-A layer's pool is an array of pages of 16 tokens; `table[request, position // 16]` names the page. A page holds, head by head,
+A layer's pool is an array of pages of 16 tokens; `table[request, position // 16]` names the page. A page holds, head by
+head,
 
     bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
     f32     K [k_dim, 16]        then V [16, v_dim]

@@ -1,7 +1,7 @@
 """Kernels that write the KV cache: `KvAppend` (the fused form) and `KvWrite`. Owns the order of their steps.
 
-The unit of work is one head of one token, so that a decode step of one token still feeds a team. A token writes its own slot
-and nothing else: two tokens of one bf16 pair are two separate 2-byte stores.
+The unit of work is one head of one token, so that a decode step of one token still feeds a team. A token writes its own
+slot and nothing else: two tokens of one bf16 pair are two separate 2-byte stores.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class KvAppend(Kernel):
             def prepare(base: Expr, row: Expr, weight: Expr) -> None:
                 """work = the head at `base`, normed and rotated."""
                 if weight is not None:
-                    factor = T.bind(splat(inverse_root(square_sum(env["qkv"], base, dim, dtype) / T.float32(dim), self.eps)))
+                    factor = T.bind(
+                        splat(inverse_root(square_sum(env["qkv"], base, dim, dtype) / T.float32(dim), self.eps))
+                    )
 
                 def read(at: Expr, valid: int) -> None:
                     value = load_part(env["qkv"], base + at, valid, dtype)

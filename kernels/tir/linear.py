@@ -1,11 +1,11 @@
 """Linear layers over packed panels: `Linear` and `LinearGlu`. Owns the register tiles and the loop over them.
 
-One loop serves decode and prefill. The unit of work is a tile of up to 6 rows by one 64-column panel; units are numbered
-panel by panel and a member takes a contiguous range of them. So with few rows each weight panel is read once, front to
-back, by one member; with many rows a panel stays in the second-level cache while the rows pass by.
+One loop serves decode and prefill. The unit of work is a tile of up to 6 rows by one 64-column panel; units are
+numbered panel by panel and a member takes a contiguous range of them. So with few rows each weight panel is read once,
+front to back, by one member; with many rows a panel stays in the second-level cache while the rows pass by.
 
-Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them), whatever
-the tile: a row's bits do not depend on the other rows, on the tile or on the team.
+Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them),
+whatever the tile: a row's bits do not depend on the other rows, on the tile or on the team.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ class _Loop:
         whole = self.k if self.dtype == "f32" else self.k // 2
         with T.serial(0, whole) as step:
             add(step, [self._operand(x, origin + i * self.k, step) for i in range(count)])
-        if whole < depth:  # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
+        if (
+            whole < depth
+        ):  # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
             single = [T.Cast("int32", x[origin + i * self.k + (self.k - 1)]) for i in range(count)]
             add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
         return accumulators

@@ -88,12 +88,9 @@ class NativeModule:
             functions[variable] = kernel.build(self.isa)
         module = tvm.IRModule(functions)
         target = tvm.target.Target(self.isa.target())
-        # No simplifier: LLVM does that work, and TVM's takes minutes over an unrolled tile.
-        for transform in (
-            tirx.transform.BindTarget(target.with_host(target)),
-            tirx.transform.FlattenBuffer(),
-            tirx.transform.LowerIntrin(),
-        ):
+        # Kernels use flat buffers only, and LLVM simplifies. TVM's simplifier takes minutes over an unrolled tile; its
+        # FlattenBuffer leaves vector indices as sums, which the code generator then takes apart lane by lane.
+        for transform in (tirx.transform.BindTarget(target.with_host(target)), tirx.transform.LowerIntrin()):
             module = transform(module)
         return module
 
@@ -115,7 +112,10 @@ class NativeModule:
             command = ["cc", "-shared", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,defs", "-s"]
             # Relative names in a fixed order: nothing of this machine or this run goes into the library.
             command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), "step.o", "team.o"]
-            command += ["-Wl,--as-needed", "-lm"]  # rare functions only (pow, sin, ...): the kernels of the spine need none
+            command += [
+                "-Wl,--as-needed",
+                "-lm",
+            ]  # rare functions only (pow, sin, ...): the kernels of the spine need none
             try:
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             except FileNotFoundError as error:

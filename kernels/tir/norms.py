@@ -1,8 +1,8 @@
 """Normalisation kernels: `RmsNorm`, `AddRmsNorm`, `LayerNorm`. Owns their arithmetic and the sums over a row.
 
-Members share out rows. Statistics are f32: 16 lanes (four vectors at a time, then the rest in order), then a fixed tree, so
-a row's bits depend on the row alone. The sum of `AddRmsNorm` is rounded to the model's type before it is normalised, as
-it would be if the two were separate ops.
+Members share out rows. Statistics are f32: 16 lanes (four vectors at a time, then the rest in order), then a fixed
+tree, so a row's bits depend on the row alone. The sum of `AddRmsNorm` is rounded to the model's type before it is
+normalised, as it would be if the two were separate ops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from xllm_compiler.kernels.tir.emit import (
     build_function,
     fma,
     horizontal_sum,
-    load,
     load_part,
     share,
     splat,
@@ -188,9 +187,7 @@ class LayerNorm(Kernel):
     def build(self, isa: Isa) -> Any:
         n, dtype = self.n, self.dtype
 
-        def body(
-            x: Expr, y: Expr, rows: Expr, member: Expr, team: Expr, w: Expr = None, b: Expr = None
-        ) -> None:
+        def body(x: Expr, y: Expr, rows: Expr, member: Expr, team: Expr, w: Expr = None, b: Expr = None) -> None:
             def row(base: Expr) -> None:
                 total = row_sum(n, lambda at, valid, sums: sums + load_part(x, base + at, valid, dtype))
                 mean = T.bind(splat(total / T.float32(n)))

@@ -28,7 +28,13 @@ def check_rotary(rotary: int, style: str, dim: int, kernel: object) -> None:
 
 
 def rotate(
-    read: Callable[[Expr], Expr], write: Callable[[Expr, Expr], None], cos: Expr, sin: Expr, at: Expr, rotary: int, style: str
+    read: Callable[[Expr], Expr],
+    write: Callable[[Expr, Expr], None],
+    cos: Expr,
+    sin: Expr,
+    at: Expr,
+    rotary: int,
+    style: str,
 ) -> None:
     """Emits the rotation of one head. `read(i)` and `write(i, value)` are its f32 elements, which must not be the same
     memory unless pairs are; `at` is the row's offset in cos and sin."""

@@ -27,7 +27,8 @@ def aligned(shape: tuple[int, ...], dtype: Any, alignment: int = 64) -> npt.NDAr
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.zeros(count + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
-    return memory[start : start + count].view(dtype).reshape(shape)
+    result: npt.NDArray[Any] = memory[start : start + count].view(dtype).reshape(shape)
+    return result
 
 
 class Team:
@@ -59,7 +60,9 @@ class Team:
     def __enter__(self) -> Team:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

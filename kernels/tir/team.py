@@ -1,12 +1,12 @@
 """The native team of threads: one call runs one step on all members, which meet at barriers. Owns the LLVM text of it.
 
-It must not know steps or kernels: it runs any `int32_t step(const int64_t *args, int32_t member, int32_t team)`.
-Every library built by `NativeModule` with an entry function exports, with the C calling convention:
+It must not know steps or kernels: it runs any `int32_t step(const int64_t *args, int32_t member, int32_t team)`. Every
+library built by `NativeModule` with an entry function exports, with the C calling convention:
 
     int32_t xllm_team_join(void *ctx, int32_t member)       member 1 .. team-1; returns 0 after xllm_team_stop
     int32_t xllm_team_run(void *ctx, void *step, const int64_t *args)    called by member 0; returns the first non-zero
                                                             status of any member, else 0, after all have finished
-    int32_t xllm_team_stop(void *ctx)                       sends all joined members home; call when no run is in progress
+    int32_t xllm_team_stop(void *ctx)                       sends all joined members home; not during a run
 
 `ctx` is 192 zeroed bytes, aligned to 64, that outlive every joined member. The caller sets `team` and nothing else:
 
@@ -21,16 +21,17 @@ From Python (the GIL is released inside a `ctypes.CDLL` call, so a `threading.Th
     library = ctypes.CDLL(path)
     memory = ctypes.create_string_buffer(192 + 63); ctx = (ctypes.addressof(memory) + 63) & ~63
     ctypes.c_int32.from_address(ctx + 140).value = team
-    threading.Thread(target=library.xllm_team_join, args=(ctypes.c_void_p(ctx), m), daemon=True).start()   # m = 1..team-1
+    threading.Thread(target=library.xllm_team_join, args=(c_void_p(ctx), m), daemon=True).start()  # 0 < m < team
     step = ctypes.cast(library.xllm_step_decode, ctypes.c_void_p)
     status = library.xllm_team_run(ctypes.c_void_p(ctx), step, (ctypes.c_int64 * n)(...))
     library.xllm_team_stop(ctypes.c_void_p(ctx)); join the threads; only then free the memory
 
 A run may start before all members have joined: it waits for them. `team` 1 calls the step directly.
 
-Waiting: some 10 us of `pause`, then sched_yield up to some 80 us, so that a team larger than the free cores still moves,
-then a futex. (Drepper, "Futexes Are Tricky": the sleeper announces itself before the kernel compares the word; the waker
-changes the word before it looks for sleepers; so no wake-up is lost.) Time is the time stamp counter, 2 to 4 GHz.
+Waiting: some 10 us of `pause`, then sched_yield up to some 80 us, so that a team larger than the free cores still
+moves, then a futex. (Drepper, "Futexes Are Tricky": the sleeper announces itself before the kernel compares the word;
+the waker changes the word before it looks for sleepers; so no wake-up is lost.) Time is the time stamp counter, 2 to 4
+GHz.
 """
 
 from __future__ import annotations
