@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from functools import cache
 
-from xllm_compiler.kernels.tir.base import Isa
+from xllm_compiler.kernels.tir.base import LANES, Isa
 
 _COMMON = """
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, <16 x i1>, <16 x float>)
-declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, <16 x i1>, <16 x i16>)
 declare <16 x i32> @llvm.masked.load.v16i32.p0(ptr, <16 x i1>, <16 x i32>)
 declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, <16 x i1>)
-declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, <16 x i1>)
 declare <8 x float> @llvm.maxnum.v8f32(<8 x float>, <8 x float>)
 declare <4 x float> @llvm.maxnum.v4f32(<4 x float>, <4 x float>)
 declare <2 x float> @llvm.maxnum.v2f32(<2 x float>, <2 x float>)
@@ -93,21 +91,9 @@ define linkonce_odr <16 x float> @xllm_load_first_f32(ptr %p, i32 %n) {
   %r = call <16 x float> @llvm.masked.load.v16f32.p0(ptr align 4 %p, <16 x i1> %m, <16 x float> zeroinitializer)
   ret <16 x float> %r
 }
-define linkonce_odr <16 x float> @xllm_load_first_bf16(ptr %p, i32 %n) {
-  %m = call <16 x i1> @xllm_first(i32 %n)
-  %v = call <16 x i16> @llvm.masked.load.v16i16.p0(ptr align 2 %p, <16 x i1> %m, <16 x i16> zeroinitializer)
-  %r = call <16 x float> @xllm_widen(<16 x i16> %v)
-  ret <16 x float> %r
-}
 define linkonce_odr i32 @xllm_store_first_f32(ptr %p, <16 x float> %v, i32 %n) {
   %m = call <16 x i1> @xllm_first(i32 %n)
   call void @llvm.masked.store.v16f32.p0(<16 x float> %v, ptr align 4 %p, <16 x i1> %m)
-  ret i32 0
-}
-define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) {
-  %m = call <16 x i1> @xllm_first(i32 %n)
-  %r = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
-  call void @llvm.masked.store.v16i16.p0(<16 x i16> %r, ptr align 2 %p, <16 x i1> %m)
   ret i32 0
 }
 define linkonce_odr i32 @xllm_store_one_f32(ptr %p, <16 x float> %v) {
@@ -155,6 +141,58 @@ define linkonce_odr float @xllm_max(<16 x float> %v) {
   %d1 = extractelement <2 x float> %c, i32 1
   %d = call float @llvm.maxnum.f32(float %d0, float %d1)
   ret float %d
+}
+"""
+
+_MASKED_16 = """
+declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, <16 x i1>, <16 x i16>)
+declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, <16 x i1>)
+define linkonce_odr <16 x float> @xllm_load_first_bf16(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %v = call <16 x i16> @llvm.masked.load.v16i16.p0(ptr align 2 %p, <16 x i1> %m, <16 x i16> zeroinitializer)
+  %r = call <16 x float> @xllm_widen(<16 x i16> %v)
+  ret <16 x float> %r
+}
+define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
+  call void @llvm.masked.store.v16i16.p0(<16 x i16> %r, ptr align 2 %p, <16 x i1> %m)
+  ret i32 0
+}
+"""
+
+# Without masked 16-bit access LLVM makes sixteen branches of each; one short loop does it.
+_LOOPED_16 = """
+define linkonce_odr i32 @xllm_copy_16(ptr %to, ptr %from, i32 %n) {
+entry:
+  %some = icmp sgt i32 %n, 0
+  br i1 %some, label %copy, label %done
+copy:
+  %i = phi i32 [ 0, %entry ], [ %next, %copy ]
+  %a = getelementptr i16, ptr %from, i32 %i
+  %b = getelementptr i16, ptr %to, i32 %i
+  %v = load i16, ptr %a, align 2
+  store i16 %v, ptr %b, align 2
+  %next = add i32 %i, 1
+  %more = icmp slt i32 %next, %n
+  br i1 %more, label %copy, label %done
+done:
+  ret i32 0
+}
+define linkonce_odr <16 x float> @xllm_load_first_bf16(ptr %p, i32 %n) {
+  %buffer = alloca <16 x i16>, align 32
+  store <16 x i16> zeroinitializer, ptr %buffer, align 32
+  %copied = call i32 @xllm_copy_16(ptr %buffer, ptr %p, i32 %n)
+  %v = load <16 x i16>, ptr %buffer, align 32
+  %r = call <16 x float> @xllm_widen(<16 x i16> %v)
+  ret <16 x float> %r
+}
+define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) {
+  %buffer = alloca <16 x i16>, align 32
+  %r = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
+  store <16 x i16> %r, ptr %buffer, align 32
+  %copied = call i32 @xllm_copy_16(ptr %p, ptr %buffer, i32 %n)
+  ret i32 0
 }
 """
 
@@ -208,4 +246,5 @@ define linkonce_odr <16 x i16> @xllm_round_bf16(<16 x float> %v) {
 @cache
 def intrinsics(isa: Isa) -> str:
     """The LLVM text to import into a kernel for `isa`."""
-    return _COMMON + (_DOT_INSTRUCTION if isa.has_bf16_dot else _DOT_WITH_FMA)
+    masks = _MASKED_16 if isa.register_lanes == LANES else _LOOPED_16
+    return _COMMON + masks + (_DOT_INSTRUCTION if isa.has_bf16_dot else _DOT_WITH_FMA)

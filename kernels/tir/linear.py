@@ -10,8 +10,9 @@ whatever the tile: a row's bits do not depend on the other rows, on the tile or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -27,6 +28,7 @@ from xllm_compiler.kernels.tir.emit import (
     load_part,
     share,
     splat,
+    store,
     store_part,
 )
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
@@ -70,12 +72,12 @@ class Linear(Kernel):
         return (*pointers, scalar("rows"), *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
-        def finish(tile: _Tile, env: dict[str, Expr]) -> None:
-            for (row, vector), total in tile.totals():
-                at = tile.panel * PANEL + vector * LANES
-                count = tile.valid(vector * LANES)
+        def finish(env: dict[str, Expr], row: Expr, panel: Expr, totals: Sequence[Expr], columns: int) -> None:
+            for vector, total in enumerate(totals):
+                count = min(columns - vector * LANES, LANES)
                 if count <= 0:
                     continue
+                at = T.bind(panel * PANEL + vector * LANES)
                 if self.bias:
                     total = total + load_part(env["bias"], at, count, self.dtype)
                 total = ACTIVATIONS[self.act](total)
@@ -117,14 +119,13 @@ class LinearGlu(Kernel):
     def build(self, isa: Isa) -> Any:
         half = PANEL // 2
 
-        def finish(tile: _Tile, env: dict[str, Expr]) -> None:
-            totals = dict(tile.totals())
-            for (row, vector), gate in totals.items():
-                count = tile.valid(vector * LANES)
-                if vector * LANES >= half or count <= 0:
+        def finish(env: dict[str, Expr], row: Expr, panel: Expr, totals: Sequence[Expr], columns: int) -> None:
+            for vector in range(half // LANES):
+                count = min(columns - vector * LANES, LANES)
+                if count <= 0:
                     continue
-                up = totals[row, vector + half // LANES]
-                at = tile.panel * half + vector * LANES
+                gate, up = totals[vector], totals[vector + half // LANES]
+                at = T.bind(panel * half + vector * LANES)
                 if self.bias:
                     gate = gate + load_part(env["bias"], at, count, self.dtype)
                     up = up + load_part(env["bias"], at + self.f, count, self.dtype)
@@ -135,32 +136,13 @@ class LinearGlu(Kernel):
         return build_function(self, isa, loop.emit)
 
 
-class _Tile:
-    """Some rows by some vectors of one panel, after its accumulation."""
-
-    def __init__(
-        self, rows: Sequence[Expr], vectors: Sequence[int], panel: Expr, valid: int, accumulators: Vectors
-    ) -> None:
-        self.panel = panel
-        self._rows = rows
-        self._vectors = vectors
-        self._valid = valid
-        self._accumulators = accumulators
-
-    def totals(self) -> Iterator[tuple[tuple[Expr, int], Expr]]:
-        """((row of y, vector of the panel), sum)."""
-        for i, row in enumerate(self._rows):
-            for j, vector in enumerate(self._vectors):
-                yield (row, vector), self._accumulators[i * len(self._vectors) + j]
-
-    def valid(self, column: int) -> int:
-        """How many of the 16 columns of y from `column` of the panel on exist; may be negative."""
-        return min(self._valid - column, LANES)
-
-
 @dataclass(frozen=True)
 class _Loop:
-    """The loop over tiles that both kernels share: `columns` of y per panel, n of them in all."""
+    """The loop over tiles that both kernels share.
+
+    `columns` of y per panel, n of them in all; `finish(env, row, panel, sums of the row's four vectors, columns that
+    exist)` turns sums into y.
+    """
 
     isa: Isa
     k: int
@@ -168,7 +150,7 @@ class _Loop:
     dtype: str
     columns: int
     groups: dict[int, tuple[tuple[int, ...], ...]]
-    finish: Callable[[_Tile, dict[str, Expr]], None]
+    finish: Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
     def emit(self, **env: Expr) -> None:
         height = max(rows for rows in range(1, _MAX_ROWS + 1) if self._width(rows))
@@ -176,6 +158,7 @@ class _Loop:
         rows = env["rows"]
         tiles = T.bind(T.truncdiv(rows + (height - 1), T.int32(height)))
         first, last = share(tiles * panels, env["member"], env["team"])
+        sums = T.alloc_buffer((height * PANEL,), "float32", scope="local")
         with T.If(first < last), T.Then():
             start = T.bind(T.truncdiv(first, tiles))
             stop = T.bind(T.truncdiv(last - 1, tiles) + 1)
@@ -185,7 +168,23 @@ class _Loop:
                 with T.serial(lo, hi) as tile:
                     row = T.bind(tile * height)
                     here = T.bind(T.min(rows - row, height))
-                    choose(here, {count: self._tile(env, row, count, panel, panels) for count in range(1, height + 1)})
+                    sizes = range(1, height + 1)
+                    choose(here, {count: partial(self._accumulate, env, row, count, panel, sums) for count in sizes})
+                    # After the tile and not in it: the code of an activation once, and not once per row and tile size.
+                    with T.serial(0, here) as i:
+                        self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL))
+
+    def _finish(self, env: dict[str, Expr], row: Expr, panel: Expr, panels: int, sums: Expr, at: Expr) -> None:
+        totals = [T.bind(load(sums, at + vector, "f32")) for vector in range(0, PANEL, LANES)]
+        tail = self.n - (panels - 1) * self.columns
+        if tail == self.columns:
+            self.finish(env, row, panel, totals, tail)
+            return
+        with T.If(panel < panels - 1):
+            with T.Then():
+                self.finish(env, row, panel, totals, self.columns)
+            with T.Else():
+                self.finish(env, row, panel, totals, tail)
 
     def _width(self, rows: int) -> int:
         """Vectors of a tile of `rows` rows whose accumulators leave registers for operands; 0 if there is none."""
@@ -193,40 +192,28 @@ class _Loop:
         budget = self.isa.vector_registers * 3 // 4
         return max((width for width in self.groups if rows * width * registers_each <= budget), default=0)
 
-    def _tile(self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, panels: int) -> Callable[[], None]:
-        def emit() -> None:
-            for vectors in self.groups[self._width(count)]:
-                accumulators = self._accumulate(env["x"], env["w"], row, count, panel, vectors)
-                numbers = [T.bind(row + i) for i in range(count)]
-                tail = self.n - (panels - 1) * self.columns
-                if tail == self.columns:
-                    self.finish(_Tile(numbers, vectors, panel, tail, accumulators), env)
-                else:
-                    with T.If(panel < panels - 1):
-                        with T.Then():
-                            self.finish(_Tile(numbers, vectors, panel, self.columns, accumulators), env)
-                        with T.Else():
-                            self.finish(_Tile(numbers, vectors, panel, tail, accumulators), env)
+    def _accumulate(self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, sums: Expr) -> None:
+        """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
+        for vectors in self.groups[self._width(count)]:
+            totals = self._register_tile(env["x"], env["w"], row, count, panel, vectors)
+            for i in range(count):
+                for j, vector in enumerate(vectors):
+                    store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
 
-        return emit
-
-    def _accumulate(self, x: Expr, w: Expr, row: Expr, count: int, panel: Expr, vectors: Sequence[int]) -> Vectors:
-        accumulators = Vectors(count * len(vectors))
+    def _register_tile(self, x: Expr, w: Expr, row: Expr, count: int, panel: Expr, vectors: Sequence[int]) -> Vectors:
+        totals = Vectors(count * len(vectors))
         for i in range(count * len(vectors)):
-            accumulators[i] = splat(0.0)
+            totals[i] = splat(0.0)
         depth = self.k if self.dtype == "f32" else -(-self.k // 2)
         base = T.bind(T.Cast("int64", panel) * (depth * PANEL))
         origin = T.bind(T.Cast("int64", row) * self.k)
 
-        def weights(step: Expr) -> list[Expr]:
-            return [self._weight(w, base + step * PANEL + vector * LANES) for vector in vectors]
-
         def add(step: Expr, operands: list[Expr]) -> None:
-            packed = weights(step)
+            weights = [self._weight(w, base + step * PANEL + vector * LANES) for vector in vectors]
             for i, operand in enumerate(operands):
-                for j, weight in enumerate(packed):
+                for j, weight in enumerate(weights):
                     at = i * len(vectors) + j
-                    accumulators[at] = self._multiply(accumulators[at], operand, weight)
+                    totals[at] = self._multiply(totals[at], operand, weight)
 
         whole = self.k if self.dtype == "f32" else self.k // 2
         with T.serial(0, whole) as step:
@@ -236,7 +223,7 @@ class _Loop:
         ):  # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
             single = [T.Cast("int32", x[origin + i * self.k + (self.k - 1)]) for i in range(count)]
             add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
-        return accumulators
+        return totals
 
     def _operand(self, x: Expr, start: Expr, step: Expr) -> Expr:
         if self.dtype == "f32":
