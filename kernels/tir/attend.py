@@ -42,6 +42,8 @@ from xllm_compiler.kernels.tir.emit import (
     splat,
     store,
     store_part,
+    tile_rows,
+    tile_width,
 )
 from xllm_compiler.kernels.tir.kv_address import KvLayout, Pages
 from xllm_compiler.kernels.tir.vmath import exp, maximum, tanh
@@ -104,6 +106,7 @@ class _Body:
         self.group = kernel.q_heads // kernel.kv.heads
         self.pages = Pages(kernel.kv, env["table"], env["width"])
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
+        self.height = tile_rows(isa, kernel.kv.dtype, _MAX_ROWS)
         self.steps = kernel.kv.k_dim // 2 if self.bf16 else kernel.kv.k_dim
 
     # ---- sharing out
@@ -174,10 +177,10 @@ class _Body:
         lowest, _ = self._seen(request, first)
         _, highest = self._seen(request, first + rows - 1)
         with T.serial(T.truncdiv(lowest, T.int32(_BLOCK)), T.truncdiv(highest - 1, T.int32(_BLOCK)) + 1) as block:
-            tiles = T.truncdiv(rows + (_MAX_ROWS - 1), T.int32(_MAX_ROWS))
+            tiles = T.truncdiv(rows + (self.height - 1), T.int32(self.height))
             with T.serial(0, tiles) as tile:
-                row = T.bind(tile * _MAX_ROWS)
-                here = T.bind(T.min(rows - row, _MAX_ROWS))
+                row = T.bind(tile * self.height)
+                here = T.bind(T.min(rows - row, self.height))
                 self._tile(request, first, row, here, head, block)
 
         with T.serial(0, rows) as row:
@@ -224,7 +227,7 @@ class _Body:
 
         def score(count: int) -> None:
             queries = [self._query(request, first + row + i, head, self.layout.k_dim) for i in range(count)]
-            width = self._width(count)
+            width = tile_width(self.isa, self.layout.dtype, count)
             for group in range(0, _BLOCK_PAGES, width):
                 totals = self._dots(queries, pages[group : group + width])
                 for i in range(count):
@@ -232,19 +235,14 @@ class _Body:
                         store(self.scores, T.int32(i * _BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
 
         def add(count: int) -> None:
-            width = self._width(count)
+            width = tile_width(self.isa, self.layout.dtype, count)
             for vector in range(0, self.value_vectors, width):
                 self._add_values(row, count, range(vector, min(vector + width, self.value_vectors)))
 
-        choose(here, {count: partial(score, count) for count in range(1, _MAX_ROWS + 1)})
+        choose(here, {count: partial(score, count) for count in range(1, self.height + 1)})
         with T.serial(0, here) as i:
             self._weigh(i, row + i, None)
-        choose(here, {count: partial(add, count) for count in range(1, _MAX_ROWS + 1)})
-
-    def _width(self, rows: int) -> int:
-        """Vectors beside each other in a register tile of `rows` rows."""
-        budget = self.isa.vector_registers * 3 // 4 * self.isa.register_lanes // LANES
-        return max(width for width in (1, 2, 4) if width == 1 or rows * width <= budget)
+        choose(here, {count: partial(add, count) for count in range(1, self.height + 1)})
 
     def _dots(self, queries: list[Expr], pages: list[Expr]) -> Vectors:
         """q . k for some rows by some pages."""

@@ -142,6 +142,25 @@ def share(total: Expr, member: Expr, team: Expr) -> tuple[Expr, Expr]:
     return T.bind(first), T.bind(last)
 
 
+def tile_width(isa: Isa, dtype: str, rows: int) -> int:
+    """How many vectors, 4, 2, 1 or none, a register tile of `rows` rows can take without spilling.
+
+    Beside the accumulators it holds one step's vectors and one operand; without a bf16 dot instruction bf16 pairs are
+    taken apart and both halves are held.
+    """
+    each = LANES // isa.register_lanes
+    halves = 2 if dtype == "bf16" and not isa.has_bf16_dot else 1
+    for width in (4, 2, 1):
+        if rows * width * each + width * each * halves + halves <= isa.vector_registers:
+            return width
+    return 0
+
+
+def tile_rows(isa: Isa, dtype: str, most: int) -> int:
+    """The number of rows, at most `most`, whose register tile has the most elements."""
+    return max(range(1, most + 1), key=lambda rows: (rows * tile_width(isa, dtype, rows), rows))
+
+
 def choose(value: Expr, cases: dict[int, Callable[[], None]]) -> None:
     """Emits `if value == key: case()` for each key."""
     for key, case in cases.items():

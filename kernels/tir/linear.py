@@ -30,15 +30,14 @@ from xllm_compiler.kernels.tir.emit import (
     splat,
     store,
     store_part,
+    tile_rows,
+    tile_width,
 )
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 
 Expr = Any
 _DTYPES = ("bf16", "f32")
 _MAX_ROWS = 6
-# Vectors of a panel that one register tile takes, by their number; a gated tile needs a gate vector and its up vector.
-_LINEAR_GROUPS = {4: ((0, 1, 2, 3),), 2: ((0, 1), (2, 3)), 1: ((0,), (1,), (2,), (3,))}
-_GLU_GROUPS = {4: ((0, 1, 2, 3),), 2: ((0, 2), (1, 3))}
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Linear(Kernel):
                     total = total + load_part(env["residual"], where, count, self.dtype)
                 store_part(env["y"], where, total, count, self.out)
 
-        loop = _Loop(isa, self.k, self.n, self.dtype, PANEL, _LINEAR_GROUPS, finish)
+        loop = _Loop(isa, self.k, self.n, self.dtype, PANEL, finish)
         return build_function(self, isa, loop.emit)
 
 
@@ -132,7 +131,7 @@ class LinearGlu(Kernel):
                 value = ACTIVATIONS[self.act](gate) * up
                 store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
 
-        loop = _Loop(isa, self.k, self.f, self.dtype, half, _GLU_GROUPS, finish)
+        loop = _Loop(isa, self.k, self.f, self.dtype, half, finish)
         return build_function(self, isa, loop.emit)
 
 
@@ -149,11 +148,10 @@ class _Loop:
     n: int
     dtype: str
     columns: int
-    groups: dict[int, tuple[tuple[int, ...], ...]]
     finish: Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
     def emit(self, **env: Expr) -> None:
-        height = max(rows for rows in range(1, _MAX_ROWS + 1) if self._width(rows))
+        height = tile_rows(self.isa, self.dtype, _MAX_ROWS)
         panels = -(-self.n // self.columns)
         rows = env["rows"]
         tiles = T.bind(T.truncdiv(rows + (height - 1), T.int32(height)))
@@ -186,15 +184,11 @@ class _Loop:
             with T.Else():
                 self.finish(env, row, panel, totals, tail)
 
-    def _width(self, rows: int) -> int:
-        """Vectors of a tile of `rows` rows whose accumulators leave registers for operands; 0 if there is none."""
-        registers_each = LANES // self.isa.register_lanes
-        budget = self.isa.vector_registers * 3 // 4
-        return max((width for width in self.groups if rows * width * registers_each <= budget), default=0)
-
     def _accumulate(self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, sums: Expr) -> None:
         """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
-        for vectors in self.groups[self._width(count)]:
+        width = tile_width(self.isa, self.dtype, count)
+        for first in range(0, PANEL // LANES, width):
+            vectors = range(first, first + width)
             totals = self._register_tile(env["x"], env["w"], row, count, panel, vectors)
             for i in range(count):
                 for j, vector in enumerate(vectors):
