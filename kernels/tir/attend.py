@@ -1,7 +1,7 @@
 """Attention over the KV pages: `Attend`. Owns the online softmax, its tiles and how the work is shared out.
 
 A *row* is one query head of one token; the rows of a request that share a KV head are numbered token by token, head by
-head. They are worked on in query blocks of 24 rows, within those in tiles of up to 6, and against KV blocks of 64
+head. They are worked on in query blocks of 48 rows, within those in tiles of up to 6, and against KV blocks of 64
 tokens that begin at multiples of 64, in order. For each KV block every tile of the query block takes its turn, so a
 block of K and V is read from memory once per query block. This is Dao et al., "FlashAttention-2", with one thread per
 query block.
@@ -46,12 +46,12 @@ from xllm_compiler.kernels.tir.emit import (
     tile_width,
 )
 from xllm_compiler.kernels.tir.kv_address import KvLayout, Pages
-from xllm_compiler.kernels.tir.vmath import exp, maximum, tanh
+from xllm_compiler.kernels.tir.vmath import exp_of_negative, maximum, tanh
 
 Expr = Any
 _BLOCK = 64
 _BLOCK_PAGES = _BLOCK // PAGE
-_QUERY_ROWS = 24
+_QUERY_ROWS = 48
 _MAX_ROWS = 6
 
 
@@ -196,7 +196,7 @@ class _Body:
         first = T.bind(T.max(position - (self.kernel.window - 1), 0)) if self.kernel.window else T.int32(0)
         return first, T.bind(position + 1)
 
-    def _query(self, request: Expr, row: Expr, head: Expr, width: int) -> Expr:
+    def _query(self, request: Expr, row: Expr, *, head: Expr, width: int) -> Expr:
         """The offset of a row's elements in q (width k_dim) or out (width v_dim)."""
         query_head = head * self.group + T.truncmod(row, T.int32(self.group))
         index = T.Cast("int64", self._token(request, row)) * self.kernel.q_heads + T.Cast("int64", query_head)
@@ -207,42 +207,43 @@ class _Body:
         lowest, low_end = self._seen(request, first + row)
         high_start, high_end = self._seen(request, first + row + here - 1)
         # The first row of a tile sees no further than the last one, and from no later on.
-        with T.If(T.And(high_start <= base, low_end >= base + _BLOCK)):
-            with T.Then():
-                self._whole(request, first, row, here, head, block)
-            with T.Else(), T.If(T.And(lowest < base + _BLOCK, high_end > base)), T.Then(), T.serial(0, here) as i:
-                one = T.bind(row + i)
-                start, end = self._seen(request, first + one)
-                lo = T.bind(T.max(start - base, 0))
-                hi = T.bind(T.min(end - base, _BLOCK))
-                with T.If(lo < hi), T.Then():
-                    self._part(request, first, one, head, block, lo, hi)
+        with T.If(T.And(lowest < base + _BLOCK, high_end > base)), T.Then():
+            start = T.bind(T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE)))
+            stop = T.bind(T.truncdiv(T.min(high_end - base, _BLOCK) - 1, T.int32(PAGE)))
+            # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
+            numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(_BLOCK_PAGES)]
+            pages = [self.pages.page(request, block * _BLOCK_PAGES + number, head) for number in numbers]
+            for i, page in enumerate(pages):
+                T.buffer_store(self.values, self.pages.values(page), [i])
 
-    # ---- one tile of rows that see the whole block
+            sizes = range(1, self.height + 1)
+            queries = partial(self._query, request, head=head, width=self.layout.k_dim)
+            choose(here, {count: partial(self._score, queries, first + row, count, pages) for count in sizes})
+            with T.If(T.And(high_start <= base, low_end >= base + _BLOCK)):
+                with T.Then():
+                    with T.serial(0, here) as i:
+                        self._weigh(i, row + i, None)
+                    choose(here, {count: partial(self._add_values, row, count) for count in sizes})
+                with T.Else(), T.serial(0, here) as i:
+                    one = T.bind(row + i)
+                    begin, end = self._seen(request, first + one)
+                    lo = T.bind(T.max(begin - base, 0))
+                    hi = T.bind(T.min(end - base, _BLOCK))
+                    with T.If(lo < hi), T.Then():
+                        self._weigh(i, one, (lo, hi))
+                        self._add_seen_values(i, one, lo, hi)
 
-    def _whole(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
-        pages = [self.pages.page(request, block * _BLOCK_PAGES + i, head) for i in range(_BLOCK_PAGES)]
-        for i, page in enumerate(pages):
-            T.buffer_store(self.values, self.pages.values(page), [i])
+    # ---- scores and values of one tile
 
-        def score(count: int) -> None:
-            queries = [self._query(request, first + row + i, head, self.layout.k_dim) for i in range(count)]
-            width = tile_width(self.isa, self.layout.dtype, count)
-            for group in range(0, _BLOCK_PAGES, width):
-                totals = self._dots(queries, pages[group : group + width])
-                for i in range(count):
-                    for j in range(width):
-                        store(self.scores, T.int32(i * _BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
-
-        def add(count: int) -> None:
-            width = tile_width(self.isa, self.layout.dtype, count)
-            for vector in range(0, self.value_vectors, width):
-                self._add_values(row, count, range(vector, min(vector + width, self.value_vectors)))
-
-        choose(here, {count: partial(score, count) for count in range(1, self.height + 1)})
-        with T.serial(0, here) as i:
-            self._weigh(i, row + i, None)
-        choose(here, {count: partial(add, count) for count in range(1, self.height + 1)})
+    def _score(self, query: Callable[[Expr], Expr], row: Expr, count: int, pages: list[Expr]) -> None:
+        """scores = q . k for `count` rows from `row` of the request on."""
+        queries = [query(row + i) for i in range(count)]
+        width = tile_width(self.isa, self.layout.dtype, count)
+        for group in range(0, _BLOCK_PAGES, width):
+            totals = self._dots(queries, pages[group : group + width])
+            for i in range(count):
+                for j in range(width):
+                    store(self.scores, T.int32(i * _BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
 
     def _dots(self, queries: list[Expr], pages: list[Expr]) -> Vectors:
         """q . k for some rows by some pages."""
@@ -257,17 +258,20 @@ class _Body:
                     totals[i * len(keys) + j] = self._multiply(totals[i * len(keys) + j], operand, key)
         return totals
 
-    def _add_values(self, row: Expr, count: int, vectors: range) -> None:
-        """acc += p @ v for some rows and some vectors of v."""
+    def _add_values(self, row: Expr, count: int) -> None:
+        """acc += p @ v for `count` rows that see the whole block."""
+        width = tile_width(self.isa, self.layout.dtype, count)
+        for vector in range(0, self.value_vectors, width):
+            self._add_to_vectors(row, count, range(vector, min(vector + width, self.value_vectors)))
+
+    def _add_to_vectors(self, row: Expr, count: int, vectors: range) -> None:
         sums = Vectors(count * len(vectors))
         for i in range(count):
             for j, vector in enumerate(vectors):
                 sums[i * len(vectors) + j] = load(self.totals, self._total(row + i, vector), "f32")
-        rows = PAGE // 2 if self.bf16 else PAGE
-        # One loop over the whole block: one per page would be unrolled, every tile size at once, into 100 KB of code.
-        with T.serial(0, rows * _BLOCK_PAGES) as step:
-            base = self.values[T.shift_right(step, T.int32(int(math.log2(rows))))]
-            at = T.bind(base + T.bitwise_and(step, T.int32(rows - 1)) * self.layout.v_row_bytes)
+        # One loop over the block and not one per page, which LLVM would unroll for every tile size.
+        with T.serial(0, _BLOCK // 2 if self.bf16 else _BLOCK) as step:
+            at = self._value_row(step)
             values = [self._value(at, vector) for vector in vectors]
             for i in range(count):
                 operand = self._pair(self.weights, T.int32(i * _BLOCK), step)
@@ -277,50 +281,31 @@ class _Body:
             for j, vector in enumerate(vectors):
                 store(self.totals, self._total(row + i, vector), sums[i * len(vectors) + j], "f32")
 
-    # ---- one row that sees tokens lo .. hi-1 of the block
-
-    def _part(self, request: Expr, first: Expr, row: Expr, head: Expr, block: Expr, lo: Expr, hi: Expr) -> None:
-        query = self._query(request, first + row, head, self.layout.k_dim)
-        start = T.bind(T.truncdiv(lo, T.int32(PAGE)))
-        stop = T.bind(T.truncdiv(hi + (PAGE - 1), T.int32(PAGE)))
-        for i in range(_BLOCK_PAGES):
-            store(self.scores, T.int32(i * LANES), splat(0.0), "f32")
-        with T.serial(start, stop) as number:
-            page = self.pages.page(request, block * _BLOCK_PAGES + number, head)
-            totals = self._dots([query], [page])
-            store(self.scores, number * LANES, totals[0], "f32")
-        self._weigh(T.int32(0), row, (lo, hi))
-
+    def _add_seen_values(self, tile_row: Expr, row: Expr, lo: Expr, hi: Expr) -> None:
+        """acc += p @ v for one row that sees tokens lo .. hi-1 of the block; other values are not looked at."""
         sums = Vectors(self.value_vectors)
         for vector in range(self.value_vectors):
             sums[vector] = load(self.totals, self._total(row, vector), "f32")
-        with T.serial(start, stop) as number:
-            page = self.pages.page(request, block * _BLOCK_PAGES + number, head)
-            base = T.bind(self.pages.values(page))
-            lowest = T.bind(T.max(lo - number * PAGE, 0))
-            highest = T.bind(T.min(hi - number * PAGE, PAGE))
-            self._add_some_values(sums, base, number, lowest, highest)
+        weights = T.bind(tile_row * _BLOCK)
+        if self.bf16:
+            with T.serial(T.truncdiv(lo, T.int32(2)), T.truncdiv(hi + 1, T.int32(2))) as pair:
+                # the half of a pair that is out of sight may hold anything
+                first_seen = T.Select(pair * 2 >= lo, T.int32(0xFFFF), T.int32(0))
+                second_seen = T.Select(pair * 2 + 1 < hi, T.int32(-0x10000), T.int32(0))
+                mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
+                operand = self._pair(self.weights, weights, pair)
+                at = self._value_row(pair)
+                for vector in range(self.value_vectors):
+                    value = T.bitwise_and(self._value(at, vector), mask)
+                    sums[vector] = self._multiply(sums[vector], operand, value)
+        else:
+            with T.serial(lo, hi) as slot:
+                operand = self._pair(self.weights, weights, slot)
+                at = self._value_row(slot)
+                for vector in range(self.value_vectors):
+                    sums[vector] = fma(operand, self._value(at, vector), sums[vector])
         for vector in range(self.value_vectors):
             store(self.totals, self._total(row, vector), sums[vector], "f32")
-
-    def _add_some_values(self, sums: Vectors, base: Expr, number: Expr, lowest: Expr, highest: Expr) -> None:
-        """acc += p @ v for one row and slots lowest .. highest-1 of a page."""
-        if not self.bf16:
-            with T.serial(lowest, highest) as slot:
-                operand = self._pair(self.weights, number * PAGE, slot)
-                for vector in range(self.value_vectors):
-                    value = self._value(base + slot * self.layout.v_row_bytes, vector)
-                    sums[vector] = fma(operand, value, sums[vector])
-            return
-        with T.serial(T.truncdiv(lowest, T.int32(2)), T.truncdiv(highest + 1, T.int32(2))) as pair:
-            # the half of a pair that is out of sight may hold anything
-            first_seen = T.Select(pair * 2 >= lowest, T.int32(0xFFFF), T.int32(0))
-            second_seen = T.Select(pair * 2 + 1 < highest, T.int32(-0x10000), T.int32(0))
-            mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
-            operand = self._pair(self.weights, number * PAGE, pair)
-            for vector in range(self.value_vectors):
-                value = T.bitwise_and(self._value(base + pair * self.layout.v_row_bytes, vector), mask)
-                sums[vector] = self._multiply(sums[vector], operand, value)
 
     # ---- the softmax
 
@@ -346,22 +331,25 @@ class _Body:
         highest = T.bind(horizontal_max(top))
         now = T.bind(T.Select(before < highest, highest, before))
         T.buffer_store(self.maxima, now, [row])
-        shrink = exp(splat(before) - splat(now))
+        lower = T.bind(splat(0.0) - splat(now))
+        with T.If(before < highest), T.Then():
+            shrink = exp_of_negative(splat(before) + lower)
+            store(self.sums, row * LANES, load(self.sums, row * LANES, "f32") * shrink, "f32")
+            for vector in range(self.value_vectors):
+                at = self._total(row, vector)
+                store(self.totals, at, load(self.totals, at, "f32") * shrink, "f32")
         weights = []
         for i, score in enumerate(scores):
-            weight = T.bind(only_seen(i, exp(fma(score, factor, splat(0.0) - splat(now))), 0.0))
+            weight = T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0))
             weights.append(weight)
             store(self.weights, tile_row * _BLOCK + i * LANES, weight, self.layout.dtype)
-        sums = fma(load(self.sums, row * LANES, "f32"), shrink, (weights[0] + weights[1]) + (weights[2] + weights[3]))
-        store(self.sums, row * LANES, sums, "f32")
-        for vector in range(self.value_vectors):
-            at = self._total(row, vector)
-            store(self.totals, at, load(self.totals, at, "f32") * shrink, "f32")
+        added = (weights[0] + weights[1]) + (weights[2] + weights[3])
+        store(self.sums, row * LANES, load(self.sums, row * LANES, "f32") + added, "f32")
 
     def _finish(self, request: Expr, row: Expr, local: Expr, head: Expr) -> None:
         """out = acc / l."""
         inverse = T.bind(splat(T.float32(1.0) / horizontal_sum(load(self.sums, local * LANES, "f32"))))
-        to = self._query(request, row, head, self.layout.v_dim)
+        to = self._query(request, row, head=head, width=self.layout.v_dim)
         for vector in range(self.value_vectors):
             valid = min(self.layout.v_dim - vector * LANES, LANES)
             value = load(self.totals, self._total(local, vector), "f32") * inverse
@@ -382,6 +370,12 @@ class _Body:
         if self.bf16:
             return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
         return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
+
+    def _value_row(self, step: Expr) -> Expr:
+        """The address of one token's values (f32) or a pair of tokens' (bf16) in the block."""
+        rows = PAGE // 2 if self.bf16 else PAGE
+        base = self.values[T.shift_right(step, T.int32(int(math.log2(rows))))]
+        return T.bind(base + T.bitwise_and(step, T.int32(rows - 1)) * self.layout.v_row_bytes)
 
     def _value(self, offset: Expr, vector: int) -> Expr:
         """One vector of V; lanes past v_dim are 0."""

@@ -72,6 +72,22 @@ def exp(x: Expr) -> Expr:
     return _bind(T.Select(x < splat(low), splat(0.0), T.Select(x > splat(high), splat(float("inf")), result)))
 
 
+def exp_of_negative(x: Expr) -> Expr:
+    """e^x for x <= 0 (or a rounding error above it) within 1 ulp, in half the instructions of `exp`.
+
+    Below -87, where e^x is 1.6e-38, it stays at that; NaN for NaN. Adding 1.5 * 2^23 rounds x / ln 2 to an integer n and
+    leaves n in the low bits, which 127 more make the exponent of 2^n.
+    """
+    low, magic = -87.0, 12582912.0 + 127.0
+    x = T.bind(T.Select(splat(low) > x, splat(low), x))
+    shifted = T.bind(fma(x, splat(1.4426950408889634), splat(magic)))
+    n = T.bind(shifted - splat(magic))
+    r = T.bind(fma(n, splat(-0.693145751953125), x))
+    r = T.bind(fma(n, splat(-1.42860682030941723212e-6), r))
+    bits = T.shift_left(T.reinterpret("int32x16", shifted), T.broadcast(T.int32(23), LANES))
+    return T.bind(_polynomial(r, _EXP) * T.reinterpret("float32x16", bits))
+
+
 def _power_of_two(n: Expr) -> Expr:
     bits = T.shift_left(n + T.broadcast(T.int32(127), LANES), T.broadcast(T.int32(23), LANES))
     return T.reinterpret("float32x16", bits)
