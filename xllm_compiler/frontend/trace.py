@@ -19,6 +19,7 @@ from torch import fx
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from xllm_compiler.dims import as_dim, ceildiv, sym
 from xllm_compiler.errors import XllmError
@@ -61,6 +62,12 @@ class Traced:
     weights: WeightSource
 
 
+class _Sizes:
+    """What a trace found out about sizes, for error messages. No attribute of a module: export would put those back."""
+
+    env: ShapeEnv | None = None
+
+
 class _Step(torch.nn.Module):
     """The model over one flat run of tokens: ids [N], pos [N], sel [S] to f32 logits [S, vocab]."""
 
@@ -69,8 +76,12 @@ class _Step(torch.nn.Module):
         self.model = model
         self.keeps = takes(model, "logits_to_keep")
         self.positioned = takes(model, "position_ids")
+        self.sizes = _Sizes()
 
     def forward(self, ids: torch.Tensor, pos: torch.Tensor, sel: torch.Tensor) -> torch.Tensor:
+        tokens = ids.shape[0]
+        if isinstance(tokens, torch.SymInt):
+            self.sizes.env = tokens.node.shape_env
         arguments: dict[str, Any] = {"input_ids": ids[None], "use_cache": False, "return_dict": True}
         if self.positioned:
             arguments["position_ids"] = pos[None]
@@ -180,15 +191,16 @@ def _export(model: Any) -> tuple[ExportedProgram, list[AttendCall]]:
         torch.arange(11, dtype=torch.int32),
         torch.arange(3, dtype=torch.int32),
     )
+    step = _Step(model)
     with recording() as calls, torch.no_grad():
         try:
             program = torch.export.export(
-                _Step(model), inputs, dynamic_shapes=({0: tokens}, {0: tokens}, {0: sampled}), strict=False
+                step, inputs, dynamic_shapes=({0: tokens}, {0: tokens}, {0: sampled}), strict=False
             )
         except XllmError:
             raise
         except Exception as e:
-            raise _model_error(e) from e
+            raise _model_error(e, _guarded_line(step)) from e
     if not calls:
         raise XllmError(
             "unsupported",
@@ -201,7 +213,16 @@ def _export(model: Any) -> tuple[ExportedProgram, list[AttendCall]]:
 _MODEL_FRAME = re.compile(r'transformers/models/(\S+?)", line (\d+)')
 
 
-def _model_error(e: Exception) -> XllmError:
+def _guarded_line(step: _Step) -> str:
+    """The model's line that made the trace depend on the number of tokens, "" where there is none."""
+    for guard in [] if step.sizes.env is None else step.sizes.env.guards:
+        found = re.search(r"(transformers/models/\S+\.py:\d+)", str(guard.sloc))
+        if found:
+            return found.group(1)
+    return ""
+
+
+def _model_error(e: Exception, guarded: str) -> XllmError:
     """An exception from inside a trace, at the innermost line of the model."""
     where = ""
     seen: BaseException | None = e
@@ -218,7 +239,10 @@ def _model_error(e: Exception) -> XllmError:
     if "Mask'" in text:
         message = "the model computes with its attention mask, outside of the attention function"
     elif "Constraints violated" in text or "ConstraintViolation" in text:
-        message = "the model decides by the number of tokens"
+        rule = re.search(r"generated guard (.+?)\.?(?: - Not| Suggested| The error|$)", text)
+        condition = f", which has to satisfy {rule.group(1)}" if rule else ""
+        message = "the model decides by the number of tokens" + condition.replace("L['ids'].size()[0]", "N")
+        where = where or guarded
     elif "data-dependent" in text or "DataDependent" in type(e).__name__:
         message = "the model decides by the values of its tensors"
     else:
