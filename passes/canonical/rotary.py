@@ -153,12 +153,19 @@ def _replace(op: Op, whole: Window, cos: Value, sin: Value, style: Style, rw: Re
     last = x.tensor.rank - 1
     if x.shape[last] != whole.count:
         x = rw.create(Slice, x, axis=last, start=whole.start, stop=whole.start + whole.count).result
+    if x.dtype != op.result.dtype:
+        x = rw.create(Cast, x, dtype=op.result.dtype).result
     if x.tensor.rank == 3:
         rw.replace(op, rw.create(Rope, x, cos, sin, style=style))
         return
     x = rw.create(Reshape, x, shape=(x.shape[0], 1, x.shape[1])).result
     y = rw.create(Rope, x, cos, sin, style=style).result
     rw.replace(op, rw.create(Reshape, y, shape=op.result.shape))
+
+
+def _narrow(v: Value) -> Value:
+    """What v was widened from: turning pairs and widening commute, so that tables in f32 widen x and its turn apart."""
+    return v.op.x if isinstance(v.op, Cast) and v.dtype == "f32" and v.op.x.dtype in ("bf16", "f16") else v
 
 
 @rule(Add)
@@ -170,12 +177,12 @@ def rotate(op: Add, rw: Rewriter) -> bool:
         if not isinstance(straight.op, Mul) or not isinstance(turned.op, Mul):
             continue
         for r, sin in pairs(turned.op):
-            found = _rotated(r)
+            found = _rotated(r) or _rotated(_narrow(r))
             if found is None:
                 continue
             whole, style = found
             for x, cos in pairs(straight.op):
-                if window(x) != whole or not _is_table(cos, x) or not _is_table(sin, x):
+                if whole not in (window(x), window(_narrow(x))) or not _is_table(cos, x) or not _is_table(sin, x):
                     continue
                 n, half = x.shape[0], whole.count // 2
                 short_cos, short_sin = _short(cos, n, half, style), _short(sin, n, half, style)
@@ -267,4 +274,15 @@ def rope_cast(op: Cast, rw: Rewriter) -> bool:
     return True
 
 
-RULES: Final[tuple[Rule, ...]] = (rotate, rotate_beside, rotate_in_turns, partial_rope, rope_cast)
+@rule(Slice)
+def slice_of_rounded(op: Slice, rw: Rewriter) -> bool:
+    """A slice of a rounded tensor is the rounded slice: brings a table's rounding to where `_rows` leaves it out."""
+    rounded = op.x.op
+    if not isinstance(rounded, Cast) or rounded.x.dtype != "f32" or op.x.dtype not in ("bf16", "f16"):
+        return False
+    part = rw.create(Slice, rounded.x, axis=op.axis, start=op.start, stop=op.stop, step=op.step)
+    rw.replace(op, rw.create(Cast, part.result, dtype=op.x.dtype))
+    return True
+
+
+RULES: Final[tuple[Rule, ...]] = (slice_of_rounded, rotate, rotate_beside, rotate_in_turns, partial_rope, rope_cast)

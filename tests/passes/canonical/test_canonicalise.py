@@ -241,6 +241,46 @@ def test_rope_keeps_f32_tables_between_bf16_heads() -> None:
     assert case.op_names() == ["t.cos", "t.sin", "nn.rope"] and "dtype=bf16" not in case.text
 
 
+def test_rope_whose_turn_is_widened_apart() -> None:
+    """Olmo 2: 16-bit heads times f32 tables, x and its turned copy widened one by one."""
+    case = func(
+        """  %d = t.concat(%f, %f, axis=1) : f32[N, 8]
+  %cos = t.cos(%d) : f32[N, 8]
+  %c = t.reshape(%cos, shape=[N, 1, 8]) : f32[N, 1, 8]
+  %sin = t.sin(%d) : f32[N, 8]
+  %s = t.reshape(%sin, shape=[N, 1, 8]) : f32[N, 1, 8]
+  %xf = t.cast(%x, dtype=f32) : f32[N, 2, 8]
+  %l = t.mul(%xf, %c) : f32[N, 2, 8]
+  %a = t.slice(%x, axis=2, start=0, stop=4) : bf16[N, 2, 4]
+  %b = t.slice(%x, axis=2, start=4, stop=8) : bf16[N, 2, 4]
+  %m = t.neg(%b) : bf16[N, 2, 4]
+  %rot = t.concat(%m, %a, axis=2) : bf16[N, 2, 8]
+  %rf = t.cast(%rot, dtype=f32) : f32[N, 2, 8]
+  %r = t.mul(%rf, %s) : f32[N, 2, 8]
+  %y = t.add(%l, %r) : f32[N, 2, 8]
+  %z = t.cast(%y, dtype=bf16) : bf16[N, 2, 8]
+  return %z""",
+        "bf16[N, 2, 8]",
+        "%x: bf16[N, 2, 8], %f: f32[N, 4]",
+    ).run("canonicalise")
+    assert case.op_names() == ["t.cos", "t.sin", "nn.rope"]
+    case.check_same()
+
+
+def test_half_of_a_rounded_table_is_not_rounded() -> None:
+    """GLM: the rounded table is cut in half and every value of the half used twice."""
+    body = rotation("interleaved", "repeat").replace("%f1 = t.reshape(%f,", "%f1 = t.reshape(%fh,")
+    case = func(
+        "  %g = t.concat(%f, %f, axis=1) : f32[N, 8]\n  %gb = t.cast(%g, dtype=bf16) : bf16[N, 8]\n"
+        "  %fb = t.slice(%gb, axis=1, start=0, stop=4) : bf16[N, 4]\n  %fh = t.cast(%fb, dtype=f32) : f32[N, 4]\n"
+        + body
+        + "  return %y",
+        "f32[N, 2, 8]",
+        ROPE_ARGS,
+    ).run("canonicalise,fold,dce")
+    assert case.op_names() == ["t.cos", "t.sin", "nn.rope"] and "bf16" not in case.text
+
+
 TANH = f"""  %k = t.const(value={math.sqrt(2 / math.pi)}) : f32[]
   %q = t.const(value=0.044715) : f32[]
   %one = t.const(value=1.0) : f32[]
