@@ -4,8 +4,8 @@
 
 Shapes are those of Qwen3-0.6B in bf16. A case rotates through copies of its weights or pages that together exceed the
 caches, so that "bytes" come from memory. Limits and kernels take turns, and the best round of each is compared: on a
-shared machine the best is what was least disturbed. A share of bandwidth counts bytes that must be read once, a share of peak
-counts useful operations (half of a causal square).
+shared machine the best is what was least disturbed. A share of bandwidth counts bytes that must be read once, a share
+of peak counts useful operations (half of a causal square).
 """
 
 from __future__ import annotations
