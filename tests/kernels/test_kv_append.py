@@ -15,7 +15,10 @@ from xllm_compiler.kernels.tir.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 6e-3, "f32": 1e-5}
-ISA_TYPES = [(isa, dtype) for isa in machine_isas() for dtype in ("bf16", "f32")]
+# f32 code is the same at the two AVX512 levels
+ISA_TYPES = [
+    (isa, dtype) for isa in machine_isas() for dtype in ("bf16", "f32") if (isa, dtype) != ("avx512_bf16", "f32")
+]
 TABLE = np.array([[3, 1, -1], [0, 4, 2]], np.int32)
 POS = np.concatenate([np.arange(5, 15), np.arange(11, 22)]).astype(np.int32)
 SEQ = np.repeat(np.array([0, 1], np.int32), [10, 11])
