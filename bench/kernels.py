@@ -3,9 +3,9 @@
     python bench/kernels.py [--threads 2] [--isa avx512_bf16] [--rounds 5] [--only linear]
 
 Shapes are those of Qwen3-0.6B in bf16. A case rotates through copies of its weights or pages that together exceed the
-caches, so that "bytes" come from memory. Limits and kernels take turns, and the best round of each is compared: on a
-shared machine the best is what was least disturbed. A share of bandwidth counts bytes that must be read once, a share
-of peak counts useful operations (half of a causal square).
+caches, so that "bytes" come from memory. Limits and kernels take turns; the best round of each is compared, where a
+kernel's round is the lower quartile of its calls: on a shared machine that is what was least disturbed. A share of
+bandwidth counts bytes that must be read once, a share of peak counts useful operations (half of a causal square).
 """
 
 from __future__ import annotations
@@ -125,20 +125,20 @@ FAMILIES: dict[str, Callable[[Isa], Iterator[Case]]] = {
 }
 
 
-def best_seconds(case: Case, threads: int, seconds: float) -> float:
-    """The fastest call within some `seconds` of them; the first turn through the copies does not count."""
+def quiet_seconds(case: Case, threads: int, seconds: float) -> float:
+    """The lower quartile of single calls within some `seconds`; the first turn through the copies does not count."""
     packed = [case.kernel.pack(*call) for call in case.calls]
-    best = float("inf")
+    times = []
     with Team(case.kernel.library, threads) as team:
         for call in packed:
             team.run(case.kernel.step, call)
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline:
-            begin = time.perf_counter()
             for call in packed:
+                begin = time.perf_counter()
                 team.run(case.kernel.step, call)
-            best = min(best, (time.perf_counter() - begin) / len(packed))
-    return best
+                times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 4]
 
 
 def main() -> None:
@@ -161,7 +161,7 @@ def main() -> None:
             for _ in range(options.rounds):
                 read = max(read, probe.read_bandwidth())
                 peak = max(peak, probe.arithmetic(dots, 500_000))
-                best = min(best, best_seconds(case, options.threads, 0.2))
+                best = min(best, quiet_seconds(case, options.threads, 0.2))
             line = f"{case.name:44} {best * 1e6:9.1f}"
             if case.bytes:
                 line += f" {case.bytes / best / 1e9:7.1f} {case.bytes / best / read:8.0%}"

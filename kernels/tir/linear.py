@@ -212,9 +212,8 @@ class _Loop:
         whole = self.k if self.dtype == "f32" else self.k // 2
         with T.serial(0, whole) as step:
             add(step, [self._operand(x, origin + i * self.k, step) for i in range(count)])
-        if (
-            whole < depth
-        ):  # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
+        if whole < depth:
+            # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
             single = [T.Cast("int32", x[origin + i * self.k + (self.k - 1)]) for i in range(count)]
             add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
         return totals
