@@ -159,3 +159,7 @@ def report_text(report: CompileReport) -> str:
             f"tokens\nartifact {manifest.id[:16]} at {report.path}",
         ]
     )
+
+
+if __name__ == "__main__":
+    entry()
