@@ -100,6 +100,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "conv"]},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    # With a padding token transformers 5.23 zeroes its row after loading the checkpoint, embeddings tied or not.
+    "youtu": {"num_key_value_heads": 4, "pad_token_id": None},
     "minicpm3": {"num_key_value_heads": 4},
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.0},
