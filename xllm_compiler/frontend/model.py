@@ -108,12 +108,14 @@ def build_model(config: Any, dtype: str, max_model_len: int) -> Any:
         model.tie_weights()
     except XllmError:
         raise
-    except Exception as e:
+    except KeyError as e:
+        if e.args != (IMPLEMENTATION,):
+            raise _cannot_build(config, e) from e
         raise XllmError(
-            "unsupported",
-            f"transformers cannot build {config.model_type!r}: {_first_line(e)}",
-            help="the model may have an attention of its own that cannot be replaced",
+            "unsupported", f"{config.model_type!r} chooses among attentions of its own, which cannot be replaced"
         ) from e
+    except Exception as e:
+        raise _cannot_build(config, e) from e
     model.eval()
     for name, module in model.named_modules():
         # Positions that skip padding start at another number, and depend on which tokens are padding.
@@ -121,6 +123,10 @@ def build_model(config: Any, dtype: str, max_model_len: int) -> Any:
             raise XllmError("unsupported", f"{type(module).__name__} derives positions from token ids", where=name)
     _freeze_rope(model, max_model_len)
     return model
+
+
+def _cannot_build(config: Any, e: Exception) -> XllmError:
+    return XllmError("unsupported", f"transformers cannot build {config.model_type!r}: {_first_line(e)}")
 
 
 def _freeze_rope(model: torch.nn.Module, max_model_len: int) -> None:
