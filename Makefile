@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARTIFACT := .cache/demo
 PROMPT ?= Write a Python function `read_lines(path)`. Return the lines of the file at path.
+export PROMPT  # by the environment, since a prompt may hold any quote
 
 .PHONY: setup demo serve test test-all lint bench clean
 
@@ -19,7 +20,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/xllm-compile models/bundled -o $(ARTIFACT)
-	$(BIN)/python -m xllm_compiler.runtime.ask $(ARTIFACT) "$(PROMPT)"
+	$(BIN)/python -m xllm_compiler.runtime.ask $(ARTIFACT) "$$PROMPT"
 
 serve: $(STAMP)
 	test -d $(ARTIFACT) || $(BIN)/xllm-compile models/bundled -o $(ARTIFACT)
