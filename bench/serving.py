@@ -101,7 +101,7 @@ def main() -> None:
     config = json.loads((checkpoint / "config.json").read_text())
 
     shutil.rmtree(artifact, ignore_errors=True)
-    tool = [sys.executable, "-m", "xllm_compiler.tools.compile", str(checkpoint), "-o", str(artifact)]
+    tool = [str(Path(sys.executable).with_name("xllm-compile")), str(checkpoint), "-o", str(artifact)]
     compile_s, compile_bytes = timed_run([*tool, "--dtype", "bfloat16", "--max-model-len", "4096"])
     print(f"cold compile {compile_s:.1f} s, peak {compile_bytes / 1e9:.2f} GB", flush=True)
 

@@ -159,7 +159,3 @@ def report_text(report: CompileReport) -> str:
             f"tokens\nartifact {manifest.id[:16]} at {report.path}",
         ]
     )
-
-
-if __name__ == "__main__":
-    entry()
