@@ -6,10 +6,13 @@ A pass is a frozen dataclass: its fields are its options, so they are typed, def
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xllm_compiler.ir.core import Func, Module, Op, Stage
+from xllm_compiler.ir.loc import UNKNOWN, Loc
+from xllm_compiler.ir.rewrite import RewriteListener
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +25,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something a reader of the result should know: mostly an opportunity that was not taken, and why."""
+    """Something a reader of the result should know: mostly an opportunity that was not taken, and why.
+
+    `where` is for people; `loc` is where the op came from.
+    """
 
     pass_name: str
     where: str
     text: str
+    loc: Loc = UNKNOWN
 
     def __str__(self) -> str:
         return f"{self.pass_name}: {self.text} [{self.where}]"
@@ -36,13 +43,15 @@ class Remark:
 class PassContext:
     """Handed to every pass: facts about the target, and where to leave counts and remarks.
 
-    The manager sets `current` to the running pass's name.
+    The manager sets `current` to the running pass's name. `rewrites` counts every rewrite of every pass that asks.
     """
 
     target: Target = field(default_factory=Target)
     current: str = ""
     stats: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
+    listeners: list[RewriteListener] = field(default_factory=list)
+    rewrites: int = 0
 
     def stat(self, name: str, n: int = 1) -> None:
         """Adds `n` to the running pass's counter `name`."""
@@ -51,9 +60,20 @@ class PassContext:
 
     def remark(self, op: Op | None, text: str) -> None:
         """Leaves a remark about `op` (None: about the module)."""
-        remark = Remark(self.current, describe(op), text)
+        remark = Remark(self.current, describe(op), text, UNKNOWN if op is None else op.loc)
         if remark not in self.remarks[-64:]:  # fix(...) rounds see the same op again
             self.remarks.append(remark)
+
+    def allows(self, rule: str, op: Op) -> bool:
+        """Whether the rewrite "pass/rule" may be made at `op`. The rule driver asks for its rules; a pass that changes
+        ops with its own hands asks before every change, and so can be bisected down to a single one."""
+        return all([listener.allows(rule, op) for listener in self.listeners])  # all of them are to hear of it
+
+    def tried(self, rule: str, op: Op, fired: bool, made: Sequence[Op] = ()) -> None:
+        """Says how an allowed rewrite went; `made` are the ops that it made, or leaves in place of `op`."""
+        self.rewrites += fired
+        for listener in self.listeners:
+            listener.tried(rule, op, fired, made)
 
 
 def describe(op: Op | None) -> str:
@@ -72,11 +92,29 @@ class Pass(ABC):
 
     `run` changes the module in place and returns whether it changed anything; the manager compares the claim with the
     module's structural hash. `needs` is the stage a pass accepts, `leaves` the one the module is in afterwards.
+
+    The other class variables are promises. The laws (xllm_compiler.testing.laws) hold every pass to all of them, but
+    for those that it takes back by setting them otherwise.
     """
 
     name: ClassVar[str]
     needs: ClassVar[Stage] = "graph"
     leaves: ClassVar[Stage] = "graph"
+
+    ulps: ClassVar[int] = 12
+    """Rounding that the pass may add or spare: units of the dtype's spacing at a result's largest value."""
+
+    changes_signature: ClassVar[bool] = False
+    """Arguments, returns and aliases of functions stay as they are unless set."""
+
+    reorders_collectives: ClassVar[bool] = False
+    """Per group, the sequence of collectives stays as it is unless set."""
+
+    idempotent: ClassVar[bool] = True
+    """A second run changes nothing."""
+
+    samples: ClassVar[tuple[str, ...]] = ()
+    """Further settings to hold to the laws, such as "{act=false}"; the defaults always are."""
 
     @abstractmethod
     def run(self, module: Module, ctx: PassContext) -> bool:

@@ -1,4 +1,4 @@
-"""Reading and running pipelines. Owns the pipeline text, checks around every pass, timing and dumps.
+"""Reading and running pipelines. Owns the pipeline text, checks around every pass and timing.
 
     pipeline := item ("," item)*
     item     := name ["{" option "=" value ("," option "=" value)* "}"] | "fix(" pipeline ")" | "@" preset
@@ -14,7 +14,9 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +25,9 @@ from typing import Any, get_type_hints
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.hash import structural_hash
-from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.passes.base import Pass, PassContext
+from xllm_compiler.passes.instruments import Instrument
 from xllm_compiler.passes.pipelines import PRESETS
 from xllm_compiler.passes.registry import did_you_mean, pass_class
 
@@ -69,15 +71,18 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """What one run of one pass did. `seconds` excludes the manager's own checks; `stats` are this run's counts."""
+    """What one run of one pass did. `text` has its options; `seconds` excludes the manager's own checks; `stats` are
+    this run's counts; `rewrites` those that it asked leave for."""
 
     index: int
+    name: str
     text: str
     changed: bool
     seconds: float
     ops_before: int
     ops_after: int
     stats: dict[str, int]
+    rewrites: int
 
 
 @dataclass(slots=True)
@@ -108,42 +113,48 @@ def run_pipeline(
     module: Module,
     ctx: PassContext | None = None,
     *,
-    dump_dir: Path | None = None,
-    after: Callable[[PassRun, Module], None] | None = None,
+    instruments: Sequence[Instrument] = (),
+    verify_each: bool = True,
+    limit: int | None = None,
 ) -> PipelineReport:
-    """Runs every pass on `module`, in place.
+    """Runs every pass on `module`, in place; with `limit` only the first so many runs.
 
-    Around each pass: the stage is checked (before anything runs at all), the result is verified, and the pass's claim
-    to have changed something is compared with the structural hash; a false claim is an XllmError of kind "internal".
-    `dump_dir` receives `00-input.xir` and one numbered text per run; `after` is called after each run.
+    Around each pass: the stage is checked (before anything runs at all), the result is verified (unless `verify_each`
+    is off), and the pass's claim to have changed something is compared with the structural hash; a false claim is an
+    XllmError of kind "internal", and so is any exception of a pass that is not an XllmError.
     """
     plan = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     _check_stages(plan, module)
-    runner = _Runner(module, ctx or PassContext(), dump_dir, after)
-    runner.start()
-    runner.run(plan.items)
+    runner = _Runner(module, ctx or PassContext(), instruments, verify_each, limit)
+    runner.run_all(plan)
     return runner.report
+
+
+class _LimitReached(Exception):
+    """The runs that were asked for are done."""
 
 
 class _Runner:
     def __init__(
-        self,
-        module: Module,
-        ctx: PassContext,
-        dump_dir: Path | None,
-        after: Callable[[PassRun, Module], None] | None,
+        self, module: Module, ctx: PassContext, instruments: Sequence[Instrument], verify_each: bool, limit: int | None
     ) -> None:
         self.module = module
         self.ctx = ctx
-        self.dump_dir = dump_dir
-        self.after = after
+        self.instruments = instruments
+        self.verify_each = verify_each
+        self.limit = limit
         self.report = PipelineReport(ctx)
         self.hash = ""
 
-    def start(self) -> None:
+    def run_all(self, plan: Pipeline) -> None:
         verify(self.module)
         self.hash = structural_hash(self.module)
-        self.dump(0, "input")
+        for instrument in self.instruments:
+            instrument.started(plan, self.module)
+        with suppress(_LimitReached):
+            self.run(plan.items)
+        for instrument in self.instruments:
+            instrument.finished(self.report, self.module)
 
     def run(self, items: Iterable[Item]) -> bool:
         changed = False
@@ -165,30 +176,53 @@ class _Runner:
         )
 
     def run_pass(self, p: Pass) -> bool:
+        index = len(self.report.runs) + 1
+        if self.limit is not None and index > self.limit:
+            raise _LimitReached
+        for instrument in self.instruments:
+            instrument.before(index, p, self.module)
         self.ctx.current = p.name
         before, counted = _count_ops(self.module), dict(self.ctx.stats.get(p.name, {}))
+        rewrites = self.ctx.rewrites
         begin = time.perf_counter()
         try:
-            claimed = p.run(self.module, self.ctx)
-        except XllmError as e:
-            e.add_note(f"while running pass {item_text(p)}")
+            claimed = self.call(p)
+            seconds = time.perf_counter() - begin
+            self.check(p, claimed)
+        except XllmError as error:
+            for instrument in self.instruments:
+                instrument.failed(index, p, self.module, error)
             raise
-        except Exception as e:
+        stats = {k: n - counted.get(k, 0) for k, n in self.ctx.stats.get(p.name, {}).items() if n != counted.get(k, 0)}
+        run = PassRun(
+            index,
+            p.name,
+            item_text(p),
+            claimed,
+            seconds,
+            before,
+            _count_ops(self.module),
+            stats,
+            self.ctx.rewrites - rewrites,
+        )
+        self.report.runs.append(run)
+        for instrument in self.instruments:
+            instrument.after(run, self.module)
+        return claimed
+
+    def call(self, p: Pass) -> bool:
+        try:
+            return p.run(self.module, self.ctx)
+        except XllmError as error:
+            error.add_note(f"while running pass {item_text(p)}")
+            raise
+        except Exception as error:
             raise XllmError(
                 "internal",
-                f"pass {item_text(p)} failed: {type(e).__name__}: {e}",
-                help="this is a bug in the pass; the cause is chained",
-            ) from e
-        seconds = time.perf_counter() - begin
-        self.check(p, claimed)
-        stats = {k: n - counted.get(k, 0) for k, n in self.ctx.stats.get(p.name, {}).items() if n != counted.get(k, 0)}
-        after = _count_ops(self.module)
-        run = PassRun(len(self.report.runs) + 1, item_text(p), claimed, seconds, before, after, stats)
-        self.report.runs.append(run)
-        self.dump(run.index, p.name)
-        if self.after is not None:
-            self.after(run, self.module)
-        return claimed
+                f"pass {item_text(p)} failed: {type(error).__name__}: {error}",
+                where=_raised_at(error),
+                help="this is a bug in the pass; XLLM_DEBUG=1 shows the traceback",
+            ) from error
 
     def check(self, p: Pass, claimed: bool) -> None:
         if self.module.stage != p.leaves:
@@ -198,21 +232,19 @@ class _Runner:
             did = "says it changed the module, which is as it was" if claimed else "changed the module and denies it"
             raise XllmError("internal", f"pass {item_text(p)} {did}")
         self.hash = now
-        if claimed:
+        if claimed and self.verify_each:
             try:
                 verify(self.module)
-            except XllmError as e:
+            except XllmError as error:
                 raise XllmError(
-                    "internal", f"after pass {item_text(p)}: {e.message}", where=e.where, help=e.help
-                ) from e
+                    "internal", f"after pass {item_text(p)}: {error.message}", where=error.where, help=error.help
+                ) from error
 
-    def dump(self, index: int, name: str) -> None:
-        if self.dump_dir is not None:
-            try:
-                self.dump_dir.mkdir(parents=True, exist_ok=True)
-                (self.dump_dir / f"{index:02}-{name}.xir").write_text(print_module(self.module), encoding="utf-8")
-            except OSError as e:
-                raise XllmError("io", f"cannot write the IR dump: {e.strerror}", where=str(self.dump_dir)) from e
+
+def _raised_at(error: Exception) -> str:
+    """File and line of the innermost frame, in which the exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 
 
 def _count_ops(module: Module) -> int:
@@ -241,7 +273,8 @@ def _flatten(items: Iterable[Item]) -> Iterator[Pass]:
 
 
 def _sources(modules: set[str]) -> list[str]:
-    """`modules` and every module of passes that they take something from, sorted."""
+    """`modules` and every module of passes, ours or of their own packages, that they take something from; sorted."""
+    roots = {"xllm_compiler.passes"} | {name.partition(".")[0] for name in modules} - {"xllm_compiler"}
     seen: set[str] = set()
     todo = sorted(modules)
     while todo:
@@ -251,7 +284,7 @@ def _sources(modules: set[str]) -> list[str]:
         seen.add(name)
         for value in vars(sys.modules[name]).values():
             origin = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(origin, str) and origin.startswith("xllm_compiler.passes."):
+            if isinstance(origin, str) and any(origin == r or origin.startswith(f"{r}.") for r in roots):
                 todo.append(origin)
     return sorted(seen)
 

@@ -1,23 +1,33 @@
 """Finding passes by name. Owns the table of our own passes and `@register_pass`; imports a pass only when asked for it.
 
 To add a pass: write its file, decorate the class, add one line to BUILTIN. Passes from outside only need to be
-imported; the decorator registers them.
+imported; the decorator registers them. `load_passes` imports a module or a file by name; an installed package may offer
+its passes by entry points of the group "xllm_compiler.passes", such as `fuse-swish = "my_passes.swish:FuseSwish"`.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.util
 import re
+import sys
 from collections.abc import Callable
-from typing import Final, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.passes.base import Pass
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 P = TypeVar("P", bound=Pass)
 
 _ROOT: Final = "xllm_compiler.passes."
+_GROUP: Final = "xllm_compiler.passes"
 BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "canonicalise": "canonical.canonicalise",
     "cse": "cleanup.cse",
@@ -55,16 +65,81 @@ def register_pass(name: str) -> Callable[[type[P]], type[P]]:
 
 def pass_names() -> list[str]:
     """Every known name, sorted."""
-    return sorted({*BUILTIN, *_registered})
+    return sorted({*BUILTIN, *_registered, *_offered()})
 
 
 def pass_class(name: str) -> type[Pass]:
     """The class registered under `name`; an XllmError of kind "option" proposes the nearest name."""
-    if name not in _registered and name in BUILTIN:
-        importlib.import_module(_ROOT + BUILTIN[name])
+    if name not in _registered:
+        if name in BUILTIN:
+            importlib.import_module(_ROOT + BUILTIN[name])
+        elif name in _offered():
+            entry = _offered()[name]
+            _import(f"entry point {entry.value}", entry.load)
+            if name not in _registered:
+                raise XllmError("option", f"{entry.value} does not register a pass {name!r}", where=f"group {_GROUP}")
     if name not in _registered:
         raise XllmError("option", f"there is no pass called {name!r}", help=did_you_mean(name, pass_names()))
     return _registered[name]
+
+
+def load_passes(spec: str) -> list[str]:
+    """Imports a module by its dotted name, or a Python file by its path, and returns the names of the passes that it
+    holds, in order of registration. A module is found from the current directory too. Raises kind "option"."""
+    if spec.endswith(".py") or "/" in spec:
+        module = _load_file(Path(spec))
+    else:
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        _import(f"module {spec}", lambda: importlib.import_module(spec))
+        module = spec
+    found = [n for n, c in _registered.items() if c.__module__ == module or c.__module__.startswith(module + ".")]
+    if not found:
+        raise XllmError("option", f"{spec} registers no pass", help="decorate a Pass class with @register_pass(name)")
+    return found
+
+
+def _load_file(path: Path) -> str:
+    """Imports a file once under a name made of its own and of its contents, and returns that name: what is made of the
+    name, such as a key of the compile cache, is then the same wherever the file lies."""
+    full = path.resolve()
+    try:
+        digest = hashlib.sha256(full.read_bytes()).hexdigest()[:8]
+    except OSError as error:
+        raise XllmError("option", f"cannot read passes: {error.strerror}", where=str(path)) from None
+    name = f"{full.stem}_{digest}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, full)
+        if spec is None or spec.loader is None:
+            raise XllmError("option", "this is not a Python file", where=str(path))
+        module = importlib.util.module_from_spec(spec)
+        loader = spec.loader
+        sys.modules[name] = module  # dataclasses look their module up
+        try:
+            _import(str(path), lambda: loader.exec_module(module))
+        except XllmError:
+            del sys.modules[name]
+            raise
+    return name
+
+
+def _import(what: str, load: Callable[[], object]) -> None:
+    """Runs somebody's import; whatever it raises is told as an error of theirs."""
+    try:
+        load()
+    except XllmError:
+        raise
+    except Exception as error:
+        text = f"cannot load passes from {what}: {type(error).__name__}: {error}"
+        raise XllmError("option", text, help="XLLM_DEBUG=1 shows the traceback") from error
+
+
+@cache
+def _offered() -> dict[str, EntryPoint]:
+    """Passes that installed packages offer."""
+    from importlib.metadata import entry_points  # costs milliseconds, and most runs name our own passes only
+
+    return {entry.name: entry for entry in entry_points(group=_GROUP)}
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

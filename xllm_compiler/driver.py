@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -41,7 +41,8 @@ from xllm_compiler.ir.types import Tensor
 from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.base import Target as PassTarget
-from xllm_compiler.passes.manager import PipelineReport, parse_pipeline, run_pipeline
+from xllm_compiler.passes.instruments import Instrument
+from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
 
 if TYPE_CHECKING:
     from xllm_compiler.frontend.model import ModelFacts
@@ -142,11 +143,13 @@ def prepare(path: Path, options: CompileOptions) -> Request:
     checkpoint = Checkpoint.open(path)
     resolved = resolve(options, checkpoint)
     stamps = _stamps(checkpoint)
+    pipeline = parse_pipeline(resolved.pipeline)
     factors = Factors(
         {
             **_checkpoint_factors(checkpoint),
             **resolved.factors(),
-            "pipeline.text": str(parse_pipeline(resolved.pipeline)),
+            "pipeline.text": str(pipeline),
+            "pipeline.hash": pipeline.hash(),  # the sources of passes from outside are in no other factor
             **_source_factors(),
             **_version_factors(),
         }
@@ -161,11 +164,11 @@ def compile_checkpoint(
     progress: Progress | None = None,
     *,
     cache: CompileCache | None = None,
-    dump_ir: Path | None = None,
+    instruments: Sequence[Instrument] = (),
 ) -> CompileReport:
     """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
 
-    `dump_ir`: a directory that gets the IR before and after every pass, and what each did.
+    `instruments` watch the passes; they see nothing where the cache has the artifact.
     Raises XllmError of any kind but "request"."""
     started = time.perf_counter()
     progress = progress or Silent()
@@ -177,10 +180,10 @@ def compile_checkpoint(
     cached = False
     if out is not None:
         path = out
-        manifest = _build(request, path, clock, dump_ir, in_cache=False)
+        manifest = _build(request, path, clock, instruments, in_cache=False)
     elif cache is not None:
         path, made = cache.obtain(
-            request.factors, lambda p: _build(request, p, clock, dump_ir, in_cache=True), progress.note
+            request.factors, lambda p: _build(request, p, clock, instruments, in_cache=True), progress.note
         )
         cached = not made
         manifest = read_manifest(path)
@@ -190,7 +193,7 @@ def compile_checkpoint(
     return CompileReport(path, manifest, cached, time.perf_counter() - started, phases)
 
 
-def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in_cache: bool) -> Manifest:
+def _build(request: Request, path: Path, clock: _Clock, instruments: Sequence[Instrument], in_cache: bool) -> Manifest:
     """Trace, transform, lower, and publish at `path`."""
     read = request.factors.read
     with ArtifactWriter(path) as writer:
@@ -202,7 +205,7 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in
 
             if in_cache:
                 _check_sources(request)
-        for group in ("checkpoint", "source", "version"):
+        for group in ("checkpoint", "pipeline", "source", "version"):
             request.factors.read_group(group)
         with clock.phase("tokenizer"):
             _copy_files(request, writer, clock.progress)
@@ -218,9 +221,7 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in
         module = traced.module
         with clock.phase("passes"):
             context = PassContext(PassTarget(read("option.target")))
-            passes = run_pipeline(read("pipeline.text"), module, context, dump_dir=dump_ir)
-            if dump_ir is not None:
-                _dump_report(dump_ir, passes)
+            run_pipeline(read("pipeline.text"), module, context, instruments=instruments)
             writer.write_text(STEP, print_module(module))
         with clock.phase("lower"):
             lowered = lower_cpu(
@@ -229,14 +230,6 @@ def _build(request: Request, path: Path, clock: _Clock, dump_ir: Path | None, in
         with clock.phase("write"):
             _check_unchanged(request)
             return writer.commit(_manifest(request, module, traced.facts, lowered))
-
-
-def _dump_report(directory: Path, passes: PipelineReport) -> None:
-    text = "\n".join([passes.table(), *map(str, passes.ctx.remarks)])
-    try:
-        (directory / "passes.txt").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise XllmError("io", f"cannot write the IR dump: {error.strerror}", where=str(directory)) from None
 
 
 def _require_compiler() -> None:

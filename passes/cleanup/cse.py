@@ -34,10 +34,11 @@ class Cse(FuncPass):
         for op in func.ops:
             if op.SPEC.pure:
                 first = seen.setdefault(_key(op, number), op)
-                if first is not op:
+                if first is not op and ctx.allows("cse/merge", op):
                     for old, new in zip(op.results, first.results, strict=True):
                         old.replace_all_uses_with(new)
                     op.erase()
+                    ctx.tried("cse/merge", op, True, [first])
                     merged += 1
                     continue
             for r in op.results:

@@ -24,8 +24,9 @@ class Dce(FuncPass):
     def run_on(self, func: Func, ctx: PassContext) -> bool:
         erased = 0
         for op in reversed(func.ops):  # users stand after what they use, so one sweep finds whole dead chains
-            if op.SPEC.pure and not any(r.has_uses for r in op.results):
+            if op.SPEC.pure and not any(r.has_uses for r in op.results) and ctx.allows("dce/erase", op):
                 op.erase()
+                ctx.tried("dce/erase", op, fired=True)
                 erased += 1
         if erased:
             ctx.stat("erased", erased)

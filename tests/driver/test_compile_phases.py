@@ -24,6 +24,7 @@ from xllm_compiler.driver import Silent, compile_checkpoint
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.options import CompileOptions
+from xllm_compiler.passes.instruments import DumpDir
 from xllm_compiler.tools.compile import report_text
 
 STEP = """xir 1 stage=graph
@@ -202,7 +203,7 @@ def test_serving_installation(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_dump(checkpoint: Path, tmp_path: Path) -> None:
-    compile_checkpoint(checkpoint, tmp_path / "out", OPTIONS, dump_ir=tmp_path / "ir")
+    compile_checkpoint(checkpoint, tmp_path / "out", OPTIONS, instruments=[DumpDir(tmp_path / "ir")])
     assert sorted(os.listdir(tmp_path / "ir")) == ["00-input.xir", "01-dce.xir", "02-cse.xir", "passes.txt"]
     assert "dce" in (tmp_path / "ir" / "passes.txt").read_text()
 

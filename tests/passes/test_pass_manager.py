@@ -15,7 +15,8 @@ from xllm_compiler.ir.core import Builder, Module, Stage
 from xllm_compiler.ir.ops import Neg
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.passes.base import Pass, PassContext
-from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
+from xllm_compiler.passes.instruments import DumpDir, Instrument
+from xllm_compiler.passes.manager import PassRun, Pipeline, PipelineReport, parse_pipeline, run_pipeline
 from xllm_compiler.passes.pipelines import PRESETS
 from xllm_compiler.passes.registry import BUILTIN, pass_class, register_pass
 
@@ -97,6 +98,28 @@ class NeedsBuf(Pass):
         return False
 
 
+class Seen(Instrument):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def started(self, pipeline: Pipeline, module: Module) -> None:
+        self.events.append(f"started {pipeline}")
+
+    def before(self, index: int, p: Pass, module: Module) -> None:
+        self.events.append(f"before {p.name}")
+
+    def after(self, run: PassRun, module: Module) -> None:
+        self.events.append(f"after {run.name}")
+
+    def failed(self, index: int, p: Pass, module: Module, error: XllmError) -> None:
+        self.events.append(f"failed {index} {p.name}: {error.message}")
+
+    def finished(self, report: PipelineReport, module: Module) -> None:
+        self.events.append("finished")
+
+
 @pytest.mark.parametrize(
     ("text", "canonical"),
     [
@@ -143,10 +166,8 @@ def test_bad_text_is_refused(text: str, says: str) -> None:
 
 
 def test_a_run_reports_what_it_did(tmp_path: Path) -> None:
-    seen: list[str] = []
-    report = run_pipeline(
-        "fix(dce,cse),test-options", module(), dump_dir=tmp_path, after=lambda r, m: seen.append(r.text)
-    )
+    seen = Seen()
+    report = run_pipeline("fix(dce,cse),test-options", module(), instruments=[DumpDir(tmp_path), seen])
     assert [(r.text, r.changed) for r in report.runs] == [
         ("dce", True),
         ("cse", False),
@@ -154,12 +175,17 @@ def test_a_run_reports_what_it_did(tmp_path: Path) -> None:
         ("cse", False),
         ("test-options", False),
     ]
-    assert [r.text for r in report.runs] == seen and report.ctx.stats["dce"] == {"erased": 1}
+    assert seen.events == [
+        "started fix(dce,cse),test-options",
+        *(f"{when} {r.text}" for r in report.runs for when in ("before", "after")),
+        "finished",
+    ]
+    assert report.ctx.stats["dce"] == {"erased": 1}
     assert (report.runs[0].ops_before, report.runs[0].ops_after) == (2, 1)
     assert [r.stats for r in report.runs] == [{"erased": 1}, {}, {}, {}, {"runs": 2}]
     assert report.table().count("erased 1") == 1
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["00-input.xir", "01-dce.xir", "02-cse.xir", "03-dce.xir", "04-cse.xir", "05-test-options.xir"]
+    dumps = ["00-input.xir", "01-dce.xir", "02-cse.xir", "03-dce.xir", "04-cse.xir", "05-test-options.xir"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*dumps, "passes.txt"]
     assert (tmp_path / "00-input.xir").read_text() == TEXT and "dead" not in (tmp_path / "01-dce.xir").read_text()
 
 
@@ -184,6 +210,26 @@ def test_a_broken_pass_is_named(pipeline: str, says: str) -> None:
     with pytest.raises(XllmError, match=says) as e:
         run_pipeline(pipeline, module())
     assert e.value.kind == "internal"
+
+
+def test_a_failure_reaches_the_instruments() -> None:
+    seen = Seen()
+    with pytest.raises(XllmError):
+        run_pipeline("dce,test-breaker{how=crash}", module(), instruments=[seen])
+    assert seen.events[-1] == "failed 2 test-breaker: pass test-breaker{how=crash} failed: RuntimeError: boom"
+
+
+def test_a_limit_stops_after_so_many_runs() -> None:
+    for limit, runs in ((0, []), (1, ["dce"]), (3, ["dce", "cse", "dce"]), (99, ["dce", "cse", "dce", "cse", "fold"])):
+        seen = Seen()
+        report = run_pipeline("fix(dce,cse),fold", module(), limit=limit, instruments=[seen])
+        assert [r.name for r in report.runs] == runs and seen.events[-1] == "finished"
+
+
+def test_verifying_can_be_left_out() -> None:
+    run_pipeline("test-breaker", module(), verify_each=False)
+    with pytest.raises(XllmError, match="denies it"):
+        run_pipeline("test-liar{act=true}", module(), verify_each=False)
 
 
 def test_stages_are_checked_before_anything_runs() -> None:

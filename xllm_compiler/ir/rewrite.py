@@ -34,6 +34,20 @@ class RewriteContext(Protocol):
 
     def remark(self, op: Op | None, text: str) -> None: ...
 
+    def allows(self, rule: str, op: Op) -> bool: ...
+
+    def tried(self, rule: str, op: Op, fired: bool, made: Sequence[Op] = ()) -> None: ...
+
+
+class RewriteListener(Protocol):
+    """Whoever limits or watches single rewrites: fuel, explanations. `rule` is "pass/rule"."""
+
+    def allows(self, rule: str, op: Op) -> bool:
+        """False: the rule is not tried at `op`. Called right before it would be."""
+
+    def tried(self, rule: str, op: Op, fired: bool, made: Sequence[Op]) -> None:
+        """It was tried; `made` are the new ops that are left when it fired (`op` itself may be gone)."""
+
 
 class Rewriter:
     """What a rule works with. New ops stand before the op being rewritten and inherit where it came from."""
@@ -44,8 +58,14 @@ class Rewriter:
         self._builder = Builder.at_end(func)
         self._touched: dict[Op, None] = {}
         self._unnamed: dict[Op, None] = {}
+        self._made: list[Op] = []
         self._changes = 0
         self._entry = ""
+
+    @property
+    def made(self) -> list[Op]:
+        """The ops that the running rule has created, in order."""
+        return list(self._made)
 
     def create(
         self,
@@ -63,6 +83,7 @@ class Rewriter:
         made = self._builder.create(cls, *operands, loc=place, hint=hint, **fields)
         self._changes += 1
         self._touched[made] = None
+        self._made.append(made)
         if not hint:
             self._unnamed[made] = None
         return made
@@ -115,6 +136,7 @@ class Rewriter:
         self._builder = Builder.before(op, op.loc.touched_by(entry))
         self._touched.clear()
         self._unnamed.clear()
+        self._made.clear()
         self._changes = 0
 
 
@@ -201,8 +223,13 @@ def apply_rules(func: Func, rules: Iterable[Rule], pass_name: str, ctx: RewriteC
         if cls not in by_class:
             by_class[cls] = [r for r in ordered if issubclass(cls, r.on)]
         for r in by_class[cls]:
-            rw._start(op, f"{pass_name}/{r.name}")
+            entry = f"{pass_name}/{r.name}"
+            if ctx is not None and not ctx.allows(entry, op):
+                continue
+            rw._start(op, entry)
             fired = r.apply(op, rw)
+            if ctx is not None:
+                ctx.tried(entry, op, fired, rw.made)
             if bool(fired) != bool(rw._changes):
                 did = "changed the IR and returned False" if rw._changes else "returned True and changed nothing"
                 raise XllmError("internal", f"rule {r.name} {did}", where=_place(r), help="change the IR through rw")

@@ -117,6 +117,7 @@ def _verb(verb: str, argv: list[str]) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     from xllm_compiler.driver import compile_checkpoint
+    from xllm_compiler.passes.instruments import DumpDir
 
     if args.output is not None and args.cache_dir is not None:
         raise XllmError("option", "-o and --cache-dir exclude each other", help="the cache is used when there is no -o")
@@ -126,7 +127,7 @@ def _compile(args: argparse.Namespace) -> int:
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        dump_ir=args.dump_ir,
+        instruments=[] if args.dump_ir is None else [DumpDir(args.dump_ir)],
     )
     if args.output is not None:
         print(report_text(report))
