@@ -1,5 +1,7 @@
 """The worklist driver: fixed point, dead code, lineage, honesty."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from xllm_compiler.errors import XllmError
@@ -178,10 +180,11 @@ def test_replacing_by_another_type_is_refused() -> None:
         apply_rules(parse("  %n = t.neg(%x) : f32[N, 8]\n  return %n, %y\n").funcs["f"], [wrong], "p")
 
 
-def test_context_gets_counts() -> None:
+def test_a_context_gets_counts_and_decides_about_single_rewrites() -> None:
     class Context:
         def __init__(self) -> None:
             self.counts: dict[str, int] = {}
+            self.tries: list[tuple[str, str, bool, list[str]]] = []
 
         def stat(self, name: str, n: int = 1) -> None:
             self.counts[name] = self.counts.get(name, 0) + n
@@ -189,7 +192,17 @@ def test_context_gets_counts() -> None:
         def remark(self, op: Op | None, text: str) -> None:
             raise AssertionError(text)
 
+        def allows(self, rule: str, op: Op) -> bool:
+            return op.results[0].name != "c"
+
+        def tried(self, rule: str, op: Op, fired: bool, made: Sequence[Op] = ()) -> None:
+            self.tries.append((rule, op.results[0].name, fired, [o.name for o in made]))
+
     ctx = Context()
-    module = parse("  %a = t.neg(%x) : f32[N, 8]\n  %b = t.neg(%a) : f32[N, 8]\n  return %b, %y\n")
+    text = "  %a = t.neg(%x) : f32[N, 8]\n  %b = t.neg(%a) : f32[N, 8]\n  %c = t.neg(%a) : f32[N, 8]\n  return %b, %c\n"
+    module = parse(text)
     apply_rules(module.funcs["f"], [double_neg], "p", ctx)
-    assert ctx.counts == {"double-neg": 1, "dead-ops": 1}
+    assert ctx.counts == {"double-neg": 1}
+    assert [t for t in ctx.tries if t[2]] == [("p/double-neg", "b", True, [])]
+    assert ("p/double-neg", "a", False, []) in ctx.tries and all(name != "c" for _, name, _, _ in ctx.tries)
+    assert [op.results[0].name for op in module.funcs["f"].ops] == ["a", "c"]
