@@ -6,7 +6,7 @@ are dropped after their last use, so peak memory is that of the live values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,8 +14,11 @@ from xllm_compiler.dims import DimScope
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
 from xllm_compiler.ir.ops import AllReduceStart
-from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape
-from xllm_compiler.ir.types import FLOATS, Future, Kv, Tensor, Type
+from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape, stored_dtype
+from xllm_compiler.ir.types import FLOATS, Kv, Tensor
+
+# Sees every value as it is stored, with its rank, and says what is stored instead: for recording and for perturbing.
+Watch = Callable[[Value, int, Array], Array]
 
 
 def run(
@@ -42,10 +45,12 @@ def run_ranks(
     params: Sequence[Mapping[str, Array]],
     dims: Mapping[str, int] | None = None,
     precise: bool = False,
+    watch: Watch | None = None,
 ) -> list[list[Array]]:
     """The same function on several ranks in lockstep, collectives included; `inputs` and `params` per rank.
 
-    A collective is run over all ranks given: its group must have as many.
+    A collective is run over all ranks given: its group must have as many. `watch` is called for every argument and
+    every result that is used, in order.
     """
     if len(inputs) != len(params) or not inputs:
         raise IrError(f"{len(inputs)} ranks of inputs and {len(params)} of params")
@@ -53,7 +58,9 @@ def run_ranks(
     sizes = _bind_dims(f, inputs[0], dims or {})
     ranks = [EvalContext(p, sizes, precise) for p in params]
     envs = [_arguments(f, ctx, given) for ctx, given in zip(ranks, inputs, strict=True)]
-    _execute(list(f.ops), ranks, envs, keep=f.returns)
+    if watch is not None:
+        envs = [{v: watch(v, i, x) for v, x in env.items()} for i, env in enumerate(envs)]
+    _execute(list(f.ops), ranks, envs, keep=f.returns, watch=watch)
     return [[env[v] for v in f.returns] for env in envs]
 
 
@@ -119,7 +126,7 @@ def _arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) -> dic
         want = array_shape(ctx, arg.type)
         if x.shape != want:
             raise IrError(f"input %{arg.name} has shape {list(x.shape)}, {arg.type} is {list(want)}")
-        dtype = _dtype(arg.type)
+        dtype = stored_dtype(arg.type)
         ours = OUR_DTYPE.get(x.dtype, str(x.dtype))
         if ours != dtype and not (ctx.precise and ours in FLOATS and dtype in FLOATS):
             raise IrError(f"input %{arg.name} is {ours}, wanted {dtype}")
@@ -127,12 +134,12 @@ def _arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) -> dic
     return env
 
 
-def _dtype(ty: Type) -> str:
-    return ty.of.dtype if isinstance(ty, Future) else ty.dtype
-
-
 def _execute(
-    ops: Sequence[Op], ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]], keep: Iterable[Value]
+    ops: Sequence[Op],
+    ranks: Sequence[EvalContext],
+    envs: Sequence[dict[Value, Array]],
+    keep: Iterable[Value],
+    watch: Watch | None = None,
 ) -> None:
     """Runs `ops` on every rank, leaving in `envs` what is in `keep`."""
     kept = set(keep)
@@ -147,7 +154,8 @@ def _execute(
                     if out.shape != want:
                         raise blame(op, f"{op.name} made shape {list(out.shape)} for {r.type}, {list(want)} (rank {i})")
                     if r.has_uses or r in kept:
-                        env[r] = ctx.store(out, r.type)
+                        stored = ctx.store(out, r.type)
+                        env[r] = stored if watch is None else watch(r, i, stored)
                 del outs
                 for v in op.operands:
                     if last[v] is op and v not in kept:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from xllm_compiler.dims import Dim, DimScope
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.loc import UNKNOWN, Loc
-from xllm_compiler.ir.spec import Attr, OperandField, OpSpec
+from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
 
 if TYPE_CHECKING:
@@ -170,6 +170,13 @@ class Op:
         return self.func.module.scope
 
     @property
+    def stream(self) -> int:
+        """The in-order queue that runs the op, in stages sched and buf; list order is execution order within one."""
+        stream = self.attrs.get("stream", 0)
+        assert isinstance(stream, int)
+        return stream
+
+    @property
     def attached(self) -> bool:
         """Whether the op stands in its function."""
         return self._attached
@@ -222,14 +229,15 @@ class Op:
         value._uses[(self, index)] = None
 
     def set_attr(self, name: str, value: object) -> None:
-        """Sets a declared attribute (or `at`); the result types must stay what they are."""
+        """Sets a declared or common attribute (`stream`, `at`); the result types must stay what they are."""
         spec = self.SPEC.attr(name)
         if spec is None:
             raise IrError(f"{self.name} has no attribute {name!r}", op=self)
+        if name in COMMON:
+            set_common(self.attrs, name, value)
+            return
         before = self.attrs.get(name)
         self.attrs[name] = spec.coerce(value)
-        if name == "at":
-            return
         if self.infer() != tuple(r.type for r in self.results):
             if before is not None:
                 self.attrs[name] = before
@@ -519,15 +527,23 @@ def bind(
             raise IrError(f"{spec.name}: attribute {attr.name} is missing")
         else:
             attrs[attr.name] = attr.coerce(attr.default)
-    at = left.pop("at", None)
-    if at is not None:
-        at_field = spec.attr("at")
-        assert at_field is not None
-        attrs["at"] = at_field.coerce(at)
+    for name in COMMON:
+        if left and left.get(name) is not None:
+            set_common(attrs, name, left.pop(name))
     if left:
         known = [f.name for f in spec.operands] + [a.name for a in spec.attrs]
         raise IrError(f"{spec.name} has no {', '.join(sorted(left))}", help="it has " + ", ".join(known))
     return flat, segments, attrs
+
+
+def set_common(attrs: dict[str, Attr], name: str, value: object) -> None:
+    """Stores a common attribute in its one form: absent where it has its default."""
+    field = COMMON[name]
+    stored = field.coerce(value)
+    if field.is_default(stored):
+        attrs.pop(name, None)
+    else:
+        attrs[name] = stored
 
 
 def _sequence(value: object) -> Sequence[object]:

@@ -22,8 +22,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar, get_args, 
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Op, ReturnOp, Value
-from xllm_compiler.ir.spec import MISSING, Arity, Attr, AttrField, AttrKind, OperandField, OpSpec
-from xllm_compiler.ir.types import Future, Kv, Tensor
+from xllm_compiler.ir.spec import COMMON, MISSING, Arity, Attr, AttrField, AttrKind, OperandField, OpSpec
+from xllm_compiler.ir.types import Type
 
 Operand = Annotated[Value, "one"]
 OptOperand = Annotated[Value | None, "opt"]
@@ -68,6 +68,8 @@ def op(
             default = cls.__dict__.get(field, MISSING)
             arity = _arity(hint)
             key = field.removesuffix("_")
+            if key in COMMON:
+                raise ValueError(f"op {name}: every op may carry {key}; name this field otherwise")
             if arity is not None:
                 operands.append(OperandField(field, arity))
                 setattr(cls, field, _operand_property(field, arity))
@@ -109,7 +111,7 @@ def _attr_field(name: str, hint: Any, default: object) -> AttrField:
             return AttrField(name, kind, many, (), default)
     if get_origin(hint) is Literal:
         return AttrField(name, "enum", many, get_args(hint), default)
-    if isinstance(hint, UnionType) and set(get_args(hint)) == {Tensor, Kv, Future}:
+    if isinstance(hint, UnionType) and hint == Type:
         return AttrField(name, "type", many, (), default)
     if hint in _SCALARS:
         return AttrField(name, _SCALARS[hint], many, (), default)

@@ -21,7 +21,7 @@ from xllm_compiler.ir.lexer import Source, Token, tokenize
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.opdef import OPS
 from xllm_compiler.ir.spec import AttrField, Scalar
-from xllm_compiler.ir.types import DTYPE_BYTES, Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import DTYPE_BYTES, Event, Future, Kv, Tensor, Type
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
 _OPEN: Final = {"(": ")", "[": "]"}
@@ -146,8 +146,11 @@ class _Parser:
     def read_type(self) -> Type:
         start = self.token
         if self.accept("!"):
-            if self.kind("name", "`future`").text != "future":
-                self.fail("expected `!future<...>`", start)
+            kind = self.kind("name", "`future` or `event`").text
+            if kind == "event":
+                return Event()
+            if kind != "future":
+                self.fail("expected `!future<...>` or `!event`", start)
             self.expect("<")
             inner = self.read_type()
             self.expect(">")

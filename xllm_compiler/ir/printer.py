@@ -5,7 +5,7 @@ One generic form for all ops, so that an op that breaks a rule still prints:
     %y = nn.linear(%x, %w, bias=%b, act=silu) : bf16[N, 64]
 
 Positional operands, optional operands by keyword, attributes that differ from their default, in declared order, then
-`at`. Names are hints made unique with _1, _2: printing what was parsed gives the same text.
+`stream` and `at`. Names are hints made unique with _1, _2: printing what was parsed gives the same text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.loc import Loc
-from xllm_compiler.ir.spec import AT_FIELD, Attr, AttrField, format_float
+from xllm_compiler.ir.spec import COMMON, Attr, AttrField, format_float
 
 _BAD_NAME = re.compile(r"[^A-Za-z0-9_.'$]+")
 _SUFFIX = re.compile(r"_\d+$")
@@ -121,8 +121,9 @@ def print_op(op: Op, names: Names, loc: bool = False) -> str:
     for attr in op.SPEC.attrs:
         if attr.kind != "type" and attr.name in op.attrs and not attr.is_default(op.attrs[attr.name]):
             inside.append(f"{attr.name}={attr_text(attr, op.attrs[attr.name])}")
-    if "at" in op.attrs:
-        inside.append(f"at={attr_text(AT_FIELD, op.attrs['at'])}")
+    for name, attr in COMMON.items():
+        if name in op.attrs:
+            inside.append(f"{name}={attr_text(attr, op.attrs[name])}")
     text = f"{op.name}({', '.join(inside)})"
     if op.results:
         text = f"{results} = {text} : {', '.join(str(r.type) for r in op.results)}"

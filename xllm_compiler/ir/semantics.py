@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.types import FLOATS, Kv, Tensor, Type
+from xllm_compiler.ir.types import FLOATS, Event, Future, Kv, Tensor, Type
 
 Array = npt.NDArray[Any]
 
@@ -64,8 +64,18 @@ class EvalContext:
 
     def store(self, x: Array, ty: Type) -> Array:
         """A result rounded (once, to nearest even) to how `ty` is stored."""
-        dtype = ty.of.dtype if not isinstance(ty, (Tensor, Kv)) else ty.dtype
-        return np.asarray(x).astype(self.dtype(dtype), copy=False)
+        return np.asarray(x).astype(self.dtype(stored_dtype(ty)), copy=False)
+
+
+def stored_dtype(ty: Type) -> str:
+    """Of the array that holds a value of type `ty`: an event is an empty array of truths."""
+    match ty:
+        case Future():
+            return ty.of.dtype
+        case Event():
+            return "bool"
+        case _:
+            return ty.dtype
 
 
 def kv_zeros(ty: Kv, dims: Mapping[str, int], precise: bool = False) -> Array:
@@ -81,8 +91,10 @@ def array_shape(ctx: EvalContext, ty: Type) -> tuple[int, ...]:
             return ctx.shape(ty)
         case Kv():
             return (ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim)
-        case _:
+        case Future():
             return ctx.shape(ty.of)
+        case Event():
+            return (0,)
 
 
 def silu(x: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type, check_dtype
+from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type, check_dtype
 
 Scalar = int | float | bool | str | Dim | Type
 Attr = Scalar | tuple[Scalar, ...]
@@ -27,13 +27,15 @@ class OperandField:
 
 @dataclass(frozen=True, slots=True)
 class AttrField:
-    """`many`: a tuple of `kind`. `choices` only for kind "enum". `default` is MISSING when it is required."""
+    """`many`: a tuple of `kind`. `choices` only for kind "enum". `default` is MISSING when it is required. `least`: the
+    smallest allowed value, for kind "int"."""
 
     name: str
     kind: AttrKind
     many: bool = False
     choices: tuple[str, ...] = ()
     default: object = MISSING
+    least: int | None = None
 
     @property
     def required(self) -> bool:
@@ -57,10 +59,12 @@ class AttrField:
             if isinstance(value, bool):
                 return value
         elif kind == "int":
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
             if isinstance(value, Dim) and value.is_const:
-                return value.value
+                value = value.value
+            if isinstance(value, int) and not isinstance(value, bool):
+                if self.least is not None and value < self.least:
+                    raise IrError(f"attribute {self.name}={value} is not allowed", help=f"at least {self.least}")
+                return value
         elif kind == "float":
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return float(value)
@@ -77,7 +81,7 @@ class AttrField:
             if isinstance(value, str):
                 return check_dtype(value)
         elif kind == "type":
-            if isinstance(value, (Tensor, Kv, Future)):
+            if isinstance(value, (Tensor, Kv, Future, Event)):
                 return value
         elif kind == "enum":
             if isinstance(value, str) and value in self.choices:
@@ -90,8 +94,12 @@ class AttrField:
         return IrError(f"attribute {self.name} wants {kind}, got {value!r}")
 
 
-# Every op may carry it: byte offsets of its results from the arena's base, one Dim per result (stage buf).
+# What every op may carry besides its own attributes; stored only where it says something.
+# stream: the in-order queue the op runs on, 0 where absent (stages sched and buf).
+STREAM_FIELD: Final = AttrField("stream", "int", default=0, least=0)
+# at: byte offsets of its results from the arena's base, one Dim per result (stage buf).
 AT_FIELD: Final = AttrField("at", "dim", many=True)
+COMMON: Final[dict[str, AttrField]] = {"stream": STREAM_FIELD, "at": AT_FIELD}  # in the order of printing
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +122,7 @@ class OpSpec:
         for field in self.attrs:
             if field.name == name:
                 return field
-        return AT_FIELD if name == "at" else None
+        return COMMON.get(name)
 
 
 def format_float(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Types of IR values: tensors, KV caches and futures. Owns type equality and text; must not know any op."""
+"""Types of IR values: tensors, KV caches, futures and events. Owns type equality and text; must not know any op."""
 
 from __future__ import annotations
 
@@ -116,7 +116,15 @@ class Future:
         return f"!future<{self.of}>"
 
 
-Type = Tensor | Kv | Future
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A point of a stream that other streams may wait for (`sched.record`, `sched.wait`); it has no data."""
+
+    def __str__(self) -> str:
+        return "!event"
+
+
+Type = Tensor | Kv | Future | Event
 
 
 def substitute_dims(ty: Type, env: dict[str, Dim]) -> Type:
@@ -130,3 +138,5 @@ def substitute_dims(ty: Type, env: dict[str, Dim]) -> Type:
             inner = substitute_dims(ty.of, env)
             assert isinstance(inner, Tensor)
             return replace(ty, of=inner)
+        case Event():
+            return ty

@@ -1,4 +1,5 @@
-"""What every module must fulfil. Owns the numbered invariants of all stages; verify_buf.py has those of `buf`.
+"""What every module must fulfil. Owns the numbered invariants of all stages; verify_sched.py has those of streams and
+verify_buf.py those of `buf`.
 
 V1   An operand is an argument of the same function or the result of an earlier op of it; so is a returned value.
 V2   Use-lists are exact: a value's uses are the operands that name it. Results and arguments know owner and index.
@@ -13,6 +14,7 @@ V10  A partial sum reaches only a collective or a linear op, and is not returned
 V11  Arguments have names, and no two the same.
 V12  Offsets (`at`) and an arena size stand in stage buf only.
 V13, V14, V15  Stage buf: see verify_buf.py.
+V16, V17, V18, V19  Streams and events: see verify_sched.py.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from typing import Final
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
-from xllm_compiler.ir.spec import Attr
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.spec import COMMON, Attr
+from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type
 from xllm_compiler.ir.verify_buf import check_buffers
+from xllm_compiler.ir.verify_sched import check_order, check_stage, order_of
 
 _REDUCERS: Final = frozenset({"comm.all_reduce_start"})
 
@@ -51,8 +54,12 @@ def verify(module: Module) -> None:
             _check_stage(module, op)
         _check_kv(func)
         _check_futures(func)
+        check_stage(module, func)
+        order = order_of(func)
+        if order is not None:
+            check_order(func, order)
         if module.stage == "buf":
-            check_buffers(func)
+            check_buffers(func, order)
 
 
 def _check_order(func: Func) -> None:
@@ -126,7 +133,7 @@ def _check_types(op: Op) -> None:
             stored = field.coerce(value)
         except IrError as e:
             raise blame(op, f"V3: {op.name}: {e.message}", e.help) from None
-        if type(stored) is not type(value):
+        if type(stored) is not type(value) or (name in COMMON and field.is_default(stored)):
             raise blame(op, f"V3: {op.name}: attribute {name} is stored as {value!r}, not as {stored!r}")
     before = dict(op.attrs)
     try:
@@ -158,6 +165,8 @@ def _type_dims(ty: Type) -> list[Dim]:
             return [ty.pages]
         case Future():
             return list(ty.of.shape)
+        case Event():
+            return []
 
 
 def _check_symbols(module: Module, dims: Iterable[Dim], what: str, op: Op | None) -> None:

@@ -43,6 +43,7 @@ from xllm_compiler.ir.ops.elementwise import (
 from xllm_compiler.ir.ops.kv import KvAppend, KvAttend, KvWrite
 from xllm_compiler.ir.ops.nn import AddRmsNorm, Embedding, LayerNorm, Linear, LinearGlu, RmsNorm, Rope
 from xllm_compiler.ir.ops.param import Const, Iota, Param
+from xllm_compiler.ir.ops.sched import Record, WaitEvent
 from xllm_compiler.ir.ops.tensor import (
     Concat,
     CumSum,
@@ -102,6 +103,7 @@ __all__ = [
     "Pad",
     "Param",
     "Pow",
+    "Record",
     "Reduce",
     "Relu",
     "Reshape",
@@ -120,5 +122,6 @@ __all__ = [
     "Tanh",
     "Transpose",
     "Wait",
+    "WaitEvent",
     "Where",
 ]
