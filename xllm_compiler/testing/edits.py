@@ -1,0 +1,191 @@
+"""Cutting pieces out of a module. Owns `Edit`, a description of cuts, and `rebuild`, which makes the module without
+them; must not know why something is cut or whether the result is wanted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from xllm_compiler.dims import Dim, DimScope, as_dim, parse_dim
+from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
+from xllm_compiler.ir.ops import Param
+from xllm_compiler.ir.spec import Attr, Scalar
+from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+
+_INTEGER = re.compile(r"\b\d+\b")
+_NOT_SIZES = frozenset({"axis", "value", "stream"})  # integer attributes that count something else than elements
+
+
+@dataclass(slots=True)
+class Edit:
+    """What to change; everything refers to one module. Ops that become dead of it go as well, ops that were dead stay.
+
+    fresh     values that are replaced by a new argument ("arg") or a new param op ("param") of their type
+    subst     values that are replaced by another one that stands before them
+    drop      ops that go although they have effects or were dead before
+    omit      flat operand indices that an op loses (optional or variadic ones)
+    returns   what a function returns instead
+    attrs     attributes that an op gets instead
+    unused    arguments that go if nothing uses them any more
+    funcs     functions that go
+    number    what becomes of an integer in a Dim, a type or a size-like attribute
+    scope     the symbols and assumptions instead of the module's; groups likewise
+    """
+
+    fresh: dict[Value, str] = field(default_factory=dict)
+    subst: dict[Value, Value] = field(default_factory=dict)
+    drop: dict[Op, None] = field(default_factory=dict)
+    omit: dict[Op, set[int]] = field(default_factory=dict)
+    returns: dict[Func, list[Value]] = field(default_factory=dict)
+    attrs: dict[Op, dict[str, Attr]] = field(default_factory=dict)
+    unused: dict[Value, None] = field(default_factory=dict)
+    funcs: dict[str, None] = field(default_factory=dict)
+    number: Callable[[int], int] | None = None
+    scope: DimScope | None = None
+    groups: dict[str, int] | None = None
+
+    def resolve(self, value: Value) -> Value:
+        """The old value that stands for `value` now; it may itself be one of `fresh`."""
+        while value in self.subst:
+            value = self.subst[value]
+        return value
+
+
+def is_dead(op: Op) -> bool:
+    """Whether nothing uses what `op` yields; an op that yields nothing is there for its effect and never dead."""
+    return bool(op.results) and not any(r.has_uses for r in op.results)
+
+
+def first_version(value: Value) -> Value:
+    """The value at the start of the chain of consuming ops that leads to a kv value."""
+    while value.op is not None and value.op.SPEC.consumes:
+        value = value.op.field(value.op.SPEC.consumes)[0]
+    return value
+
+
+def rebuild(module: Module, edit: Edit) -> Module:
+    """A new module with the edit made and all types inferred anew. IrError where they do not fit; it may break
+    invariants, which `verify` tells."""
+    copy = Module(module.stage, (edit.scope or module.scope).copy())
+    copy.groups = dict(module.groups if edit.groups is None else edit.groups)
+    for func in module.funcs.values():
+        if func.name not in edit.funcs:
+            _Rebuilder(func, edit, copy).run()
+    return copy
+
+
+class _Rebuilder:
+    """Copies one function."""
+
+    def __init__(self, func: Func, edit: Edit, module: Module) -> None:
+        self.old = func
+        self.edit = edit
+        self.new = module.add_func(func.name)
+        self.builder = Builder.at_end(self.new)
+        self.mapping: dict[Value, Value] = {}
+        self.made: dict[Value, Value] = {}  # stands in for those of edit.fresh
+        self.names = {a.name for a in func.args}
+
+    def run(self) -> None:
+        edit, old = self.edit, self.old
+        returns = edit.returns.get(old, list(old.returns))
+        kept, used = self.live(returns)
+        for arg in old.args:
+            if arg in used or (arg not in edit.unused and arg not in edit.fresh and arg not in edit.subst):
+                self.mapping[arg] = self.new.add_arg(arg.name, self.type(arg.type))
+        for op in old.ops:
+            if op in kept:
+                self.copy(op)
+        values = [self.value(v) for v in returns]
+        aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, Kv)}
+        self.new.set_returns(values, aliases)
+        self.new.arena = None if old.arena is None else self.dim(old.arena)
+
+    def live(self, returns: Sequence[Value]) -> tuple[set[Op], set[Value]]:
+        """Ops to keep, and old values that something kept uses."""
+        edit = self.edit
+        used = {edit.resolve(v) for v in returns}
+        kept: set[Op] = set()
+        for op in reversed(self.old.ops):
+            rooted = op not in edit.drop and (not op.results or is_dead(op))
+            if rooted or any(r in used and r not in edit.fresh for r in op.results):
+                kept.add(op)
+                gone = edit.omit.get(op, ())
+                used.update(edit.resolve(v) for i, v in enumerate(op.operands) if i not in gone)
+        return kept, used
+
+    def copy(self, op: Op) -> None:
+        gone = self.edit.omit.get(op, ())
+        segments, start = [], 0
+        for count in op.segments:
+            segments.append(sum(i not in gone for i in range(start, start + count)))
+            start += count
+        operands = [self.value(v) for i, v in enumerate(op.operands) if i not in gone]
+        attrs = {**op.attrs, **self.edit.attrs.get(op, {})}
+        if self.edit.number is not None:
+            attrs = {name: self.attr(op, name, value) for name, value in attrs.items()}
+        made = type(op)(self.new, operands, segments, attrs, op.loc, [r.name for r in op.results])
+        self.builder.insert(made)
+        self.mapping.update(zip(op.results, made.results, strict=True))
+
+    def value(self, old: Value) -> Value:
+        """The new value for an old one, made now if it is one of `fresh`."""
+        old = self.edit.resolve(old)
+        how = self.edit.fresh.get(old)
+        if how is None:
+            return self.mapping[old]
+        # Apart from `mapping`: an op that is kept for another of its results still makes its own value.
+        if old not in self.made:
+            self.made[old] = self.make(old, how)
+        return self.made[old]
+
+    def make(self, old: Value, how: str) -> Value:
+        ty = self.type(old.type)
+        if how == "param" and isinstance(ty, Tensor):
+            return self.builder.create(Param, name=old.name or "w", type=ty, loc=None, hint=old.name).result
+        name, count = old.name or "v", 0
+        while name in self.names:
+            count += 1
+            name = f"{old.name or 'v'}_{count}"
+        self.names.add(name)
+        return self.new.add_arg(name, ty)
+
+    def dim(self, dim: Dim) -> Dim:
+        number = self.edit.number
+        if number is None:
+            return dim
+        if dim.is_const:
+            return as_dim(number(dim.value))
+        return parse_dim(_INTEGER.sub(lambda m: str(number(int(m[0]))), str(dim)))
+
+    def type(self, ty: Type) -> Type:
+        number = self.edit.number
+        if number is None:
+            return ty
+        match ty:
+            case Tensor():
+                return ty.with_(shape=[self.dim(d) for d in ty.shape])
+            case Kv():
+                heads, k, v = number(ty.heads), number(ty.k_dim), number(ty.v_dim)
+                return Kv(ty.dtype, heads, k, v, ty.page, self.dim(ty.pages))
+            case Future():
+                inner = self.type(ty.of)
+                assert isinstance(inner, Tensor)
+                return replace(ty, of=inner)
+            case _:
+                return ty
+
+    def attr(self, op: Op, name: str, value: Attr) -> Attr:
+        """Dims and types always; an integer where it is a size: one by itself that does not name an axis."""
+        if isinstance(value, tuple):
+            return tuple(self.scalar(v) for v in value)
+        if isinstance(value, int) and not isinstance(value, bool) and name not in _NOT_SIZES:
+            assert self.edit.number is not None
+            return self.edit.number(value)
+        return self.scalar(value)
+
+    def scalar(self, value: Scalar) -> Scalar:
+        if isinstance(value, Dim):
+            return self.dim(value)
+        return self.type(value) if isinstance(value, (Tensor, Kv, Future)) else value
