@@ -52,7 +52,6 @@ _MOVES: Final = frozenset(  # results that are elements of their operands, so th
         *("nn.embedding", "kv.write", "comm.wait"),
     }
 )
-)
 
 
 @dataclass(frozen=True, slots=True)
