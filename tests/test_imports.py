@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "cache": {"errors", "artifact"},
     "options": {"errors", "artifact", "frontend"},
     "driver": IR_LEVEL | {"passes", "models", "frontend", "lowering", "artifact", "cache", "kernels", "options"},
-    "tools": set(FOLDERS) - {"testing"},
+    "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},
     "runtime": {"errors", "dims", "artifact"},
 }

@@ -1,4 +1,5 @@
-"""What the command-line tools print: progress, tables, sizes, errors. Owns the look; must not know what is shown."""
+"""What the command-line tools print: progress, tables, sizes, errors. Owns the look, and the one environment dial,
+XLLM_DEBUG (docs/debugging.md has its table); must not know what is shown."""
 
 from __future__ import annotations
 
@@ -83,16 +84,33 @@ def size(count: int) -> str:
     return f"{value / 1024:.1f} TiB"
 
 
+DEBUG = "XLLM_DEBUG"
+MAX_DEBUG = 4
+DUMP_DIR = "xllm-dump"
+"""Where level 4 writes the IR after every pass, below the working directory."""
+
+
+def debug_level() -> int:
+    """The value of XLLM_DEBUG, 0 where it is not set. Raises kind "option" for anything but a level."""
+    text = os.environ.get(DEBUG, "")
+    if text not in ("", *map(str, range(MAX_DEBUG + 1))):
+        raise XllmError("option", f"{DEBUG}={text} is not a level", help=f"give a number from 0 to {MAX_DEBUG}")
+    return int(text or 0)
+
+
 def run(main: Callable[[], int]) -> int:
-    """Run a tool: our errors become their text and exit code, other exceptions one line and exit code 1.
-    XLLM_DEBUG=1 in the environment shows tracebacks."""
-    debug = os.environ.get("XLLM_DEBUG") == "1"
+    """Run a tool: our errors become their text and exit code, other exceptions one line and exit code 1. From level 1
+    of XLLM_DEBUG on, tracebacks are shown. argparse's exits are exit codes."""
+    debug = 0
     try:
+        debug = debug_level()
         return main()
+    except SystemExit as done:  # argparse has said what it had to
+        return done.code if isinstance(done.code, int) else 2
     except XllmError as error:
         if debug:
             traceback.print_exc()
-        print(error, file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -104,7 +122,12 @@ def run(main: Callable[[], int]) -> int:
         if debug:
             traceback.print_exc()
         internal = XllmError(
-            "internal", f"{type(error).__name__}: {error}", help="this is a bug of ours; XLLM_DEBUG=1 shows where"
+            "internal", f"{type(error).__name__}: {error}", help=f"this is a bug of ours; {DEBUG}=1 shows where"
         )
         print(internal, file=sys.stderr)
         return internal.exit_code
+
+
+def error_text(error: XllmError) -> str:
+    """The error and the notes that were added on its way up, such as the pass that was running."""
+    return "\n".join([str(error), *(f"  {note}" for note in getattr(error, "__notes__", ()))])

@@ -1,0 +1,104 @@
+"""`xllm-run`: interprets a function and tells what it returns. Owns the flags; arrays are evaluate.py's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.tools.arguments import Arguments, check_sizes, parse_sizes, suggest, whole_number
+from xllm_compiler.tools.console import run
+
+if TYPE_CHECKING:
+    from xllm_compiler.ir.core import Func, Module
+    from xllm_compiler.testing.inputs import Given
+
+_EPILOG = """\
+sizes that are not given are completed; without --inputs, arguments and parameters are made up from the seed.
+keys of --inputs: names of arguments and parameters. keys of -o: 0, 1, .. in the order of the returns."""
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool and return its exit code: 0, 1 (an order of the streams gives other bits), 2 (bad input)."""
+    return run(lambda: _main(list(argv)))
+
+
+def parser() -> Arguments:
+    """All flags of xllm-run."""
+    p = Arguments(
+        "xllm-run",
+        "Interpret a function of a module (.xir). One line per return: type, shape, least, mean and greatest element,\n"
+        "and a digest that is equal for equal bits.",
+        epilog=_EPILOG,
+        usage="xllm-run FILE.xir|- [N=3 B=2 ..] [flags]",
+    )
+    p.add_argument("file", metavar="FILE.xir", help="the module, - for standard input")
+    p.add_argument("sizes", nargs="*", metavar="N=3", help="sizes of the module's symbols")
+    p.add_argument("--func", metavar="NAME", help="default: step, or the only function")
+    p.add_argument("--seed", type=int, default=0, help="of made-up arrays; default 0")
+    p.add_argument("--precise", action="store_true", help="compute in f64 and never round")
+    p.add_argument("--ranks", type=whole_number, metavar="R", help="as many ranks; default: as the groups' sizes say")
+    p.add_argument(
+        "--orders", type=whole_number, metavar="K", help="also K random legal orders of the streams, bit for bit"
+    )
+    p.add_argument("--inputs", type=Path, metavar="FILE.npz", help="arrays for all arguments, and for any parameters")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT.npz", help="write what is returned")
+    return p
+
+
+def _main(argv: list[str]) -> int:
+    args = parser().read(argv, mixed=True)
+    sizes = parse_sizes(args.sizes, "xllm-run")
+    if args.ranks == 0:
+        raise XllmError("option", "--ranks 0: at least one rank has to run")
+    from xllm_compiler.tools.evaluate import call, results_text, write_arrays
+    from xllm_compiler.tools.files import read_module
+
+    module = read_module(args.file)
+    func = _func(module, args.func)
+    check_sizes(module.scope, sizes, "xllm-run")
+    if args.orders is not None and module.stage == "graph":
+        raise XllmError(
+            "option", "--orders: a module in stage graph has one order", help="assign streams first, in stage sched"
+        )
+    given = _given(module, func, args, sizes)
+    ranks = call(func, given, args.precise)
+    print(results_text(func, given.dims, ranks))
+    if args.output is not None:
+        write_arrays(args.output, ranks)
+    return 0
+
+
+def _func(module: Module, name: str | None) -> Func:
+    known = list(module.funcs)
+    if name is None:
+        if "step" in known or len(known) == 1:
+            return module.funcs["step" if "step" in known else known[0]]
+        raise XllmError("option", f"the module has {len(known)} functions", help="--func " + " | ".join(known))
+    if name.removeprefix("@") not in known:
+        help = suggest(name.removeprefix("@"), known, "its functions")
+        raise XllmError("option", f"--func: the module has no function {name}", help=help)
+    return module.funcs[name.removeprefix("@")]
+
+
+def _given(module: Module, func: Func, args: Any, sizes: dict[str, int]) -> Given:
+    from xllm_compiler.testing.inputs import make, ranks_of
+    from xllm_compiler.tools.evaluate import given_arrays, read_arrays
+
+    if args.ranks is not None:
+        module.groups.update(dict.fromkeys(module.groups, args.ranks))
+    ranks = args.ranks or ranks_of(module)
+    if args.inputs is not None:
+        return given_arrays(func, read_arrays(args.inputs), sizes, args.seed, ranks)
+    given = make(func, sizes, args.seed)
+    for _ in range(ranks - len(given.inputs)):  # no collective: every rank computes the same
+        given.inputs.append(given.inputs[0])
+        given.params.append(given.params[0])
+    return given
