@@ -16,7 +16,8 @@ from xllm_compiler.ir.core import Module, Value
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.testing.graphs import random_module
-from xllm_compiler.testing.xir import Case, make_inputs, make_params, step_dims
+from xllm_compiler.testing.inputs import make_inputs, make_params, step_dims
+from xllm_compiler.testing.xir import Case
 
 HEAD = "xir 1 stage=graph\ndim N in [1, 512]\ndim S in [0, 64]\n"
 
