@@ -20,6 +20,8 @@ _CPU: Final[tuple[str, ...]] = (
     #                   the rms_norm that follows stays alone; add_rms_norm would be one kernel more per layer
     "fuse-add-norm",  # so only sums that no linear could take (post-norms, embeddings, all-reduced) remain for it
     "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
+    "assign-streams",  # before bytes are planned: a place that is free in one order of the streams may be in use in
+    #                    another. One CPU process has no collectives, so this only names the stage
     "plan-memory",  # last: every value that still exists gets its place
 )
 

@@ -29,6 +29,7 @@ P = TypeVar("P", bound=Pass)
 _ROOT: Final = "xllm_compiler.passes."
 _GROUP: Final = "xllm_compiler.passes"
 BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
+    "assign-streams": "schedule.assign_streams",
     "canonicalise": "canonical.canonicalise",
     "cse": "cleanup.cse",
     "dce": "cleanup.dce",

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from xllm_compiler.analysis.liveness import Liveness, LiveRange, view_base
-from xllm_compiler.analysis.weights import weight_exprs
+from xllm_compiler.analysis.happens_before import Clock, HappensBefore, begun, done, passed
+from xllm_compiler.analysis.liveness import LiveRange, view_base, views_of
 from xllm_compiler.dims import Dim, DimScope, as_dim, ceildiv, dmax
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Func, Module, Stage, Value
-from xllm_compiler.ir.types import Future, Tensor
+from xllm_compiler.ir.core import Func, Module, Op, Stage, Value
+from xllm_compiler.ir.types import Tensor
 from xllm_compiler.passes.base import Pass, PassContext
 from xllm_compiler.passes.registry import register_pass
 
@@ -22,7 +22,7 @@ from xllm_compiler.passes.registry import register_pass
 @register_pass("plan-memory")
 @dataclass(frozen=True)
 class PlanMemory(Pass):
-    """Assigns arena offsets so that values in use at the same time provably do not overlap, at any admissible size.
+    """Assigns arena offsets so that values that may be in use at the same time provably do not overlap, at any size.
 
     before:  func @f(%x: f32[N, 8]) -> (f32[N, 8]) {
                %a = t.exp(%x) : f32[N, 8]
@@ -36,15 +36,19 @@ class PlanMemory(Pass):
                %d = t.exp(%c) : f32[N, 8]
 
     Needs no place: arguments, weight expressions, kv values, and what the function returns (the caller's buffers).
-    A view has its operand's place. No op writes where it reads. The module is in stage buf afterwards.
+    A view has its operand's place. No op writes where it reads, nor over what a collective in flight reads or writes.
+    With several streams a place is taken again only by what happens after all uses of its last owner, whatever the list
+    order says. The module is in stage buf afterwards.
     """
 
+    needs: ClassVar[Stage] = "sched"
     leaves: ClassVar[Stage] = "buf"
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         for func in module.funcs.values():
-            buffers = collect(func, ctx.target.align)
-            placed = plan(buffers, module.scope)
+            order = HappensBefore(func)
+            buffers = collect(func, order, ctx.target.align)
+            placed = plan(buffers, neighbours(buffers, order), module.scope)
             ctx.stat("buffers", len(buffers))
             ctx.stat("arena-bytes", _at_maxima(module.scope, write_back(func, placed)))
             ctx.stat("live-bytes", _peak(buffers))
@@ -54,13 +58,18 @@ class PlanMemory(Pass):
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Bytes for `value` and its views: `bytes`, rounded up to `size`, in use during `range`; at most `largest`."""
+    """Bytes for `value` and its views: `bytes`, rounded up to `size`; at most `largest`.
+
+    `first` is the first op that uses them and `reach` the point where all are done; `range`, the same in the list.
+    """
 
     value: Value
     bytes: Dim
     size: Dim
-    range: LiveRange
     largest: int
+    first: Op
+    reach: Clock
+    range: LiveRange
     offset: Dim | None = None
 
     @property
@@ -79,28 +88,41 @@ class Buffer:
         return self.start + self.bytes
 
 
-def collect(func: Func, align: int) -> list[Buffer]:
+def collect(func: Func, order: HappensBefore, align: int) -> list[Buffer]:
     """The values of `func` that need a place, in order of definition."""
-    live = Liveness(func)
-    weights = weight_exprs(func)
     scope = func.module.scope
+    position = {op: i for i, op in enumerate((*func.ops, func.ret))}
     out: list[Buffer] = []
     for op in func.ops:
         for r in op.results:
-            if not isinstance(r.type, Tensor) or r in weights or view_base(r) is not r or func.ret in r.users:
+            if not isinstance(r.type, Tensor) or r in order.weights or view_base(r) is not r or func.ret in r.users:
                 continue
             size = align * ceildiv(r.type.nbytes, align)
-            span = live.storage_range(r)
-            for user in r.users:  # a collective in flight reads its operand until it is waited for
-                for promised in user.results:
-                    if isinstance(promised.type, Future):
-                        span = LiveRange(span.start, max(span.end, live.range(promised).end))
-            out.append(Buffer(r, r.type.nbytes, size, span, _at_maxima(scope, size)))
+            first = begun(op)  # of a comm.wait: a collective in flight writes its result
+            uses = [op, *(done(user) for v in (r, *views_of(r)) for user in v.users)]
+            span = LiveRange(position[first], max(position[use] for use in uses))
+            out.append(Buffer(r, r.type.nbytes, size, _at_maxima(scope, size), first, order.reach(uses), span))
     return out
 
 
-def plan(buffers: list[Buffer], scope: DimScope) -> list[Buffer]:
-    """The buffers with offsets.
+def neighbours(buffers: list[Buffer], order: HappensBefore) -> list[list[int]]:
+    """For each buffer, the others that may be in use while it is: neither is done before the other is first used."""
+    near: list[list[int]] = [[] for _ in buffers]
+    settled = order.settled()
+    live: list[int] = []
+    for i in sorted(range(len(buffers)), key=lambda i: buffers[i].range.start):
+        first = buffers[i].first
+        live = [j for j in live if not passed(settled[first], buffers[j].reach)]
+        for j in live:
+            if not passed(order.clock(first), buffers[j].reach):
+                near[i].append(j)
+                near[j].append(i)
+        live.append(i)
+    return near
+
+
+def plan(buffers: list[Buffer], near: list[list[int]], scope: DimScope) -> list[Buffer]:
+    """The buffers with offsets. `near[i]`: the buffers that may be in use while the i-th is.
 
     Greedy best fit over symbolic sizes. Buffers are placed largest first and, as a second attempt, in order of
     definition; the smaller arena at the dims' maxima wins. Each may start at 0, at the end of a buffer that is in use
@@ -122,13 +144,13 @@ def plan(buffers: list[Buffer], scope: DimScope) -> list[Buffer]:
         placed: dict[int, Buffer] = {}
         for i in order:
             b = buffers[i]
-            near = [p for p in placed.values() if p.range.overlaps(b.range)]
-            ends = list(dict.fromkeys(p.end for p in near))
-            candidates = list(dict.fromkeys([as_dim(0), *ends, highest(near, scope)]))
+            taken = [placed[j] for j in near[i] if j in placed]
+            ends = list(dict.fromkeys(p.end for p in taken))
+            candidates = list(dict.fromkeys([as_dim(0), *ends, highest(taken, scope)]))
             candidates.sort(key=lambda d: (_at_maxima(scope, d), len(d.terms), str(d)))
             for offset in candidates:
                 last = offset + b.bytes
-                if all(fits_below(p.last, offset) or fits_below(last, p.start) for p in near):
+                if all(fits_below(p.last, offset) or fits_below(last, p.start) for p in taken):
                     placed[i] = replace(b, offset=offset)
                     break
             else:

@@ -136,7 +136,7 @@ def run_team(library: ctypes.CDLL, symbol: str, args: Any, team: int) -> int:
 
 def plan_tight(module: Module) -> None:
     """The product's memory plan, which reuses bytes as soon as they are free."""
-    run_pipeline("plan-memory", module)
+    run_pipeline("assign-streams,plan-memory", module)
 
 
 Build = Callable[..., Compiled]

@@ -166,7 +166,7 @@ def test_pinning() -> None:
 }}
 """
     module = parse_module(text)
-    run_pipeline("plan-memory", module)
+    run_pipeline("assign-streams,plan-memory", module)
     func = module.func("step")
     ops = {op.results[0].name: op for op in func.ops}
     storage = Storage(func, module.scope)

@@ -48,7 +48,7 @@ def _params() -> dict[str, Any]:
 
 def _lower(params: dict[str, Any], folder: Path) -> Any:
     module = parse_module(TEXT)
-    run_pipeline("plan-memory", module)
+    run_pipeline("assign-streams,plan-memory", module)
     return lower_cpu(module, params, folder, isas=["avx2"])
 
 
@@ -131,13 +131,13 @@ def test_no_instruction_set() -> None:
 
 def _planned() -> Any:
     module = parse_module(TEXT)
-    run_pipeline("plan-memory", module)
+    run_pipeline("assign-streams,plan-memory", module)
     return module
 
 
 def test_an_op_without_a_kernel_is_named(tmp_path: Path) -> None:
     module = parse_module(TEXT.replace("bf16", "f16"))
-    run_pipeline("plan-memory", module)
+    run_pipeline("assign-streams,plan-memory", module)
     with pytest.raises(XllmError, match=r"no cpu kernel for nn\.") as e:
         lower_cpu(module, {}, tmp_path)
     assert e.value.kind == "unsupported" and "f32" in e.value.help

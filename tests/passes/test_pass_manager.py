@@ -238,8 +238,8 @@ def test_stages_are_checked_before_anything_runs() -> None:
         run_pipeline("dce,test-buf", m)
     assert e.value.kind == "option" and len(m.funcs["f"].ops) == 2
     with pytest.raises(XllmError, match="needs stage graph"):
-        run_pipeline("plan-memory,dce", m)
-    run_pipeline("plan-memory,test-buf", m)
+        run_pipeline("assign-streams,plan-memory,dce", m)
+    run_pipeline("assign-streams,plan-memory,test-buf", m)
 
 
 def test_the_hash_follows_options_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

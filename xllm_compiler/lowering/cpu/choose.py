@@ -253,6 +253,15 @@ def _key(op: Op) -> Key:
 
 def select(func: Func, weights: WeightTable) -> Selection:
     """Kernel calls of a planned step function, in order. Asks `weights` for every weight it reads."""
+    for op in func.ops:
+        if op.stream or op.name.startswith("sched."):
+            what = f"{op.name} on stream {op.stream}" if op.stream else op.name
+            raise XllmError(
+                "unsupported",
+                f"{what}: a CPU program runs one stream, in list order, and has no events",
+                where=where(op),
+                help="assign-streams{comm=0} keeps everything on stream 0",
+            )
     scope = func.module.scope
     storage = Storage(func, scope)
     fusion = Fusion(storage)

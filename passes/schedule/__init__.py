@@ -1,0 +1,1 @@
+"""Passes that decide when and on which stream ops run. Public names live in the modules."""
