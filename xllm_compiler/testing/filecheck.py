@@ -1,5 +1,5 @@
-"""CHECK lines against an output, through the `filecheck` package. Owns how a mismatch is shown; the only file that knows
-the package. It follows LLVM's FileCheck: `{{regex}}`, `[[NAME:regex]]`, `[[NAME]]`, blanks match blanks of any length.
+"""CHECK lines against an output, through the `filecheck` package. Owns how a mismatch is shown, and alone knows the
+package, which follows LLVM's FileCheck: `{{regex}}`, `[[NAME:regex]]`, `[[NAME]]`; blanks match blanks.
 """
 
 from __future__ import annotations
