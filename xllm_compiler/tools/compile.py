@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from xllm_compiler import __version__
 from xllm_compiler.errors import XllmError
-from xllm_compiler.tools.console import ConsoleProgress, run, size, table
+from xllm_compiler.tools.console import ConsoleProgress, debug_level, run, size, table
 
 if TYPE_CHECKING:
     from xllm_compiler.cache import CompileCache
@@ -118,6 +118,7 @@ def _verb(verb: str, argv: list[str]) -> int:
 def _compile(args: argparse.Namespace) -> int:
     from xllm_compiler.driver import compile_checkpoint
     from xllm_compiler.passes.instruments import DumpDir
+    from xllm_compiler.tools.debug import debug_instruments
 
     if args.output is not None and args.cache_dir is not None:
         raise XllmError("option", "-o and --cache-dir exclude each other", help="the cache is used when there is no -o")
@@ -127,7 +128,10 @@ def _compile(args: argparse.Namespace) -> int:
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        instruments=[] if args.dump_ir is None else [DumpDir(args.dump_ir)],
+        instruments=[
+            *debug_instruments(debug_level(), sys.stderr),
+            *([] if args.dump_ir is None else [DumpDir(args.dump_ir)]),
+        ],
     )
     if args.output is not None:
         print(report_text(report))

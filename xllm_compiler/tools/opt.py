@@ -123,6 +123,12 @@ def checked_pipeline(args: Any) -> Pipeline:
         if "/" in rule and rule.partition("/")[0] not in names:
             help = suggest(rule.partition("/")[0], names, "passes of this pipeline")
             raise XllmError("option", f"--explain: the pipeline has no pass {rule.partition('/')[0]!r}", help=help)
+    if args.explain and args.report is not None:
+        raise XllmError(
+            "option",
+            "--explain and --report exclude each other",
+            help="each follows the lines that rules run; use two runs",
+        )
     if args.remarks:
         try:
             re.compile(args.remarks)

@@ -101,7 +101,7 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
     before = clone_module(module) if args.check_equiv is not None else None
     ctx = PassContext()
     explains = [Explain(pattern, sys.stderr) for pattern in args.explain]
-    tries = Tries()
+    tries = OpsTried()
     ctx.listeners += [*explains, tries] if explains else []
     if args.fuel is not None:
         ctx.listeners.append(Fuel(args.fuel))
@@ -111,7 +111,7 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
             pipeline,
             module,
             ctx,
-            instruments=_instruments(job, args),
+            instruments=_instruments(job, args, pipeline, ctx),
             verify_each=not args.no_verify_each,
             limit=args.pass_limit,
         )
@@ -149,7 +149,7 @@ def _given_sizes(module: Module, args: Any) -> _Sizes:
     return _Sizes(interp, equiv)
 
 
-def _instruments(job: Job, args: Any) -> list[Instrument]:
+def _instruments(job: Job, args: Any, pipeline: Pipeline, ctx: PassContext) -> list[Instrument]:
     err = sys.stderr
     level = debug_level()
     found: list[Instrument] = debug_instruments(level, err)
@@ -162,6 +162,17 @@ def _instruments(job: Job, args: Any) -> list[Instrument]:
         found.append(PassTable(err))
     if not args.no_repro:
         found.append(Repro(job.numbered(args.repro), _repro_flags(args)))
+    if args.report is not None:
+        from xllm_compiler.report.page import ReportPage
+
+        title = f"{Path(job.name).name} after {pipeline}" if pipeline.items else Path(job.name).name
+        page = ReportPage(job.numbered(args.report), title)
+        ctx.listeners.append(page.tries)
+        found.append(page)
+    if args.timeline is not None:
+        from xllm_compiler.report.timeline import TimelineFile
+
+        found.append(TimelineFile(job.numbered(args.timeline)))
     return found
 
 
@@ -205,7 +216,7 @@ def _remark_json(remark: Remark) -> str:
 # ----------------------------------------------------------------------------------------------------------- explaining
 
 
-class Tries:
+class OpsTried:
     """Remembers which ops each rule was tried at, by op name."""
 
     def __init__(self) -> None:
@@ -230,7 +241,7 @@ def _value_names(module: Module) -> dict[str, str]:
     return found
 
 
-def _explain_nothing(explain: Explain, tries: Tries, values: dict[str, str]) -> None:
+def _explain_nothing(explain: Explain, tries: OpsTried, values: dict[str, str]) -> None:
     """Says why the rule was never tried at that op; XllmError when there is no such rule or no such value."""
     from xllm_compiler.tools.arguments import nearest, suggest
 
