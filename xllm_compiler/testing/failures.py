@@ -180,7 +180,11 @@ def _differs(mismatch: Mismatch, given: Sequence[Sizes] | None) -> Failure:
     else:
         signature = DIFFERS_EXACTLY if mismatch.precise else ("differs", "typed")
     keep = _PINNED if given is None else tuple(dict.fromkeys(name for sizes in given for name in sizes))
-    return Failure(signature, str(mismatch), 0, {k: n for k, n in mismatch.sizes.items() if k in keep})
+    lines = [
+        mismatch.message,
+        *(f"  {word} {text}" for word, text in (("at", mismatch.where), ("help:", mismatch.help)) if text),
+    ]
+    return Failure(signature, "\n".join(lines), 0, {k: n for k, n in mismatch.sizes.items() if k in keep})
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -40,15 +40,19 @@ def add_failure_arguments(p: Arguments, test_help: str) -> None:
     )
 
 
+def checked_sizes(args: Any, module: Module) -> list[dict[str, int]] | None:
+    """What --sizes asks for, as far as the module has it."""
+    if args.sizes is None:
+        return None
+    return size_combinations(module.scope, parse_size_lists(args.sizes, "--sizes"), "--sizes")
+
+
 def pipeline_check(args: Any, module: Module) -> PipelineCheck:
     """The check that -p and its flags ask for."""
     from xllm_compiler.testing.failures import PipelineCheck
 
-    sizes = None
-    if args.sizes is not None:
-        sizes = size_combinations(module.scope, parse_size_lists(args.sizes, "--sizes"), "--sizes")
     check: CheckName = args.check
-    return PipelineCheck(args.pipeline, check, sizes=sizes, seed=args.seed)
+    return PipelineCheck(args.pipeline, check, sizes=checked_sizes(args, module), seed=args.seed)
 
 
 def command_check(args: Any) -> CommandCheck:
