@@ -8,8 +8,8 @@
 Every family runs in a process of its own with a time and a memory limit. First the model is traced, canonicalised and
 run in the interpreter: four requests of different length, side by side, in ragged chunks, against transformers' eager
 forward pass on the same weights. With --end-to-end the checkpoint is compiled for the CPU and greedy tokens are
-compared with transformers'. Owns the table of tiny configs; a family is "equal", "refused" (with the compiler's own
-message), "wrong", "crash" or "untested" (transformers itself does not work at this size). The last three are bugs.
+compared with transformers'. Sizes are those of models/families.py. A family is "equal", "refused" (with the compiler's
+own message), "wrong", "crash" or "untested" (transformers itself does not work at this size). The last three are bugs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
-from xllm_compiler.models.random_checkpoint import TINY, random_config, write_random_checkpoint
+from xllm_compiler.models.families import settings_of
+from xllm_compiler.models.random_checkpoint import random_config, write_random_checkpoint
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
 
@@ -49,101 +50,6 @@ TIMEOUT_S = 240
 MEMORY = 12 << 30
 LENGTH = 64  # tokens; the longest prompt has 40
 TOLERANCE = 1e-4
-
-# Set where a family's config has the field, so that every family is small and no special path is left out.
-SMALL: dict[str, Any] = {
-    **TINY,
-    "max_position_embeddings": 128,
-    "head_dim": 16,
-    "sliding_window": 12,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "pad_token_id": 0,
-    "ffn_dim": 160,
-    "d_model": 64,
-    "decoder_layers": 2,
-    "encoder_layers": 2,
-    "decoder_ffn_dim": 160,
-    "encoder_ffn_dim": 160,
-    "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "embedding_size": 64,
-    "word_embed_proj_dim": 64,
-}
-# What else a family needs at this size.
-FAMILY: dict[str, dict[str, Any]] = {
-    "blt": {
-        "encoder_hash_byte_group_vocab": 64,
-        **{f"{part}_config": {**TINY, "num_hidden_layers": 1} for part in ("encoder", "decoder", "global", "patcher")},
-    },
-    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "expand": 2},
-    "xlnet": {"d_head": 16, "d_model": 64, "n_head": 4},
-    "zaya": {"num_experts_per_tok": 1},
-    "codegen": {"rotary_dim": 8},
-    "gptj": {"rotary_dim": 8},
-    "cwm": {"bos_token_id": 1},
-    "modernbert-decoder": {"bos_token_id": 1},
-    "gpt_neo": {"num_hidden_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8},
-    "smollm3": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]},
-    "cohere_compass_text": {"num_hidden_layers": 2, "layer_types": ["full_attention", "full_attention"]},
-    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["full_attention", "conv"]},
-    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
-    # With a padding token transformers 5.23 zeroes its row after loading the checkpoint, embeddings tied or not.
-    "youtu": {"num_key_value_heads": 4, "pad_token_id": None},
-    "minicpm3": {"num_key_value_heads": 4},
-    "glm4_moe_lite": {"num_key_value_heads": 4},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.0},
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    "axk1": {"num_key_value_heads": 4},
-}
-
-# Fields of SMALL that a family's config has and does not let itself be set to.
-WITHOUT: dict[str, tuple[str, ...]] = {
-    "prophetnet": ("num_hidden_layers",),
-    "xlnet": ("max_position_embeddings",),
-    "zamba": ("num_hidden_layers",),
-    "zamba2": ("num_hidden_layers",),
-}
-
-
-def settable(config: Any, name: str) -> bool:
-    """Whether a config has a plain field of that name."""
-    try:
-        getattr(config, name)
-    except Exception:
-        return False
-    found = getattr(type(config), name, None)
-    return not (isinstance(found, property) and found.fset is None)
-
-
-def settings_of(family: str) -> dict[str, Any]:
-    """The config fields for the tiny model of a family."""
-    default = random_config(family, FAMILY.get(family, {}))
-    names = {k: v for k, v in SMALL.items() if settable(default, k) and k not in WITHOUT.get(family, ())}
-    if getattr(default, "sliding_window", None) is None:
-        names.pop("sliding_window", None)
-    kinds = getattr(default, "layer_types", None) or []
-    if {"sliding_attention", "full_attention"} == set(kinds):
-        names["layer_types"] = ["sliding_attention", "full_attention"]
-    if getattr(default, "is_decoder", None) is False:
-        names["is_decoder"] = True
-    if getattr(default, "is_encoder_decoder", None) is True:
-        names["is_encoder_decoder"] = False
-        names["is_decoder"] = True
-    return {**names, **FAMILY.get(family, {})}
 
 
 def limits() -> dict[str, Any]:

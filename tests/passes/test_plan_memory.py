@@ -16,14 +16,14 @@ from xllm_compiler.ir.core import Module, Value
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.testing.graphs import random_module
-from xllm_compiler.testing.inputs import make_inputs, make_params, step_dims
+from xllm_compiler.testing.inputs import make
 from xllm_compiler.testing.xir import Case
 
 HEAD = "xir 1 stage=graph\ndim N in [1, 512]\ndim S in [0, 64]\n"
 
 
 def func(body: str, returns: str = "f32[N, 8]", args: str = "%x: f32[N, 8]") -> Case:
-    return Case.parse(f"{HEAD}\nfunc @f({args}) -> ({returns}) {{\n{body}\n}}\n").run("plan-memory")
+    return Case.parse(f"{HEAD}\nfunc @f({args}) -> ({returns}) {{\n{body}\n}}\n").run("assign-streams,plan-memory")
 
 
 def run_in_arena(
@@ -125,7 +125,7 @@ def test_an_unbounded_size_is_an_error() -> None:
 
     text = "xir 1 stage=graph\ndim N in [1, *]\n\nfunc @f(%x: f32[N]) -> (f32[N]) {\n  %a = t.exp(%x) : f32[N]\n"
     with pytest.raises(XllmError, match="N may grow without limit"):
-        Case.parse(text + "  %y = t.exp(%a) : f32[N]\n  return %y\n}\n").run("plan-memory")
+        Case.parse(text + "  %y = t.exp(%a) : f32[N]\n  return %y\n}\n").run("assign-streams,plan-memory")
 
 
 def test_the_plan_is_deterministic_and_tight() -> None:
@@ -147,14 +147,14 @@ def test_the_plan_is_deterministic_and_tight() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_functions_run_in_their_arena(seed: int) -> None:
-    chooser = random.Random(seed)
-    module = random_module(chooser.randrange, size=24)
-    case = Case(module, clone_module(module)).run("plan-memory")
-    step = case.before.funcs["step"]
-    for n in (1, 5):
-        rng = np.random.default_rng([seed, n])
-        dims = step_dims(step, n)
-        inputs, params = make_inputs(step, dims, rng), make_params(step, rng)
-        got = run_in_arena(case.after, "step", inputs, params, dims)
-        for a, b in zip(run(case.before, "step", inputs, params, dims), got, strict=True):
-            assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f" or a.dtype.name == "bfloat16"), seed
+    module = random_module(random.Random(seed).randrange, size=24, ranks=(1,))
+    case = Case(module, clone_module(module)).run("assign-streams,plan-memory")
+    for func in case.before.funcs.values():
+        for n in (1, 5):
+            given = make(func, n, seed)
+            (inputs,), (params,) = given.inputs, given.params
+            got = run_in_arena(case.after, func.name, inputs, params, given.dims)
+            for a, b in zip(run(case.before, func.name, inputs, params, given.dims), got, strict=True):
+                # Not bit by bit: numpy adds up strided arrays in another order than those copied into the arena.
+                wide = np.float64 if a.dtype.kind in "fV" else a.dtype
+                np.testing.assert_allclose(a.astype(wide), b.astype(wide), rtol=1e-2, atol=1e-3, err_msg=str(seed))

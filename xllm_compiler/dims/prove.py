@@ -51,7 +51,7 @@ class Prover:
         if dim in self._answers:
             return self._answers[dim]
         d = self._normal(dim)
-        answer = True if self._always(d) else False if self._always(-d - 1) else None
+        answer = True if self._always(d) or self._one_of(d) else False if self._always(-d - 1) else None
         self._answers[dim] = answer
         return answer
 
@@ -144,6 +144,13 @@ class Prover:
         proved = proved or _at_least(self._search(d, 0), 0)
         self._proved[d] = proved
         return proved
+
+    def _one_of(self, d: Dim) -> bool:
+        """Whether d >= 0 is proved with one argument in the place of a max, of which there may be any number inside."""
+        for mono, k in d.terms:
+            if k > 0 and len(mono) == 1 and mono[0].kind == "max":
+                return any(self._always(_replace(d, mono[0], arg)) for arg in mono[0].args)
+        return False
 
     def _search(self, d: Dim, goal: int | None, budget: int = BUDGET) -> int | None:
         """The best lower bound of `d` within `budget` steps; shallow proofs first, so that a dead end costs little."""
