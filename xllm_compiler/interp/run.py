@@ -55,9 +55,9 @@ def run_ranks(
     if len(inputs) != len(params) or not inputs:
         raise IrError(f"{len(inputs)} ranks of inputs and {len(params)} of params")
     f = module.func(func)
-    sizes = _bind_dims(f, inputs[0], dims or {})
+    sizes = bind_dims(f, inputs[0], dims or {})
     ranks = [EvalContext(p, sizes, precise) for p in params]
-    envs = [_arguments(f, ctx, given) for ctx, given in zip(ranks, inputs, strict=True)]
+    envs = [bind_arguments(f, ctx, given) for ctx, given in zip(ranks, inputs, strict=True)]
     if watch is not None:
         envs = [{v: watch(v, i, x) for v, x in env.items()} for i, env in enumerate(envs)]
     _execute(list(f.ops), ranks, envs, keep=f.returns, watch=watch)
@@ -85,7 +85,7 @@ def run_value(value: Value, params: Mapping[str, Array], precise: bool = False) 
     return np.ascontiguousarray(env[value])
 
 
-def _bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int]) -> dict[str, int]:
+def bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int]) -> dict[str, int]:
     """All symbol sizes: those given, and those read off inputs; checked against the module's scope."""
     sizes = dict(dims)
     for arg in func.args:
@@ -119,7 +119,8 @@ def _check_scope(scope: DimScope, sizes: Mapping[str, int]) -> None:
             raise IrError(f"these sizes break the assumption {a.expr} >= 0", help=a.why)
 
 
-def _arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) -> dict[Value, Array]:
+def bind_arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) -> dict[Value, Array]:
+    """The arguments' arrays as this run stores them; checked against the types."""
     env: dict[Value, Array] = {}
     for arg in func.args:
         x = np.asarray(inputs[arg.name])
@@ -148,11 +149,9 @@ def _execute(
         for op in ops:
             made = _collective(op, ranks, envs) if isinstance(op, AllReduceStart) else None
             for i, (ctx, env) in enumerate(zip(ranks, envs, strict=True)):
-                outs = (made,) if made is not None else _call(op, ctx, env)
+                outs = (made,) if made is not None else call_op(op, ctx, env)
                 for r, out in zip(op.results, outs, strict=True):
-                    want = array_shape(ctx, r.type)
-                    if out.shape != want:
-                        raise blame(op, f"{op.name} made shape {list(out.shape)} for {r.type}, {list(want)} (rank {i})")
+                    check_shape(op, r, out, ctx)
                     if r.has_uses or r in kept:
                         stored = ctx.store(out, r.type)
                         env[r] = stored if watch is None else watch(r, i, stored)
@@ -162,7 +161,15 @@ def _execute(
                         env.pop(v, None)
 
 
-def _call(op: Op, ctx: EvalContext, env: Mapping[Value, Array]) -> tuple[Array, ...]:
+def check_shape(op: Op, result: Value, made: Array, ctx: EvalContext) -> None:
+    """IrError unless the array that an op's meaning made has the size that the result's type says."""
+    want = array_shape(ctx, result.type)
+    if made.shape != want:
+        raise blame(op, f"{op.name} made shape {list(made.shape)} for {result.type}, {list(want)}")
+
+
+def call_op(op: Op, ctx: EvalContext, env: Mapping[Value, Array]) -> tuple[Array, ...]:
+    """What `op` makes of its operands' arrays, one array per result, not yet rounded to the result types."""
     args: list[Array | tuple[Array, ...] | None] = []
     for field in op.SPEC.operands:
         values = tuple(env[v] for v in op.field(field.name))
@@ -175,7 +182,12 @@ def _call(op: Op, ctx: EvalContext, env: Mapping[Value, Array]) -> tuple[Array, 
 
 
 def _collective(op: AllReduceStart, ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]]) -> Array:
-    size = op.func.module.groups[op.group]
-    if size != len(ranks):
-        raise blame(op, f"group @{op.group} has {size} ranks, {len(ranks)} are run", "use run_ranks")
+    check_group(op, len(ranks))
     return op.interp_ranks(ranks[0], [env[op.x] for env in envs])
+
+
+def check_group(op: AllReduceStart, ranks: int) -> None:
+    """IrError unless the collective's group is all the ranks that are run."""
+    size = op.func.module.groups[op.group]
+    if size != ranks:
+        raise blame(op, f"group @{op.group} has {size} ranks, {ranks} are run", "use run_ranks")
