@@ -47,7 +47,8 @@ function scaled(x, base, units) {
   return (i === 0 && Number.isInteger(x) ? String(x) : digits(x)) + " " + units[i];
 }
 const bytes = (x) => scaled(x, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]);
-const flops = (x) => scaled(x, 1000, ["op", "Kop", "Mop", "Gop", "Top"]);
+const flops = (x) => (x === 0 ? "0" : scaled(x, 1000, ["ops", "Kop", "Mop", "Gop", "Top"]));
+const rate = (x) => scaled(x, 1000, ["B", "kB", "MB", "GB", "TB"]);
 const time = (us) => (us === 0 ? "0" : us < 1 ? Math.round(us * 1000) + " ns" : scaled(us, 1000, ["µs", "ms", "s"]));
 const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %";
 const count = (n, what) => n.toLocaleString("en") + " " + what + (n === 1 ? "" : "s");
@@ -219,10 +220,10 @@ function drawSummary() {
   const [limit, us] = Object.entries(t.spent)[0] || ["nothing", 0];
   $("cards").replaceChildren(card(time(t.us), "per step, estimated"), card(percent(us / (sum(Object.values(t.spent)) || 1)), "of it limited by " + limit),
     card(bytes(t.bytes), "cross the memory bus"), card(flops(t.flops), "computed"),
-    ...(place ? [card(bytes(t.arena), "arena"), card(bytes(place.peak), "in use at the peak")] : []),
+    ...(place ? [card(bytes(t.arena), `arena, ${bytes(place.peak)} in use at the peak`)] : []),
     ...(last ? [card(last.after.toLocaleString("en"), `ops, ${first.before.toLocaleString("en")} before the passes`)] : []));
   const m = data.machine;
-  $("model-note").textContent = `@${fn().name} at ${sizes(step())}. Times are a roofline on machine "${m.name}": ${flops(m.flops)} and ${bytes(m.bandwidth)} a second, ${time(m.launch * 1e6)} to start an op. They are bounds to compare with, not measurements.`;
+  $("model-note").textContent = `@${fn().name} at ${sizes(step())}. Times are a roofline on machine "${m.name}": ${flops(m.flops)} and ${rate(m.bandwidth)} a second, ${time(m.launch * 1e6)} to start an op. They are bounds to compare with, not measurements.`;
   $("compare").replaceChildren(table(["step", "time", "bytes", "weights", "KV", "operations", "arena"], data.scenarios.map((s, i) => {
     const x = fn().totals[i];
     return [el("span", { title: sizes(s), textContent: s.name }), time(x.us), bytes(x.bytes), bytes(x.weights), bytes(x.kv), flops(x.flops), x.arena === null ? "not planned" : bytes(x.arena)];
@@ -268,21 +269,24 @@ function drawCosts() {
 // ---- passes and rewrites
 
 function drawPasses() {
+  let idle = [];
+  const rest = () => { if (idle.length) $("runs").append(el("p", { className: "idle soft", textContent: "no change: " + idle.join(", ") })); idle = []; };
   for (const p of data.passes) {
+    const name = `${String(p.index).padStart(2, "0")} ${p.text}`;
+    if (!p.changed) { idle.push(name); continue; }
+    rest();
     const stats = Object.entries(p.stats).map(([k, v]) => `${k} ${v.toLocaleString("en")}`).join(", ");
-    const ops = p.before === p.after ? count(p.after, "op") : `${p.before} → ${p.after} ops`;
-    const head = [el("span", { className: "right", textContent: ops }), el("span", { className: "name code", textContent: `${String(p.index).padStart(2, "0")} ${p.text}` })];
-    if (p.changed) head.push(" ", el("span", { className: "plus", textContent: "+" + p.come }), " ", el("span", { className: "minus", textContent: "−" + p.gone }));
-    else head.push(el("span", { className: "soft", textContent: "no change" }));
-    head.push(el("span", { className: "soft", textContent: stats }));
-    if (!p.changed) { $("runs").append(el("div", { className: "run soft" }, el("details", {}, el("summary", {}, ...head), el("p", { textContent: "The module is as the pass found it." })))); continue; }
-    $("runs").append(lazy(el("details", { className: "run", "data-run": p.index }, el("summary", {}, ...head)), (d) => {
+    const head = el("summary", {}, el("span", { className: "right", textContent: p.before === p.after ? count(p.after, "op") : `${p.before} → ${p.after} ops` }),
+      el("span", { className: "name code", textContent: name }), " ", el("span", { className: "plus", textContent: "+" + p.come }), " ",
+      el("span", { className: "minus", textContent: "−" + p.gone }), el("span", { className: "soft", textContent: stats }));
+    $("runs").append(lazy(el("details", { className: "run", "data-run": p.index }, head), (d) => {
       for (const s of p.sections) {
         d.append(el("h3", { className: "code", textContent: s.layer + (s.same.length ? `, and alike in ${count(s.same.length, "other layer")}` : ""), title: s.same.join(", ") }), diff(s.lines));
       }
       if (!p.sections.length) d.append(el("p", { className: "empty", textContent: "Nothing but the numbers in names." }));
     }));
   }
+  rest();
   if (!data.passes.length) $("runs").append(el("p", { className: "empty", textContent: "No pass was run." }));
 }
 function diff(lines) {
@@ -291,15 +295,26 @@ function diff(lines) {
     ...lines.map(([kind, text]) => el("div", { className: kinds[kind], textContent: kind === "…" ? "  ⋯" : kind + " " + text })));
 }
 function drawRewrites() {
-  const body = $("rewrites-body");
-  const hits = new Map();
-  for (const p of data.passes) for (const [k, v] of Object.entries(p.stats)) hits.set(p.name + "/" + k, (hits.get(p.name + "/" + k) || 0) + v);
-  const known = new Set(data.rules.map((r) => r.rule));
-  const rows = data.rules.map((r) => [el("code", { textContent: r.rule }), r.tried, r.fired, r.tried - r.fired, reasons(r)]);
-  for (const [name, n] of hits) if (!known.has(name)) rows.push([el("code", { textContent: name }), "", n, "", ""]);
-  body.append(el("p", { className: "note", textContent: "A hit is a rewrite that was made, or what else a pass counted. A rule that was tried and made none gave up at a line of its own; the lines say why." }));
-  if (rows.length) body.append(el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Rules" }, table(["pass/rule", "tried", "hits", "misses", "where it gave up"], rows, [1, 2, 3])));
-  else body.append(el("p", { className: "empty", textContent: "No pass counted anything." }));
+  const body = $("rewrites-body"), passes = new Map(), rules = new Map(data.rules.map((r) => [r.rule, r]));
+  for (const p of data.passes) { // what each pass counted, over all of its runs
+    const hits = passes.get(p.name) || new Map();
+    passes.set(p.name, hits);
+    for (const [k, v] of Object.entries(p.stats)) hits.set(k, (hits.get(k) || 0) + v);
+  }
+  body.append(el("p", { className: "note", textContent: "A hit is a rewrite that was made, or what else a pass counted. A miss is a rule that was tried at an op and made nothing: it gave up at a line of its own, which says why." }));
+  for (const [name, hits] of passes) {
+    const of = [...rules.values()].filter((r) => r.rule.startsWith(name + "/")), known = new Set(of.map((r) => r.rule.slice(name.length + 1)));
+    const rows = of.sort((a, b) => b.fired - a.fired).map((r) => [el("code", { textContent: r.rule.slice(name.length + 1) }), r.tried, r.fired, r.tried - r.fired, reasons(r)]);
+    for (const [k, n] of hits) if (!known.has(k)) rows.push([el("code", { textContent: k }), "", n.toLocaleString("en"), "", ""]);
+    if (!rows.length) continue;
+    const fired = sum(of.map((r) => r.fired)), tried = sum(of.map((r) => r.tried));
+    const head = el("summary", {}, el("span", { className: "right", textContent: of.length ? `${count(fired, "hit")}, ${(tried - fired).toLocaleString("en")} misses` : "" }), el("span", { className: "name code", textContent: name }),
+      el("span", { className: "soft", textContent: [...hits].map(([k, n]) => `${k} ${n.toLocaleString("en")}`).join(", ") }));
+    const box = el("details", { className: "rules", "data-pass": name, open: name.startsWith("fuse") }, head);
+    box.append(el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Rules of " + name }, table(["rule", "tried", "hits", "misses", "where it gave up"], rows, [1, 2, 3])));
+    body.append(box);
+  }
+  if (!body.querySelector(".rules")) body.append(el("p", { className: "empty", textContent: "No pass counted anything." }));
   body.append(el("h3", { textContent: "Remarks" }));
   if (data.remarks.length) body.append(el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Remarks" },
     table(["pass", "what", "op", "source"], data.remarks.map((r) => [el("code", { textContent: r.pass }), r.text, el("code", { textContent: r.where }), r.source]))));
@@ -308,10 +323,9 @@ function drawRewrites() {
 function reasons(r) {
   if (!r.reasons.length) return "";
   const lines = (x) => [el("span", { className: "soft", textContent: `${x.count} × ${r.file}:${x.line} ` }), el("code", { textContent: x.source })];
-  const node = lazy(el("details", {}, el("summary", {}, ...lines(r.reasons[0]))), (d) => {
-    for (const x of r.reasons) d.append(el("p", {}, ...lines(x)), el("ul", {}, ...x.examples.map((e) => el("li", {}, el("code", { textContent: e })))));
-  });
-  return node;
+  return el("div", {}, ...r.reasons.map((x) => lazy(el("details", { className: "reason" }, el("summary", {}, ...lines(x))), (d) => {
+    d.append(el("ul", {}, ...x.examples.map((e) => el("li", {}, el("code", { textContent: e })))));
+  })));
 }
 
 // ---- pictures
@@ -366,10 +380,10 @@ function drawMemory() {
   if (!memory) { $("memory-body").replaceChildren(el("p", { className: "empty", textContent: "The module has no memory plan: pass plan-memory was not run." })); return; }
   const at = memory.at[state.step], arena = f.totals[state.step].arena || 1;
   const runs = f.ops.flatMap((op, i) => (op.weight ? [] : [i])), column = new Map(runs.map((i, n) => [i, n]));
-  const left = 70, top = 18, bottom = 26, height = 380;
+  const left = 70, top = 18, bottom = 92, height = 440;
   const width = frame("memory-body") * state.zoom.memory, inner = width - left - 12, h = height - top - bottom;
   const x = (n) => left + (n / runs.length) * inner, y = (b) => top + h - (b / arena) * h;
-  const parts = [], unit = NICE(arena, 5);
+  const parts = [], unit = 2 ** Math.ceil(Math.log2(arena / 6));
   for (let b = 0; b <= arena; b += unit) parts.push(svg("line", { x1: left, x2: width - 12, y1: y(b), y2: y(b), class: "grid" }), svg("text", { x: left - 6, y: y(b) + 4, "text-anchor": "end" }, bytes(b)));
   const marks = memory.buffers.map((b, i) => {
     const a = column.get(b.start), z = column.get(b.end) ?? runs.length - 1;
@@ -381,9 +395,11 @@ function drawMemory() {
   });
   const used = new Array(runs.length).fill(0);
   memory.buffers.forEach((b, i) => { for (let n = column.get(b.start); n <= (column.get(b.end) ?? runs.length - 1); n++) used[n] += at.size[i]; });
-  const line = svg("polyline", { class: "use", points: used.flatMap((u, n) => [`${x(n)},${y(u)}`, `${x(n + 1)},${y(u)}`]).join(" ") });
+  const low = height - 24, strip = 46; // below the picture: the sum of the buffers in use
+  const line = svg("polygon", { class: "use", points: [`${x(0)},${low}`, ...used.flatMap((u, n) => [`${x(n)},${low - (u / (at.peak || 1)) * strip}`, `${x(n + 1)},${low - (u / (at.peak || 1)) * strip}`]), `${x(runs.length)},${low}`].join(" ") });
   const peak = column.get(at.peak_at) ?? 0, px = x(peak + 0.5), flip = px > width * 0.7;
-  parts.push(...marks, ...labels, line, svg("line", { x1: px, x2: px, y1: top, y2: top + h, class: "peak" }),
+  parts.push(...marks, ...labels, line, svg("line", { x1: px, x2: px, y1: top, y2: low, class: "peak" }),
+    svg("text", { x: left - 6, y: low - strip + 10, "text-anchor": "end" }, "in use"), svg("text", { x: left - 6, y: low - strip + 24, "text-anchor": "end" }, bytes(at.peak)),
     svg("text", { x: px + (flip ? -5 : 5), y: 12, class: "peak", "text-anchor": flip ? "end" : "start" }, `peak: ${bytes(at.peak)} at op ${at.peak_at}`),
     svg("text", { x: left, y: height - 8 }, `ops of the step, ${runs[0]} to ${runs[runs.length - 1]}`));
   const describe = (i) => { const b = memory.buffers[i]; return [`${b.name} : ${b.type}`, [`at ${at.offset[i].toLocaleString("en")} = ${b.offset}`, `${bytes(at.size[i])} = ${b.size}`,
@@ -392,7 +408,7 @@ function drawMemory() {
   const rows = memory.buffers.map((b, i) => [el("code", { textContent: b.name }), `${b.start} to ${b.end}`, at.offset[i].toLocaleString("en"), at.size[i].toLocaleString("en"), el("code", { textContent: b.offset }), el("code", { textContent: b.size })]);
   const list = lazy(el("details", {}, el("summary", { textContent: `${count(memory.buffers.length, "buffer")} as a table` })), (d) =>
     d.append(el("div", { className: "tall", tabIndex: 0, role: "region", "aria-label": "Buffers" }, table(["buffer", "ops", "offset", "bytes", "offset formula", "bytes formula"], rows, [2, 3]))));
-  swap("memory-body", [el("p", { className: "note", textContent: `Buffers over the ops that use them, at ${sizes(step())}; the line is their sum. Arena: ${f.arena} = ${bytes(f.totals[state.step].arena)}.` }),
+  swap("memory-body", [el("p", { className: "note", textContent: `Buffers over the ops that use them, at ${sizes(step())}, and below their sum. Arena: ${f.arena} = ${bytes(f.totals[state.step].arena)}.` }),
     tools("memory", drawMemory), el("div", { className: "picture" }, root), key(marks.map((m) => m.classList[0])), list]);
 }
 function drawTimeline() {

@@ -1,8 +1,8 @@
 """Which rewrite rules were tried, fired, and where they gave up. Owns watching rules; must not change what they do.
 
-A rule gives up at a line of its own: the last one that it ran before it returned False. That line is the reason, in the
-words of whoever wrote the rule, and costs rule authors nothing. It is seen by a trace function that is set for as long
-as the rule runs.
+A rule gives up at a line of its own: the condition that it ran last before it returned False. That line is the reason,
+in the words of whoever wrote the rule, and costs rule authors nothing. It is seen by a trace function that is set for as
+long as the rule runs.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Tries:
         self.rules: dict[str, RuleTries] = {}
         self._name = ""
         self._frame: FrameType | None = None
-        self._last = ("", 0)
+        self._lines: list[int] = []
         self._outer: Any = None  # the debugger's or the coverage tool's own trace function
 
     def allows(self, rule: str, op: Op) -> bool:
         self._name = rule.partition("/")[2].replace("-", "_")
-        self._frame, self._last = None, ("", 0)
+        self._frame, self._lines = None, []
         self._outer = sys.gettrace()
         sys.settrace(self._enter)
         return True
@@ -64,11 +64,12 @@ class Tries:
         record = self.rules.setdefault(rule, RuleTries(rule))
         record.tried += 1
         record.fired += fired
-        file, line = self._last
-        if fired or not line:
+        if fired or self._frame is None or not self._lines:
             return
+        file = self._frame.f_code.co_filename
+        line, source = _condition(file, self._lines)
         record.file = Path(file).name
-        reason = record.reasons.setdefault(line, Reason(line, linecache.getline(file, line).strip()))
+        reason = record.reasons.setdefault(line, Reason(line, source))
         reason.count += 1
         if len(reason.examples) < _EXAMPLES:
             reason.examples.append(describe(op))
@@ -97,5 +98,15 @@ class Tries:
 
     def _step(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
-            self._last = (frame.f_code.co_filename, frame.f_lineno)
+            self._lines.append(frame.f_lineno)
         return self._step
+
+
+def _condition(file: str, lines: list[int]) -> tuple[int, str]:
+    """The last line that ran, or the one before where that is a bare `return False`."""
+    source = ""
+    for line in reversed(lines):
+        source = linecache.getline(file, line).strip()
+        if source != "return False":
+            return line, source
+    return lines[-1], source
