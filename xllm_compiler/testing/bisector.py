@@ -67,10 +67,15 @@ class Finding:
     notes: tuple[str, ...] = ()
     diff: str = ""
 
+    @property
+    def raised(self) -> str:
+        """Said of a rewrite that was begun and never made."""
+        return ", while making it" if self.failure.kind == "raises" else ""
+
     def __str__(self) -> str:
         lines = [f"guilty: {self.pass_text}, pass run {self.run} of {self.runs}"]
         if self.rewrite is not None:
-            lines[0] += f", rewrite {self.number} of {self.rewrites}"
+            lines[0] += f", rewrite {self.number} of {self.rewrites}" + self.raised
             lines += ["", *str(self.rewrite).splitlines()]
         elif self.diff:
             lines += ["", "what the pass changed:", *("    " + line for line in _capped(self.diff))]
@@ -230,7 +235,8 @@ class Bisection:
             why = "goes wrong without any of the rewrites that it asks leave for"
             if alone.rewrites == 0:
                 why = "does not ask before it rewrites (PassContext.allows), so no single rewrite can be named"
-            return _as_a_whole(run, runs, text, start, alone, whole, Repro(start, text), (f"{text} {why}",))
+            notes = () if failure.kind == "claim" else (f"{text} {why}",)
+            return _as_a_whole(run, runs, text, start, alone, whole, Repro(start, text), notes)
         good, bad = 0, most
         while bad - good > 1:
             middle = (good + bad) // 2

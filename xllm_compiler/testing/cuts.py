@@ -192,11 +192,13 @@ def _omit(module: Module, spare: Sequence[tuple[Op, int]]) -> Iterator[Edit]:
 
 
 def _twin_args(module: Module) -> list[tuple[Value, Value]]:
-    """(argument, earlier argument of the same type)."""
+    """(argument, earlier argument of the same type). Floats only: what integers are for is told by their names."""
     out: list[tuple[Value, Value]] = []
     for f in module.funcs.values():
         first: dict[Type, Value] = {}
         for a in f.args:
+            if not isinstance(a.type, Tensor) or not a.type.is_float:
+                continue
             if a.type in first:
                 out.append((a, first[a.type]))
             else:

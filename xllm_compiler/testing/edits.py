@@ -12,6 +12,7 @@ from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.spec import Attr, Scalar
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.verify_buf import arena_results, weight_values
 
 _INTEGER = re.compile(r"\b\d+\b")
 _NOT_SIZES = frozenset({"axis", "value", "stream"})  # integer attributes that count something else than elements
@@ -101,6 +102,7 @@ class _Rebuilder:
         aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, Kv)}
         self.new.set_returns(values, aliases)
         self.new.arena = None if old.arena is None else self.dim(old.arena)
+        self.place()
 
     def live(self, returns: Sequence[Value]) -> tuple[set[Op], set[Value]]:
         """Ops to keep, and old values that something kept uses."""
@@ -128,6 +130,25 @@ class _Rebuilder:
         made = type(op)(self.new, operands, segments, attrs, op.loc, [r.name for r in op.results])
         self.builder.insert(made)
         self.mapping.update(zip(op.results, made.results, strict=True))
+
+    def place(self) -> None:
+        """Stage buf: every result in the arena keeps its offset; what is returned now needs none any more."""
+        known: dict[Value, Dim] = {}
+        weights = weight_values(self.old)
+        for op in self.old.ops:
+            offsets = op.attrs.get("at")
+            if isinstance(offsets, tuple):
+                for r, at in zip(arena_results(op, weights), offsets, strict=False):
+                    if r in self.mapping and isinstance(at, Dim):
+                        known[self.mapping[r]] = self.dim(at)
+        if not known:
+            return
+        weights = weight_values(self.new)
+        for op in self.new.ops:
+            if "at" in op.attrs:
+                op.attrs["at"] = tuple(known[r] for r in arena_results(op, weights) if r in known)
+                if not op.attrs["at"]:
+                    del op.attrs["at"]
 
     def value(self, old: Value) -> Value:
         """The new value for an old one, made now if it is one of `fresh`."""
