@@ -37,6 +37,7 @@ from xllm_compiler.artifact.writer import ArtifactWriter
 from xllm_compiler.cache import CompileCache, Factors
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import INDEX, Checkpoint
+from xllm_compiler.ir.rewrite import RewriteListener
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
 from xllm_compiler.passes.base import PassContext
@@ -165,10 +166,11 @@ def compile_checkpoint(
     *,
     cache: CompileCache | None = None,
     instruments: Sequence[Instrument] = (),
+    listeners: Sequence[RewriteListener] = (),
 ) -> CompileReport:
     """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
 
-    `instruments` watch the passes; they see nothing where the cache has the artifact.
+    `instruments` watch the passes, `listeners` single rewrites; they see nothing where the cache has the artifact.
     Raises XllmError of any kind but "request"."""
     started = time.perf_counter()
     progress = progress or Silent()
@@ -177,13 +179,13 @@ def compile_checkpoint(
         request = prepare(checkpoint, options)
     for note in request.options.notes:
         progress.note(note)
-    cached = False
+    cached, watchers = False, (instruments, listeners)
     if out is not None:
         path = out
-        manifest = _build(request, path, clock, instruments, in_cache=False)
+        manifest = _build(request, path, clock, watchers, in_cache=False)
     elif cache is not None:
         path, made = cache.obtain(
-            request.factors, lambda p: _build(request, p, clock, instruments, in_cache=True), progress.note
+            request.factors, lambda p: _build(request, p, clock, watchers, in_cache=True), progress.note
         )
         cached = not made
         manifest = read_manifest(path)
@@ -193,8 +195,12 @@ def compile_checkpoint(
     return CompileReport(path, manifest, cached, time.perf_counter() - started, phases)
 
 
-def _build(request: Request, path: Path, clock: _Clock, instruments: Sequence[Instrument], in_cache: bool) -> Manifest:
+Watchers = tuple[Sequence[Instrument], Sequence[RewriteListener]]
+
+
+def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_cache: bool) -> Manifest:
     """Trace, transform, lower, and publish at `path`."""
+    instruments, listeners = watchers
     read = request.factors.read
     with ArtifactWriter(path) as writer:
         with clock.phase("import"):
@@ -220,7 +226,7 @@ def _build(request: Request, path: Path, clock: _Clock, instruments: Sequence[In
             )
         module = traced.module
         with clock.phase("passes"):
-            context = PassContext(PassTarget(read("option.target")))
+            context = PassContext(PassTarget(read("option.target")), listeners=list(listeners))
             run_pipeline(read("pipeline.text"), module, context, instruments=instruments)
             writer.write_text(STEP, print_module(module))
         with clock.phase("lower"):

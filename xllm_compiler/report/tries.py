@@ -1,8 +1,8 @@
 """Which rewrite rules were tried, fired, and where they gave up. Owns watching rules; must not change what they do.
 
 A rule gives up at a line of its own: the condition that it ran last before it returned False. That line is the reason,
-in the words of whoever wrote the rule, and costs rule authors nothing. It is seen by a trace function that is set for as
-long as the rule runs.
+in the words of whoever wrote the rule, and costs rule authors nothing. It is seen by a trace function that is set while
+the rule runs.
 """
 
 from __future__ import annotations
@@ -103,10 +103,9 @@ class Tries:
 
 
 def _condition(file: str, lines: list[int]) -> tuple[int, str]:
-    """The last line that ran, or the one before where that is a bare `return False`."""
-    source = ""
+    """The last line that ran but for bare returns and the heads of loops that came to their end."""
     for line in reversed(lines):
         source = linecache.getline(file, line).strip()
-        if source != "return False":
+        if source not in ("return False", "continue") and not source.startswith("for "):
             return line, source
-    return lines[-1], source
+    return lines[-1], linecache.getline(file, lines[-1]).strip()

@@ -16,7 +16,9 @@ from xllm_compiler.tools.console import ConsoleProgress, debug_level, run, size,
 if TYPE_CHECKING:
     from xllm_compiler.cache import CompileCache
     from xllm_compiler.driver import CompileReport
+    from xllm_compiler.ir.rewrite import RewriteListener
     from xllm_compiler.options import CompileOptions
+    from xllm_compiler.passes.instruments import Instrument
 
 VERBS = {
     "show": "print what is in an artifact",
@@ -102,6 +104,8 @@ def _dispatch(argv: list[str]) -> int:
     add_compile_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write the artifact here, without the cache")
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before and after every pass")
+    parser.add_argument("--report", type=Path, metavar="OUT.html", help="write what the passes did as one page")
+    parser.add_argument("--timeline", type=Path, metavar="OUT.json", help="write the schedule as a Chrome trace")
     parser.add_argument("--version", action="version", version=f"xllm-compile {__version__}")
     return _compile(parser.parse_args(argv))
 
@@ -117,21 +121,18 @@ def _verb(verb: str, argv: list[str]) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     from xllm_compiler.driver import compile_checkpoint
-    from xllm_compiler.passes.instruments import DumpDir
-    from xllm_compiler.tools.debug import debug_instruments
 
     if args.output is not None and args.cache_dir is not None:
         raise XllmError("option", "-o and --cache-dir exclude each other", help="the cache is used when there is no -o")
+    instruments, listeners = _watchers(args)
     report = compile_checkpoint(
         args.checkpoint,
         args.output,
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        instruments=[
-            *debug_instruments(debug_level(), sys.stderr),
-            *([] if args.dump_ir is None else [DumpDir(args.dump_ir)]),
-        ],
+        instruments=instruments,
+        listeners=listeners,
     )
     if args.output is not None:
         print(report_text(report))
@@ -139,6 +140,39 @@ def _compile(args: argparse.Namespace) -> int:
         print(report_text(report), file=sys.stderr)
         print(report.path)
     return 0
+
+
+def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteListener]]:
+    """What the flags and XLLM_DEBUG want to see of the passes."""
+    from xllm_compiler.tools.debug import debug_instruments
+
+    wanted = {"--dump-ir": args.dump_ir, "--report": args.report, "--timeline": args.timeline}
+    for flag, path in wanted.items():
+        if path is not None and args.output is None:
+            raise XllmError(
+                "option",
+                f"{flag} without -o: an artifact that the cache has is not compiled again",
+                help="say with -o where the artifact goes; then it is compiled",
+            )
+        if path is not None and path != args.dump_ir and not path.parent.is_dir():
+            raise XllmError("option", f"{flag}: there is no directory for {path}", where=str(path.parent))
+    instruments: list[Instrument] = debug_instruments(debug_level(), sys.stderr)
+    listeners: list[RewriteListener] = []
+    if args.dump_ir is not None:
+        from xllm_compiler.passes.instruments import DumpDir
+
+        instruments.append(DumpDir(args.dump_ir))
+    if args.report is not None:
+        from xllm_compiler.report.page import ReportPage
+
+        page = ReportPage(args.report, f"{args.name or args.checkpoint.resolve().name}, compiled for {args.target}")
+        instruments.append(page)
+        listeners.append(page.tries)
+    if args.timeline is not None:
+        from xllm_compiler.report.timeline import TimelineFile
+
+        instruments.append(TimelineFile(args.timeline))
+    return instruments, listeners
 
 
 def report_text(report: CompileReport) -> str:
