@@ -99,7 +99,7 @@ def test_the_error_shows_the_steps_that_led_to_it() -> None:
     lines = e.where.splitlines()
     assert any(line.startswith("    > %b = t.neg(%a, stream=1, at=[16*N])") for line in lines)
     assert "  touched by some-pass/some-rule" in lines
-    steps = lines[lines.index("  the last steps of this order, of 1 ranks:") + 1 :]
+    steps = lines[lines.index("  the last steps of this order:") + 1 :]
     assert steps and steps[-1] == "    rank 0 stream 1  %b = t.neg(%a, stream=1, at=[16*N]) : f32[N, 4]"
     assert e.message.endswith(")") and "(rank 0, seed " in e.message
 

@@ -33,6 +33,7 @@ from xllm_compiler.ir.printer import print_op
 from xllm_compiler.ir.semantics import Array, EvalContext
 
 SHOWN: Final = 8  # steps before an error
+ALL: Final = -1  # in place of a rank
 _ONE_STREAM: Final = "start all collectives of a group on one stream, or order them with events"
 
 
@@ -96,7 +97,7 @@ class _Collective:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Something that may happen next. `weight`: how likely, compared with the others."""
+    """Something that may happen next. `weight`: how likely, compared with the others; `what`: "" when `op` runs."""
 
     weight: float
     rank: int
@@ -114,7 +115,7 @@ class _Run:
         self.layout = Layout(func, contexts[0].dims)
         self.collectives: dict[Op | None, _Collective] = {}  # by start
         self.in_flight: list[_Collective] = []
-        self.steps: deque[_Step] = deque(maxlen=SHOWN)
+        self.steps: deque[_Step] = deque(maxlen=SHOWN * 2 * len(contexts))
         self.ranks: list[_Rank] = []
         for i, (ctx, env) in enumerate(zip(contexts, given, strict=True)):
             queues = self._load(ctx, env)
@@ -146,7 +147,7 @@ class _Run:
         blocked = [(rank, queue[0]) for rank in self.ranks for queue in rank.queues.values() if queue]
         if blocked:
             text = "; ".join(f"rank {rank.number} stream {op.stream}: {self._why(rank, op)}" for rank, op in blocked)
-            raise self._fault(blocked[0][0].number, blocked[0][1], f"deadlock: no stream can go on. {text}", "")
+            raise self._fault(blocked[0][0].number, blocked[0][1], f"deadlock: no stream can go on. {text}", "", True)
 
     def _choices(self) -> list[_Step]:
         out: list[_Step] = []
@@ -159,7 +160,7 @@ class _Run:
         for c in self.in_flight:
             if c.total is None:
                 if len(c.issuers) == len(self.ranks):
-                    out.append(_Step(self.eager_collectives, 0, c.op, "reads, on all ranks", partial(self._combine, c)))
+                    out.append(_Step(self.eager_collectives, ALL, c.op, "reads", partial(self._combine, c)))
                 continue
             for rank in self.ranks:
                 if rank.number not in c.complete:
@@ -203,7 +204,9 @@ class _Run:
         for other in self.ranks:
             theirs = other.issued.get(op.group, [])
             if len(theirs) > len(mine) and theirs[len(mine)] is not op:
-                raise self._fault(rank.number, op, self._mismatch(rank, op, other, theirs[len(mine)]), _ONE_STREAM)
+                raise self._fault(
+                    rank.number, op, self._mismatch(rank, op, other, theirs[len(mine)]), _ONE_STREAM, True
+                )
         mine.append(op)
         rank.memory.read(op, op.x)  # it must be there when the collective is issued, and then until it is complete
         for wait in op.result.users:
@@ -247,11 +250,17 @@ class _Run:
         missing = [r.number for r in self.ranks if c is None or r not in c.issuers]
         return f"comm.wait for {name}, which ranks {missing} have not started"
 
-    def _fault(self, rank: int, op: Op, text: str, help: str) -> IrError:
-        """`op` among its neighbours, its origin and lineage, and the steps of all streams that led to it."""
+    def _fault(self, rank: int, op: Op, text: str, help: str, everyone: bool = False) -> IrError:
+        """`op` among its neighbours, its origin and lineage, and the steps of the rank (or all) that led to it."""
         error = blame(op, f"{text} (rank {rank}, seed {self.seed})", help)
-        lines = [error.where, f"  the last steps of this order, of {len(self.ranks)} ranks:"]
-        for s in self.steps:
-            where = f"rank {s.rank} stream {s.op.stream}" if not s.what else f"rank {s.rank} in flight"
+        lines = [error.where, "  the last steps of this order:"]
+        for s in [s for s in self.steps if everyone or s.rank == rank or s.rank == ALL][-SHOWN:]:
+            where = (
+                f"rank {s.rank} stream {s.op.stream}"
+                if not s.what
+                else f"rank {s.rank} in flight"
+                if s.rank != ALL
+                else "all in flight"
+            )
             lines.append(f"    {where:<16} {print_op(s.op, self.layout.names)}" + (f"  ({s.what})" if s.what else ""))
         return IrError(error.message, where="\n".join(lines), help=help, op=op)
