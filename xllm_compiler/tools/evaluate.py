@@ -52,15 +52,16 @@ def results_text(func: Func, dims: Mapping[str, int], ranks: Sequence[Sequence[A
 def read_arrays(path: Path) -> dict[str, Array]:
     """The arrays of an .npz file. Never unpickles."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise XllmError(
-                    "io", f"{path} holds a single array", help="write it with numpy.savez(PATH, x=..., y=...)"
-                )
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise XllmError("io", f"{path} holds a single array", help="write it with numpy.savez(PATH, x=..., y=...)")
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise XllmError("io", f"there is no file {path}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except XllmError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a dozen kinds about bytes that they cannot read
         raise XllmError("io", f"{path} is not a sound .npz file: {error}") from None
 
 
