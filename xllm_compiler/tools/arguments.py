@@ -104,7 +104,7 @@ def _assignments(texts: Sequence[str], flag: str) -> list[tuple[str, tuple[int, 
     found: dict[str, list[int]] = {}
     name = ""
     for text in texts:
-        for piece in re.split(r"[,;\s]+", text.strip()):
+        for piece in re.split(r"\s*[,;]\s*|\s+", text.strip()):
             head, equals, value = piece.rpartition("=")
             if equals:
                 name = head.strip()
