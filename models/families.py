@@ -50,6 +50,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "expand": 2},
     "xlnet": {"d_head": 16, "d_model": 64, "n_head": 4},
     "zaya": {"num_experts_per_tok": 1},
+    "gemma4_text": {"vocab_size_per_layer_input": 384, "hidden_size_per_layer_input": 16},
+    "roc_bert": {"shape_vocab_size": 384, "shape_embed_dim": 32, "pronunciation_vocab_size": 384},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "cwm": {"bos_token_id": 1},

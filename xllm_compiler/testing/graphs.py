@@ -23,7 +23,9 @@ def random_module(choose: Choose, size: int = 12, ranks: Sequence[int] = (1, 2, 
     width = ranks[choose(len(ranks))]
     for name in ("step", "draft")[: 1 + (choose(6) == 1)]:
         sketch = Sketch(choose, module.add_func(name), DTYPES[choose(len(DTYPES))], HEADS[choose(len(HEADS))], width)
-        for _ in range(choose(size) + 1):
+        for _ in range(size):
             IDIOMS[choose(len(IDIOMS))](sketch)
+            if choose(size) == 0:  # asked each time, so that shrinking can leave any idiom out
+                break
         sketch.finish()
     return module

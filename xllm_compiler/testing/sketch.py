@@ -74,11 +74,11 @@ class Sketch:
     # What there is.
 
     def pick(self, of: Sequence[T]) -> T:
-        return of[self.choose(len(of))]
+        return of[self.choose(len(of))] if len(of) > 1 else of[0]
 
     def back(self) -> Value:
         """A value [N, width], the newest most likely."""
-        return self.stream[-1 - self.choose(min(len(self.stream), 4))]
+        return self.pick(self.stream[:-5:-1])
 
     def arg(self, name: str) -> Value:
         """One of the arguments that every step function has, declared when it is first asked for."""
@@ -161,8 +161,8 @@ class Sketch:
                 return self.op(ops.RmsNorm, value, eps=0.5)
 
     def heads_of(self, x: Value, heads: int, size: int, hint: str = "") -> Value:
-        """[N, heads, size] from the stream: a projection where the widths differ, and a choice of one where not."""
-        if heads * size != self.width or self.choose(2):
+        """[N, heads, size] from the stream, by a projection where the widths differ."""
+        if heads * size != self.width:
             x = self.op(ops.Linear, x, self.param(heads * size, self.width))
         return self.op(ops.Reshape, x, shape=(self.n, heads, size), hint=hint)
 

@@ -22,6 +22,7 @@ from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.verify import verify
+from xllm_compiler.testing.directives import CUT
 from xllm_compiler.testing.graphs import random_module
 
 Kind = Literal["traced", "written", "random", "test"]
@@ -32,7 +33,6 @@ RANDOM: Final = 32
 """How many random graphs a corpus has unless told otherwise: seeds 0, 1, 2..."""
 
 _FAMILIES: Final = re.compile(r"^// families: (.*)$", re.MULTILINE)
-_SPLIT: Final = re.compile(r"^// -----.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,14 @@ def _tests(directory: Path) -> Iterator[Entry]:
 
 
 def split_inputs(text: str) -> list[str]:
-    """The modules of a test file, which stand between lines that begin with `// -----`."""
-    return _SPLIT.split(text)
+    """The modules of a test file, which stand between lines such as `// -----`; each on the lines that it has there."""
+    parts, lines = [], text.split("\n")
+    begin = 0
+    for i, line in enumerate([*lines, None]):
+        if line is None or CUT.fullmatch(line.rstrip("\r")):
+            parts.append("\n" * begin + "\n".join(lines[begin:i]))
+            begin = i + 1
+    return parts
 
 
 def is_module(text: str, name: str) -> bool:

@@ -132,7 +132,7 @@ def spelled_activation(g: Sketch) -> None:
 
 def an_int(g: Sketch) -> Value:
     """i32[N] below POSITIONS."""
-    return g.ints[-1 - g.choose(min(len(g.ints), 3))] if g.ints else g.arg("pos")
+    return g.pick(g.ints[:-4:-1]) if g.ints else g.arg("pos")
 
 
 def integers(g: Sketch) -> None:
@@ -174,7 +174,7 @@ def numbers(g: Sketch) -> None:
 def masks(g: Sketch) -> None:
     """A choice per token, by a comparison or a combination of earlier ones."""
     flag = g.op(g.pick(_COMPARE), an_int(g), g.const(g.choose(5), "i32"))
-    if g.flags and g.choose(2):
+    if g.flags and g.choose(3):
         flag = g.op(g.pick((ops.And, ops.Or)), flag, g.flags[-1])
     if g.choose(3) == 1:
         flag = g.op(ops.Not, flag)
