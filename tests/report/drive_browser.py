@@ -19,9 +19,9 @@ import sys
 from typing import Any
 
 NEEDED = (
-    "the browser tests need PySide6-WebEngine (pip install -e '.[browser]') and what Chromium links against; on Debian: "
-    "apt-get install libnss3 libegl1 libgl1 libgbm1 libxkbcommon0 libxkbfile1 libxcomposite1 libxdamage1 libxrandr2 "
-    "libxtst6 libasound2 libdbus-1-3 libfontconfig1 libglib2.0-0"
+    "the browser tests need PySide6-WebEngine (pip install -e '.[browser]') and what Chromium links against; on Debian "
+    "and Ubuntu: apt-get install libnss3 libegl1 libgl1 libgbm1 libxkbcommon0 libxkbfile1 libxcomposite1 libxdamage1 "
+    "libxrandr2 libxtst6 libasound2 libdbus-1-3 libfontconfig1 libglib2.0-0"
 )
 
 os.environ["QT_QPA_PLATFORM"] = "offscreen"
@@ -108,7 +108,10 @@ class Driver:
                 self.settle()
                 return {"ok": ok}
             case {"js": str(text)}:
-                script = f"(() => {{ try {{ return JSON.stringify({{value: ({text})}}) }} catch (e) {{ return JSON.stringify({{error: String(e)}}) }} }})()"
+                script = (
+                    f"(() => {{ try {{ return JSON.stringify({{value: ({text})}}) }}"
+                    " catch (e) { return JSON.stringify({error: String(e)}) } })()"
+                )
                 answer: dict[str, Any] = json.loads(self.wait(lambda done: self.page.runJavaScript(script, 0, done)))
                 return answer
             case {"click": [x, y]}:

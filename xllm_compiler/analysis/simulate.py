@@ -16,13 +16,13 @@ from xllm_compiler.analysis.cost import Amounts, Costs, Estimate, Machine, estim
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import Future
 
-SYNC: Final = frozenset({"sched.record", "sched.wait", "comm.wait"})
+WAITS: Final = frozenset({"sched.wait", "comm.wait"})
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An op's place in time, on a stream or, for a collective, on a link. `waited_for`: the op whose end a wait is for;
-    a wait lasts until then, and no time at all where that is past."""
+    """An op's place in time, on a stream or, for a collective, on a link. `waited_for`: the op whose end a wait is for
+    (of an event: the last that its stream ran before it); a wait lasts until then, or no time where that is past."""
 
     op: Op
     stream: str
@@ -41,28 +41,32 @@ def simulate(func: Func, dims: Mapping[str, int], machine: Machine) -> list[Slot
     """A slot for every op that costs time or waits, in list order. `dims`: sizes of all symbols, and "context"."""
     costs = Costs(func)
     clock: dict[str, float] = {}
-    done: dict[Value, tuple[float, Op]] = {}  # events and futures
+    last: dict[str, Op] = {}
+    done: dict[Value, tuple[float, Op | None]] = {}  # events and futures
     slots: list[Slot] = []
     for op in func.ops:
-        amounts = costs.of[op].at(dims)
-        if amounts.free and op.name not in SYNC:
-            continue
-        took = estimate(amounts, machine)
         stream = f"stream {op.stream}"
         now = clock.get(stream, 0.0)
-        if op.name in ("sched.wait", "comm.wait"):
+        amounts = costs.of[op].at(dims)
+        took = estimate(amounts, machine)
+        if op.name in WAITS:
             ready, source = done.get(op.operands[0], (0.0, None))
-            slots.append(Slot(op, stream, now, max(now, ready), amounts, took, source))
-            clock[stream] = max(now, ready)
+            end = max(now, ready)
+        elif op.name == "sched.record":
+            done[op.result] = (now, last.get(stream))
             continue
-        if any(isinstance(r.type, Future) for r in op.results):
+        elif amounts.free:
+            continue
+        elif isinstance(op.results[0].type if op.results else None, Future):
             clock[stream] = now + machine.launch
             stream = f"link @{op.attrs.get('group', '')}"
-            now = max(now, clock.get(stream, 0.0))
-        slots.append(Slot(op, stream, now, now + took.seconds, amounts, took))
-        clock[stream] = now + took.seconds
-        for r in op.results:
-            done[r] = (clock[stream], op)
+            now, source = max(now, clock.get(stream, 0.0)), None
+            end = now + took.seconds
+            done[op.result] = (end, op)
+        else:
+            end, source = now + took.seconds, None
+        slots.append(Slot(op, stream, now, end, amounts, took, source))
+        clock[stream], last[stream] = end, op
     return slots
 
 

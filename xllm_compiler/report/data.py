@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xllm_compiler.analysis.cost import CONTEXT, Amounts, Costs, Machine, estimate
-from xllm_compiler.analysis.simulate import SYNC, Slot, makespan, simulate, streams_of
+from xllm_compiler.analysis.cost import Amounts, Costs, Machine, estimate
+from xllm_compiler.analysis.simulate import WAITS, Slot, makespan, simulate, streams_of
 from xllm_compiler.ir.core import Func, Module
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.printer import func_names
@@ -182,7 +182,7 @@ def timeline_data(func: Func, slots: Sequence[Slot]) -> dict[str, Any]:
             ]
             for s in slots
         ],
-        "waits": [i for i, s in enumerate(slots) if s.op.name in SYNC],
+        "waits": [i for i, s in enumerate(slots) if s.op.name in WAITS],
     }
 
 
@@ -213,6 +213,3 @@ def _passes(history: History, report: PipelineReport) -> list[dict[str, Any]]:
             ]
         out.append(entry)
     return out
-
-
-CONTEXT_NAME = CONTEXT.symbols[0]

@@ -24,6 +24,8 @@ from xllm_compiler.report.sizes import scenarios
 
 Event = dict[str, Any]
 
+_AT_ONE_TIME = "XCsf"  # an arrow needs its slices, and its end its start
+
 
 class TimelineFile(Instrument):
     """Writes the timeline of what a pipeline leaves to `path`; see `write_timeline`."""
@@ -49,7 +51,7 @@ def trace(module: Module, machine: Machine, dims: Mapping[str, int] | None = Non
     for i, func in enumerate(module.funcs.values()):
         events += _process(func, i + 1, step.dims, machine)
     metadata = [e for e in events if e["ph"] == "M"]
-    timed = sorted((e for e in events if e["ph"] != "M"), key=lambda e: (e["ts"], e["pid"], e["tid"]))
+    timed = sorted((e for e in events if e["ph"] != "M"), key=lambda e: (e["ts"], _AT_ONE_TIME.index(e["ph"])))
     return {
         "traceEvents": metadata + timed,
         "displayTimeUnit": "ns",
@@ -87,12 +89,12 @@ def _process(func: Func, pid: int, dims: Mapping[str, int], machine: Machine) ->
                 "args": _args(slot, results),
             }
         )
-        if slot.waited_for is not None and slot.waited_for in starts:
-            source = starts[slot.waited_for]
+        source = starts.get(slot.waited_for) if slot.waited_for is not None else None
+        if source is not None and end > begin:  # an arrow binds to the slices that are running at its two times
             flow: Event = {"name": "waits for", "cat": "wait", "pid": pid, "id": pid * 1_000_000 + number}
-            # A flow binds to the slice that encloses its time: the source's start and the end of the wait do.
-            events.append({"ph": "s", "tid": threads[source.stream], "ts": micros(source.start), **flow})
-            events.append({"ph": "f", "bp": "e", "tid": tid, "ts": end, **flow})
+            since = micros(source.start)
+            events.append({"ph": "s", "tid": threads[source.stream], "ts": since, **flow})
+            events.append({"ph": "f", "bp": "e", "tid": tid, "ts": max(begin, since), **flow})
     for at, size in bytes_in_use(placed_buffers(func), slots, dims):
         counter: Event = {"ph": "C", "name": "arena bytes in use", "cat": "memory", "pid": pid, "tid": 0}
         events.append({**counter, "ts": micros(at), "args": {"bytes": size}})

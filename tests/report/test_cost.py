@@ -1,0 +1,166 @@
+"""The cost model against numbers worked out by hand, and what must hold for any graph."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_text import TWO_STREAMS, model_text
+
+from xllm_compiler.analysis.cost import MACHINES, Amounts, Costs, Machine, estimate, machine_of
+from xllm_compiler.analysis.weights import weight_roots
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Func, Op
+from xllm_compiler.ir.ops import Embedding, Take
+from xllm_compiler.ir.parser import parse_module
+from xllm_compiler.report.sizes import complete
+from xllm_compiler.testing.graphs import random_module
+
+DECODE = {"N": 3, "B": 3, "S": 3, "P": 100, "context": 40}
+PREFILL = {"N": 10, "B": 2, "S": 2, "P": 100, "context": 0}
+
+
+def only(func: Func, result: str) -> Op:
+    return next(op for op in func.ops if op.results and op.results[0].name == result)
+
+
+def numbers(result: str, dims: dict[str, int], text: str = "") -> Amounts:
+    func = parse_module(text or model_text(1), "m.xir").func()
+    return Costs(func).of[only(func, result)].at(dims)
+
+
+def one_op(line: str, args: str, result: str) -> Amounts:
+    head = "xir 1 stage=graph\ndim N in [1, 512]\n"
+    text = f"{head}func @step({args}) -> ({result}) {{\n  {line}\n  return %y\n}}\n"
+    return numbers("y", {"N": 6}, text)
+
+
+def test_linear_is_two_operations_per_weight_and_row() -> None:
+    got = numbers("q0", DECODE)
+    assert got == Amounts(read=3 * 64 * 2, written=3 * 64 * 2, weights=64 * 64 * 2, flops=2 * 3 * 64 * 64, free=False)
+
+
+def test_bias_residual_and_activation_are_one_operation_each() -> None:
+    args = "%x: f32[N, 8], %w: f32[16, 8], %b: f32[16], %r: f32[N, 16]"
+    got = one_op("%y = nn.linear(%x, %w, bias=%b, residual=%r, act=silu) : f32[N, 16]", args, "f32[N, 16]")
+    assert got.flops == 2 * 6 * 8 * 16 + 3 * 6 * 16
+    assert got.read == 4 * (6 * 8 + 16 * 8 + 16 + 6 * 16) and got.written == 4 * 6 * 16
+
+
+def test_glu_is_two_products_an_activation_and_their_product() -> None:
+    got = one_op("%y = nn.linear_glu(%x, %w) : f32[N, 16]", "%x: f32[N, 8], %w: f32[32, 8]", "f32[N, 16]")
+    assert got.flops == 2 * (2 * 6 * 8 * 16) + 2 * 6 * 16
+
+
+def test_a_gather_reads_rows_and_not_the_table() -> None:
+    assert numbers("x0", DECODE) == Amounts(read=3 * 4, weights=3 * 64 * 2, written=3 * 64 * 2, free=False)
+
+
+def test_views_parameters_and_compile_time_values_are_free() -> None:
+    assert numbers("qh0", DECODE) == Amounts()
+    assert numbers("wq0", DECODE) == Amounts()
+
+
+def test_an_operand_that_is_used_twice_is_read_once() -> None:
+    got = one_op("%y = t.mul(%x, %x) : f32[N, 8]", "%x: f32[N, 8]", "f32[N, 8]")
+    assert (got.read, got.written, got.flops) == (6 * 8 * 4, 6 * 8 * 4, 6 * 8)
+
+
+def test_a_slice_reads_its_part_only() -> None:
+    got = one_op("%y = t.slice(%x, axis=1, start=2, stop=5) : f32[N, 3]", "%x: f32[N, 8]", "f32[N, 3]")
+    assert (got.read, got.written, got.flops) == (6 * 3 * 4, 6 * 3 * 4, 0)
+
+
+def test_kv_write_writes_the_tokens_and_reads_one_page_index_each() -> None:
+    got = numbers("cache0", DECODE)
+    assert got.kv_written == 3 * 2 * (16 + 16) * 2
+    assert got.read == 3 * 2 * 16 * 2 * 2 + 3 * 4 + 3 * 4 + 3 * 4  # k and v, pos, seq, a page index for each token
+
+
+def test_attention_of_a_decode_step() -> None:
+    """3 requests of 40 tokens and the new one: 41 rows each, of 2 heads with 16 + 16 bf16 numbers."""
+    got = numbers("a0", DECODE)
+    assert got.kv_read == 3 * 41 * 2 * 32 * 2
+    assert got.flops == 4 * 3 * 41 * (2 * 16 + 2 * 16 + 5)
+    assert got.read == 3 * 4 * 16 * 2 + 3 * 4 + 3 * 4 + 4 * 4 + 3 * 3 * 4  # q, pos, seq, start, 3 pages a request
+
+
+def test_attention_of_a_prefill_step_is_causal() -> None:
+    """2 requests of 5 tokens: 1 + 2 + 3 + 4 + 5 pairs each."""
+    got = numbers("a0", PREFILL)
+    assert got.flops == 4 * 2 * 15 * 69 and got.kv_read == 2 * 5 * 2 * 32 * 2
+
+
+def test_a_window_bounds_what_attention_reads() -> None:
+    text = model_text(1).replace("scale=0.25)", "scale=0.25, window=8)")
+    got = numbers("a0", DECODE, text)
+    assert got.kv_read == 3 * 8 * 2 * 32 * 2 and got.flops == 4 * 3 * 8 * 69
+
+
+def test_a_ring_all_reduce_sends_twice_what_it_lacks() -> None:
+    got = numbers("f", {"N": 6}, TWO_STREAMS)
+    assert got.comm == 2 * 3 * (6 * 256 * 4) // 4 and got.hops == 6
+    machine = Machine("m", flops=1e12, bandwidth=1e12, launch=0.0, link=1e6, hop=1e-3)
+    assert estimate(got, machine).seconds == pytest.approx(got.comm / 1e6 + 6e-3)
+    assert estimate(got, machine).limit == "link"
+    assert numbers("c", {"N": 6}, TWO_STREAMS) == Amounts()
+
+
+def test_the_roofline_takes_the_longest_and_a_launch() -> None:
+    machine = Machine("m", flops=100.0, bandwidth=10.0, launch=0.5)
+    memory = estimate(Amounts(read=30, written=10, flops=100, free=False), machine)
+    assert (memory.seconds, memory.limit) == (4.5, "memory")
+    assert memory.of_memory == pytest.approx(4 / 4.5) and memory.of_compute == pytest.approx(1 / 4.5)
+    assert estimate(Amounts(read=10, flops=500, free=False), machine).limit == "compute"
+    assert estimate(Amounts(read=1, flops=1, free=False), machine).limit == "launch"
+    assert estimate(Amounts(), machine).seconds == 0.0
+
+
+def test_costs_of_a_layer_add_up() -> None:
+    """One decode step of one request with 40 tokens of context, every op of the layer by hand."""
+    costs = Costs(parse_module(model_text(1), "m.xir").func())
+    total = costs.total({"N": 1, "B": 1, "S": 0, "P": 9, "context": 40})
+    layer = 2 * (64 + 64 * 64 + 2 * 32 * 64 + 64 * 64 + 64 + 2 * 160 * 64 + 64 * 160)
+    assert total.weights == layer + 2 * 64 + 2 * 384 * 64  # and a row of the embedding, and all of the head
+    products = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 2 * 160 * 64 + 64 * 160
+    attention = 4 * 41 * 69
+    others = 2 * 4 * 64 + 2 * 64 + 2 * 160  # norms, sums, silu and its product
+    assert total.flops == 2 * products + attention + others
+    assert total.kv_read == 41 * 2 * 32 * 2 and total.kv_written == 2 * 32 * 2
+
+
+def test_machines() -> None:
+    assert machine_of("cpu") is MACHINES["cpu"]
+    with pytest.raises(XllmError, match="no machine is called 'gpu'") as unknown:
+        machine_of("gpu")
+    assert unknown.value.help == "one of cpu, h200"
+    with pytest.raises(XllmError, match="bandwidth is 0"):
+        Machine("m", 1.0, 0.0, 0.0)
+    with pytest.raises(XllmError, match="a time is negative"):
+        Machine("m", 1.0, 1.0, -1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 40))
+def test_of_any_graph(seed: int, tokens: int) -> None:
+    """No cost is negative, more of everything costs more, weights are read at least once, time covers each limit."""
+    module = random_module(random.Random(seed).randrange)
+    machine = MACHINES["cpu"]
+    for func in module.funcs.values():
+        costs = Costs(func)
+        small, large = ({**complete(module, {}), "N": n, "context": 7} for n in (tokens, 2 * tokens))
+        gathered = set()
+        for op, cost in costs.of.items():
+            got, more = cost.at(small), cost.at(large)
+            assert min(got.read, got.written, got.weights, got.kv_read, got.kv_written, got.flops, got.comm) >= 0, op
+            assert more.bytes >= got.bytes and more.flops >= got.flops, op
+            took = estimate(got, machine)
+            assert took.seconds >= got.bytes / machine.bandwidth and took.seconds >= got.flops / machine.flops
+            assert 0 <= took.of_compute <= 1 and 0 <= took.of_memory <= 1
+            if isinstance(op, (Embedding, Take)):
+                gathered.add(op)
+        read = [v for v in weight_roots(func) if any(u not in gathered and u is not func.ret for u in v.users)]
+        whole = sum(v.tensor.nbytes.value for v in read if all(u.name not in ("t.slice", "t.reshape") for u in v.users))
+        assert costs.total(small).weights >= whole
