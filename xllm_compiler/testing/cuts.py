@@ -15,7 +15,7 @@ from xllm_compiler.dims import DimScope
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.ops import Const
 from xllm_compiler.ir.spec import Attr
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type
 from xllm_compiler.testing.edits import Edit, first_version, is_dead
 
 A = TypeVar("A")
@@ -73,19 +73,31 @@ def _weight_ops(module: Module) -> list[Op]:
 
 
 class _Region:
-    """A run of ops and what crosses its border."""
+    """A run of ops, with those that promises and events tie them to, and what crosses its border."""
 
     def __init__(self, ops: Sequence[Op]) -> None:
         self.ops = dict.fromkeys(ops)
-        self.funcs = dict.fromkeys(op.func for op in ops)
-        results = [r for op in ops for r in op.results]
+        stack = list(ops)
+        while stack:
+            op = stack.pop()
+            tied = [v.op for v in op.operands if _ties(v) and v.op is not None]
+            tied += [user for r in op.results if _ties(r) for user in r.users]
+            stack += [o for o in tied if o not in self.ops]
+            self.ops.update(dict.fromkeys(tied))
+        self.funcs = dict.fromkeys(op.func for op in self.ops)
+        results = [r for op in self.ops for r in op.results]
         self.out = [r for r in results if any(user not in self.ops for user in r.users)]
-        inside = [v for op in ops for v in op.operands if v.op not in self.ops]
+        inside = [v for op in self.ops for v in op.operands if v.op not in self.ops]
         self.into = list(dict.fromkeys(inside))
 
     def edit(self) -> Edit:
         """An edit under which the region's ops go once nothing uses them."""
         return Edit(drop=dict.fromkeys(op for op in self.ops if not op.results or is_dead(op)))
+
+
+def _ties(v: Value) -> bool:
+    """Neither an argument nor a return: the op that makes it and those that use it go together."""
+    return isinstance(v.type, (Future, Event))
 
 
 def _without_ops(module: Module, ops: Sequence[Op]) -> Iterator[Edit]:
@@ -97,20 +109,23 @@ def _without_ops(module: Module, ops: Sequence[Op]) -> Iterator[Edit]:
     edit = region.edit()
     edit.fresh = dict.fromkeys(region.out, "arg")
     yield edit
+    if len(ops) == 1:  # the failure may be about a weight of which this is the only user
+        yield _outlined(region, weights=True)
 
 
-def _outlined(region: _Region) -> Edit:
+def _outlined(region: _Region, weights: bool = False) -> Edit:
     """As if another function had computed the region: what it read is returned, what it made comes as arguments.
 
     Everything else is fed and observed as before. For the first or the last ops this cuts a window out of a function.
+    `weights`: also weight expressions are returned.
     """
     edit = region.edit()
     edit.fresh = {v: "arg" for v in region.out if any(u not in region.ops and u is not u.func.ret for u in v.users)}
     for f in region.funcs:
         left = dict.fromkeys(v for v in f.returns if v.op not in region.ops)
-        weights = weight_exprs(f)
+        known = {} if weights else weight_exprs(f)
         for v in region.into:
-            if v.op is not None and v.op.func is f and v not in weights and _returnable(v, region):
+            if v.op is not None and v.op.func is f and v not in known and _returnable(v, region):
                 left[v] = None
         edit.returns[f] = list(left)
     return edit
@@ -153,6 +168,8 @@ def _without_weights(module: Module, ops: Sequence[Op]) -> Iterator[Edit]:
         edit = region.edit()
         edit.fresh = dict.fromkeys(region.out, how)
         yield edit
+    if len(ops) == 1:
+        yield _outlined(region, weights=True)
 
 
 # ------------------------------------------------------------------------------------------------------ single values
