@@ -1,4 +1,4 @@
-"""Writes the CHECK lines that follow `// BLESS`. Owns how an output becomes CHECK lines; changes nothing else of a file.
+"""Writes the CHECK lines that follow `// BLESS`, and nothing else of a file. Owns how an output becomes CHECK lines.
 
     // RUN: xllm-opt %s -p fuse-glu | filecheck %s
     // BLESS
@@ -68,6 +68,6 @@ def check_lines(output: str, prefix: str = "CHECK") -> Iterator[str]:
             literal = "{LITERAL}" if "{{" in line or "[[" in line else ""
             yield f"{prefix}{'' if first else '-NEXT'}{literal}: {line.rstrip()}"
         else:
-            yield f"{prefix}-EMPTY:"
+            yield f"{prefix}-NEXT: {{{{^[ \t]+$}}}}" if line else f"{prefix}-EMPTY:"
         first = False
         inside = plain or line != "}"

@@ -94,7 +94,7 @@ def _match(package: Any, matcher: Any, ops: tuple[Any, ...], output: str) -> Mis
 def _report(op: Any, message: str, output: str, last: tuple[Any, int] | None, variables: dict[str, Any]) -> str:
     """The CHECK line, where matching stood, and what it was most likely meant to match."""
     lines = output.split("\n")
-    out = [f"{op.check_name}: {op.arg}", "  is not in the output" + _rule(op)]
+    out = [f"{op.check_name}: {op.arg}", "  is not in the output" + (_rule(op) if last else "")]
     if message.startswith(("Variable", "Malformed", "Empty")):
         out[1] = f"  {message}"
     used = {name: variables[name] for name in re.findall(r"\[\[\$?(\w+)\]\]", op.arg) if name in variables}
@@ -126,14 +126,16 @@ def _rule(op: Any) -> str:
 
 
 def _nearest(arg: str, lines: list[str], after: int) -> list[int]:
-    """Line numbers, best first."""
-    plain = " ".join(re.sub(r"\{\{.*?\}\}|\[\[(?:\w+:)?.*?\]\]", "", arg).split())
+    """Numbers of the lines that hold most of `arg`, in its order, best first."""
+    plain = " ".join(re.sub(r"\{\{.*?\}\}|\[\[(?:\w+:)?.*?\]\]", " ", arg).split())
     scored = []
     for n, line in enumerate(lines, 1):
-        ratio = difflib.SequenceMatcher(None, plain, " ".join(line.split()), autojunk=False).ratio() if line else 0.0
-        if n > after and ratio > 0.5:
-            scored.append((-ratio, n))
-    return [n for _, n in sorted(scored)[:NEAREST]]
+        if n > after and plain:
+            matcher = difflib.SequenceMatcher(None, plain, " ".join(line.split()), autojunk=False)
+            held = sum(b.size for b in matcher.get_matching_blocks() if b.size > 1) / len(plain)
+            if held > 0.6:
+                scored.append((-held, -matcher.ratio(), n))
+    return [n for _, _, n in sorted(scored)[:NEAREST]]
 
 
 def _window(output: str, line: int, notes: dict[int, str]) -> list[str]:

@@ -103,7 +103,7 @@ class FileTest:
         expects = any(e.kind == "error" for e in d.expected) and not tool_verifies
         if outcome.code and not (expects or run.fails or wrong):
             wrong.append(self._failure(run.line, f"{run.tool} failed, exit code {outcome.code}\n{_clip(outcome.err)}"))
-        if not outcome.code and (run.fails or (expects and not wrong)):
+        if not outcome.code and (run.fails or expects) and not wrong:
             wrong.append(self._failure(run.line, f"{run.tool} was to fail and did not"))
         if wrong:
             return wrong

@@ -1,5 +1,5 @@
-"""The pytest plugin, found through the entry point `xllm`. Owns collection and reports; what a test means is filetest.py's
-and laws.py's.
+"""The pytest plugin, found through the entry point `xllm`. Owns collection and reports; what a test means is up to
+filetest.py and laws.py.
 
     pytest tests/passes/fuse-glu       every .xir file there that has directives: FILE.xir::RUN-1 ..
     pytest --bless FILE.xir            writes the CHECK lines that follow `// BLESS`
@@ -14,7 +14,7 @@ Where a project has no .xir file and no such setting, nothing of ours is importe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class RunLine(pytest.Item):
         return _report(self, excinfo, f"\n\nRUN: {run.text}\nin   {self.test.path}:{run.line}")
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        return self.path, self.test.directives.runs[self.index].line - 1, f"{self.path.name}::{self.name}"
+        return self.path, self.test.directives.runs[self.index].line - 1, f"{self.path.name} {self.name}"
 
 
 class BrokenFile(pytest.Item):
@@ -104,7 +104,7 @@ class BrokenFile(pytest.Item):
         raise _Failed(self.text)
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        return self.path, 0, f"{self.path.name}::{self.name}"
+        return self.path, 0, f"{self.path.name} {self.name}"
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         return _report(self, excinfo)
@@ -156,7 +156,7 @@ def _load(spec: str, config: pytest.Config) -> list[str]:
 
 
 def _wanted(config: pytest.Config) -> str | None:
-    """ "" for the laws of all passes, a pass's name, or None: no laws in this run."""
+    """A pass's name, "" for the laws of all passes, or None: no laws in this run."""
     told: dict[str, Any] = getattr(config, "workerinput", {})
     if _LAWS in told:
         return told[_LAWS]  # type: ignore[no-any-return]
@@ -172,50 +172,79 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput[_LAWS] = _wanted(node.config)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Adds the laws before -k and -m choose."""
-    wanted, names = _wanted(config), config.stash.get(_PASSES, [])
-    if wanted is None or not (names or wanted):
-        return
-    if wanted:
-        from xllm_compiler.errors import XllmError
-        from xllm_compiler.passes.registry import pass_class
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The laws come last in the session, as if they stood in a file of their own."""
+    report = yield
+    if isinstance(collector, pytest.Session) and (names := _to_judge(collector.config)):
+        report.result.append(Laws.from_parent(collector, name="laws", nodeid="laws", passes=names))
+    return report
 
-        try:
-            names = [pass_class(wanted).name]
-        except XllmError as e:
-            raise pytest.UsageError(f"--laws={wanted}: the option takes the word behind it as a pass\n{e}") from e
-    root = Laws.from_parent(session, name="laws", nodeid="laws")
-    for name in names:
-        items += OfPass.from_parent(root, name=name).collect()
+
+def _to_judge(config: pytest.Config) -> list[str]:
+    wanted = _wanted(config)
+    if not wanted:
+        return [] if wanted is None else config.stash.get(_PASSES, [])
+    from xllm_compiler.errors import XllmError
+    from xllm_compiler.passes.registry import pass_class
+
+    try:
+        return [pass_class(wanted).name]
+    except XllmError as e:
+        raise pytest.UsageError(f"--laws={wanted}: the option takes the word behind it as a pass\n{e}") from e
+
+
+def _inputs(session: pytest.Session) -> tuple[Path, ...]:
+    """Folders whose modules passes are tried on besides the shipped corpus: those of the ini's testpaths, or of the
+    file tests at hand, without folders inside others."""
+    config = session.config
+    found = [path for text in config.getini("testpaths") for path in sorted(config.rootpath.glob(text))]
+    found = found or [item.path.parent for item in session.items if isinstance(item, RunLine)]
+    folders = [path for path in dict.fromkeys(found) if path.is_dir()]
+    return tuple(Path(_shown(f, config)) for f in folders if not any(o in f.parents for o in folders))
 
 
 class Laws(pytest.Collector):
     """All laws, below the session."""
 
-    def collect(self) -> Iterator[pytest.Item]:
-        return iter(())
+    def __init__(self, *, passes: list[str], **rest: Any) -> None:
+        super().__init__(**rest)
+        self.passes = passes
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        folders = _inputs(self.session)
+        for name in self.passes:
+            yield OfPass.from_parent(self, name=name, folders=folders)
 
 
 class OfPass(pytest.Collector):
     """The laws of one pass."""
 
+    def __init__(self, *, folders: tuple[Path, ...], **rest: Any) -> None:
+        super().__init__(**rest)
+        self.folders = folders
+
     def collect(self) -> Iterator[pytest.Item]:
         from xllm_compiler.testing import laws
 
         for law in laws.law_names():
-            yield LawItem.from_parent(self, name=law)
+            yield LawItem.from_parent(self, name=law, folders=self.folders)
 
 
 class LawItem(pytest.Item):
     """One law of one pass, over the corpus."""
 
+    def __init__(self, *, folders: tuple[Path, ...], **rest: Any) -> None:
+        super().__init__(**rest)
+        self.folders = folders
+
     def runtest(self) -> None:
         from xllm_compiler.testing import laws
 
         assert self.parent is not None
-        report = laws.check(self.parent.name, self.name)
+        report = laws.check(self.parent.name, self.name, self.folders)
         if report is not None:
             raise _Failed(report)
 
