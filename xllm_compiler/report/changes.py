@@ -79,7 +79,7 @@ def _lines(text: str) -> Iterator[Line]:
         loc = _LOC.search(raw)
         line = raw[: loc.start()] if loc else raw
         param = _PARAM.search(line)
-        path = param[1] if param else loc[1] if loc else ""
+        path = param[1].rpartition(".")[0] if param else loc[1] if loc else ""
         if path:
             layer = layer_of(path)
         elif not line.startswith("  ") or line.lstrip().startswith("return"):

@@ -34,8 +34,8 @@ class Layer:
 
 
 def path_of(op: Op) -> str:
-    """The module path that an op was traced from; a parameter's own name, which starts with it."""
-    return op.name_ if isinstance(op, Param) else op.loc.module_path
+    """The module path that an op was traced from; of a parameter, what its name says."""
+    return op.name_.rpartition(".")[0] if isinstance(op, Param) else op.loc.module_path
 
 
 def layers_of(func: Func, costs: Costs) -> list[Layer]:
