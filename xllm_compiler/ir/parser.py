@@ -6,6 +6,7 @@ invariants are verify.py's.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable
@@ -338,7 +339,8 @@ class _Parser:
         name = self.kind("name", "an op name")
         cls = OPS.get(name.text)
         if cls is None:
-            self.fail(f"unknown op {name.text}", name)
+            near = difflib.get_close_matches(name.text, OPS, n=1)
+            self.fail(f"unknown op {name.text}", name, f"did you mean {near[0]}?" if near else "")
         operands: list[Value] = []
         fields: dict[str, object] = {}
         self.expect("(")
