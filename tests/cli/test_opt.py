@@ -175,7 +175,7 @@ def test_explain_shows_the_lines_that_decided(file: str, capsys: Capture) -> Non
 
 def test_explain_says_where_a_rule_is_tried(file: str, capsys: Capture) -> None:
     assert main([file, "-p", "fuse-add-norm", "--explain", "add-norm@out"]) == 0
-    said = "fuse-add-norm/add-norm was not tried at %out = t.neg: here it is tried at nn.rms_norm\n"
+    said = "fuse-add-norm/add-norm was not tried at %out = t.neg; in this run only at nn.rms_norm\n"
     assert capsys.readouterr().err == said
 
 
@@ -258,6 +258,8 @@ def test_reports_and_timelines(file: str) -> None:
         (["m.xir", "--check-equiv=N=0"], "--check-equiv: N=0 is outside [1, 64]", ""),
         (["m.xir", "--load", "nothing.py"], "cannot read passes", "at nothing.py"),
         (["m.xir", "a.xir"], "unrecognized arguments: a.xir", ""),
+        (["m.xir", "--report", "no/r.html"], "--report: there is no directory for no/r.html", "at no"),
+        (["m.xir", "--remarks-json", "no/r"], "--remarks-json: there is no directory for no/r", "at no"),
         (["m.xir", "-o", "no/such/dir/x"], "cannot write no/such/dir/x: No such file or directory", ""),
         (["m.xir", "-p", "plan-memory"], "pass plan-memory needs stage sched, but would get graph", ""),
     ],

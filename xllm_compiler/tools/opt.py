@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.errors import XllmError
@@ -129,6 +130,11 @@ def checked_pipeline(args: Any) -> Pipeline:
             "--explain and --report exclude each other",
             help="each follows the lines that rules run; use two runs",
         )
+    for flag in ("report", "timeline", "remarks_json"):  # told before the work, not after it
+        path = getattr(args, flag)
+        if path is not None and not Path(path).parent.is_dir():
+            text = f"--{flag.replace('_', '-')}: there is no directory for {path}"
+            raise XllmError("option", text, where=str(Path(path).parent))
     if args.remarks:
         try:
             re.compile(args.remarks)

@@ -258,7 +258,7 @@ def _explain_nothing(explain: Explain, tries: OpsTried, values: dict[str, str]) 
     for rule in rules:
         at = ", ".join(tries.ops[rule])
         op = values[explain.value]
-        print(f"{rule} was not tried at %{explain.value} = {op}: here it is tried at {at}", file=sys.stderr)
+        print(f"{rule} was not tried at %{explain.value} = {op}; in this run only at {at}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
