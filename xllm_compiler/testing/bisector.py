@@ -235,8 +235,8 @@ class Bisection:
             why = "goes wrong without any of the rewrites that it asks leave for"
             if alone.rewrites == 0:
                 why = "does not ask before it rewrites (PassContext.allows), so no single rewrite can be named"
-            notes = () if failure.kind == "claim" else (f"{text} {why}",)
-            return _as_a_whole(run, runs, text, start, alone, whole, Repro(start, text), notes)
+            said: tuple[str, ...] = () if failure.kind == "claim" else (f"{text} {why}",)
+            return _as_a_whole(run, runs, text, start, alone, whole, Repro(start, text), said)
         good, bad = 0, most
         while bad - good > 1:
             middle = (good + bad) // 2
@@ -266,12 +266,27 @@ class Bisection:
         whole = Repro(self.module, str(self.pipeline), run, before.rewrites + number)
         if not failure.same_as(self.attempt(self.module, whole.pipeline, limit=run, fuel=whole.fuel).failure):
             notes.append("the whole pipeline with that fuel does not show it: passes behave differently when run again")
-        # Worth more than the others when it fails: the rewrite then depends on nothing that came before it.
-        repro = Repro(just_before.module, text, None, 1)
-        if just_before.failure is not None or not failure.same_as(self.attempt(repro.module, text, fuel=1).failure):
-            repro = Repro(start, text, None, number)
+        repro = None if just_before.failure is not None else self.from_here(just_before.module, text, failure)
+        repro = repro or Repro(start, text, None, number)
         seen = close.application(place_of(type(p), close.rule))
         return Finding(run, runs, text, failure, whole, repro, seen, number, rewrites, tuple(notes))
+
+    def from_here(self, module: Module, text: str, failure: Failure) -> Repro | None:
+        """A repro on the IR right before the rewrite: with it alone where the pass comes to it first, else with as few as
+        it takes. None when it depends on the rewrites made before."""
+        if failure.same_as(self.attempt(module, text, fuel=1).failure):
+            return Repro(module, text, None, 1)
+        alone = self.attempt(module, text)
+        if not failure.same_as(alone.failure):
+            return None
+        good, bad = 1, alone.rewrites + (failure.kind == "raises")
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if failure.same_as(self.attempt(module, text, fuel=middle).failure):
+                bad = middle
+            else:
+                good = middle
+        return Repro(module, text, None, bad)
 
 
 def _as_a_whole(
