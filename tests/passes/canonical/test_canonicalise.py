@@ -54,73 +54,6 @@ def test_rms_norm(square: str, root: str, weight: str) -> None:
     case.check_same()
 
 
-@pytest.mark.parametrize("weighted", ["rounded first", "in f32"])
-def test_rms_norm_between_casts(weighted: str) -> None:
-    """Llama rounds before it multiplies by the weight, Gemma after: both are the op, which rounds once."""
-    tail = {
-        "rounded first": "%b = t.cast(%n, dtype=bf16) : bf16[N, 8]\n  %y = t.mul(%w, %b) : bf16[N, 8]",
-        "in f32": "%v = t.cast(%w, dtype=f32) : f32[8]\n  %i = t.const(value=1.0) : f32[]\n"
-        "  %v1 = t.add(%v, %i) : f32[8]\n  %b = t.mul(%n, %v1) : f32[N, 8]\n  %y = t.cast(%b, dtype=bf16) : bf16[N, 8]",
-    }[weighted]
-    case = func(
-        f"""  %w = param(name="w") : bf16[8]
-  %c = t.cast(%x, dtype=f32) : f32[N, 8]
-  %p = t.mul(%c, %c) : f32[N, 8]
-  %m = t.reduce(%p, kind=mean, axes=[1], keep=true) : f32[N, 1]
-  %e = t.const(value=1e-06) : f32[]
-  %a = t.add(%m, %e) : f32[N, 1]
-  %r = t.rsqrt(%a) : f32[N, 1]
-  %n = t.mul(%c, %r) : f32[N, 8]
-  {tail}
-  return %y""",
-        "bf16[N, 8]",
-        "%x: bf16[N, 8]",
-    ).run("canonicalise")
-    assert case.op_names() == ["nn.rms_norm"]
-    case.check_same()
-
-
-def test_layer_norm_with_weight_and_bias() -> None:
-    case = func(
-        """  %mean = t.reduce(%x, kind=mean, axes=[1], keep=true) : f32[N, 1]
-  %s = t.sub(%x, %mean) : f32[N, 8]
-  %two = t.const(value=2.0) : f32[]
-  %p = t.pow(%s, %two) : f32[N, 8]
-  %m = t.reduce(%p, kind=mean, axes=[1], keep=true) : f32[N, 1]
-  %e = t.const(value=1e-05) : f32[]
-  %a = t.add(%m, %e) : f32[N, 1]
-  %r = t.rsqrt(%a) : f32[N, 1]
-  %n = t.mul(%s, %r) : f32[N, 8]
-  %w = param(name="w") : f32[8]
-  %y1 = t.mul(%w, %n) : f32[N, 8]
-  %b = param(name="b") : f32[8]
-  %y = t.add(%y1, %b) : f32[N, 8]
-  return %y"""
-    ).run("canonicalise")
-    assert case.op_names() == ["nn.layer_norm"] and "w=%w, b=%b" in case.text
-    case.check_same()
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        # the mean over another axis, of another tensor, without eps, of x ** 3, and a weight that is data
-        "%p = t.mul(%x, %x) : f32[N, 8]\n  %m = t.reduce(%p, kind=sum, axes=[1], keep=true) : f32[N, 1]\n"
-        "  %e = t.const(value=0.1) : f32[]\n  %a = t.add(%m, %e) : f32[N, 1]\n  %r = t.rsqrt(%a) : f32[N, 1]\n"
-        "  %y = t.mul(%x, %r) : f32[N, 8]",
-        "%p = t.mul(%z, %z) : f32[N, 8]\n  %m = t.reduce(%p, kind=mean, axes=[1], keep=true) : f32[N, 1]\n"
-        "  %e = t.const(value=0.1) : f32[]\n  %a = t.add(%m, %e) : f32[N, 1]\n  %r = t.rsqrt(%a) : f32[N, 1]\n"
-        "  %y = t.mul(%x, %r) : f32[N, 8]",
-        "%p = t.mul(%x, %z) : f32[N, 8]\n  %m = t.reduce(%p, kind=mean, axes=[1], keep=true) : f32[N, 1]\n"
-        "  %e = t.const(value=9.0) : f32[]\n  %a = t.add(%m, %e) : f32[N, 1]\n  %r = t.rsqrt(%a) : f32[N, 1]\n"
-        "  %y = t.mul(%x, %r) : f32[N, 8]",
-    ],
-)
-def test_what_is_no_norm_is_left_alone(body: str) -> None:
-    case = func(f"  {body}\n  return %y", args="%x: f32[N, 8], %z: f32[N, 8]").run("canonicalise")
-    assert not case.changed
-
-
 def rotation(style: str, table: str, x: str = "%x", n: str = "", width: int = 8) -> str:
     """x cos + rotate(x) sin over `width` elements, with tables of that width made from %f [N, width / 2]."""
     half = width // 2
@@ -338,35 +271,6 @@ def test_silu_and_quick_gelu() -> None:
     ).run("canonicalise")
     assert sorted(case.op_names()) == ["t.add", "t.mul", "t.mul", "t.sigmoid", "t.silu"]
     case.check_same()
-
-
-def test_rows_are_taken_before_they_are_computed() -> None:
-    case = func(
-        """  %w = param(name="w") : f32[8]
-  %n = nn.rms_norm(%x, w=%w, eps=1e-05) : f32[N, 8]
-  %v = param(name="v") : f32[40, 8]
-  %l = nn.linear(%n, %v) : f32[N, 40]
-  %c = t.const(value=30.0) : f32[]
-  %d = t.div(%l, %c) : f32[N, 40]
-  %t = t.tanh(%d) : f32[N, 40]
-  %y = t.take(%t, %sel) : f32[S, 40]
-  return %y""",
-        "f32[S, 40]",
-        "%x: f32[N, 8], %sel: i32[S]",
-    ).run("canonicalise")
-    assert case.op_names() == ["t.take", "nn.rms_norm", "nn.linear", "t.div", "t.tanh"]
-    case.check_same()
-
-
-def test_rows_that_others_read_are_not_taken_early() -> None:
-    case = func(
-        """  %a = t.tanh(%x) : f32[N, 8]
-  %y = t.take(%a, %sel) : f32[S, 8]
-  return %y, %a""",
-        "f32[S, 8], f32[N, 8]",
-        "%x: f32[N, 8], %sel: i32[S]",
-    ).run("canonicalise")
-    assert not case.changed
 
 
 KV_ARGS = (
