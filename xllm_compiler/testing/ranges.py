@@ -59,8 +59,8 @@ def _through(op: Op, index: int, wanted: Range) -> Range | None:
     """What operand `index` must keep so that the result keeps `wanted`; None: nothing, or not known."""
     if op.name in _PASSING:
         return wanted
-    if op.name == "t.where":
-        return wanted if index > 0 else None
+    if op.name in ("t.where", "t.take"):
+        return wanted if (index == 0) == (op.name == "t.take") else None
     if len(op.operands) != 2:
         return Range(-wanted.hi, -wanted.lo) if op.name == "t.neg" else None
     other = op.operands[1 - index].op

@@ -1,0 +1,225 @@
+"""The laws that every registered pass is held to, without asking. Owns the run of one pass over the corpus.
+
+    for law in law_names():
+        report = check("fuse-glu", law)        # None: kept; otherwise a text to read
+
+One run per pass serves all of its laws. A pass is tried on every module of the corpus at several points of the preset
+(laws_inputs.py), with its default options and with those of `samples`. The cheap laws are asked of every module, those
+that interpret, print or run the pass again of a choice: of everything that the pass does somewhere, at several sizes.
+What a pass refuses is counted, and so is what cannot be judged; a pass that never changes anything fails `exercised`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.printer import print_module
+from xllm_compiler.passes.base import Pass
+from xllm_compiler.passes.manager import item_text, parse_pipeline
+from xllm_compiler.passes.registry import did_you_mean, pass_class
+from xllm_compiler.testing.corpus import Entry, corpus
+from xllm_compiler.testing.laws_child import digests, digests_elsewhere
+from xllm_compiler.testing.laws_inputs import Workbench
+from xllm_compiler.testing.laws_judge import LAWS, Law, Unjudged
+from xllm_compiler.testing.laws_report import head, how_to_go_on, report
+from xllm_compiler.testing.laws_trial import Trial
+
+CHEAP: Final = frozenset({"runs", "verifies", "deterministic", "honest", "signature"})  # asked of every module
+CLOSER: Final = (60, 20)  # modules that all laws are asked of: with the defaults, with a sample of options
+ELSEWHERE: Final = (16, 6)  # texts that are given to a process with another hash seed
+
+OPTIONS: Final = "options"
+EXERCISED: Final = "exercised"
+
+
+@dataclass
+class Results:
+    """What became of one pass: a report per broken law, and how much was looked at."""
+
+    pass_name: str
+    broken: dict[str, str] = field(default_factory=dict)
+    tried: int = 0
+    changed: int = 0
+    refused: dict[str, str] = field(default_factory=dict)  # source -> what the pass said
+    unjudged: dict[str, str] = field(default_factory=dict)  # source -> why its meaning could not be compared
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One line for people."""
+        parts = [f"{self.changed} of {self.tried} modules changed"]
+        parts += [f"{len(self.refused)} refused"] if self.refused else []
+        parts += [f"{len(self.unjudged)} not comparable"] if self.unjudged else []
+        parts += [f"broken: {', '.join(self.broken)}"] if self.broken else []
+        return f"{self.pass_name}: {', '.join(parts)} ({self.seconds:.1f} s)"
+
+
+class Laboratory:
+    """A corpus, and the results of the passes that were tried on it."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.bench = Workbench(entries)
+        self._results: dict[type[Pass], Results] = {}
+
+    def results(self, pass_name: str) -> Results:
+        """All laws on one pass, run when first asked for."""
+        cls = pass_class(pass_name)
+        if cls not in self._results:
+            self._results[cls] = _Run(self.bench, cls).results()
+        return self._results[cls]
+
+
+class _Run:
+    def __init__(self, bench: Workbench, cls: type[Pass]) -> None:
+        self.bench, self.cls = bench, cls
+        self.out = Results(cls.name)
+
+    def results(self) -> Results:
+        begin = time.process_time()
+        for i, p in enumerate(self.settings()):
+            trials = [Trial(p, source) for source in self.bench.sources(self.cls)]
+            for t in trials:
+                if t.refused:
+                    self.out.refused[f"{t.setting} on {t.source}"] = str(t.first.error)
+                self.ask(t, cheap=True)
+            firing = [t for t in trials if t.changed]
+            for t in spread(firing, CLOSER[i > 0]):
+                self.ask(t, cheap=False)
+            self.elsewhere(p, firing or trials, ELSEWHERE[i > 0])
+            if i == 0:
+                self.out.tried, self.out.changed = len(trials), len(firing)
+        self.exercised()
+        self.out.seconds = time.process_time() - begin
+        return self.out
+
+    def settings(self) -> list[Pass]:
+        """The pass as it is by default, then with each of its samples."""
+        out: dict[Pass, None] = {self.cls(): None}
+        for sample in self.cls.samples:
+            try:
+                (p,) = parse_pipeline(f"{self.cls.name}{sample}").passes()
+                if list(parse_pipeline(item_text(p)).passes()) != [p]:
+                    raise XllmError("internal", f"{item_text(p)} is read back as another setting")
+            except XllmError as e:
+                self.out.broken.setdefault(OPTIONS, f"pass {self.cls.name}, sample {sample!r}\n{e}")
+                continue
+            if p in out:
+                text = f"pass {self.cls.name}: sample {sample!r} is a setting that is tried anyway"
+                self.out.broken.setdefault(OPTIONS, f"{text}\n  help: name options that differ from the defaults")
+            out[p] = None
+        return list(out)
+
+    def ask(self, t: Trial, cheap: bool) -> None:
+        """Puts a trial before the laws that are still unbroken."""
+        for law in LAWS:
+            if law.name in self.out.broken or (law.name in CHEAP) != cheap:
+                continue
+            try:
+                wrong = law.judge(t)
+            except Unjudged as e:
+                self.out.unjudged[str(t.source)] = str(e)
+                continue
+            if wrong is not None:
+                self.out.broken[law.name] = report(law, t, wrong)
+
+    def elsewhere(self, p: Pass, trials: Sequence[Trial], most: int) -> None:
+        """Law `deterministic` across processes: one more process per setting."""
+        law = law_named("deterministic")
+        if law.name in self.out.broken or not trials:
+            return
+        chosen = trials[:: -(-len(trials) // most)]
+        texts = [print_module(t.before, loc=True) for t in chosen]
+        try:
+            there = digests_elsewhere(p, texts)
+        except XllmError as e:
+            self.out.broken[law.name] = f"{head(item_text(p), law)}\n{e}"
+            return
+        for t, here, other in zip(chosen, digests(p, texts), there, strict=True):
+            if here != other:
+                lines = [head(t.setting, law), f"  on {t.source} ({t.source.ops} ops)"]
+                lines.append("  a process with another PYTHONHASHSEED leaves another text, or other counts or remarks")
+                lines.append(f"  help: {law.help}")
+                self.out.broken[law.name] = "\n".join([*lines, *how_to_go_on(law, t, t.before)])
+                return
+
+    def exercised(self) -> None:
+        """Laws that were never put to the test are not kept."""
+        if self.out.changed and len(self.out.unjudged) < self.out.changed:
+            return
+        name = self.cls.name
+        lines = [f"pass {name} breaks law `{EXERCISED}`: the corpus has a module that it changes"]
+        if self.out.changed:
+            where, why = next(iter(self.out.unjudged.items()))
+            lines.append(
+                f"  none of the {self.out.changed} modules that it changed can be interpreted, such as {where}"
+            )
+            lines += [f"  {line}" for line in why.splitlines()]
+        else:
+            refused = f", {len(self.out.refused)} refused" if self.out.refused else ""
+            lines.append(f"  {self.out.tried} modules in stage {self.cls.needs} were tried, none changed{refused}")
+            lines += [f"  {line}" for why in list(self.out.refused.values())[:1] for line in why.splitlines()]
+        lines.append(f"  help: add tests/passes/{name}/fires.xir with a module that the pass changes")
+        self.out.broken[EXERCISED] = "\n".join(lines)
+
+
+def spread(trials: Sequence[Trial], most: int) -> list[Trial]:
+    """Up to `most` trials that differ in what the pass did, and then in size; at least one of each kind of doing.
+
+    What a pass did is what it counted, which kinds of op came and went, and on how many ranks.
+    """
+    kinds: dict[object, list[Trial]] = {}
+    for t in trials:
+        before, after = _op_counts(t.before), _op_counts(t.after)
+        key = (t.ranks, tuple(t.first.stats), tuple(sorted(before - after)), tuple(sorted(after - before)))
+        kinds.setdefault(key, []).append(t)
+    queues = [_far_apart(k) for k in kinds.values()]
+    chosen: dict[Trial, None] = {}
+    for i in range(max(map(len, queues), default=0)):
+        for queue in queues:
+            if i < len(queue) and (i == 0 or len(chosen) < most):
+                chosen[queue[i]] = None
+    return [t for t in trials if t in chosen]
+
+
+def _far_apart(trials: Sequence[Trial]) -> list[Trial]:
+    """The same in another order, in which every beginning is spread over the whole: middle, quarters, eighths.."""
+    out: dict[Trial, None] = {}
+    step = len(trials)
+    while step:
+        out.update(dict.fromkeys(trials[step // 2 :: step]))
+        step //= 2
+    return list(out)
+
+
+def _op_counts(module: Module) -> Counter[str]:
+    return Counter(op.name for f in module.funcs.values() for op in f.ops)
+
+
+def law_names() -> list[str]:
+    """Every law, in the order in which they are best read."""
+    return [EXERCISED, *(law.name for law in LAWS), OPTIONS]
+
+
+def law_named(name: str) -> Law:
+    """A law that is judged module by module."""
+    return next(law for law in LAWS if law.name == name)
+
+
+def check(pass_name: str, law_name: str, directories: Sequence[Path] = ()) -> str | None:
+    """The report of a broken law, None where it is kept. `directories`: more modules, from *.xir test inputs there."""
+    if law_name not in law_names():
+        raise XllmError("option", f"there is no law called {law_name!r}", help=did_you_mean(law_name, law_names()))
+    return laboratory(tuple(directories)).results(pass_name).broken.get(law_name)
+
+
+@cache
+def laboratory(directories: tuple[Path, ...] = ()) -> Laboratory:
+    """The corpus with the test inputs of `directories`: one per process."""
+    return Laboratory(corpus(directories))

@@ -1,0 +1,158 @@
+"""Where passes are tried: every corpus entry at every sensible point of the preset. Owns that choice and its caches.
+
+A pass on graphs is tried on every entry as it is, once canonical (before the fusions), once everything else has run
+(before the schedule), and, if it stands in the preset, on exactly what it gets there. A pass on a later stage gets what
+the preset leaves in that stage. Points at which a module is the same are one. A module with collectives is also tried
+with groups of two ranks as it is, and of four at the other points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.clone import clone_module
+from xllm_compiler.ir.core import Module, Stage
+from xllm_compiler.ir.hash import structural_hash
+from xllm_compiler.ir.ops import AllReduceStart
+from xllm_compiler.passes.base import Pass
+from xllm_compiler.passes.manager import Fix, Item, Pipeline, parse_pipeline, run_pipeline
+from xllm_compiler.testing.corpus import Entry
+from xllm_compiler.testing.equiv import Reference
+from xllm_compiler.testing.laws_trial import Source
+
+PRESET = "@cpu"
+RANKS = (2, 4)  # as it is, and at all later points
+SMALL = 40  # ops; larger modules are interpreted at these sizes only: a ragged step, and one of decoding
+SIZES = ({"N": 7}, {"N": 3, "B": 3})
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place in the preset: `prefix` is what runs before it."""
+
+    label: str
+    prefix: tuple[Item, ...]
+    stage: Stage
+
+
+def points(cls: type[Pass]) -> list[Point]:
+    """Where a pass is tried on modules of stage graph, earliest first."""
+    every = _preset_points()
+    fitting = [point for point in every if point.stage == cls.needs]
+    own = [point for point in fitting if point.label == f"before {cls.name}" and point.prefix]
+    fusions = next((point for point in fitting if point.label.startswith("before fuse-")), None)
+    chosen = [*fitting[:1], *([fusions] if fusions else []), *own, *fitting[-1:]]
+    return list(dict.fromkeys(chosen))
+
+
+def _preset_points() -> list[Point]:
+    """Every place of the preset, each pass of a fix(..) included as in its first round; the last one is its end."""
+    out: list[Point] = []
+    stage: Stage = "graph"
+
+    def walk(items: Sequence[Item], done: tuple[Item, ...]) -> None:
+        nonlocal stage
+        for i, item in enumerate(items):
+            before = (*done, *items[:i])
+            if isinstance(item, Fix):
+                walk(item.items, before)
+            else:
+                out.append(Point("as it is" if not before else f"before {item.name}", before, stage))
+                stage = item.leaves
+
+    items = parse_pipeline(PRESET).items
+    walk(items, ())
+    out.append(Point(f"after {PRESET}", items, stage))
+    return out
+
+
+class Workbench:
+    """A corpus with what pipelines made of it, shared by all passes of a process."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = list(entries)
+        self.unreachable: dict[str, str] = {}  # source -> why the passes before it could not be run
+        self._snapshots: dict[str, dict[tuple[Item, ...], Module | None]] = {}
+        self._references: dict[str, Reference] = {}
+        self._sources: dict[tuple[Point, ...], list[Source]] = {}
+
+    def sources(self, cls: type[Pass]) -> list[Source]:
+        """Everything that a pass is tried on, no module twice, small ones first."""
+        places = points(cls)
+        if (*places,) not in self._sources:
+            out: dict[str, Source] = {}
+            for entry in self.entries:
+                for source in self._of_entry(entry, places, cls.needs):
+                    out.setdefault(structural_hash(source.module), source)
+            self._sources[*places,] = sorted(out.values(), key=lambda s: (s.ops, s.name, s.point))
+        return self._sources[*places,]
+
+    def _of_entry(self, entry: Entry, places: Sequence[Point], needs: Stage) -> Iterator[Source]:
+        module = self._snapshot(entry, ())
+        assert module is not None
+        if module.stage != "graph":  # a test input of a later stage: only passes of that stage want it
+            if module.stage == needs:
+                yield self._source(entry.name, "as it is", module)
+            return
+        for place in places:
+            here = self._snapshot(entry, place.prefix)
+            if here is None or here.stage != needs:
+                continue
+            yield self._source(entry.name, place.label, here)
+            groups = collective_groups(here)
+            if groups:
+                ranks = RANKS[place is not places[0]]
+                yield self._source(entry.name, f"{place.label}, {ranks} ranks", with_ranks(here, groups, ranks))
+
+    def _source(self, name: str, label: str, module: Module) -> Source:
+        def reference() -> Reference:
+            key = structural_hash(module)
+            if key not in self._references:
+                few = sum(len(f.ops) for f in module.funcs.values()) <= SMALL
+                self._references[key] = Reference(module, None if few else fitting_sizes(module))
+            return self._references[key]
+
+        return Source(name, label, module, reference)
+
+    def _snapshot(self, entry: Entry, prefix: tuple[Item, ...]) -> Module | None:
+        """The entry once `prefix` has run; None where that fails, which is another pass's fault and told there."""
+        known = self._snapshots.setdefault(entry.name, {})
+        if not known:
+            known[()] = entry.module()
+        if prefix not in known:
+            start = max((p for p in known if p == prefix[: len(p)]), key=len)
+            known[prefix] = self._run(entry, known[start], prefix[len(start) :])
+        return known[prefix]
+
+    def _run(self, entry: Entry, start: Module | None, items: tuple[Item, ...]) -> Module | None:
+        if start is None:
+            return None
+        module = clone_module(start)
+        try:
+            run_pipeline(Pipeline(items), module, verify_each=False)
+        except XllmError as e:
+            self.unreachable[f"{entry.name}, {Pipeline(items)}"] = str(e)
+            return None
+        return module
+
+
+def fitting_sizes(module: Module) -> list[dict[str, int]] | None:
+    """SIZES, where the module has such symbols; None: no step, so whatever shows mistakes."""
+    symbols = module.scope.symbols
+    return [dict(s) for s in SIZES] if "N" in symbols and "B" in symbols else None
+
+
+def collective_groups(module: Module) -> list[str]:
+    """Groups that collectives name, in the order of their declaration."""
+    used = {op.group for f in module.funcs.values() for op in f.ops if isinstance(op, AllReduceStart)}
+    return [name for name in module.groups if name in used]
+
+
+def with_ranks(module: Module, groups: Iterable[str], ranks: int) -> Module:
+    """A copy whose `groups` have so many ranks."""
+    copy = clone_module(module)
+    for name in groups:
+        copy.groups[name] = ranks
+    return copy
