@@ -148,6 +148,7 @@ def plan(buffers: list[Buffer], near: list[list[int]], scope: DimScope) -> list[
             ends = list(dict.fromkeys(p.end for p in taken))
             candidates = list(dict.fromkeys([as_dim(0), *ends, highest(taken, scope)]))
             candidates.sort(key=lambda d: (_at_maxima(scope, d), len(d.terms), str(d)))
+            candidates.append(sum(ends, start=as_dim(0)))  # wasteful, and provable where a maximum is too deep a one
             for offset in candidates:
                 last = offset + b.bytes
                 if all(fits_below(p.last, offset) or fits_below(last, p.start) for p in taken):
@@ -172,7 +173,12 @@ def write_back(func: Func, placed: list[Buffer]) -> Dim:
                 at.append(offsets[base])
         if at:
             op.set_attr("at", tuple(at))
-    func.arena = highest(placed, func.module.scope)
+    scope = func.module.scope
+    func.arena = highest(placed, scope)
+    for b in placed:  # one end under another under the maximum: three facts that the prover need not put together
+        if scope.prove_le(b.last, func.arena) is not True:
+            larger = dmax(func.arena, b.end)
+            func.arena = larger if scope.prove_le(b.last, larger) is True else func.arena + b.end
     return func.arena
 
 

@@ -169,16 +169,24 @@ def check_shape(op: Op, result: Value, made: Array, ctx: EvalContext) -> None:
 
 
 def call_op(op: Op, ctx: EvalContext, env: Mapping[Value, Array]) -> tuple[Array, ...]:
-    """What `op` makes of its operands' arrays, one array per result, not yet rounded to the result types."""
+    """What `op` makes of its operands' arrays, one array per result, not yet rounded to the result types.
+
+    Every op sees dense arrays, or the last bits of a sum would depend on how an array lies in memory: numpy adds up
+    strided ones in another order. A planned program, whose buffers are dense, must give the same bits.
+    """
     args: list[Array | tuple[Array, ...] | None] = []
     for field in op.SPEC.operands:
-        values = tuple(env[v] for v in op.field(field.name))
+        values = tuple(_dense(env[v]) for v in op.field(field.name))
         args.append(values if field.arity == "many" else values[0] if values else None)
     try:
         out = op.interp(ctx, *args)
     except IrError as e:
         raise blame(op, e.message, e.help) from e
     return out if isinstance(out, tuple) else (out,)
+
+
+def _dense(x: Array) -> Array:
+    return x if x.flags.c_contiguous else x.copy(order="C")
 
 
 def _collective(op: AllReduceStart, ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]]) -> Array:
