@@ -66,13 +66,16 @@ class PassContext:
 
     def allows(self, rule: str, op: Op) -> bool:
         """Whether the rewrite "pass/rule" may be made at `op`. The rule driver asks for its rules; a pass that changes
-        ops with its own hands asks before every change, and so can be bisected down to a single one."""
-        return all([listener.allows(rule, op) for listener in self.listeners])  # all of them are to hear of it
+        ops with its own hands asks before every change, and so can be bisected down to a single one.
+
+        Listeners are asked in order until one refuses: those that limit stand before those that watch, which would wait
+        for a `tried` that never comes."""
+        return all(listener.allows(rule, op) for listener in self.listeners)
 
     def tried(self, rule: str, op: Op, fired: bool, made: Sequence[Op] = ()) -> None:
         """Says how an allowed rewrite went; `made` are the ops that it made, or leaves in place of `op`."""
         self.rewrites += fired
-        for listener in self.listeners:
+        for listener in reversed(self.listeners):  # who began to watch last, stops first
             listener.tried(rule, op, fired, made)
 
 

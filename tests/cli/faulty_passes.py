@@ -24,6 +24,20 @@ class Raises(FuncPass):
         return False
 
 
+@register_pass("fault-rule")
+@dataclass(frozen=True)
+class RuleRaises(FuncPass):
+    """Raises in a rule on t.silu."""
+
+    def run_on(self, func: Func, ctx: PassContext) -> bool:
+        return apply_rules(func, [raising], self.name, ctx).changed
+
+
+@rule(Silu)
+def raising(op: Silu, rw: Rewriter) -> bool:
+    raise ValueError(op.name)
+
+
 @register_pass("fault-breaks")
 @dataclass(frozen=True)
 class Breaks(FuncPass):

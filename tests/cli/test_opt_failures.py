@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,21 @@ def test_loading_what_is_no_pass(capsys: Capture) -> None:
     ):
         assert main(["m.xir", "--load", spec]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "watch", [["--explain", "@y"], ["--explain", "@y", "--explain", "raising@y"], ["--report", "r"]]
+)
+def test_no_trace_function_is_left_behind(faulty: str, watch: list[str], capsys: Capture) -> None:
+    """Rules are watched line by line with sys.settrace; whatever happens to them, that ends."""
+    before = sys.gettrace()
+    assert main(["m.xir", "--load", faulty, "-p", "fault-rule", "--no-repro", *watch]) == 1
+    assert "ValueError: t.silu" in capsys.readouterr().err
+    assert sys.gettrace() is before
+    for fuel in ("0", "1"):
+        assert main(["m.xir", "--load", faulty, "-p", "fault-means", "--fuel", fuel, *watch[:2]]) == 0
+        err = capsys.readouterr().err
+        if "--explain" in watch:
+            said = "was not tried at %y = t.silu; --fuel was used up\n" if fuel == "0" else "at %y = t.silu: fired\n"
+            assert err.startswith(f"fault-means/silu-twice {said}")
+        assert sys.gettrace() is before

@@ -38,13 +38,13 @@ class PassTable(Instrument):
         self._runs = []
 
 
-def debug_instruments(level: int, stream: TextIO) -> list[Instrument]:
-    """What `level` of XLLM_DEBUG adds to a run of passes: 2 the table, 3 diffs, 4 dumps into ./xllm-dump."""
+def debug_instruments(level: int, stream: TextIO, dump_dir: Path = Path(DUMP_DIR)) -> list[Instrument]:
+    """What `level` of XLLM_DEBUG adds to a run of passes: 2 the table, 3 diffs, 4 dumps."""
     found: list[Instrument] = []
     if level >= 3:
         found.append(PrintAfter(stream, "changed", diff=True))
     if level >= 2:
         found.append(PassTable(stream))
     if level >= 4:
-        found.append(DumpDir(Path(DUMP_DIR)))
+        found.append(DumpDir(dump_dir))
     return found

@@ -23,7 +23,7 @@ from xllm_compiler.passes.instruments import DumpDir, Instrument, PrintAfter, Re
 from xllm_compiler.passes.listeners import Explain, Fuel
 from xllm_compiler.passes.manager import Pipeline, run_pipeline
 from xllm_compiler.tools.arguments import check_sizes, parse_size_lists, parse_sizes, size_combinations
-from xllm_compiler.tools.console import debug_level, error_text
+from xllm_compiler.tools.console import DUMP_DIR, debug_level, error_text
 from xllm_compiler.tools.debug import PassTable, debug_instruments
 from xllm_compiler.tools.files import display_name, read_text, write_text
 
@@ -102,10 +102,10 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
     ctx = PassContext()
     explains = [Explain(pattern, sys.stderr) for pattern in args.explain]
     tries = OpsTried()
-    ctx.listeners += [*explains, tries] if explains else []
-    if args.fuel is not None:
-        ctx.listeners.append(Fuel(args.fuel))
+    fuel = [] if args.fuel is None else [Fuel(args.fuel)]
+    ctx.listeners += [*([tries] if explains else []), *fuel, *explains]
     names = _value_names(module) if explains else {}
+    tracer = sys.gettrace()
     try:
         run_pipeline(
             pipeline,
@@ -116,13 +116,16 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
             limit=args.pass_limit,
         )
     finally:
+        if sys.gettrace() is not tracer:  # a rule raised while its lines were followed
+            sys.settrace(tracer)
         job.remarks = list(ctx.remarks)
         _print_context(ctx, args)
     if args.no_verify_each:
         verify(module)
     for explain in explains:
         if not explain.count:
-            _explain_nothing(explain, tries, {**names, **_value_names(module)})
+            spent = "; --fuel was used up" if any(f.spent == f.limit for f in fuel) else ""
+            _explain_nothing(explain, tries, {**names, **_value_names(module)}, spent)
     if before is not None:
         _check_equiv(before, module, sizes.equiv, pipeline, args)
     if args.interp is not None:
@@ -152,7 +155,7 @@ def _given_sizes(module: Module, args: Any) -> _Sizes:
 def _instruments(job: Job, args: Any, pipeline: Pipeline, ctx: PassContext) -> list[Instrument]:
     err = sys.stderr
     level = debug_level()
-    found: list[Instrument] = debug_instruments(level, err)
+    found: list[Instrument] = debug_instruments(level, err, job.numbered(DUMP_DIR))
     if args.print_changed or (args.diff and not args.print_after):
         found.append(PrintAfter(err, "changed", args.diff))
     found += [PrintAfter(err, name, args.diff) for name in args.print_after]
@@ -217,7 +220,7 @@ def _remark_json(remark: Remark) -> str:
 
 
 class OpsTried:
-    """Remembers which ops each rule was tried at, by op name."""
+    """Remembers for which ops each rule was asked for, by op name."""
 
     def __init__(self) -> None:
         self.ops: dict[str, dict[str, None]] = {}
@@ -241,7 +244,7 @@ def _value_names(module: Module) -> dict[str, str]:
     return found
 
 
-def _explain_nothing(explain: Explain, tries: OpsTried, values: dict[str, str]) -> None:
+def _explain_nothing(explain: Explain, tries: OpsTried, values: dict[str, str], spent: str) -> None:
     """Says why the rule was never tried at that op; XllmError when there is no such rule or no such value."""
     from xllm_compiler.tools.arguments import nearest, suggest
 
@@ -256,9 +259,8 @@ def _explain_nothing(explain: Explain, tries: OpsTried, values: dict[str, str]) 
         help = suggest(explain.rule, list(dict.fromkeys(known)), "rules that were tried")
         raise XllmError("option", f"{pattern}: no such rule was tried in this run", help=help)
     for rule in rules:
-        at = ", ".join(tries.ops[rule])
-        op = values[explain.value]
-        print(f"{rule} was not tried at %{explain.value} = {op}; in this run only at {at}", file=sys.stderr)
+        why = spent or f"; in this run only at {', '.join(tries.ops[rule])}"
+        print(f"{rule} was not tried at %{explain.value} = {values[explain.value]}{why}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
