@@ -56,7 +56,9 @@ def test_equal_modules_share_a_file() -> None:
     assert "ministral" in entry("traced/ministral").families and "mistral" in entry("traced/ministral").families
 
 
-@pytest.mark.parametrize("e", [*SHIPPED, *(entry(f"random/{i}") for i in range(12))], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "e", [*SHIPPED, *(entry(f"random/{i}") for i in range(corpus_package.RANDOM))], ids=lambda e: e.name
+)
 def test_it_verifies_prints_back_and_runs(e: Entry) -> None:
     module = e.module()
     verify(module)

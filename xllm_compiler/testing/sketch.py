@@ -167,10 +167,9 @@ class Sketch:
         return self.op(ops.Reshape, x, shape=(self.n, heads, size), hint=hint)
 
     def finish(self) -> None:
-        """Returns the newest value, what idioms wanted returned, sometimes an older one, and the caches."""
-        values = [self.stream[-1], *self.extra]
-        if self.choose(3) == 1:
-            values.append(self.back())
+        """Returns the newest value, what idioms wanted returned, most values that nothing reads, and the caches."""
+        unread = [v for v in self.stream[:-1] if not v.has_uses and self.choose(4) != 1]  # the others are dead
+        values = [self.stream[-1], *self.extra, *unread]
         made = [v for v in dict.fromkeys(values) if v.op is not None]  # an argument is not returned as it is
         aliases = {len(made) + i: self.func.arg(name) for i, name in enumerate(self.caches)}
         self.func.set_returns([*made, *self.caches.values()], aliases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from xllm_compiler.ir import ops
@@ -56,11 +57,11 @@ def binary(g: Sketch) -> None:
 def constant(g: Sketch) -> None:
     """Arithmetic with numbers, those that change nothing among them."""
     cls = g.pick((ops.Add, ops.Mul, ops.Sub, ops.Max, ops.Min))
-    ends = [float("inf")] if cls in (ops.Max, ops.Min) else []
-    number = g.pick([0.0, 1.0, 0.5, -1.0, 1e-05, *ends])
+    neutral = [-math.inf] if cls is ops.Max else [math.inf] if cls is ops.Min else []
+    number = g.pick([0.0, 1.0, 0.5, -1.0, 1e-05, *neutral])
     if g.choose(3) == 1:  # computed from numbers, and so no longer a constant that takes the other side's dtype
-        c = g.const(number, g.dtype)
-        c = g.op(ops.Mul, c, g.const(1.0, g.dtype)) if g.choose(2) else g.op(ops.Neg, c)
+        one = g.const(1.0, g.dtype)
+        c = g.op(ops.Mul, g.const(number, g.dtype), one) if g.choose(2) else g.op(ops.Neg, g.const(-number, g.dtype))
     else:
         c = g.const(number)
     g.push(g.op(cls, *((g.back(), c) if g.choose(2) == 0 else (c, g.back())), hint="same"))
