@@ -1,14 +1,14 @@
 """Drives a headless Chromium (QtWebEngine) for tests: commands as JSON lines on stdin, one JSON answer each on stdout.
 
-    {"open": PATH, "size": [W, H], "dark": false}   loads a file; answers {"ok": true} once it is loaded
-    {"js": TEXT}                                    evaluates an expression; answers {"value": ...}
-    {"click": [X, Y]}  {"move": [X, Y]}             the real mouse, in pixels of the page's viewport
-    {"keys": TEXT}                                  types; {"key": "Tab"} presses one named key
-    {"shot": PATH}                                  writes a PNG of what is visible
-    {"log": true}                                   answers {"console": [...], "requests": [...]} since the start
+    {"open": PATH, "size": [W, H]}  loads a file; answers {"ok": true} once it is loaded
+    {"js": TEXT}                    evaluates an expression; answers {"value": ...}
+    {"click": [X, Y]}               the real mouse, in pixels of the page's viewport; {"move": ..} hovers
+    {"keys": TEXT}                  types; {"key": "Tab"} presses one named key
+    {"shot": PATH}                  writes a PNG of what is visible
+    {"log": true}                   answers {"console": [...], "requests": [...]} since the start
 
-A process of its own, so that a browser that dies takes no test run with it. Starting it with a library missing prints
-what is missing and exits with 3.
+With `--dark` pages see a dark desktop. A process of its own, so that a browser that dies takes no test run with it.
+Starting it with a library missing prints what is missing and exits with 3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ NEEDED = (
 os.environ["QT_QPA_PLATFORM"] = "offscreen"
 # The sandbox needs rights that containers and root lack; the pages are our own.
 os.environ["QTWEBENGINE_DISABLE_SANDBOX"] = "1"
-os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = "--no-sandbox --disable-gpu --disable-dev-shm-usage"
+FLAGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage"
+DARK = "--blink-settings=preferredColorScheme=0"  # what a page sees of a dark desktop
+os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = f"{FLAGS} {DARK}" if "--dark" in sys.argv else FLAGS
 
 try:
     from PySide6.QtCore import QEventLoop, QPoint, Qt, QTimer, QUrl
@@ -94,9 +96,6 @@ class Driver:
         target = self.view.focusProxy()
         match command:
             case {"open": str(path)}:
-                self.app.styleHints().setColorScheme(
-                    Qt.ColorScheme.Dark if command.get("dark") else Qt.ColorScheme.Light
-                )
                 self.view.resize(*command.get("size", (1280, 900)))
                 self.view.show()
 

@@ -6,9 +6,9 @@ import random
 import re
 from itertools import pairwise
 
-from conftest import Ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watched import Ran
 
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.printer import print_module

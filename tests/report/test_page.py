@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, run_watched
 from model_text import TWO_STREAMS, model_text
+from watched import Ran, run_watched
 
 from xllm_compiler.analysis.cost import MACHINES, Costs
 from xllm_compiler.analysis.simulate import simulate
@@ -125,7 +125,7 @@ def test_layers_that_are_alike_are_known(ran: Ran) -> None:
 def test_an_op_carries_what_the_page_shows(ran: Ran) -> None:
     func = data_of(ran)["funcs"][0]
     i, op = next((i, x) for i, x in enumerate(func["ops"]) if x["op"] == "nn.linear_glu")
-    assert op["text"].startswith("%p0 = nn.linear_glu(%m0, %concat") and op["type"] == "bf16[N, 160]"
+    assert op["text"].startswith("%p0 = nn.linear_glu(%m0, %concat") and op["types"] == ["bf16[N, 160]"]
     assert (op["out"], op["source"]) == (["%p0"], "model.layers.0.mlp (modeling_tiny.py:33)")
     assert op["lineage"] == ["fuse-glu/gated-product"] and not op["weight"]
     assert op["formulas"] == ["448*N + 40960", "41280*N", "0"]

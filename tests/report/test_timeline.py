@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ran, run_watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_text import TWO_STREAMS, model_text
+from watched import Ran, run_watched
 
 from xllm_compiler.analysis.cost import MACHINES
 from xllm_compiler.analysis.simulate import makespan, simulate

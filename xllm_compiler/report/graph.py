@@ -82,12 +82,12 @@ def graph_data(func: Func, costs: Costs, steps: Sequence[Scenario], machine: Mac
 
 
 def _op_data(op: Op, names: Names, costs: Costs, layer: int) -> dict[str, Any]:
-    types = ", ".join(str(r.type) for r in op.results)
+    types = [str(r.type) for r in op.results]
     cost = costs.of[op]
     return {
         "op": op.name,
-        "text": print_op(op, names).removesuffix(f" : {types}"),
-        "type": types,
+        "text": print_op(op, names).removesuffix(f" : {', '.join(types)}"),
+        "types": types,
         "out": [names.of(r) for r in op.results],
         "in": list(dict.fromkeys(names.of(v) for v in op.operands)),
         "layer": layer,

@@ -88,7 +88,7 @@ function opRow(i) {
   const op = fn().ops[i];
   const info = el("button", { className: "info", type: "button", textContent: i, "aria-expanded": "false", title: "source, rules, formulas" });
   const text = code(op.text);
-  if (op.type) text.append(el("span", { className: "type", textContent: " : " + op.type }));
+  if (op.types.length) text.append(el("span", { className: "type", textContent: " : " + op.types.join(", ") }));
   const row = el("div", { className: "op" + (op.weight ? " weight" : "") }, info, text, el("span", { className: "cost" }));
   row.dataset.op = i;
   paint(row);
@@ -103,7 +103,7 @@ function opFacts(i) {
   const op = fn().ops[i], c = cost();
   const facts = [["source", op.source || "not known"], ["rules", op.lineage.join(", ") || "none: as it was traced"]];
   if (op.formulas.length) {
-    facts.push(["bytes", op.formulas[0] + " = " + bytes(c.bytes[i])], ["operations", op.formulas[1] + " = " + flops(c.flops[i])]);
+    facts.push(["bytes", op.formulas[0] + " = " + bytes(c.bytes[i])], ["operations", op.formulas[1] === "0" ? "none" : op.formulas[1] + " = " + flops(c.flops[i])]);
     if (op.formulas[2] !== "0") facts.push(["sent", op.formulas[2]]);
     facts.push(["of the limits", percent(c.compute[i]) + " of compute, " + percent(c.memory[i]) + " of memory bandwidth"]);
   } else facts.push(["cost", op.weight ? "none: evaluated while compiling" : "none"]);
@@ -131,7 +131,7 @@ function choose(name) {
   if (name === null) return;
   const f = fn(), def = f.ops.findIndex((op) => op.out.includes(name)), arg = f.args.find((a) => a[0] === name);
   const uses = f.ops.flatMap((op, i) => (op.in.includes(name) ? [i] : []));
-  const type = arg ? arg[1] : def < 0 ? "" : f.ops[def].type.split(/, (?=[a-z!])/)[f.ops[def].out.indexOf(name)] || f.ops[def].type;
+  const type = arg ? arg[1] : def < 0 ? "" : f.ops[def].types[f.ops[def].out.indexOf(name)];
   const link = (i) => el("button", { className: "v code", type: "button", textContent: i + " " + f.ops[i].op, "data-go": i });
   const list = (xs) => xs.flatMap((x, i) => (i ? [", ", x] : [x]));
   const last = f.returns.includes(name) ? [uses.length ? ", and returned" : "returned"] : [];
@@ -204,7 +204,7 @@ function filter() {
   if (!words.length) return;
   const hits = fn().ops.flatMap((op, i) => {
     if (op.weight && !$("weights").checked) return [];
-    const text = [op.text, op.type, op.source, ...op.lineage].join(" ").toLowerCase();
+    const text = [op.text, ...op.types, op.source, ...op.lineage].join(" ").toLowerCase();
     return words.every((w) => text.includes(w)) ? [i] : [];
   });
   $("found").textContent = count(hits.length, "op") + (hits.length > most ? `, the first ${most} are shown` : "");
@@ -420,7 +420,7 @@ function drawTimeline() {
   for (let n = 0; n * unit <= end; n++) parts.push(svg("line", { x1: x(n * unit), x2: x(n * unit), y1: top, y2: height - 22, class: "grid" }), svg("text", { x: x(n * unit) + 2, y: height - 8 }, time(n * unit)));
   t.streams.forEach((name, n) => parts.push(svg("text", { x: 6, y: y(n) + lane / 2 + 4 }, name)));
   const marks = t.slots.map(([op, n, a, z]) => svg("rect", { x: x(a), width: Math.max(0.5, x(z) - x(a)), y: y(n) + 4, height: lane - 8, class: family(f.ops[op].op) }));
-  const labels = t.slots.flatMap(([op, n, a, z]) => (x(z) - x(a) > f.ops[op].op.length * 6.6 + 8 ? [svg("text", { x: x(a) + 4, y: y(n) + lane / 2 + 4, class: "in" }, f.ops[op].op)] : []));
+  const labels = t.slots.flatMap(([op, n, a, z]) => (x(z) - x(a) > f.ops[op].op.length * 6.6 + 8 ? [svg("text", { x: x(a) + 4, y: y(n) + lane / 2 + 4, class: family(f.ops[op].op) === "wait" ? "in dim" : "in" }, f.ops[op].op)] : []));
   const flows = t.slots.flatMap(([, n, , z, from]) => (from < 0 ? [] : [svg("path", { class: "flow", d: `M${x(t.slots[from][3])},${y(t.slots[from][1]) + lane / 2} L${x(z)},${y(n) + lane / 2}` })]));
   parts.push(...marks, ...labels, ...flows);
   const describe = (i) => { const [op, n, a, z, from] = t.slots[i], o = f.ops[op]; return [`${o.out.join(", ")}${o.out.length ? " = " : ""}${o.op}`, [

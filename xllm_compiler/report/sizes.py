@@ -32,19 +32,30 @@ def scenarios(module: Module, given: Mapping[str, int] | None = None) -> list[Sc
         return found or [Scenario("sizes", complete(module, {}))]
     for name, tokens, requests, context in USUAL:
         hi = module.scope.symbols["N"].hi
-        if hi is None or tokens <= hi:
-            found.append(Scenario(name, complete(module, {"N": tokens, "B": requests, CONTEXT_NAME: context})))
-    return found or [Scenario("sizes", complete(module, {"N": 1}))]
+        if hi is not None and tokens > hi:
+            continue
+        if "B" not in module.scope.symbols:
+            name = f"N={tokens}"
+        wanted = {"N": tokens, "B": requests, CONTEXT_NAME: context}
+        known = _names(module)
+        found.append(Scenario(name, complete(module, {k: v for k, v in wanted.items() if k in known})))
+    return found or [Scenario("sizes", complete(module, {}))]
+
+
+def _names(module: Module) -> list[str]:
+    """What may be given a size: the symbols and, where there is a KV cache, the context."""
+    caches = any(isinstance(a.type, Kv) for f in module.funcs.values() for a in f.args)
+    return [*module.scope.symbols, *([CONTEXT_NAME] if caches else [])]
 
 
 def complete(module: Module, given: Mapping[str, int]) -> dict[str, int]:
     """A size for every symbol: as `given`, otherwise one request, a row of logits for each of them, as many pages as
     they fill, and whatever else is nearest to the usual size. XllmError of kind "option" for sizes out of range."""
     scope = module.scope
-    unknown = [name for name in given if name not in scope.symbols and name not in ("N", "B", CONTEXT_NAME)]
+    names = _names(module)
+    unknown = [name for name in given if name not in names]
     if unknown:
-        help = "it has " + ", ".join([*scope.symbols, CONTEXT_NAME])
-        raise XllmError("option", f"the module has no dim {', '.join(unknown)}", help=help)
+        raise XllmError("option", f"the module has no dim {', '.join(unknown)}", help="it has " + ", ".join(names))
     for name, value in given.items():
         _check(scope, name, value)
     tokens = given.get("N", _within(scope, "N", 1))
@@ -57,7 +68,7 @@ def complete(module: Module, given: Mapping[str, int]) -> dict[str, int]:
     page = next((a.type.page for f in module.funcs.values() for a in f.args if isinstance(a.type, Kv)), 16)
     known = {"N": tokens, "B": requests, "S": requests, "P": requests * -(-(context + each) // page)}
     sizes = {name: given.get(name, _within(scope, name, known.get(name, USUAL_SIZE))) for name in scope.symbols}
-    return {**sizes, CONTEXT_NAME: context}
+    return {**sizes, CONTEXT_NAME: context} if CONTEXT_NAME in names else sizes
 
 
 def _within(scope: DimScope, name: str, wanted: int) -> int:
