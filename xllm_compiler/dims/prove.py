@@ -14,11 +14,13 @@ from __future__ import annotations
 from math import gcd
 
 from xllm_compiler.dims.expr import Atom, Dim, Mono, const, intern, private_sym, rebuild, sym
+from xllm_compiler.errors import XllmError
 
 Bounds = tuple[int | None, int | None]
 BUDGET = 160  # elimination steps per question
 DEPTH = 5  # eliminations in a row
 TIGHTEN = 12  # steps spent on the bounds of one atom's argument
+FAR = 1 << 14  # how far a symbol without an end is taken to go
 MAX_SPLITS = 3  # min and max atoms in a question up to which all their cases are tried
 
 
@@ -39,6 +41,7 @@ class Prover:
         self._definitions: dict[Atom, tuple[Dim, ...]] = {}
         self._answers: dict[Dim, bool | None] = {}
         self._proved: dict[Dim, bool] = {}
+        self._samples: list[dict[str, int]] | None = None
         self._steps = 0
         self._seen: dict[Dim, tuple[int, int | None]] = {}  # lower bounds by remaining depth, of one round
 
@@ -135,6 +138,9 @@ class Prover:
             return lo is not None and lo >= 0
         if d in self._proved:
             return self._proved[d]
+        if self._refuted(d):
+            self._proved[d] = False
+            return False
         proved = False
         split = next((t for t in d.terms if len(t[0]) == 1 and t[0][0].kind in ("min", "max")), None)
         if split is not None and sum(a.kind in ("min", "max") for a in _atoms_inside(d)) <= MAX_SPLITS:
@@ -144,6 +150,30 @@ class Prover:
         proved = proved or _at_least(self._search(d, 0), 0)
         self._proved[d] = proved
         return proved
+
+    def _refuted(self, d: Dim) -> bool:
+        """Whether d < 0 at one of a few admissible assignments: then a search for d >= 0 would be spent in vain."""
+        if self._samples is None:
+            self._samples = self._corners()
+        try:
+            return any(d.evaluate(sample) < 0 for sample in self._samples)
+        except XllmError:  # an undeclared symbol, or a divisor that is 0 there
+            return False
+
+    def _corners(self) -> list[dict[str, int]]:
+        """All symbols at their upper ends, all at their lower ones, each alone at its upper one; as the facts allow."""
+        ends = {name: (-FAR if lo is None else lo, hi) for name, (lo, hi) in self._ranges.items()}
+        lows = {name: lo if hi is None else min(lo, hi) for name, (lo, hi) in ends.items()}
+        highs = {name: lows[name] + FAR if hi is None else hi for name, (_, hi) in ends.items()}
+        corners = [highs, lows, *({**lows, name: highs[name]} for name in lows)] if lows else []
+        out = []
+        for corner in corners:
+            try:
+                if all(f.evaluate(corner) >= 0 for f in self._facts):
+                    out.append(corner)
+            except XllmError:  # a fact about an undeclared symbol: no assignment is known to be admissible
+                continue
+        return out
 
     def _one_of(self, d: Dim) -> bool:
         """Whether d >= 0 is proved with one argument in the place of a max, of which there may be any number inside."""
