@@ -368,7 +368,19 @@ class _Reader:
                 self.fail("fix( is not closed")
             return [Fix(tuple(items))]
         cls = pass_class(name)
-        return [cls(**self.options(cls))]
+        return [self.configured(cls, self.options(cls))]
+
+    def configured(self, cls: type[Pass], given: dict[str, Any]) -> Pass:
+        for f in dataclasses.fields(cls):
+            if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                self.fail(f"pass {cls.name} needs option {f.name!r}", f"write {cls.name}{{{f.name}=VALUE}}")
+        try:
+            return cls(**given)
+        except XllmError:
+            raise
+        except Exception as error:  # the pass's own check of its options
+            self.fail(f"pass {cls.name} refuses its options: {error}")
+            raise
 
     def options(self, cls: type[Pass]) -> dict[str, Any]:
         given: dict[str, Any] = {}
@@ -395,7 +407,7 @@ class _Reader:
             return text == "true"
         if kind is int and re.fullmatch(r"-?\d{1,18}", text):
             return int(text)
-        if kind is float and re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", text):
+        if kind is float and re.fullmatch(r"-?\d+(\.\d*)?(e[+-]?\d+)?", text):
             return float(text)
         if kind is str and text:
             return text

@@ -24,6 +24,22 @@ class Raises(FuncPass):
         return False
 
 
+@register_pass("with-options")
+@dataclass(frozen=True)
+class WithOptions(FuncPass):
+    """Has an option without a default, and one that it checks itself."""
+
+    depth: int
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.ratio > 1e16:
+            raise ValueError("ratio is too large")
+
+    def run_on(self, func: Func, ctx: PassContext) -> bool:
+        return False
+
+
 @register_pass("fault-rule")
 @dataclass(frozen=True)
 class RuleRaises(FuncPass):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from xllm_compiler.passes import registry
 from xllm_compiler.tools.opt import main
 
 MODULE = """\
@@ -126,3 +128,37 @@ def test_no_trace_function_is_left_behind(faulty: str, watch: list[str], capsys:
             said = "was not tried at %y = t.silu; --fuel was used up\n" if fuel == "0" else "at %y = t.silu: fired\n"
             assert err.startswith(f"fault-means/silu-twice {said}")
         assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "help"),
+    [
+        ("", "pass with-options needs option 'depth'", "write with-options{depth=VALUE}"),
+        ("{ratio=1}", "pass with-options needs option 'depth'", "write with-options{depth=VALUE}"),
+        ("{depth=1,ratio=1e+17}", "pass with-options refuses its options: ratio is too large", ""),
+        ("{dept=1}", "pass with-options has no option 'dept'", "did you mean 'depth'?"),
+    ],
+)
+def test_options_of_a_pass_from_outside(faulty: str, options: str, message: str, help: str, capsys: Capture) -> None:
+    assert main(["m.xir", "--load", faulty, "-p", f"with-options{options}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error[option]: {message}\n") and help in err
+
+
+def test_options_of_a_pass_from_outside_are_listed(faulty: str, capsys: Capture) -> None:
+    assert main(["m.xir", "--load", faulty, "-p", "with-options{depth=1,ratio=1e+16}"]) == 0
+    assert main(["--load", faulty, "--list-passes"]) == 0
+    assert "\nwith-options{depth,ratio=0.5}  [graph -> graph]\n" in capsys.readouterr().out
+
+
+def test_a_package_that_is_broken_does_not_hide_the_other_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    entry = EntryPoint("fuse-broken", "no_such_package.passes:Fuse", "xllm_compiler.passes")
+    monkeypatch.setattr(registry, "_offered", lambda: {"fuse-broken": entry})
+    assert main(["--list-passes"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "\nfuse-broken\n    cannot be loaded: cannot load passes from entry point no_such_package.passes:Fuse" in text
+    )
+    assert "\nfuse-glu  [graph -> graph]\n" in text
