@@ -156,9 +156,11 @@ def test_passes_are_tried_on_the_modules_of_the_project(with_passes: pytest.Pyte
     only = ("--laws=lab-wrong", "-k", "meaning")
     result = with_passes.runpytest_inprocess("a", "b", *only)
     result.stdout.fnmatch_lines(["lab-wrong breaks meaning in [[]'a', 'b/c'[]]"])
-    ini.write_text(ini.read_text() + '\ntestpaths = ["b"]\n')
-    result = with_passes.runpytest_inprocess("a", *only)
-    result.stdout.fnmatch_lines(["lab-wrong breaks meaning in [[]'b'[]]"])
+    text = ini.read_text()
+    for paths, folders in (('"b"', "'b'"), ('"."', "'.'"), ('"b/*", "a"', "'b/c', 'a'")):
+        ini.write_text(f"{text}\ntestpaths = [{paths}]\n")
+        result = with_passes.runpytest_inprocess("a", *only)
+        result.stdout.fnmatch_lines([f"lab-wrong breaks meaning in [[]{folders}[]]"])
 
 
 def test_all_of_our_own(pytester: pytest.Pytester, laws: None) -> None:

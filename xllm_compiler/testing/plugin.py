@@ -15,6 +15,7 @@ Where a project has no .xir file and no such setting, nothing of ours is importe
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,8 @@ def _inputs(session: pytest.Session) -> tuple[Path, ...]:
     """Folders whose modules passes are tried on besides the shipped corpus: those of the ini's testpaths, or of the
     file tests at hand, without folders inside others."""
     config = session.config
-    found = [path for text in config.getini("testpaths") for path in sorted(config.rootpath.glob(text))]
+    texts = [path for text in config.getini("testpaths") for path in sorted(glob(text, root_dir=config.rootpath))]
+    found = [config.rootpath / text for text in texts]
     found = found or [item.path.parent for item in session.items if isinstance(item, RunLine)]
     folders = [path for path in dict.fromkeys(found) if path.is_dir()]
     return tuple(Path(_shown(f, config)) for f in folders if not any(o in f.parents for o in folders))
