@@ -272,8 +272,8 @@ class Bisection:
         return Finding(run, runs, text, failure, whole, repro, seen, number, rewrites, tuple(notes))
 
     def from_here(self, module: Module, text: str, failure: Failure) -> Repro | None:
-        """A repro on the IR right before the rewrite: with it alone where the pass comes to it first, else with as few as
-        it takes. None when it depends on the rewrites made before."""
+        """A repro on the IR right before the rewrite: with it alone where the pass comes to it first, else with as
+        few as it takes. None when it depends on the rewrites made before."""
         if failure.same_as(self.attempt(module, text, fuel=1).failure):
             return Repro(module, text, None, 1)
         alone = self.attempt(module, text)

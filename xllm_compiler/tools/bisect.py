@@ -12,6 +12,7 @@ from xllm_compiler.tools.console import run
 from xllm_compiler.tools.failing import (
     CHECK_HELP,
     add_failure_arguments,
+    check_output,
     checked_sizes,
     command,
     command_check,
@@ -59,6 +60,7 @@ def parser() -> Arguments:
 def _main(argv: list[str]) -> int:
     args = parser().read(argv)
     refuse_stray_flags(args)
+    check_output(args.output)
     from xllm_compiler.passes.manager import parse_pipeline
     from xllm_compiler.passes.registry import load_passes
     from xllm_compiler.testing.bisector import bisect
@@ -89,8 +91,13 @@ def _command(repro: Repro, file: str, args: Any, finding: Finding) -> str:
 
 
 def _repro_text(args: Any, finding: Finding) -> str:
+    """The IR with comments on top: how to run it, and what is wrong then."""
     from xllm_compiler.ir.printer import print_module
 
     words = opt_words(finding.repro.pipeline, args, finding.failure, finding.repro.words())
+    head = run_line(words)
+    if args.test is not None:
+        test = command_check(args).template
+        head = run_line([*words, "-o", "%t"]) + f"// RUN: {command(test).replace('%s', '%t')}\n"
     why = f"// Fails: {finding.failure.text.splitlines()[0]}\n"
-    return run_line(words) + why + print_module(finding.repro.module, loc=True)
+    return head + why + print_module(finding.repro.module, loc=True)

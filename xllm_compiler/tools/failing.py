@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.errors import XllmError
@@ -38,6 +39,16 @@ def add_failure_arguments(p: Arguments, test_help: str) -> None:
     p.add_argument(
         "--test-timeout", type=whole_number, default=60, metavar="S", help="seconds; a longer run is no failure"
     )
+
+
+def check_output(path: str | None) -> None:
+    """Told before a long search and not after it: that there is no place for its result."""
+    if path is None or path == "-":
+        return
+    if Path(path).is_dir():
+        raise XllmError("io", f"cannot write {path}: it is a directory")
+    if not Path(path).parent.is_dir():
+        raise XllmError("io", f"cannot write {path}: there is no directory {Path(path).parent}")
 
 
 def checked_sizes(args: Any, module: Module) -> list[dict[str, int]] | None:

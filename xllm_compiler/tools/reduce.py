@@ -13,6 +13,7 @@ from xllm_compiler.tools.console import run
 from xllm_compiler.tools.failing import (
     CHECK_HELP,
     add_failure_arguments,
+    check_output,
     command,
     command_check,
     opt_words,
@@ -66,6 +67,7 @@ def _main(argv: list[str]) -> int:
     if (args.pipeline is None) == (args.test is None):
         raise XllmError("option", "give either -p PIPELINE or --test CMD", help="xllm-reduce --help tells more")
     refuse_stray_flags(args)
+    check_output(args.output)
     from xllm_compiler.passes.registry import load_passes
     from xllm_compiler.testing.reducer import Reduction, op_count
     from xllm_compiler.tools.files import display_name, read_module, write_text
