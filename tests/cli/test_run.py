@@ -158,6 +158,8 @@ def test_orders_of_streams(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("argv", "message", "help"),
     [
+        ([], "no file is given", "xllm-run FILE.xir, or - for standard input"),
+        (["d.xir", "--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on", ""),
         (["x.xir"], "there is no file x.xir", ""),
         (["d.xir", "M=3"], "xllm-run: the module has no size M", "its sizes: N, B"),
         (["d.xir", "N=65"], "xllm-run: N=65 is outside [1, 64]", ""),

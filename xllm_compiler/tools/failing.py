@@ -28,7 +28,7 @@ def add_failure_arguments(p: Arguments, test_help: str) -> None:
         "--check", choices=("error", "verify", "equiv"), default="equiv", help="how strictly to look; default equiv"
     )
     p.add_argument("--sizes", metavar="SIZES", help="where meanings are compared: N=1,7;B=1,2; default: telling ones")
-    p.add_argument("--seed", type=int, default=0, help="of made-up inputs; default 0")
+    p.add_argument("--seed", type=whole_number, default=0, help="of made-up inputs; default 0")
     p.add_argument(
         "--load", action="append", default=[], metavar="MODULE|FILE.py", help="passes from outside; repeatable"
     )

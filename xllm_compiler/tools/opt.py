@@ -79,7 +79,7 @@ def parser() -> Arguments:
         "--check-equiv", nargs="?", const="", metavar="SIZES", help="same meaning before and after: N=1,7;B=1,2"
     )
     g.add_argument("--interp", metavar="SIZES", help="interpret the result with made-up inputs: N=3,B=2")
-    g.add_argument("--seed", type=int, default=0, help="of made-up inputs; default 0")
+    g.add_argument("--seed", type=whole_number, default=0, help="of made-up inputs; default 0")
     g.add_argument("--verify-diagnostics", action="store_true", help="ERROR and REMARK comments are what must be said")
 
     g = p.add_argument_group("narrowing down")

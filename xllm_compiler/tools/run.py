@@ -40,10 +40,10 @@ def parser() -> Arguments:
         epilog=_EPILOG,
         usage="xllm-run FILE.xir|- [N=3 B=2 ..] [flags]",
     )
-    p.add_argument("file", metavar="FILE.xir", help="the module, - for standard input")
+    p.add_argument("file", nargs="?", metavar="FILE.xir", help="the module, - for standard input")
     p.add_argument("sizes", nargs="*", metavar="N=3", help="sizes of the module's symbols")
     p.add_argument("--func", metavar="NAME", help="default: step, or the only function")
-    p.add_argument("--seed", type=int, default=0, help="of made-up arrays; default 0")
+    p.add_argument("--seed", type=whole_number, default=0, help="of made-up arrays; default 0")
     p.add_argument("--precise", action="store_true", help="compute in f64 and never round")
     p.add_argument("--ranks", type=whole_number, metavar="R", help="as many ranks; default: as the groups' sizes say")
     p.add_argument(
@@ -57,6 +57,8 @@ def parser() -> Arguments:
 
 def _main(argv: list[str]) -> int:
     args = parser().read(argv, mixed=True)
+    if args.file is None:
+        raise XllmError("option", "no file is given", help="xllm-run FILE.xir, or - for standard input")
     sizes = parse_sizes(args.sizes, "xllm-run")
     if args.ranks == 0:
         raise XllmError("option", "--ranks 0: at least one rank has to run")
