@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from xllm_compiler.ir.diag import IrError
 
@@ -40,8 +39,7 @@ _KINDS: Final[dict[str, TokenKind]] = {
 _ASSUME: Final = re.compile(r"assume\s+([^\n]*?)\s*>=\s*0[ \t\r]*(?=//|\n|\Z)")
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """`start` and `end` are character offsets into the source, `line` counts from 1."""
 
     kind: TokenKind

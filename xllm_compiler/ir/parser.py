@@ -26,6 +26,7 @@ from xllm_compiler.ir.types import DTYPE_BYTES, Event, Future, Kv, Tensor, Type
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
 _OPEN: Final = {"(": ")", "[": "]"}
+_AFTER_DIM: Final = frozenset((",", ")", "]", "{", "}", ":", "=", ">="))
 T = TypeVar("T")
 
 
@@ -40,6 +41,7 @@ class _Parser:
         self.tokens, self.comments = tokenize(source)
         self.at = 0
         self.values: dict[str, Value] = {}
+        self.dims: dict[str, Dim] = {}  # by text: a module writes few different ones, thousands of times
 
     # Tokens.
 
@@ -61,10 +63,12 @@ class _Parser:
         raise self.source.error(message, token.start, token.end, help)
 
     def peek(self, text: str) -> bool:
-        return self.token.text == text and self.token.kind in ("punct", "name")
+        token = self.tokens[self.at]
+        return token.text == text and token.kind in ("punct", "name")
 
     def accept(self, text: str) -> bool:
-        if self.peek(text):
+        token = self.tokens[self.at]
+        if token.text == text and token.kind in ("punct", "name"):
             self.at += 1
             return True
         return False
@@ -130,19 +134,22 @@ class _Parser:
         """A dim expression: everything up to the first `,` or closing bracket that is not its own."""
         start = self.token
         stack: list[str] = []
-        while self.token.kind != "end":
-            text = self.token.text
-            if not stack and (text in (",", ")", "]", "{", "}", ":", "=") or text == ">="):
+        while self.tokens[self.at].kind != "end":
+            text = self.tokens[self.at].text
+            if not stack and text in _AFTER_DIM:
                 break
             if text in _OPEN:
                 stack.append(_OPEN[text])
             elif stack and text == stack[-1]:
                 stack.pop()
-            self.next()
+            self.at += 1
         if self.token is start:
             self.fail(f"expected a dim, found {start.text or 'the end'!r}")
-        last = self.tokens[self.at - 1]
-        return self.guarded(start, lambda: parse_dim(self.source.text[start.start : last.end]))
+        text = self.source.text[start.start : self.tokens[self.at - 1].end]
+        dim = self.dims.get(text)
+        if dim is None:
+            dim = self.dims[text] = self.guarded(start, lambda: parse_dim(text))
+        return dim
 
     def read_type(self) -> Type:
         start = self.token
