@@ -69,14 +69,14 @@ class Mismatch:
     help: str = ""
     op: Op | None = field(default=None, compare=False)
 
+    @property
+    def finding(self) -> str:
+        """What is wrong and where, without what to do about it."""
+        return f"{self.message}\n  at {self.where}" if self.where else self.message
+
     def __str__(self) -> str:
-        lines = [self.message]
-        if self.where:
-            lines.append("  at " + self.where)
-        lines.append(
-            "  help: " + (self.help or "`xllm-bisect FILE -p PIPELINE` finds the pass and the one rewrite that did it")
-        )
-        return "\n".join(lines)
+        help = self.help or "`xllm-bisect FILE -p PIPELINE` finds the pass and the one rewrite that did it"
+        return f"{self.finding}\n  help: {help}"
 
 
 def check_equal(

@@ -24,8 +24,8 @@ from xllm_compiler.ir.printer import print_module
 from xllm_compiler.testing.failures import message_class
 from xllm_compiler.testing.laws_child import load_spec
 from xllm_compiler.testing.laws_judge import Law, Unjudged
-from xllm_compiler.testing.laws_trial import Trial, run_pass, source_of
-from xllm_compiler.testing.reducer import op_count, reduce_module
+from xllm_compiler.testing.laws_trial import Trial, source_of
+from xllm_compiler.testing.reducer import reduce_module
 
 REDUCE_SECONDS: Final = 4.0  # per law that is broken; what has been reached by then is shown
 
@@ -49,13 +49,12 @@ _COMMANDS: Final = {
 def report(law: Law, t: Trial, wrong: str) -> str:
     """The whole text for a law that a trial broke; writes the input, reduced where that works in time."""
     small, text = _reduced(law, t, wrong)
-    ops = t.source.ops
-    size = f"{ops} ops" if op_count(small) == ops else f"{ops} ops, reduced to {op_count(small)}"
-    lines = [head(t.setting, law), f"  on {t.source} ({size})", *_indented(text)]
-    counts = run_pass(t.p, small).stats  # the only trace that a rewrite leaves of ops that it took away
-    lines += [f"  it counted {', '.join(f'{name}: {n}' for name, n in counts.items())}"] if counts else []
-    lines.append(f"  help: {law.help}")
-    return "\n".join([*lines, *how_to_go_on(law, t, small)])
+    ops, left = t.source.ops, small.source.ops
+    lines = [head(t.setting, law), f"  on {t.source} ({ops} ops{f', reduced to {left}' if left < ops else ''})"]
+    lines += [f"  {line}" for line in text.splitlines()]
+    if small.first.stats:
+        lines.append("  it counted " + ", ".join(f"{name}: {n}" for name, n in small.first.stats.items()))
+    return "\n".join([*lines, f"  help: {law.help}", *how_to_go_on(law, t, small.before)])
 
 
 def head(setting: str, law: Law) -> str:
@@ -83,9 +82,9 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="xllm-laws-"))
 
 
-def _reduced(law: Law, t: Trial, wrong: str) -> tuple[Module, str]:
-    """A smaller module that breaks the law in the same way, and what is wrong there; the trial's own where none is
-    found. What is returned has been read back from its text, so that the file shows what the report says."""
+def _reduced(law: Law, t: Trial, wrong: str) -> tuple[Trial, str]:
+    """A trial on a smaller module that breaks the law in the same way, and what is wrong there; `t` where none is
+    found. Its module has been read back from text, so that the file shows what the report says."""
     wanted = _kind(wrong)
 
     def breaks(module: Module) -> bool:
@@ -93,11 +92,12 @@ def _reduced(law: Law, t: Trial, wrong: str) -> tuple[Module, str]:
         return found is not None and _kind(found) == wanted
 
     try:
-        small = parse_module(print_module(reduce_module(t.before, breaks, time_limit=REDUCE_SECONDS), loc=True))
+        module = reduce_module(t.before, breaks, time_limit=REDUCE_SECONDS)
     except XllmError:
-        return t.before, wrong  # it takes the source's own reference, or the same process, to show it
-    found = judged(law, Trial(t.p, source_of(small)))
-    return (t.before, wrong) if found is None else (small, found)
+        return t, wrong  # the source itself does not show it a second time
+    small = Trial(t.p, source_of(parse_module(print_module(module, loc=True))))
+    found = judged(law, small)
+    return (t, wrong) if found is None else (small, found)
 
 
 def judged(law: Law, t: Trial) -> str | None:
@@ -116,7 +116,3 @@ def _kind(wrong: str) -> str:
         return f"{message_class(first)} {invariant[0]}"
     by_next = first.startswith("it raises") and rest
     return message_class(rest[0]) if by_next else message_class(re.split(r"[:(]", first)[0])
-
-
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in text.splitlines()]

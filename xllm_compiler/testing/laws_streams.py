@@ -21,8 +21,9 @@ from xllm_compiler.ir.semantics import Array
 from xllm_compiler.testing.inputs import Given, make
 from xllm_compiler.testing.laws_trial import Trial
 
-ORDERS = 4  # random interleavings of one function at one size
-CLOSE = 1e-9  # relative: payloads are told apart, not judged
+ORDERS = 3  # random interleavings of one function at one size
+OTHER_VALUE = "carries what none carried before"
+CLOSE = 1e-5  # relative: payloads are told apart, not judged; constants may have been rounded
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Payload:
     value: Array
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.value.dtype}{list(self.value.shape)}"
+        return f"{self.kind} of {list(self.value.shape)} numbers"
 
     def same_as(self, other: Payload) -> bool:
         """Whether both carry the same numbers, up to the order of summing."""
@@ -84,9 +85,7 @@ def _compare(group: str, before: Sequence[Payload], after: Sequence[Payload]) ->
         where = f"\n  at {render(a.op, 3)}"
         place = next((j for j, other in enumerate(before) if other.same_as(a)), None)
         if place is None:
-            return (
-                f"collective {i + 1} of group @{group} carries a value that none carried before ({b}, now {a}){where}"
-            )
+            return f"collective {i + 1} of group @{group}, a {a}, {OTHER_VALUE}{where}"
         return f"group @{group}: the collective that was number {place + 1} is number {i + 1} now ({a}){where}"
     return None
 
