@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.ir.core import Builder
+from xllm_compiler.ir.ops import Record
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.kernels.layouts import unpack_panels
 from xllm_compiler.lowering.cpu.build import lower_cpu
@@ -133,6 +135,20 @@ def _planned() -> Any:
     module = parse_module(TEXT)
     run_pipeline("assign-streams,plan-memory", module)
     return module
+
+
+@pytest.mark.parametrize("how", ["stream", "event"])
+def test_a_second_stream_is_refused(tmp_path: Path, how: str) -> None:
+    module = _planned()
+    first = next(op for op in module.func().ops if op.name.startswith("nn."))
+    if how == "stream":
+        first.set_attr("stream", 2)
+    else:
+        Builder.before(first).create(Record)
+    wanted = f"{first.name} on stream 2: a CPU program" if how == "stream" else "sched.record: a CPU program"
+    with pytest.raises(XllmError, match=wanted) as e:
+        lower_cpu(module, {}, tmp_path)
+    assert e.value.kind == "unsupported" and "assign-streams{comm=0}" in e.value.help
 
 
 def test_an_op_without_a_kernel_is_named(tmp_path: Path) -> None:
