@@ -59,6 +59,17 @@ def test_an_operand_that_is_another_op_is_a_change() -> None:
     ]
 
 
+def test_a_replaced_value_does_not_change_its_users() -> None:
+    """The new op has the old one's name with another number."""
+    before = body("%m_4 = t.neg(%x) : f32[N]", "%e = t.exp(%m_4) : f32[N]", "return %e")
+    after = body("%m = t.abs(%x) : f32[N]", "%e = t.exp(%m) : f32[N]", "return %e")
+    assert texts(before, after)[1:] == [
+        "- %m_4 = t.neg(%x) : f32[N]",
+        "+ %m = t.abs(%x) : f32[N]",
+        "  %e = t.exp(%m) : f32[N]",
+    ]
+
+
 def test_renumbering_alone_is_no_change() -> None:
     before = body("%a_7 = t.neg(%x) : f32[N]", "%a_9 = t.abs(%a_7) : f32[N]", "return %a_9")
     assert changes(before, before.replace("_7", "").replace("_9", "_1")) == ([], 0, 0)

@@ -58,6 +58,11 @@ def test_a_gather_reads_rows_and_not_the_table() -> None:
     assert numbers("x0", DECODE) == Amounts(read=3 * 4, weights=3 * 64 * 2, written=3 * 64 * 2, free=False)
 
 
+def test_taking_rows_of_an_activation_reads_those_rows() -> None:
+    got = numbers("last", {**PREFILL, "S": 2})
+    assert got == Amounts(read=2 * 64 * 2 + 2 * 4, written=2 * 64 * 2, free=False)
+
+
 def test_views_parameters_and_compile_time_values_are_free() -> None:
     assert numbers("qh0", DECODE) == Amounts()
     assert numbers("wq0", DECODE) == Amounts()

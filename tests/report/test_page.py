@@ -152,6 +152,16 @@ def test_memory_is_the_plan_at_each_size(ran: Ran) -> None:
         assert in_use == at["peak"]
 
 
+def test_a_buffer_lives_until_the_last_reader_of_a_view(ran: Ran) -> None:
+    """%a0 is read by nobody but the projection of its reshape."""
+    func = data_of(ran)["funcs"][0]
+    ops = func["ops"]
+    buffer = next(b for b in func["memory"]["buffers"] if b["name"] == "%a0")
+    view, reader = (next(i for i, op in enumerate(ops) if name in op["in"]) for name in ("%a0", "%f0"))
+    assert (buffer["end"], buffer["users"]) == (reader, [buffer["start"], view, reader])
+    assert (ops[view]["op"], ops[reader]["op"]) == ("t.reshape", "nn.linear")
+
+
 def test_timeline_rows_are_the_simulated_slots() -> None:
     ran = run_watched(TWO_STREAMS, "assign-streams,plan-memory")
     func, steps = data_of(ran)["funcs"][0], scenarios(ran.module)
