@@ -392,8 +392,23 @@ def _report(
     op = value.op if suspect is None else suspect.op
     if suspect is not None and suspect is not value:
         lines.append(f"  the first value that is not what its namesake was: %{suspect.name}")
-    where = f"@{changed.name}, argument %{value.name}" if op is None else render(op, 3)
+    where = f"@{changed.name}, argument %{value.name}" if op is None else render(op, 3) + _nearest_rewrite(op)
     return Mismatch(func.name, index, dims, precise, error, bound, "\n".join(lines), where, op=op)
+
+
+def _nearest_rewrite(op: Op) -> str:
+    """A line about the nearest op that `op` is made of and that a rewrite touched, where `op` itself was left alone."""
+    if op.loc.lineage:
+        return ""
+    seen: dict[Op, None] = {op: None}
+    for near in (queue := [op]):
+        if near.loc.lineage:
+            return f"\n  made of %{near.results[0].name}, touched by {', '.join(near.loc.lineage)}"
+        for v in near.operands:
+            if v.op is not None and v.op not in seen and v.op.results:
+                seen[v.op] = None
+                queue.append(v.op)
+    return ""
 
 
 def _number(x: np.generic) -> str:
