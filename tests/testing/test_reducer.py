@@ -304,7 +304,9 @@ def test_a_broken_memory_plan() -> None:
         "t.reshape",
         "nn.linear",
     ]
-    assert "at=[0]" in text
+    assert "at=[0]" in text and "arena(" in text
+    kept = print_module(reduce_module(module, has("kv.attend"))).splitlines()
+    assert kept[0] == "xir 1 stage=buf" and "arena(" not in kept[-4] and not any("dim S" in line for line in kept)
 
 
 def test_a_dropped_event() -> None:

@@ -317,7 +317,15 @@ def _shrink_number(module: Module, atoms: Sequence[tuple[str, int, int]]) -> Ite
     yield Edit(number=number)
 
 
-# ------------------------------------------------------------------------------------------------- symbols and groups
+# ---------------------------------------------------------------------------------------- arenas, symbols and groups
+
+
+def _unused_arenas(module: Module) -> list[Func]:
+    return [f for f in module.funcs.values() if f.arena is not None and not any("at" in op.attrs for op in f.ops)]
+
+
+def _without_arenas(module: Module, funcs: Sequence[Func]) -> Iterator[Edit]:
+    yield Edit(arenas=dict.fromkeys(funcs))
 
 
 def _facts(module: Module) -> list[tuple[str, str, int | None]]:
@@ -370,6 +378,7 @@ CUTS: Final[tuple[Cut[object], ...]] = tuple(
         Cut("twins", _twin_args, _take_shortcut),
         Cut("attributes", _attributes, _set_attributes),
         Cut("numbers", _shrunk_numbers, _shrink_number, together=False),
+        Cut("arenas", _unused_arenas, _without_arenas),
         Cut("facts", _facts, _change_fact, together=False),
     )
 )
@@ -388,6 +397,7 @@ def measure(module: Module) -> Iterator[int]:
     yield sum(number_cost(v) for op in ops for v in op.attrs.values())
     yield sum(numbers(module))
     symbols = module.scope.symbols.values()
+    yield sum(f.arena is not None for f in funcs)
     yield len(symbols) + len(module.scope.assumptions) + len(module.groups) + sum(module.groups.values())
     yield sum(s.multiple for s in symbols)
     yield sum(64 if s.hi is None else s.hi.bit_length() for s in symbols)

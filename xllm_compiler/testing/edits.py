@@ -30,6 +30,7 @@ class Edit:
     attrs     attributes that an op gets instead
     unused    arguments that go if nothing uses them any more
     funcs     functions that go
+    arenas    functions that lose their arena, of which nothing may be left in use
     number    what becomes of an integer in a Dim, a type or a size-like attribute
     scope     the symbols and assumptions instead of the module's; groups likewise
     """
@@ -42,6 +43,7 @@ class Edit:
     attrs: dict[Op, dict[str, Attr]] = field(default_factory=dict)
     unused: dict[Value, None] = field(default_factory=dict)
     funcs: dict[str, None] = field(default_factory=dict)
+    arenas: dict[Func, None] = field(default_factory=dict)
     number: Callable[[int], int] | None = None
     scope: DimScope | None = None
     groups: dict[str, int] | None = None
@@ -101,7 +103,7 @@ class _Rebuilder:
         values = [self.value(v) for v in returns]
         aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, Kv)}
         self.new.set_returns(values, aliases)
-        self.new.arena = None if old.arena is None else self.dim(old.arena)
+        self.new.arena = None if old.arena is None or old in edit.arenas else self.dim(old.arena)
         self.place()
 
     def live(self, returns: Sequence[Value]) -> tuple[set[Op], set[Value]]:

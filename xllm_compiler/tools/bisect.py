@@ -74,7 +74,7 @@ def _main(argv: list[str]) -> int:
     finding = bisect(module, pipeline, is_bad, check=args.check, sizes=checked_sizes(args, module), seed=args.seed)
     if finding is None:
         seen = f"--check {args.check}" if args.test is None else f"--test {args.test}"
-        print(f"nothing is wrong: {pipeline} does nothing that {seen} finds bad")
+        print(f"nothing is wrong: {args.pipeline} does nothing that {seen} finds bad")
         return 0
     print(finding)
     print(f"\nreproduce: {_command(finding.whole, args.file, args, finding)}")
@@ -86,15 +86,20 @@ def _main(argv: list[str]) -> int:
 
 def _command(repro: Repro, file: str, args: Any, finding: Finding) -> str:
     """What a shell has to be told."""
-    words = [file, *opt_words(repro.pipeline, args, finding.failure, repro.words())]
-    return f"xllm-opt {command(words)}"
+    return f"xllm-opt {command([file, *_words(repro, args, finding)])}"
+
+
+def _words(repro: Repro, args: Any, finding: Finding) -> list[str]:
+    """What xllm-opt has to be told; the whole pipeline is spelled as it was given."""
+    pipeline = args.pipeline if repro.limit is not None else repro.pipeline
+    return opt_words(pipeline, args, finding.failure, repro.words())
 
 
 def _repro_text(args: Any, finding: Finding) -> str:
     """The IR with comments on top: how to run it, and what is wrong then."""
     from xllm_compiler.ir.printer import print_module
 
-    words = opt_words(finding.repro.pipeline, args, finding.failure, finding.repro.words())
+    words = _words(finding.repro, args, finding)
     head = run_line(words)
     if args.test is not None:
         test = command_check(args).template

@@ -111,7 +111,7 @@ class _PipelineFails:
         if found is None:
             raise XllmError(
                 "option",
-                f"there is nothing to reduce: {self.check.pipeline} does nothing wrong that --check {args.check} sees",
+                f"there is nothing to reduce: {args.pipeline} does nothing wrong that --check {args.check} sees",
                 help="another --check or other --sizes may see more; --test CMD can look for anything",
             )
         self.failure = found
@@ -123,7 +123,7 @@ class _PipelineFails:
     def head(self, module: Module) -> str:
         """The comments on top of `module`, which shows the failure."""
         found = self.check.again(module, self.failure) or self.failure
-        words = opt_words(str(self.check.pipeline), self.args, found)
+        words = opt_words(self.args.pipeline, self.args, found)
         return f"{run_line(words)}// Fails: {found.text.splitlines()[0]}\n"
 
 
