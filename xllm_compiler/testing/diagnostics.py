@@ -55,12 +55,15 @@ class Difference:
 def match_diagnostics(text: str, filename: str, said: Iterable[Diagnostic], split: bool = False) -> list[str]:
     """How `said` differs from the ERROR and REMARK lines of `text`, each as `FILE:LINE: what`; empty when it does not.
     `split`: the file holds several modules."""
-    return [f"{filename}:{d.line}: {d.text}" for d in differences(expectations(text, filename, split), said)]
+    expected = expectations(text, filename, split)
+    return [f"{filename}:{d.line}: {d.text}" for d in differences(expected, said, all_remarks=True)]
 
 
-def differences(expected: Sequence[Expected], said: Iterable[Diagnostic]) -> list[Difference]:
-    """Pairs what was said with what was expected. Remarks are compared only where at least one is expected."""
-    left = [d for d in dict.fromkeys(said) if d.kind == "error" or any(e.kind == "remark" for e in expected)]
+def differences(expected: Sequence[Expected], said: Iterable[Diagnostic], all_remarks: bool) -> list[Difference]:
+    """Pairs what was said with what was expected. Remarks that nobody expects are wrong where `all_remarks` are to be
+    told, and in a file that expects any."""
+    all_remarks |= any(e.kind == "remark" for e in expected)
+    left = [d for d in dict.fromkeys(said) if d.kind == "error" or all_remarks]
     open_: list[Expected] = []
     for e in sorted(expected, key=lambda e: e.at == 0):  # those that fit anywhere take what others leave
         hit = next((d for d in left if d.kind == e.kind and e.at in (0, d.line) and e.fits(d.text)), None)

@@ -93,13 +93,14 @@ class FileTest:
         """What does not hold of one RUN line. `checks=False`: all but its CHECK lines."""
         d, run = self.directives, self.directives.runs[index]
         outcome = self.call(run)
+        tool_verifies = "--verify-diagnostics" in run.args
         seen = self._observe(run) if d.expected or d.equiv or d.unchanged else None
         wrong: list[Failure] = []
         if seen is not None:
-            if outcome.code and not any(s.kind == "error" for s in seen.said):  # of the tool itself, such as its flags
+            silent = not any(s.kind == "error" for s in seen.said)
+            if outcome.code and silent and not tool_verifies:  # the tool itself failed, of its flags for instance
                 seen.said.append(Diagnostic("error", 0, outcome.err.strip()))
-            wrong += [self._failure(w.line, w.text) for w in differences(d.expected, seen.said)]
-        tool_verifies = "--verify-diagnostics" in run.args
+            wrong += [self._failure(w.line, w.text) for w in differences(d.expected, seen.said, tool_verifies)]
         expects = any(e.kind == "error" for e in d.expected) and not tool_verifies
         if outcome.code and not (expects or run.fails or wrong):
             wrong.append(self._failure(run.line, f"{run.tool} failed, exit code {outcome.code}\n{_clip(outcome.err)}"))
