@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir.core import Builder, Func, Op, Value
-from xllm_compiler.ir.ops import Add, Const, Embedding, Iota, Reshape, Take
+from xllm_compiler.ir.ops import Add, Const, CumSum, Embedding, Iota, Reshape, Softmax, Take
 from xllm_compiler.ir.rewrite import erase_dead
 from xllm_compiler.ir.spec import Attr
 from xllm_compiler.ir.types import Tensor
@@ -61,7 +61,16 @@ def _position_only(func: Func, pos: Value) -> dict[Value, bool]:
 
 
 def _rows_only(op: Op, n: Dim) -> bool:
-    """Whether the op's sizes mention tokens at most as the leading axis of its result."""
+    """Whether the op treats tokens one by one, and its sizes mention them at most as the leading axis of its result."""
+    match op:
+        case Iota() if op.size.symbols:  # the index in the step is no function of the position
+            return False
+        case (CumSum() | Softmax()) if op.axis == 0 and op.x.shape[0].symbols:
+            return False
+        case Take() | Embedding():
+            looked_into = op.x if isinstance(op, Take) else op.w
+            if any(d.symbols for d in looked_into.shape):  # a row of another token
+                return False
     shape = op.result.shape
     return all(not d.symbols for d in shape[1:]) and (not shape or shape[0] is n or not shape[0].symbols)
 
