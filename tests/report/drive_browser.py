@@ -1,6 +1,6 @@
 """Drives a headless Chromium (QtWebEngine) for tests: commands as JSON lines on stdin, one JSON answer each on stdout.
 
-    {"open": PATH, "size": [W, H]}  loads a file; answers {"ok": true} once it is loaded
+    {"open": PATH, "size": [W, H]}  loads a file or a chrome:// page; answers {"ok": true} once it is loaded
     {"js": TEXT}                    evaluates an expression; answers {"value": ...}
     {"click": [X, Y]}               the real mouse, in pixels of the page's viewport; {"move": ..} hovers
     {"keys": TEXT}                  types; {"key": "Tab"} presses one named key
@@ -8,7 +8,7 @@
     {"log": true}                   answers {"console": [...], "requests": [...]} since the start
 
 With `--dark` pages see a dark desktop. A process of its own, so that a browser that dies takes no test run with it.
-Starting it with a library missing prints what is missing and exits with 3.
+Where a library is missing it says which and exits with 3.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ import json
 import os
 import sys
 from typing import Any
-
-NEEDED = (
-    "the browser tests need PySide6-WebEngine (pip install -e '.[browser]') and what Chromium links against; on Debian "
-    "and Ubuntu: apt-get install libnss3 libegl1 libgl1 libgbm1 libxkbcommon0 libxkbfile1 libxcomposite1 libxdamage1 "
-    "libxrandr2 libxtst6 libasound2 libdbus-1-3 libfontconfig1 libglib2.0-0"
-)
 
 os.environ["QT_QPA_PLATFORM"] = "offscreen"
 # The sandbox needs rights that containers and root lack; the pages are our own.
@@ -38,7 +32,7 @@ try:
     from PySide6.QtWebEngineWidgets import QWebEngineView
     from PySide6.QtWidgets import QApplication
 except ImportError as missing:
-    print(f"{missing}\n{NEEDED}", file=sys.stderr)
+    print(missing, file=sys.stderr)
     sys.exit(3)
 
 
@@ -101,7 +95,7 @@ class Driver:
 
                 def start(done: Any) -> None:
                     self.page.loadFinished.connect(done, Qt.ConnectionType.SingleShotConnection)
-                    self.page.load(QUrl.fromLocalFile(path))
+                    self.page.load(QUrl(path) if path.startswith("chrome://") else QUrl.fromLocalFile(path))
 
                 ok = self.wait(start)
                 self.settle()

@@ -1,95 +1,25 @@
 """The page in a real browser: a headless Chromium loads it from its file, and a mouse and a keyboard use it.
 
-Run by `pytest -m browser` or `make test-all`. What it needs besides the extra `browser` is in drive_browser.py; where
-that is missing these tests fail and say so.
+Run by `pytest -m browser` or `make test-all`. What it needs besides the extra `browser` is in browser.py; where that is
+missing these tests fail and say so.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser
 from model_text import TWO_STREAMS, model_text
 from watched import run_watched
 
 from xllm_compiler.report.page import write_report
+from xllm_compiler.report.timeline import write_timeline
 
 pytestmark = pytest.mark.browser
-
-DRIVER = Path(__file__).parent / "drive_browser.py"
-
-
-class Browser:
-    """A headless Chromium in a process of its own, and how to talk to it."""
-
-    def __init__(self, log: Path, *flags: str) -> None:
-        self.log = log
-        self._errors = log.open("w", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [sys.executable, str(DRIVER), *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-
-    def tell(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._process.wait(timeout=20)
-            pytest.fail(f"the browser is gone ({self._process.returncode}):\n{self.log.read_text()}", pytrace=False)
-        answer: dict[str, Any] = json.loads(line)
-        assert "error" not in answer, f"{command}: {answer['error']}"
-        return answer
-
-    def open(self, path: Path, **how: Any) -> None:
-        assert self.tell(open=str(path), **how) == {"ok": True}
-
-    def js(self, expression: str) -> Any:
-        return self.tell(js=expression).get("value")
-
-    def click(self, selector: str) -> None:
-        """A real click on the middle of the first such element, which is scrolled to before."""
-        self.tell(click=self.place(selector))
-
-    def place(self, selector: str) -> list[float]:
-        where = self.js(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); if (!e) return null;"
-            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-            "return [r.left + r.width / 2, r.top + r.height / 2] })()"
-        )
-        assert where is not None, f"nothing on the page is {selector}"
-        return list(where)
-
-    def texts(self, selector: str) -> list[str]:
-        return list(self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent)"))
-
-    def count(self, selector: str) -> int:
-        return int(self.js(f"document.querySelectorAll({json.dumps(selector)}).length"))
-
-    def shot(self, path: Path) -> None:
-        assert self.tell(shot=str(path)) == {"ok": True}
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._errors.close()
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +251,53 @@ def test_a_narrow_window_scrolls_only_inside_pictures_and_tables(browser: Browse
     browser.shot(tmp_path / "narrow.png")
 
 
+def test_nothing_moves_by_itself(page: Page) -> None:
+    """Chromium's own measure of layout shifts, on load and when other sizes are chosen."""
+    browser, _ = page
+    browser.js(
+        "(() => { window.moved = 0; new PerformanceObserver((list) => { for (const e of list.getEntries())"
+        " window.moved += e.value }).observe({type: 'layout-shift', buffered: true}) })()"
+    )
+    browser.click("#steps label:nth-of-type(2)")
+    browser.click("#steps label:nth-of-type(1)")
+    assert browser.js("PerformanceObserver.supportedEntryTypes.includes('layout-shift')") is True
+    assert browser.js("window.moved") == 0
+
+
+def test_labels_can_be_read(browser: Browser, tmp_path: Path) -> None:
+    """WCAG's contrast of 4.5 between each label in a picture and what it stands on, and of text on paper."""
+    write(tmp_path / "page.html", model_text())
+    browser.open(tmp_path / "page.html", size=[1280, 900])
+    names = ["linear", "kv", "norm", "move", "math", "comm"]
+    pairs = [("label", name) for name in names] + [
+        ("ink", "wait"),
+        ("ink", "paper"),
+        ("soft", "paper"),
+        ("soft", "sheet"),
+    ]
+    pairs += [("accent", "sheet"), ("accent", "mark"), ("paper", "hit"), ("del-ink", "del"), ("add-ink", "add")]
+    read = "((s, names) => names.map((n) => s.getPropertyValue('--' + n).trim()))(getComputedStyle(document.body), {})"
+    dark = Browser(tmp_path / "stderr.txt", "--dark")
+    try:
+        dark.open(tmp_path / "page.html")
+        for b in (browser, dark):
+            for front, back in pairs:
+                one, other = (luminance(c) for c in b.js(read.format(json.dumps([front, back]))))
+                ratio = (max(one, other) + 0.05) / (min(one, other) + 0.05)
+                assert ratio >= 4.5, f"{front} on {back}: {ratio:.2f}{' in the dark' if b is dark else ''}"
+    finally:
+        dark.close()
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of #rgb or #rrggbb."""
+    digits = colour.removeprefix("#")
+    digits = "".join(d + d for d in digits) if len(digits) == 3 else digits
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
 @pytest.mark.slow
 def test_a_large_model_stays_quick(browser: Browser, tmp_path: Path) -> None:
     """Two thousand ops: drawn within a second, filtered within a fifth of one. Generous: the machine has neighbours."""
@@ -332,3 +309,36 @@ def test_a_large_model_stays_quick(browser: Browser, tmp_path: Path) -> None:
     start = "(() => { const t = performance.now(); document.getElementById('filter').value = 'bf16';"
     took = browser.js(start + "document.getElementById('weights').click(); return performance.now() - t })()")
     assert browser.count("#matches .op") == 500 and took < 400, f"{took:.0f} ms to filter"
+
+
+READ_TRACE = """(() => {
+  const model = new tr.Model();
+  new tr.importer.Import(model, new tr.importer.ImportOptions()).importTraces([%s]);
+  return {
+    warnings: model.importWarnings.map((w) => w.message),
+    processes: model.getAllProcesses().map((p) => p.name),
+    threads: model.getAllThreads().map((t) => [t.name, t.sliceGroup.slices.length]),
+    counters: model.getAllCounters().map((c) => [c.name, c.numSamples]),
+    arrows: model.flowEvents.map((f) => [f.startSlice.title, f.endSlice.title]),
+    milliseconds: model.bounds.max - model.bounds.min,
+  };
+})()"""
+
+
+def test_chromiums_trace_viewer_reads_a_timeline(browser: Browser, tmp_path: Path) -> None:
+    """chrome://tracing is part of the browser: its importer makes its model of our events."""
+    ran = run_watched(TWO_STREAMS, "assign-streams,plan-memory")
+    write_timeline(tmp_path / "t.json", ran.module, dims={"N": 64})
+    text = (tmp_path / "t.json").read_text(encoding="utf-8")
+    events = json.loads(text)["traceEvents"]
+    browser.open("chrome://tracing")
+    model = browser.js(READ_TRACE % json.dumps(text))
+    last = max(e["ts"] + e.get("dur", 0) for e in events if e["ph"] == "X")
+    assert model.pop("milliseconds") == pytest.approx(last / 1000)
+    assert model == {
+        "warnings": [],
+        "processes": ["@step, one of 4 equal ranks"],
+        "threads": [["stream 0", 4], ["stream 1", 1], ["link @tp", 1]],
+        "counters": [["arena bytes in use", sum(e["ph"] == "C" for e in events)]],
+        "arrows": [["nn.linear %a", "sched.wait"], ["comm.all_reduce_start %f", "comm.wait %c"]],
+    }

@@ -90,11 +90,13 @@ def _process(func: Func, pid: int, dims: Mapping[str, int], machine: Machine) ->
             }
         )
         source = starts.get(slot.waited_for) if slot.waited_for is not None else None
-        if source is not None and end > begin:  # an arrow binds to the slices that are running at its two times
+        if source is not None and end > begin:
+            # An arrow binds to the slices that run at its two times: well inside them, where no neighbour can.
             flow: Event = {"name": "waits for", "cat": "wait", "pid": pid, "id": pid * 1_000_000 + number}
-            since = micros(source.start)
+            since = micros((source.start + source.end) / 2)
+            until = max(since, micros((slot.start + slot.end) / 2))
             events.append({"ph": "s", "tid": threads[source.stream], "ts": since, **flow})
-            events.append({"ph": "f", "bp": "e", "tid": tid, "ts": max(begin, since), **flow})
+            events.append({"ph": "f", "bp": "e", "tid": tid, "ts": until, **flow})
     for at, size in bytes_in_use(placed_buffers(func), slots, dims):
         counter: Event = {"ph": "C", "name": "arena bytes in use", "cat": "memory", "pid": pid, "tid": 0}
         events.append({**counter, "ts": micros(at), "args": {"bytes": size}})
