@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from xllm_compiler.tools import evaluate
 from xllm_compiler.tools.opt import main as opt
 from xllm_compiler.tools.run import main
 
@@ -153,6 +154,27 @@ def test_orders_of_streams(capsys: Capture) -> None:
     assert "bytes that were never written" in capsys.readouterr().err
     assert main(["r.xir", "N=3", "--orders", "5"]) == 2
     assert "a module in stage graph has one order" in capsys.readouterr().err
+
+
+def test_without_verify_every_size_must_still_be_declared(capsys: Capture) -> None:
+    Path("u.xir").write_text(
+        DOUBLE.replace("dim B in [1, 8]  // requests\n", "").replace("assume N - B", "assume N - 1")
+    )
+    assert main(["u.xir", "--no-verify"]) == 2
+    assert capsys.readouterr().err == (
+        "error[ir]: the module declares no size B\n  at @double, %ids: i32[B]\n  help: its sizes: N\n"
+    )
+
+
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def greedy(*given: object) -> None:
+        raise MemoryError("Unable to allocate 8.00 TiB for an array")
+
+    monkeypatch.setattr(evaluate, "call", greedy)
+    assert main(["d.xir"]) == 2
+    assert capsys.readouterr().err == (
+        "error[capacity]: not enough memory: Unable to allocate 8.00 TiB for an array\n  help: ask for smaller sizes\n"
+    )
 
 
 @pytest.mark.parametrize(

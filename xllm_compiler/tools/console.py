@@ -118,6 +118,12 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains while it exits
         return 1
+    except MemoryError as error:
+        if debug:
+            traceback.print_exc()
+        short = XllmError("capacity", f"not enough memory: {error}".rstrip(": "), help="ask for smaller sizes")
+        print(short, file=sys.stderr)
+        return short.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()

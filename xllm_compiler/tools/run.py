@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from xllm_compiler.tools.arguments import Arguments, check_sizes, parse_sizes, s
 from xllm_compiler.tools.console import run
 
 if TYPE_CHECKING:
+    from xllm_compiler.dims import Dim
     from xllm_compiler.ir.core import Func, Module
     from xllm_compiler.ir.semantics import Array
     from xllm_compiler.testing.inputs import Given
@@ -68,6 +69,8 @@ def _main(argv: list[str]) -> int:
     module = read_module(args.file, check=not args.no_verify)
     func = _func(module, args.func)
     check_sizes(module.scope, sizes, "xllm-run")
+    if args.no_verify:
+        _check_declared(func)
     if args.orders is not None and module.stage == "graph":
         raise XllmError(
             "option", "--orders: a module in stage graph has one order", help="assign streams first, in stage sched"
@@ -109,6 +112,35 @@ def _func(module: Module, name: str | None) -> Func:
         help = suggest(name.removeprefix("@"), known, "its functions")
         raise XllmError("option", f"--func: the module has no function {name}", help=help)
     return module.funcs[name.removeprefix("@")]
+
+
+def _check_declared(func: Func) -> None:
+    """What even a module that does not verify must have to be run: a size for every symbol."""
+    known = list(func.module.scope.symbols)
+    for what, dim in _dims(func):
+        for name in dim.symbols:
+            if name not in known:
+                help = suggest(name, known, "its sizes")
+                raise XllmError("ir", f"the module declares no size {name}", where=f"@{func.name}, {what}", help=help)
+
+
+def _dims(func: Func) -> Iterator[tuple[str, Dim]]:
+    """Every size that the function names, and where."""
+    from xllm_compiler.dims import Dim
+    from xllm_compiler.ir.types import Kv, Tensor
+
+    for value in (*func.args, *(r for op in func.ops for r in op.results)):
+        if isinstance(value.type, Tensor):
+            yield from ((f"%{value.name}: {value.type}", dim) for dim in value.type.shape)
+        elif isinstance(value.type, Kv):
+            yield f"%{value.name}: {value.type}", value.type.pages
+    for op in func.ops:
+        for key, attr in op.attrs.items():
+            for item in attr if isinstance(attr, tuple) else (attr,):
+                if isinstance(item, Dim):
+                    yield f"attribute {key} of {op.name}", item
+    if func.arena is not None:
+        yield "arena", func.arena
 
 
 def _given(module: Module, func: Func, args: Any, sizes: dict[str, int]) -> Given:
