@@ -7,7 +7,7 @@ ARTIFACT := .cache/demo
 PROMPT ?= Write a Python function `read_lines(path)`. Return the lines of the file at path.
 export PROMPT  # by the environment, since a prompt may hold any quote
 
-.PHONY: setup demo serve test test-all lint bench clean
+.PHONY: setup demo serve test test-browser test-all lint bench clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ test: $(STAMP) lint
 $(VENV)/.browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]'
 	touch $(VENV)/.browser
+
+test-browser: $(STAMP) $(VENV)/.browser
+	$(BIN)/pytest -m browser
 
 test-all: $(STAMP) $(VENV)/.browser lint
 	$(BIN)/pytest -m ''
