@@ -80,10 +80,22 @@ def test_errors_are_two_lines_and_exit_code_2(argv: list[str], capsys: pytest.Ca
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("argv", [[], ["--no-such-flag"], ["x", "--max-num-seqs", "many"], ["show"]])
-def test_bad_usage_is_exit_code_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "message", "help"),
+    [
+        ([], "the following arguments are required: CHECKPOINT", "xllm-compile --help tells what there is"),
+        (["x", "--dumpir", "d"], "xllm-compile has no flag --dumpir", "did you mean --dump-ir?"),
+        (["x", "--max-num-seqs", "many"], "argument --max-num-seqs: invalid int value: 'many'", "xllm-compile --help"),
+        (["show"], "the following arguments are required: ARTIFACT", "xllm-compile show --help tells what there is"),
+        (["show", "x", "--jsn"], "xllm-compile show has no flag --jsn", "did you mean --json?"),
+        (["verfy", "x"], "verfy is neither a checkpoint nor a command", "did you mean verify?"),
+    ],
+)
+def test_bad_usage_names_the_nearest(
+    argv: list[str], message: str, help: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(argv) == 2
-    assert "usage:" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"error[option]: {message}\n  help: {help}")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["show", "--help"], ["verify", "--help"], ["--version"]])

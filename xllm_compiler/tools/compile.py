@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xllm_compiler import __version__
 from xllm_compiler.errors import XllmError
+from xllm_compiler.tools.arguments import Arguments, nearest
 from xllm_compiler.tools.console import ConsoleProgress, debug_level, run, size, table
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ def entry() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the tool and return its exit code: 0, 1 (ours, or artifacts that differ), 2 (bad input)."""
-    try:
-        return run(lambda: _dispatch(list(argv)))
-    except SystemExit as done:  # argparse has said what it had to
-        return done.code if isinstance(done.code, int) else 2
+    return run(lambda: _dispatch(list(argv)))
 
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,30 +90,30 @@ def cache_of(args: argparse.Namespace) -> CompileCache:
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in VERBS:
         return _verb(argv[0], argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="xllm-compile",
-        description="Compile a Hugging Face checkpoint into an artifact for xllm-serve.\n"
+    if argv and not argv[0].startswith("-") and not Path(argv[0]).exists() and nearest(argv[0], list(VERBS)):
+        help = f"did you mean {nearest(argv[0], list(VERBS))}?"
+        raise XllmError("option", f"{argv[0]} is neither a checkpoint nor a command", help=help)
+    parser = Arguments(
+        "xllm-compile",
+        "Compile a Hugging Face checkpoint into an artifact for xllm-serve.\n"
         "Without -o it goes into the cache, where an equal one is used again; its path is printed on standard output.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_compile_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write the artifact here, without the cache")
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before and after every pass")
     parser.add_argument("--report", type=Path, metavar="OUT.html", help="write what the passes did as one page")
     parser.add_argument("--timeline", type=Path, metavar="OUT.json", help="write the schedule as a Chrome trace")
-    parser.add_argument("--version", action="version", version=f"xllm-compile {__version__}")
-    return _compile(parser.parse_args(argv))
+    return _compile(parser.read(argv))
 
 
 def _verb(verb: str, argv: list[str]) -> int:
     import importlib
 
     module = importlib.import_module(f"xllm_compiler.tools.{verb}")
-    parser = argparse.ArgumentParser(prog=f"xllm-compile {verb}", description=module.__doc__)
+    parser = Arguments(f"xllm-compile {verb}", module.__doc__ or "")
     module.add_arguments(parser)
-    return int(module.main(parser.parse_args(argv)))
+    return int(module.main(parser.read(argv)))
 
 
 def _compile(args: argparse.Namespace) -> int:
