@@ -61,6 +61,36 @@ double bf16_dots(size_t rounds) {
 #endif
 }
 
+/* Products of 8-bit integers summed in 32 bits; a multiply and an add are two operations, as above. */
+double int8_dots(size_t rounds) {
+#if defined(__AVX512VNNI__)
+#define W __m512i
+#define NONE _mm512_setzero_si512()
+#define BYTES 64
+#elif defined(__AVXVNNI__)
+#define W __m256i
+#define NONE _mm256_setzero_si256()
+#define BYTES 32
+#endif
+#ifdef BYTES
+  register W r0 = NONE, r1 = r0, r2 = r0, r3 = r0, r4 = r0, r5 = r0;
+  register W r6 = r0, r7 = r0, r8 = r0, r9 = r0, r10 = r0, r11 = r0;
+  W x = NONE, y = x;
+  for (size_t i = 0; i < rounds; i++) {
+#ifdef __AVX512VNNI__
+#define IDOT(r) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(r) : "v"(x), "v"(y))
+#else
+#define IDOT(r) __asm__ volatile("{vex} vpdpbusd %1, %2, %0" : "+x"(r) : "x"(x), "x"(y))
+#endif
+    IDOT(r0); IDOT(r1); IDOT(r2); IDOT(r3); IDOT(r4); IDOT(r5);
+    IDOT(r6); IDOT(r7); IDOT(r8); IDOT(r9); IDOT(r10); IDOT(r11);
+  }
+  return (double)rounds * 12 * 2 * BYTES;
+#else
+  return 0;
+#endif
+}
+
 double f32_fmas(size_t rounds) {
 #ifdef __AVX512F__
 #define V __m512
@@ -90,6 +120,7 @@ class Limits:
     threads: int
     read_bytes: float
     bf16_flops: float
+    int8_ops: float
     f32_flops: float
 
 
@@ -104,7 +135,7 @@ class Probe:
             self._library = ctypes.CDLL(str(library))
         self._library.read_stream.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._library.read_stream.restype = ctypes.c_uint64
-        for name in ("bf16_dots", "f32_fmas"):
+        for name in ("bf16_dots", "int8_dots", "f32_fmas"):
             function = getattr(self._library, name)
             function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_double
         self.threads = threads
@@ -140,7 +171,7 @@ class Probe:
         return self.threads * self._bytes / self._parallel(read)
 
     def arithmetic(self, name: str, rounds: int = 10_000_000) -> float:
-        """Operations a second of `bf16_dots` or `f32_fmas` on all threads."""
+        """Operations a second of `bf16_dots`, `int8_dots` or `f32_fmas` on all threads; 0 where there are none."""
         done = [0.0] * self.threads
 
         def run(index: int) -> None:
@@ -151,12 +182,11 @@ class Probe:
 
     def measure(self, rounds: int = 5) -> Limits:
         """Medians of `rounds` readings of each limit, one after the other."""
-        reads, dots, fmas = [], [], []
+        seen: dict[str, list[float]] = {"read": [], "bf16_dots": [], "int8_dots": [], "f32_fmas": []}
         for _ in range(rounds):
-            reads.append(self.read_bandwidth())
-            dots.append(self.arithmetic("bf16_dots"))
-            fmas.append(self.arithmetic("f32_fmas"))
-        return Limits(self.threads, statistics.median(reads), statistics.median(dots), statistics.median(fmas))
+            for name, values in seen.items():
+                values.append(self.read_bandwidth() if name == "read" else self.arithmetic(name))
+        return Limits(self.threads, *(statistics.median(values) for values in seen.values()))
 
 
 if __name__ == "__main__":
@@ -164,5 +194,5 @@ if __name__ == "__main__":
         limits = Probe(count).measure()
         print(
             f"{count} thread(s): read {limits.read_bytes / 1e9:.1f} GB/s, bf16 {limits.bf16_flops / 1e9:.0f} GFLOP/s, "
-            f"f32 {limits.f32_flops / 1e9:.0f} GFLOP/s"
+            f"int8 {limits.int8_ops / 1e9:.0f} GOP/s, f32 {limits.f32_flops / 1e9:.0f} GFLOP/s"
         )
