@@ -16,6 +16,8 @@ from browser import Browser
 from model_text import TWO_STREAMS, model_text
 from watched import run_watched
 
+from xllm_compiler.ir.loc import Loc
+from xllm_compiler.passes.base import Remark
 from xllm_compiler.report.page import write_report
 from xllm_compiler.report.timeline import write_timeline
 
@@ -73,7 +75,8 @@ def test_every_section_has_something_to_show(page: Page, tmp_path: Path) -> None
     assert browser.count("#compare tbody tr") == len(data["scenarios"]) == 3
     assert browser.count("#facts tr") == len(data["facts"])
     assert browser.texts("#layers > details > summary .name") == ["model.embed", "model.layers.0", "model", "lm_head"]
-    assert browser.texts("#layers > details.alike > summary") == ["2 layers like it: model.layers.1 to model.layers.2"]
+    (alike,) = browser.texts("#layers > details.alike > summary")
+    assert alike.endswith("2 layers like it: model.layers.1 to model.layers.2")
     assert browser.count("#runs details.run") == sum(p["changed"] for p in data["passes"])
     assert browser.count("#memory-svg .b") == len(data["funcs"][0]["memory"]["buffers"])
     assert browser.count("#memory-svg line.peak") == 1
@@ -214,6 +217,38 @@ def test_streams_have_lanes_and_waits_have_arrows(browser: Browser, tmp_path: Pa
     assert browser.count("#timeline-svg .flow") == sum(slot[4] >= 0 for slot in timeline["slots"]) == 2
     browser.js("document.getElementById('timeline').scrollIntoView()")
     browser.shot(tmp_path / "streams.png")
+
+
+def test_functions_are_looked_at_one_at_a_time(browser: Browser, tmp_path: Path) -> None:
+    second = TWO_STREAMS[TWO_STREAMS.index("func @step") :].replace("@step", "@draft").replace("linear(%z", "linear(%x")
+    data = write(tmp_path / "two.html", TWO_STREAMS + second, "assign-streams,plan-memory")
+    browser.open(tmp_path / "two.html", size=[1280, 900])
+    assert browser.js("document.getElementById('pick').hidden") is False and len(data["funcs"]) == 2
+    assert browser.texts("#func option") == ["@step", "@draft"]
+    choose = "(f => {{ f.selectedIndex = {}; f.dispatchEvent(new Event('change')) }})(document.getElementById('func'))"
+    for i, (name, operand) in enumerate((("@step", "%z"), ("@draft", "%x"))):
+        browser.js(choose.format(i))
+        assert name in browser.texts("#model-note")[0] and browser.count("#layers .op") == 0
+        browser.click("#layers details > summary")
+        linear = next(n for n, op in enumerate(data["funcs"][i]["ops"]) if "%b" in op["out"])
+        assert f"%b = nn.linear({operand}, %w" in browser.texts(f'.op[data-op="{linear}"]')[0]
+
+
+def test_a_module_without_a_plan_says_so(browser: Browser, tmp_path: Path) -> None:
+    write(tmp_path / "plain.html", model_text(1), "dce")
+    browser.open(tmp_path / "plain.html")
+    assert browser.texts("#memory-body") == ["The module has no memory plan: pass plan-memory was not run."]
+    assert browser.texts("#runs .idle") == ["no change: 01 dce"] and browser.count("#timeline-svg .b") > 5
+
+
+def test_remarks_are_misses_in_words(browser: Browser, tmp_path: Path) -> None:
+    ran = run_watched(model_text(1))
+    place = Loc("m.py", 9, "model.layers.0")
+    ran.report.ctx.remarks.append(Remark("fuse-glu", "%p0 = t.mul", "the gate <is> a view", place))
+    write_report(tmp_path / "remarks.html", ran.module, ran.history, ran.report, "tiny", tries=ran.tries)
+    browser.open(tmp_path / "remarks.html")
+    cells = browser.texts("#rewrites [aria-label=Remarks] td")
+    assert cells == ["fuse-glu", "the gate <is> a view", "%p0 = t.mul", "model.layers.0 (m.py:9)"]
 
 
 def test_markup_in_names_and_sources_is_shown_and_not_obeyed(browser: Browser, tmp_path: Path) -> None:

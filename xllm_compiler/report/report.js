@@ -50,7 +50,7 @@ const bytes = (x) => scaled(x, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]);
 const flops = (x) => (x === 0 ? "0" : scaled(x, 1000, ["ops", "Kop", "Mop", "Gop", "Top"]));
 const rate = (x) => scaled(x, 1000, ["B", "kB", "MB", "GB", "TB"]);
 const time = (us) => (us === 0 ? "0" : us < 1 ? Math.round(us * 1000) + " ns" : scaled(us, 1000, ["µs", "ms", "s"]));
-const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %";
+const percent = (x) => (x > 0 && x < 0.0005 ? "< 0.1 %" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %");
 const count = (n, what) => n.toLocaleString("en") + " " + what + (n === 1 ? "" : "s");
 const sum = (xs) => xs.reduce((a, b) => a + b, 0);
 const step = () => data.scenarios[state.step];
@@ -178,7 +178,8 @@ function drawLayers() {
       const node = layerNode(n);
       body.append(node);
       if (end > n + 1) {
-        const rest = lazy(el("details", { className: "alike" }, el("summary", { textContent: `${count(end - n - 1, "layer")} like it: ${layers[n + 1].name}${end > n + 2 ? " to " + layers[end - 1].name : ""}` })),
+        const rest = lazy(el("details", { className: "alike", "data-from": n + 1, "data-to": end }, el("summary", {}, el("span", { className: "right" }),
+          `${count(end - n - 1, "layer")} like it: ${layers[n + 1].name}${end > n + 2 ? " to " + layers[end - 1].name : ""}`)),
           (d) => { for (let k = n + 1; k < end; k++) d.append(layerNode(k)); paintLayers(d); });
         body.append(rest);
       }
@@ -190,8 +191,9 @@ function drawLayers() {
 }
 function paintLayers(root) {
   const total = sum(cost().us) || 1;
-  for (const d of root.querySelectorAll("details[data-layer]")) {
-    const us = spent(fn().layers[+d.dataset.layer]);
+  for (const d of root.querySelectorAll("details[data-layer], details.alike")) {
+    const from = +(d.dataset.layer ?? d.dataset.from), to = +(d.dataset.to ?? from + 1);
+    const us = sum(fn().layers.slice(from, to).map(spent));
     d.querySelector(".right").textContent = us ? `${time(us)}, ${percent(us / total)}` : "";
   }
 }
@@ -434,7 +436,7 @@ function drawTimeline() {
 // ---- putting it together
 
 function drawStep() { drawSummary(); drawCosts(); drawMemory(); drawTimeline(); rows().forEach(paint); paintLayers($("layers")); }
-function drawFunc() { choose(null); drawLayers(); filter(); drawStep(); }
+function drawFunc() { choose(null); $("layers").replaceChildren(); drawLayers(); filter(); drawStep(); }
 data.scenarios.forEach((s, i) => {
   const input = el("input", { type: "radio", name: "step", value: i, checked: i === 0, onchange: () => { state.step = i; drawStep(); } });
   $("steps").append(el("label", { title: sizes(s) }, input, s.name));
