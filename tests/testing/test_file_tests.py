@@ -19,7 +19,15 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.passes.registry import BUILTIN, pass_class
 from xllm_compiler.testing.bless import bless, check_lines
 from xllm_compiler.testing.diagnostics import Diagnostic, match_diagnostics
-from xllm_compiler.testing.directives import Check, holds_directives, mask, parse_directives
+from xllm_compiler.testing.directives import (
+    ALONE,
+    FILECHECK_FLAGS,
+    SUFFIXES,
+    Check,
+    holds_directives,
+    mask,
+    parse_directives,
+)
 from xllm_compiler.testing.filecheck import check_output
 from xllm_compiler.testing.filetest import FileTest, run_file_test
 
@@ -467,6 +475,13 @@ def test_what_is_blessed_passes(rows: list[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- our own files
+
+
+def test_the_page_tells_of_everything_that_can_be_said() -> None:
+    page = (HERE.parent.parent / "docs" / "file-tests.md").read_text()
+    said = [f"`// {word}" for word in ("RUN:", "CHECK:", "EQUIV:", *ALONE)] + ["// ERROR:", "// REMARK:"]
+    said += [f"`-{suffix}" for suffix in SUFFIXES if suffix != "NEXT"] + ["`CHECK-NEXT`", *FILECHECK_FLAGS]
+    assert [words for words in said if words not in page] == []
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN))

@@ -232,7 +232,10 @@ class OfPass(pytest.Collector):
         from xllm_compiler.testing import laws
 
         for law in laws.law_names():
-            yield LawItem.from_parent(self, name=law, folders=self.folders)
+            item: pytest.Item = LawItem.from_parent(self, name=law, folders=self.folders)
+            if self.config.pluginmanager.hasplugin("xdist"):  # the laws of one pass share one run of it
+                item.add_marker(pytest.mark.xdist_group(f"laws::{self.name}"))
+            yield item
 
 
 class LawItem(pytest.Item):
