@@ -39,6 +39,7 @@ class Prover:
         self._facts = [self._normal(f) for f in assumptions]
         self._atoms: dict[Atom, Bounds] = {}
         self._definitions: dict[Atom, tuple[Dim, ...]] = {}
+        self._intervals: dict[Dim, Bounds] = {}
         self._answers: dict[Dim, bool | None] = {}
         self._proved: dict[Dim, bool] = {}
         self._samples: list[dict[str, int]] | None = None
@@ -82,7 +83,10 @@ class Prover:
 
     def interval(self, dim: Dim) -> Bounds:
         """(lower, upper) from the symbols' ranges alone: looser than `bounds`, and cheap."""
-        return self._interval(self._normal(dim))
+        found = self._intervals.get(dim)
+        if found is None:
+            found = self._intervals[dim] = self._interval(self._normal(dim))
+        return found
 
     # ---- intervals
 
