@@ -12,7 +12,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.passes import registry
 from xllm_compiler.passes.registry import load_passes, pass_class
 from xllm_compiler.testing import laws
-from xllm_compiler.testing.corpus import Entry
+from xllm_compiler.testing.corpus import Entry, corpus
 from xllm_compiler.testing.laws import Laboratory, spread
 from xllm_compiler.testing.laws_child import load_spec
 from xllm_compiler.testing.laws_inputs import Workbench, points
@@ -183,3 +183,9 @@ def test_a_choice_has_every_kind_of_doing_and_is_spread_over_sizes() -> None:
     sizes = [t.source.ops for t in chosen if t is not trials[-1]]
     assert max(sizes) - min(sizes) >= 8
     assert spread(trials, 1000) == trials
+
+
+def test_our_own_corpus_can_be_judged() -> None:
+    results = Laboratory(corpus(random_graphs=4)[::12]).results("fuse-qkv")
+    assert (results.broken, results.unjudged, results.unreachable) == ({}, {}, {})
+    assert results.changed >= 4

@@ -51,13 +51,15 @@ class Results:
     changed: int = 0
     refused: dict[str, str] = field(default_factory=dict)  # source -> what the pass said
     unjudged: dict[str, str] = field(default_factory=dict)  # source -> why its meaning could not be compared
-    seconds: float = 0.0
+    unreachable: dict[str, str] = field(default_factory=dict)  # corpus entry -> which pass before this one failed
+    seconds: float = 0.0  # of processor time, what it shares with other passes included where it came first
 
     def __str__(self) -> str:
         """One line for people."""
         parts = [f"{self.changed} of {self.tried} modules changed"]
         parts += [f"{len(self.refused)} refused"] if self.refused else []
         parts += [f"{len(self.unjudged)} not comparable"] if self.unjudged else []
+        parts += [f"{len(self.unreachable)} out of reach"] if self.unreachable else []
         parts += [f"broken: {', '.join(self.broken)}"] if self.broken else []
         return f"{self.pass_name}: {', '.join(parts)} ({self.seconds:.1f} s)"
 
@@ -96,6 +98,7 @@ class _Run:
             self.elsewhere(p, firing or trials, ELSEWHERE[i > 0])
             if i == 0:
                 self.out.tried, self.out.changed = len(trials), len(firing)
+        self.out.unreachable = dict(self.bench.unreachable)
         self.exercised()
         self.out.seconds = time.process_time() - begin
         return self.out
