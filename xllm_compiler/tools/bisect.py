@@ -20,6 +20,7 @@ from xllm_compiler.tools.failing import (
     refuse_stray_flags,
     run_line,
 )
+from xllm_compiler.tools.loading import load_given
 
 if TYPE_CHECKING:
     from xllm_compiler.testing.bisector import Finding, Repro
@@ -62,12 +63,10 @@ def _main(argv: list[str]) -> int:
     refuse_stray_flags(args)
     check_output(args.output)
     from xllm_compiler.passes.manager import parse_pipeline
-    from xllm_compiler.passes.registry import load_passes
     from xllm_compiler.testing.bisector import bisect
     from xllm_compiler.tools.files import read_module, write_text
 
-    for spec in args.load:
-        load_passes(spec)
+    load_given(args)
     pipeline = parse_pipeline(args.pipeline)
     module = read_module(args.file)
     is_bad = None if args.test is None else command_check(args)

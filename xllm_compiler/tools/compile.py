@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from xllm_compiler.errors import XllmError
 from xllm_compiler.tools.arguments import Arguments, nearest
 from xllm_compiler.tools.console import ConsoleProgress, debug_level, run, size, table
+from xllm_compiler.tools.loading import add_load, load_given, load_words
 
 if TYPE_CHECKING:
     from xllm_compiler.cache import CompileCache
@@ -53,6 +54,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests in a step; default 64")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most tokens in a step; default 2048")
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
+    add_load(parser)
     parser.add_argument(
         "--isas", metavar="LIST", help="instruction sets to make code for; default avx2,avx512,avx512_bf16"
     )
@@ -63,9 +65,10 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> CompileOptions:
-    """The options that the flags of `add_compile_arguments` ask for."""
+    """The options that the flags of `add_compile_arguments` ask for; registers the passes that --load names."""
     from xllm_compiler.options import CompileOptions
 
+    load_given(args)
     return CompileOptions(
         target=args.target,
         dtype=args.dtype,
@@ -141,6 +144,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteListener]]:
     """What the flags and XLLM_DEBUG want to see of the passes."""
+    from xllm_compiler.passes.instruments import DumpDir, Repro
     from xllm_compiler.tools.debug import debug_instruments
 
     wanted = {"--dump-ir": args.dump_ir, "--report": args.report, "--timeline": args.timeline}
@@ -154,10 +158,9 @@ def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteL
         if path is not None and path != args.dump_ir and not path.parent.is_dir():
             raise XllmError("option", f"{flag}: there is no directory for {path}", where=str(path.parent))
     instruments: list[Instrument] = debug_instruments(debug_level(), sys.stderr)
+    instruments.append(Repro(Path("xllm-repro.xir"), tuple(load_words(args))))
     listeners: list[RewriteListener] = []
     if args.dump_ir is not None:
-        from xllm_compiler.passes.instruments import DumpDir
-
         instruments.append(DumpDir(args.dump_ir))
     if args.report is not None:
         from xllm_compiler.report.page import ReportPage

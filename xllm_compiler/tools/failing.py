@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.tools.arguments import Arguments, parse_size_lists, size_combinations, whole_number
+from xllm_compiler.tools.loading import add_load, load_words
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.core import Module
@@ -29,9 +30,7 @@ def add_failure_arguments(p: Arguments, test_help: str) -> None:
     )
     p.add_argument("--sizes", metavar="SIZES", help="where meanings are compared: N=1,7;B=1,2; default: telling ones")
     p.add_argument("--seed", type=whole_number, default=0, help="of made-up inputs; default 0")
-    p.add_argument(
-        "--load", action="append", default=[], metavar="MODULE|FILE.py", help="passes from outside; repeatable"
-    )
+    add_load(p)
     p.add_argument("--test", metavar="CMD", help=test_help)
     p.add_argument(
         "--interesting-exit", type=whole_number, metavar="N", help="the exit code that is a failure; default: any but 0"
@@ -85,7 +84,7 @@ def opt_words(pipeline: str, args: Any, failure: Failure, more: Sequence[str] = 
     """The arguments with which xllm-opt shows a failure again, without the file."""
     from xllm_compiler.testing.failures import sizes_text
 
-    words = ["-p", pipeline, *(word for spec in args.load for word in ("--load", spec)), *more]
+    words = ["-p", pipeline, *load_words(args), *more]
     if failure.kind == "differs":
         words.append(f"--check-equiv={sizes_text(failure.sizes)}" if failure.sizes else "--check-equiv")
         words += ["--seed", str(args.seed)] if args.seed else []

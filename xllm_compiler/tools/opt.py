@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xllm_compiler.errors import XllmError
 from xllm_compiler.tools.arguments import Arguments, parse_size_lists, parse_sizes, suggest, whole_number
 from xllm_compiler.tools.console import run
+from xllm_compiler.tools.loading import add_load, load_given
 
 if TYPE_CHECKING:
     from xllm_compiler.passes.manager import Pipeline
@@ -46,9 +47,7 @@ def parser() -> Arguments:
     p.add_argument("file", nargs="?", metavar="FILE.xir", help="the module, - for standard input")
     p.add_argument("-p", "--pipeline", metavar="PIPELINE", help="passes to run, such as fuse-glu,fix(fold,dce) or @cpu")
     p.add_argument("-o", "--output", metavar="FILE", help="write the result here")
-    p.add_argument(
-        "--load", action="append", default=[], metavar="MODULE|FILE.py", help="passes from outside; repeatable"
-    )
+    add_load(p)
     p.add_argument("--split-file", action="store_true", help="modules stand between lines `// -----`; each by itself")
 
     g = p.add_argument_group("what there is")
@@ -92,10 +91,7 @@ def parser() -> Arguments:
 
 def _main(argv: list[str]) -> int:
     args = parser().read(argv)
-    from xllm_compiler.passes.registry import load_passes
-
-    for spec in args.load:
-        load_passes(spec)
+    load_given(args)
     if args.list_passes or args.help_pass is not None:
         from xllm_compiler.tools.pass_help import help_pass, list_passes
 

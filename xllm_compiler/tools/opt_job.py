@@ -26,6 +26,7 @@ from xllm_compiler.tools.arguments import check_sizes, parse_size_lists, parse_s
 from xllm_compiler.tools.console import DUMP_DIR, debug_level, error_text
 from xllm_compiler.tools.debug import PassTable, debug_instruments
 from xllm_compiler.tools.files import display_name, read_text, write_text
+from xllm_compiler.tools.loading import load_words
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.core import Op
@@ -180,11 +181,7 @@ def _instruments(job: Job, args: Any, pipeline: Pipeline, ctx: PassContext) -> l
 
 
 def _repro_flags(args: Any) -> tuple[str, ...]:
-    return (*_load_flags(args), *(["--no-verify-each"] if args.no_verify_each else []))
-
-
-def _load_flags(args: Any) -> list[str]:
-    return [word for spec in args.load for word in ("--load", spec)]
+    return (*load_words(args), *(["--no-verify-each"] if args.no_verify_each else []))
 
 
 def _print_context(ctx: PassContext, args: Any) -> None:
@@ -272,7 +269,7 @@ def _check_equiv(before: Module, after: Module, sizes: list[dict[str, int]], pip
     ulps = max((p.ulps for p in pipeline.passes()), default=0)
     mismatch = check_equal(before, after, sizes or None, ulps=ulps, seed=args.seed)
     if mismatch is not None:
-        command = shlex.join(["xllm-bisect", display_name(args.file), "-p", str(pipeline), *_load_flags(args)])
+        command = shlex.join(["xllm-bisect", display_name(args.file), "-p", str(pipeline), *load_words(args)])
         help = mismatch.help or f"`{command}` finds the pass and the one rewrite that did it"
         raise XllmError("internal", mismatch.message, where=mismatch.where, help=help)
 

@@ -21,6 +21,7 @@ from xllm_compiler.tools.failing import (
     refuse_stray_flags,
     run_line,
 )
+from xllm_compiler.tools.loading import load_given
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.core import Module
@@ -68,12 +69,10 @@ def _main(argv: list[str]) -> int:
         raise XllmError("option", "give either -p PIPELINE or --test CMD", help="xllm-reduce --help tells more")
     refuse_stray_flags(args)
     check_output(args.output)
-    from xllm_compiler.passes.registry import load_passes
     from xllm_compiler.testing.reducer import Reduction, op_count
     from xllm_compiler.tools.files import display_name, read_module, write_text
 
-    for spec in args.load:
-        load_passes(spec)
+    load_given(args)
     module = read_module(args.file)
     failing = _CommandFails(args, module) if args.test is not None else _PipelineFails(args, module)
     show = _Show()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xllm_compiler.errors import XllmError
 from xllm_compiler.tools.arguments import Arguments, whole_number
 from xllm_compiler.tools.console import ConsoleProgress, debug_level, run
+from xllm_compiler.tools.loading import add_load, load_given
 
 if TYPE_CHECKING:
     from xllm_compiler.frontend.checkpoint import Checkpoint
@@ -50,6 +51,7 @@ def parser() -> Arguments:
     p.add_argument(
         "--pipeline", metavar="PIPELINE", default="", help="passes to run, such as import-clean; default none"
     )
+    add_load(p)
     p.add_argument("--loc", action="store_true", help="print the model's source line of each op")
     return p
 
@@ -59,6 +61,7 @@ def _main(argv: list[str]) -> int:
     from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
     from xllm_compiler.tools.files import write_text
 
+    load_given(args)
     pipeline = parse_pipeline(args.pipeline)
     checkpoint, resolved, logits = _resolved(args)
     progress = ConsoleProgress()
