@@ -90,7 +90,7 @@ def run(folder: Path, text: str) -> str:
         ("// NOTE: a", "there is no directive NOTE:", "for prose, do without the colon"),
         ("// error: a", "error is no directive", "did you mean ERROR:"),
         ("// REMAKR: a", "REMAKR is no directive", "did you mean REMARK:"),
-        ("// as CHECK: shows", "filecheck would read CHECK: inside this comment", "reword it"),
+        ("// as CHECK: shows", "filecheck would read CHECK: in this line", "reword it"),
         ("// ERROR{LITERAL}: a", "{LITERAL} is for CHECK lines", ""),
         ("// ERROR: {{(}}", "not a regular expression", ""),
         ("// RNU: xllm-opt %s", "RNU is no directive", "did you mean RUN:"),
@@ -105,8 +105,10 @@ def run(folder: Path, text: str) -> str:
         ("// RUN: xllm-opt %s", "this RUN line expects nothing", "CHECK, EQUIV, UNCHANGED, ERROR or REMARK"),
         ("// ERROR: a\n// UNCHANGED", "a RUN that fails leaves nothing to compare", "stands without EQUIV"),
         ("// ERROR: a", "a RUN that fails prints nothing to check", "2>&1 | filecheck %s reads errors"),
-        ("// RUN: not xllm-opt %s\n// UNCHANGED", "`not` says that this fails", ""),
+        ("// RUN: not xllm-opt %s -p dce\n// UNCHANGED", "`not` says that this fails", ""),
         ("// BLESS\n// BLESS", "BLESS is said twice", ""),
+        ("// REMARK: CHECK: is no line", "filecheck would read CHECK: in this line", "reword it"),
+        ("// RUN: xllm-run %s N=1\n// EQUIV: N=1", "this RUN line expects nothing", ""),
     ],
 )
 def test_what_is_nearly_a_directive_is_refused(line: str, says: str, help: str) -> None:
@@ -125,7 +127,9 @@ def test_what_is_nearly_a_directive_is_refused(line: str, says: str, help: str) 
         (RUN, "no line begins with CHECK:"),
         ("// RUN: xllm-opt %s | filecheck %s --check-prefix=A\n// A: x\n// CHECK: y\n", "for CHECK lines"),
         ("// RUN: xllm-opt %s -p dce\n// UNCHANGED\n// CHECK: y\n", "for CHECK lines"),
-        ("// RUN: xllm-opt %s\n// UNCHANGED\n// BLESS\n", "BLESS needs exactly one RUN line with filecheck"),
+        ("// RUN: xllm-opt %s\n// UNCHANGED\n", "no RUN line has a pipeline that could change anything"),
+        ("// RUN: xllm-run %s\n// EQUIV: N=1\n", "no RUN line has a pipeline that could change anything"),
+        ("// RUN: xllm-opt %s -p dce\n// UNCHANGED\n// BLESS\n", "BLESS needs exactly one RUN line with filecheck"),
         (RUN + RUN + "// BLESS\n", "BLESS needs exactly one RUN line with filecheck"),
         (RUN + "// CHECK: f\n%y = t.neg(%x) : f32[N] // CHECK: z\n", "CHECK stands behind code"),
         (RUN + "// CHECK: f\n// REMARK: r\n", "no line follows that this REMARK could be about"),
@@ -350,7 +354,7 @@ def test_an_error_that_nobody_expects(tmp_path: Path) -> None:
     assert told.startswith("t.xir:1: xllm-opt failed, exit code 2\n  error[ir]: cannot take exp of %minus")
     told = run(tmp_path, f"// RUN: not xllm-opt %s 2>&1 | filecheck %s\n// CHECK: t.exp\n{MODULE}")
     assert told == "t.xir:1: xllm-opt was to fail and did not"
-    told = run(tmp_path, f"// RUN: xllm-opt %s --no-such-flag\n// UNCHANGED\n{MODULE}")
+    told = run(tmp_path, f"// RUN: xllm-opt %s -p dce --no-such-flag\n// UNCHANGED\n{MODULE}")
     assert "xllm-opt has no flag --no-such-flag" in told
 
 
@@ -399,6 +403,11 @@ def test_several_modules_in_one_file(tmp_path: Path) -> None:
         told
         == "t.xir:21: unexpected error about line 21: cannot take exp of %minus\n            help: take it elsewhere"
     )
+
+
+def test_a_file_without_a_module(tmp_path: Path) -> None:
+    told = run(tmp_path, "// RUN: xllm-opt %s --split-file -p dce\n// UNCHANGED\n// -----\n")
+    assert told == "t.xir:1: there is no module in this file"
 
 
 def test_xllm_run_is_checked_too(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, NoReturn
 
 from xllm_compiler.dims import DimScope
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.lexer import Source
+from xllm_compiler.testing.comments import WORD, Comment, base, comments, meant
 from xllm_compiler.tools.arguments import size_combinations
 
 TOOLS: Final = ("xllm-opt", "xllm-run")
@@ -31,10 +31,6 @@ FILECHECK_FLAGS: Final = ("--match-full-lines", "--strict-whitespace")
 WITH_TEXT: Final = ("RUN", "EQUIV", "ERROR", "REMARK")
 ALONE: Final = ("UNCHANGED", "BLESS")
 CUT: Final = re.compile(r"// -{5,}[ \t]*")  # a line between the modules of a file that is run with --split-file
-_WORD: Final = re.compile(
-    r"(?P<word>[A-Za-z][A-Za-z0-9]*(?:[-_][A-Za-z0-9]+)*)(?P<literal>\{LITERAL\})?(?P<colon>\s*:)?"
-)
-_COMMENT: Final = re.compile(r'"(?:[^"\\]|\\.)*"|//|[(\[]|[)\]]')
 _PREFIX: Final = re.compile(r"--check-prefix(?:es)?=([A-Za-z0-9_,-]+)")
 _SIZE: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=([0-9]+(?:,[0-9]+)*)")
 Kind = Literal["error", "remark"]
@@ -59,6 +55,11 @@ class Run:
     check: Check | None = None
     fails: bool = False
     both: bool = False
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether there is something that could change a module."""
+        return self.tool == "xllm-opt" and any(a.startswith(("-p", "--pipeline")) for a in self.args)
 
     def argv(self, file: str, folder: str) -> list[str]:
         """The tool's arguments for a test at `file` in `folder`."""
@@ -115,39 +116,10 @@ class Directives:
             _fail(self.source, self.equiv.line, e.message.removeprefix("EQUIV: "), e.help)
 
 
-# ------------------------------------------------------------------------------------------------------------ comments
-
-
-@dataclass(frozen=True, slots=True)
-class _Comment:
-    line: int
-    start: int  # offset of `//` in the text
-    body: str
-    alone: bool
-
-
-def _comments(text: str) -> Iterator[_Comment]:
-    """Every comment, by the lexer's rule: inside brackets `//` divides, unless it opens the line or follows an opening
-    bracket or a comma. Lines that no lexer accepts are fine."""
-    at, depth = 0, 0
-    for number, line in enumerate(text.split("\n"), 1):
-        for m in _COMMENT.finditer(line):
-            piece, before = m.group(), line[: m.start()].strip()
-            if piece == "//":
-                body = line[m.end() :].strip()
-                marked = re.match(r"(ERROR|REMARK)\s*:", body) is not None
-                if depth and before and before[-1] not in ",([{" and not marked:
-                    continue
-                yield _Comment(number, at + m.start(), body, not before)
-                break
-            depth = depth + 1 if piece in "([" else max(depth - 1, 0) if piece in ")]" else depth
-        at += len(line) + 1
-
-
 def mask(text: str) -> str:
     """`text` with the comments that are ERROR and REMARK directives turned into spaces."""
     out = text
-    for c in _comments(text):
+    for c in comments(text):
         if re.match(r"(ERROR|REMARK):", c.body):
             stop = text.find("\n", c.start)
             stop = len(text) if stop < 0 else stop
@@ -158,46 +130,12 @@ def mask(text: str) -> str:
 def holds_directives(text: str) -> bool:
     """Whether a file is meant as a test: some comment is a directive, or nearly one of ours."""
     known = _known(("CHECK",))
-    return any((m := _WORD.match(c.body)) is not None and _near(m, c.body, known) for c in _comments(text))
+    return any((m := WORD.match(c.body)) is not None and meant(m, c.body, known) for c in comments(text))
 
 
 def _known(prefixes: tuple[str, ...]) -> list[str]:
     checks = [p + s for p in prefixes for s in ("", *(f"-{s}" for s in SUFFIXES))]
     return [*WITH_TEXT, *ALONE, *checks]
-
-
-def _base(word: str) -> str:
-    """CHECK-COUNT-3 is CHECK-COUNT."""
-    return re.sub(r"-COUNT-[0-9]+\Z", "-COUNT", word)
-
-
-def _near(m: re.Match[str], body: str, known: list[str]) -> str:
-    """The directive that a comment's first word is or was meant to be, or "" where it is prose."""
-    word = m["word"]
-    plain = _base(word.upper().replace("_", "-"))
-    loud = word == word.upper() and len(word) > 1
-    if not (loud or m["colon"] or word == body):
-        return ""
-    for name in known:
-        if plain == name or plain.replace("-", "") == name.replace("-", ""):
-            return name
-    if len(plain) < 4 and not loud:
-        return ""
-    best = min(known, key=lambda name: _distance(plain, name))
-    return best if _distance(plain, best) <= (1 if len(plain) < 6 else 2) else ""
-
-
-def _distance(a: str, b: str) -> int:
-    """Edits between two words; two letters that changed places are one."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
-        rows.append(row)
-    return rows[-1][-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -253,9 +191,9 @@ class _Reader:
         )
 
     def scan(self) -> None:
-        comments = list(_comments(self.source.text))
+        found = list(comments(self.source.text))
         prefixes = ["CHECK"]
-        for c in comments:  # RUN lines first: they name the prefixes
+        for c in found:  # RUN lines first: they name the prefixes
             if c.body.startswith("RUN:"):
                 self.runs.append(self.run(c))
                 run = self.runs[-1]
@@ -265,15 +203,12 @@ class _Reader:
             rf"(?:^|[^a-zA-Z_-])((?:{'|'.join(map(re.escape, prefixes))})(?:-[A-Z0-9-]+)?(?:\{{LITERAL\}})?:)"
         )
         lines = self.source.text.split("\n")
-        code = self.code_lines(comments, lines)
-        for c in comments:
+        code = self.code_lines(found, lines)
+        for c in found:
             word = self.word(c, known)
             if word and word not in ("ERROR", "REMARK") and not c.alone:
                 self.fail(c.line, f"{word} stands behind code", "put it on a line of its own", word)
             match word:
-                case "":
-                    if found := seen.search(lines[c.line - 1]):
-                        self.fail(c.line, f"filecheck would read {found[1]} inside this comment", "reword it", found[1])
                 case "ERROR" | "REMARK":
                     self.expect(c, word, code)
                 case "EQUIV":
@@ -282,15 +217,20 @@ class _Reader:
                     if word in self.alone:
                         self.fail(c.line, f"{word} is said twice", "", word)
                     self.alone[word] = c.line
-                case "RUN":
+                case "RUN" | "":
                     pass
                 case _:
                     prefix = max((p for p in prefixes if word == p or word.startswith(f"{p}-")), key=len)
                     self.checks.append((c.line, prefix))
 
-    def code_lines(self, comments: list[_Comment], lines: list[str]) -> list[int]:
+        ours = {line for line, _ in self.checks} | {run.line for run in self.runs}
+        for number, line in enumerate(lines, 1):
+            if number not in ours and (hit := seen.search(line)):
+                self.fail(number, f"filecheck would read {hit[1]} in this line", "reword it", hit[1])
+
+    def code_lines(self, found: list[Comment], lines: list[str]) -> list[int]:
         """Numbers of the lines that hold more than a comment."""
-        only = {c.line for c in comments if c.alone}
+        only = {c.line for c in found if c.alone}
         return [i for i, line in enumerate(lines, 1) if line.strip() and i not in only]
 
     def firsts(self, code: list[int]) -> list[int]:
@@ -300,12 +240,12 @@ class _Reader:
         cuts = [i for i, text in enumerate(lines, 1) if CUT.fullmatch(text.rstrip("\r"))]
         return [next((n for n in code if n > cut), 0) for cut in (0, *cuts)]
 
-    def word(self, c: _Comment, known: list[str]) -> str:
+    def word(self, c: Comment, known: list[str]) -> str:
         """The directive of a comment, "" for prose; an error for what lies between."""
-        m = _WORD.match(c.body)
+        m = WORD.match(c.body)
         if m is None:
             return ""
-        word, name = m["word"], _near(m, c.body, known)
+        word, name = m["word"], meant(m, c.body, known)
         right = f"{name}-n" if name.endswith("-COUNT") else name
         right += "" if name in ALONE else ":"
         if not name:
@@ -314,7 +254,7 @@ class _Reader:
                 help = f"did you mean {near[0]}" if near else "directives are " + ", ".join(known[:7])
                 self.fail(c.line, f"there is no directive {word}:", f"{help}; for prose, do without the colon", word)
             return ""
-        if _base(word) != name or (name.endswith("-COUNT") and word == name):
+        if base(word) != name or (name.endswith("-COUNT") and word == name):
             self.fail(c.line, f"{word} is no directive", f"did you mean {right}", word)
         if name in ALONE:
             if c.body != word:
@@ -327,7 +267,7 @@ class _Reader:
             self.fail(c.line, f"{word}: says nothing", "", word)
         return name
 
-    def expect(self, c: _Comment, word: str, code: list[int]) -> None:
+    def expect(self, c: Comment, word: str, code: list[int]) -> None:
         text = c.body.split(":", 1)[1].strip()
         at = c.line
         if c.alone:
@@ -343,7 +283,7 @@ class _Reader:
             self.fail(c.line, f"not a regular expression: {e}", "", text)
         self.expected.append(fit)
 
-    def sizes(self, c: _Comment) -> None:
+    def sizes(self, c: Comment) -> None:
         if self.equiv is not None:
             self.fail(c.line, "EQUIV is said twice", "one line names all symbols: EQUIV: N=1,7 B=1,2", "EQUIV")
         values: dict[str, tuple[int, ...]] = {}
@@ -354,7 +294,7 @@ class _Reader:
             values[m[1]] = tuple(int(v) for v in m[2].split(","))
         self.equiv = Equiv(c.line, tuple(values.items()))
 
-    def run(self, c: _Comment) -> Run:
+    def run(self, c: Comment) -> Run:
         text = c.body.removeprefix("RUN:").strip()
         command, bar, end = text.partition("|")
         try:
@@ -376,7 +316,7 @@ class _Reader:
             self.fail(c.line, "2>&1 without | filecheck has no effect", "", "2>&1")
         return Run(c.line, text, tool, tuple(words[1:]), self.filecheck(c, after) if bar else None, fails, both)
 
-    def filecheck(self, c: _Comment, words: list[str]) -> Check:
+    def filecheck(self, c: Comment, words: list[str]) -> Check:
         if words[:1] != ["filecheck"] or "%s" not in words:
             self.fail(c.line, "after | comes `filecheck %s` and nothing else", "", "|")
         prefixes: list[str] = []
@@ -419,8 +359,10 @@ class _Reader:
         meaning = unchanged or (self.equiv.line if self.equiv else 0)
         if errors and meaning:
             self.fail(meaning, "a RUN that fails leaves nothing to compare", "ERROR stands without EQUIV and UNCHANGED")
+        if meaning and not any(run.has_pipeline for run in self.runs):
+            self.fail(meaning, "no RUN line has a pipeline that could change anything", "xllm-opt %s -p PASSES")
         for run in self.runs:
-            if run.check is None and not (meaning or self.expected):
+            if run.check is None and not ((meaning and run.has_pipeline) or self.expected):
                 self.fail(
                     run.line, "this RUN line expects nothing", "CHECK, EQUIV, UNCHANGED, ERROR or REMARK say what"
                 )

@@ -108,10 +108,11 @@ class FileTest:
             wrong.append(self._failure(run.line, f"{run.tool} was to fail and did not"))
         if wrong:
             return wrong
-        if seen is not None and d.unchanged:
-            wrong += self._unchanged(seen)
-        if seen is not None and d.equiv is not None:
-            wrong += self._equal(seen)
+        if seen is not None and run.has_pipeline and (d.unchanged or d.equiv):
+            wrong += self._unchanged(seen) if d.unchanged else []
+            wrong += self._equal(seen) if d.equiv else []
+            if not seen.modules:
+                wrong.append(self._failure(run.line, "there is no module in this file"))
         return wrong + (self._check(run, outcome) if checks else [])
 
     def call(self, run: Run) -> Outcome:
