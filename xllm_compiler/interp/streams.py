@@ -121,8 +121,9 @@ class _Run:
             queues = self._load(ctx, env)
             memory = Memory(self.layout, ctx, env, partial(self._fault, i))
             self.ranks.append(_Rank(i, ctx, memory, queues))
-        self.eager = {(r.number, s): 10 ** -self.random.uniform(0, 1.5) for r in self.ranks for s in r.queues}
-        self.eager_collectives = 10 ** -self.random.uniform(0, 2)
+        spread = self.random.choice((0.5, 1.5, 3.0))
+        self.eager = {(r.number, s): 10 ** -self.random.uniform(0, spread) for r in self.ranks for s in r.queues}
+        self.eager_collectives = 10 ** -self.random.uniform(0, 1 + spread)
 
     def _load(self, ctx: EvalContext, env: dict[Value, Array]) -> dict[int, deque[Op]]:
         """Computes the weight expressions, which are there before the step, into `env`; the rest waits in queues."""
