@@ -24,6 +24,10 @@ from xllm_compiler.report.timeline import write_text
 from xllm_compiler.report.tries import Tries
 
 
+SCRIPTS = ("blocks.js", "ops.js", "layers.js", "costs.js", "passes.js", "pictures.js", "start.js")
+"""Parts of the script, in the order in which they are put together."""
+
+
 class ReportPage(History):
     """Writes the report of a pipeline run to `path` when it has finished.
 
@@ -62,7 +66,7 @@ def write_report(
 
 def page(data: dict[str, Any]) -> str:
     """The whole page about `data`."""
-    style, script = _part("report.css"), _part("report.js")
+    style, script = _part("report.css"), _script()
     policy = f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}"
     blob = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # In a script element only these could end it or open a comment; JSON reads them back from escapes.
@@ -84,7 +88,13 @@ def page(data: dict[str, Any]) -> str:
 
 
 def _part(name: str) -> str:
-    return files("xllm_compiler.report").joinpath(name).read_text(encoding="utf-8")
+    return files("xllm_compiler.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    """The script's parts, in the scope of one function."""
+    parts = "\n".join(_part(name) for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _digest(text: str) -> str:
