@@ -1,9 +1,9 @@
 """Where passes are tried: every corpus entry at every sensible point of the preset. Owns that choice and its caches.
 
 A pass on graphs is tried on every entry as it is, once canonical (before the fusions), once everything else has run
-(before the schedule), and, if it stands in the preset, on exactly what it gets there. A pass on a later stage gets what
-the preset leaves in that stage. Points at which a module is the same are one. A module with collectives is also tried
-with groups of two ranks as it is, and of four at the other points.
+(before the schedule), and, if it stands in the preset, on exactly what it gets where it stands first. A pass on a later
+stage gets what the preset leaves in that stage. Points at which a module is the same are one. A module with collectives
+is also tried with groups of two ranks as it is, and of four at the other points.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xllm_compiler.testing.laws_trial import Source
 
 PRESET = "@cpu"
 RANKS = (2, 4)  # as it is, and at all later points
-SMALL = 40  # ops; larger modules are interpreted at these sizes only: a ragged step, and one of decoding
+SMALL = 24  # ops; larger modules are interpreted at these sizes only: a ragged step, and one of decoding
 SIZES = ({"N": 7}, {"N": 3, "B": 3})
 
 
@@ -42,7 +42,7 @@ def points(cls: type[Pass]) -> list[Point]:
     fitting = [point for point in every if point.stage == cls.needs]
     own = [point for point in fitting if point.label == f"before {cls.name}" and point.prefix]
     fusions = next((point for point in fitting if point.label.startswith("before fuse-")), None)
-    chosen = [*fitting[:1], *([fusions] if fusions else []), *own, *fitting[-1:]]
+    chosen = [*fitting[:1], *([fusions] if fusions else []), *own[:1], *fitting[-1:]]
     return list(dict.fromkeys(chosen))
 
 

@@ -34,7 +34,10 @@ _COMMANDS: Final = {
     "runs": ("xllm-opt {f} -p {p}", "xllm-bisect {f} -p {p} --check error"),
     "verifies": ("xllm-opt {f} -p {p}", "xllm-bisect {f} -p {p} --check verify"),
     "text": ("xllm-opt {f} -p {p} | xllm-opt -",),
-    "deterministic": ("PYTHONHASHSEED=1 xllm-opt {f} -p {p}", "PYTHONHASHSEED=2 xllm-opt {f} -p {p}"),
+    "deterministic": (
+        "PYTHONHASHSEED=1 xllm-opt {f} -p {p} --loc --remarks --stats",
+        "PYTHONHASHSEED=2 xllm-opt {f} -p {p} --loc --remarks --stats",
+    ),
     "honest": ("xllm-opt {f} -p {p}",),
     "signature": ("xllm-opt {f} -p {p} --diff",),
     "collectives": ("xllm-opt {f} -p {p} --diff",),
