@@ -1,5 +1,5 @@
-"""Everything that a report shows, as one JSON value. Owns its form, which the scripts in assets read; must not write HTML, and
-leaves out what a second run would not repeat, such as times of passes."""
+"""Everything that a report shows, as one JSON value. Owns its form, which the scripts in assets read; must not write
+HTML, and leaves out what a second run would not repeat, such as times of passes."""
 
 from __future__ import annotations
 

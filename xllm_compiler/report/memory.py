@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from xllm_compiler.analysis.happens_before import begun, done
 from xllm_compiler.analysis.liveness import Liveness, LiveRange, view_base, views_of
 from xllm_compiler.analysis.simulate import Slot
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Op, Value
-from xllm_compiler.ir.types import Future
 from xllm_compiler.ir.verify_buf import arena_results
 
 
@@ -39,14 +39,12 @@ def placed_buffers(func: Func) -> list[Placed]:
             assert isinstance(offset, Dim)
             if view_base(r) is not r:
                 continue
-            users: dict[Op, None] = {op: None}
+            # A collective in flight reads its operand, and writes the result of its comm.wait.
+            users: dict[Op, None] = {begun(op): None, op: None}
             for value in (r, *views_of(r)):
                 for user in value.users:
-                    users[user] = None
-                    for promised in user.results:  # a collective in flight reads its operand until it is waited for
-                        if isinstance(promised.type, Future):
-                            users.update(dict.fromkeys(promised.users))
-            span = LiveRange(live.position[op], max(live.position.get(u, len(live.position)) for u in users))
+                    users.update({user: None, done(user): None})
+            span = LiveRange(live.position[begun(op)], max(live.position.get(u, len(live.position)) for u in users))
             found.append(Placed(r, offset, r.tensor.nbytes, span, tuple(users)))
     return found
 

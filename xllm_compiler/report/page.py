@@ -23,7 +23,6 @@ from xllm_compiler.report.data import report_data
 from xllm_compiler.report.timeline import write_text
 from xllm_compiler.report.tries import Tries
 
-
 SCRIPTS = ("blocks.js", "ops.js", "layers.js", "costs.js", "passes.js", "pictures.js", "start.js")
 """Parts of the script, in the order in which they are put together."""
 
