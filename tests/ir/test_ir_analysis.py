@@ -46,7 +46,6 @@ def test_live_ranges() -> None:
     assert live.range(values["dead"]) == LiveRange(at["dead"], at["dead"])
     assert live.range(values["o"]) == LiveRange(at["o"], len(func.ops))
     assert live.range(values["y"]) == LiveRange(at["y"], at["z"])
-    assert live.storage_range(values["y"]) == LiveRange(at["y"], at["o"])
     assert [v.name for v in views_of(values["y"])] == ["v", "v2"] and view_base(values["v2"]) is values["y"]
     assert [v.name for v in live.live_at(func.ops[at["z"]])] == ["c", "y", "v2", "z"]
     assert live.range(values["y"]).overlaps(live.range(values["z"]))

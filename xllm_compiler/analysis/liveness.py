@@ -1,4 +1,4 @@
-"""When values are in use. Owns live ranges and storage sharing through views; must not decide where buffers go."""
+"""When values are in use. Owns live ranges in list order and views; must not decide where buffers go."""
 
 from __future__ import annotations
 
@@ -41,14 +41,6 @@ class Liveness:
         """Values in use while `op` runs, its operands and results included, in order of definition."""
         i = self.position[op]
         return [v for v, r in self._ranges.items() if r.start <= i <= r.end]
-
-    def storage_range(self, value: Value) -> LiveRange:
-        """The range of `value` together with all views of it (t.reshape), transitively."""
-        total = self._ranges[value]
-        for view in views_of(value):
-            r = self._ranges[view]
-            total = LiveRange(min(total.start, r.start), max(total.end, r.end))
-        return total
 
 
 def view_base(value: Value) -> Value:
