@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Final
 
 from xllm_compiler.ir import ops
@@ -25,18 +25,28 @@ def _activation(g: Sketch, x: Value) -> Value:
 
 def linear(g: Sketch) -> None:
     x = g.back()
-    match g.choose(7):
+    match g.choose(6):
         case 0:
             y = _width_to_width(g, x)
-        case 1:
-            y = g.op(ops.Add, _width_to_width(g, x), g.back())
-        case 2:
-            y = g.op(ops.Add, _width_to_width(g, x), g.param(g.width))
-        case 3:
-            y = _activation(g, _width_to_width(g, x))
-        case 4:
-            y = _width_to_width(g, x, bias=g.param(g.width), residual=g.back(), act=g.pick(_ACTS))
-        case 5:  # a matrix product with a weight
+        case 1:  # with something in it already, and what may go into it on top
+            y = _width_to_width(g, x)
+            if g.choose(2):
+                bias, residual = g.pick((None, g.param(g.width))), g.pick((None, g.back()))
+                y = _width_to_width(g, x, bias=bias, residual=residual, act=g.pick(_ACTS))
+            match g.choose(3):
+                case 0:
+                    y = g.op(ops.Add, y, g.back())
+                case 1:
+                    y = g.op(ops.Add, y, g.param(g.width))
+                case _:
+                    y = _activation(g, y)
+        case 2:  # two in one sum, and a third on top
+            y = g.op(ops.Add, _activation(g, _width_to_width(g, x)), _width_to_width(g, g.back()))
+            y = g.op(ops.Add, y, g.back())
+        case 3:  # bias, activation, residual
+            y = _activation(g, g.op(ops.Add, _width_to_width(g, x), g.param(g.width)))
+            y = g.op(ops.Add, y, g.back())
+        case 4:  # a matrix product with a weight
             y = g.op(ops.MatMul, x, g.param(g.width, g.width))
         case _:  # a weight put together from two
             low, high = g.param(1, g.width), g.param(g.width - 1, g.width)
@@ -57,10 +67,11 @@ def gated(g: Sketch) -> None:
             biases = (g.param(f), g.param(f) if g.choose(2) else None)
             gate, up = (g.op(ops.Linear, x, g.param(f, g.width), b) for b in biases)
             y = g.op(ops.Mul, _activation(g, gate), up)
-        case 3:
-            whole = g.op(ops.Linear, x, g.param(2 * f, g.width))
-            gate = g.op(ops.Slice, whole, axis=1, start=0, stop=f)
-            up = g.op(ops.Slice, whole, axis=1, start=f, stop=2 * f)
+        case 3:  # as two parts of one projection, which may have other columns
+            lead, gap = g.choose(2), g.choose(2)
+            whole = g.op(ops.Linear, x, g.param(lead + f + gap + f, g.width))
+            gate = g.op(ops.Slice, whole, axis=1, start=lead, stop=lead + f)
+            up = g.op(ops.Slice, whole, axis=1, start=lead + f + gap, stop=lead + f + gap + f)
             gate, up = (gate, up) if g.choose(2) else (up, gate)
             y = g.op(ops.Mul, _activation(g, gate), up)
         case 4:  # the halves interleaved
@@ -139,39 +150,45 @@ def rope(g: Sketch) -> None:
     g.push(g.op(ops.Reshape, turned, shape=(g.n, g.width)))
 
 
+# How a layer's attention may differ from what the fusions know, so that what they take for granted is put to the test.
+_ODD: Final = (
+    *("", "", "", "v of another input", "one without bias", "k is v", "norms differ", "styles differ"),
+    *(
+        "tables differ",
+        "only q is turned",
+        "v is turned",
+        "v is normed",
+        "q is read before",
+        "activated",
+        "only k is normed",
+    ),
+)
+
+
 def attention(g: Sketch) -> None:
     """Writes to a cache and reads it; sometimes the version before the write is read too."""
     name, h = g.cache(), g.heads
     before = g.caches[name]
     pos, seq, table = g.arg("pos"), g.arg("seq"), g.arg("table")
+    old: Value | None = None
     match g.choose(4):
         case 0:
             k, v = g.heads_of(g.back(), h.kv, h.k, "k"), g.heads_of(g.back(), h.kv, h.v, "v")
             q = g.heads_of(g.back(), h.q, h.k, "q")
-            old = _attend(g, before, q) if g.choose(4) == 1 else None
             after = g.op(ops.KvWrite, before, k, v, pos, seq, table)
-        case 1:  # three projections of one value, rotated
-            x, (cos, sin) = g.back(), _tables(g)
-            q, k, v = (_project(g, x, *size) for size in ((h.q, h.k), (h.kv, h.k), (h.kv, h.v)))
-            style = g.pick(("half", "interleaved"))
-            q, k = (g.op(ops.Rope, t, cos, sin, style=style) for t in (q, k))
-            old, after = None, g.op(ops.KvWrite, before, k, v, pos, seq, table)
-        case 2:  # one projection, cut up, normalised per head
-            whole = g.op(ops.Linear, g.back(), g.param(h.q * h.k + h.kv * (h.k + h.v), g.width))
-            cuts = (0, h.q * h.k, (h.q + h.kv) * h.k, (h.q + h.kv) * h.k + h.kv * h.v)
-            parts = [g.op(ops.Slice, whole, axis=1, start=a, stop=b) for a, b in pairwise(cuts)]
-            sizes = ((h.q, h.k), (h.kv, h.k), (h.kv, h.v))
-            q, k, v = (g.op(ops.Reshape, p, shape=(g.n, *s)) for p, s in zip(parts, sizes, strict=True))
-            if g.choose(2):
-                q, k = (g.op(ops.RmsNorm, t, g.param(h.k), eps=0.125) for t in (q, k))
-            old, after = None, g.op(ops.KvWrite, before, k, v, pos, seq, table)
-        case _:
+        case 1:
             whole = g.op(ops.Linear, g.back(), g.param(h.q * h.k + h.kv * (h.k + h.v), g.width))
             turns = _tables(g) if g.choose(2) else (None, None)
             norms = (g.param(h.k), g.param(h.k)) if g.choose(2) else (None, None)
             eps = 0.0 if norms[0] is None else 0.125
             made = g.b.create(ops.KvAppend, before, whole, pos, seq, table, *turns, *norms, q_heads=h.q, eps=eps)
-            old, after, q = None, made.results[0], made.results[1]
+            after, q = made.results
+        case _:
+            odd = g.pick(_ODD)
+            q, k, v = _turned(g, _normed(g, _projected(g, odd), odd), odd)
+            if odd == "q is read before":
+                old = _attend(g, before, q)
+            after = g.op(ops.KvWrite, before, k, v, pos, seq, table)
     g.caches[name] = after
     y = _attend(g, after, q)
     if old is not None:
@@ -179,8 +196,56 @@ def attention(g: Sketch) -> None:
     g.push(g.op(ops.Reshape, y, shape=(g.n, g.width)))
 
 
-def _project(g: Sketch, x: Value, heads: int, size: int) -> Value:
-    return g.op(ops.Reshape, g.op(ops.Linear, x, g.param(heads * size, g.width)), shape=(g.n, heads, size))
+def _projected(g: Sketch, odd: str) -> list[Value]:
+    """q, k and v [N, heads, size]: the columns of one projection, or three of one value."""
+    h = g.heads
+    sizes = ((h.q, h.k), (h.kv, h.k), (h.kv, h.v))
+    widths = [heads * size for heads, size in sizes]
+    x, act, biased = g.back(), "relu" if odd == "activated" else "none", g.choose(2) == 1
+    if g.choose(2):
+        bias = g.param(sum(widths)) if biased else None
+        whole = g.op(ops.Linear, x, g.param(sum(widths), g.width), bias, act=act)
+        cuts = (0, *accumulate(widths))
+        parts = [g.op(ops.Slice, whole, axis=1, start=a, stop=b) for a, b in pairwise(cuts)]
+    else:
+        parts = []
+        for i, width in enumerate(widths):
+            source = g.x if odd == "v of another input" and i == 2 else x
+            bias = g.param(width) if biased != (odd == "one without bias" and i == 1) else None
+            parts.append(g.op(ops.Linear, source, g.param(width, g.width), bias, act=act))
+    if odd == "k is v" and h.k == h.v:
+        parts[1] = parts[2]
+    return [g.op(ops.Reshape, p, shape=(g.n, *size)) for p, size in zip(parts, sizes, strict=True)]
+
+
+def _normed(g: Sketch, parts: list[Value], odd: str) -> list[Value]:
+    q, k, v = parts
+    if odd == "v is normed":
+        v = g.op(ops.RmsNorm, v, g.param(g.heads.v), eps=0.125)
+    if odd in ("norms differ", "only k is normed") or g.choose(3) == 1:
+        eps, offset = g.pick(((0.125, 0.0), (0.125, 1.0)))
+        other = g.pick((0.5, 0.125)), (1.0 - offset if g.choose(2) else offset)
+        k_eps, k_offset = other if odd == "norms differ" else (eps, offset)
+        k = g.op(ops.RmsNorm, k, g.param(g.heads.k), eps=k_eps, offset=k_offset)
+        if odd != "only k is normed":
+            q = g.op(ops.RmsNorm, q, g.param(g.heads.k), eps=eps, offset=offset)
+    return [q, k, v]
+
+
+def _turned(g: Sketch, parts: list[Value], odd: str) -> list[Value]:
+    q, k, v = parts
+    if "turned" not in odd and odd not in ("styles differ", "tables differ") and not g.choose(2):
+        return parts
+    (cos, sin), styles = _tables(g), ["half", "interleaved"]
+    style = g.pick(styles)
+    styles.remove(style)
+    q = g.op(ops.Rope, q, cos, sin, style=style)
+    if odd != "only q is turned":
+        k_sin = g.op(ops.Neg, sin) if odd == "tables differ" else sin
+        k = g.op(ops.Rope, k, cos, k_sin, style=styles[0] if odd == "styles differ" else style)
+    if odd == "v is turned" and 2 * cos.shape[1].value <= g.heads.v:
+        v = g.op(ops.Rope, v, cos, sin, style=style)
+    return [q, k, v]
 
 
 def _attend(g: Sketch, kv: Value, q: Value) -> Value:
