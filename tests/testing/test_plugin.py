@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-import xllm_compiler.testing.filetest
+import xllm_compiler.testing.filetest  # before pytester snapshots sys.modules
 import xllm_compiler.tools.opt_job
 from xllm_compiler.passes.registry import BUILTIN
 
@@ -143,6 +144,7 @@ def test_laws_are_asked_for_or_belong_to_the_whole_run(with_passes: pytest.Pytes
     with_passes.runpytest_inprocess("wrong.xir", "--laws=lab-wrong").assert_outcomes(passed=2, failed=1)
     with_passes.runpytest_inprocess("wrong.xir", "--laws=fuse-glu").assert_outcomes(passed=3)
     with_passes.runpytest_inprocess("-k", "lab-wrong and honesty").assert_outcomes(passed=1, deselected=8)
+    with_passes.runpytest_inprocess("-m", "not laws", "--strict-markers").assert_outcomes(passed=1, deselected=8)
     result = with_passes.runpytest_inprocess("wrong.xir", "--laws=lab-wrogn")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --laws=lab-wrogn*", "*there is no pass called*", "*did you mean 'lab-wrong'*"])
@@ -200,7 +202,14 @@ def test_a_project_that_is_not_about_passes_imports_nothing(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_only_the_plugin_imports_pytest() -> None:
-    folder = Path(xllm_compiler.testing.filetest.__file__).parent
-    found = [p.name for p in sorted(folder.rglob("*.py")) if "import pytest" in p.read_text()]
-    assert found == ["plugin.py"]
+@pytest.mark.parametrize(("package", "place"), [("pytest", "plugin.py"), ("filecheck", "filecheck.py")])
+def test_what_only_tests_need_is_imported_in_one_place(package: str, place: str) -> None:
+    """So that the tools work where neither is installed."""
+    root = Path(xllm_compiler.__file__).parent
+    found = [
+        path.name
+        for folder in (root, *(root / name for name in ("passes", "runtime", "kernels", "models")))
+        for path in sorted(folder.rglob("*.py"))
+        if re.search(rf"^\s*(?:import|from) {package}\b", path.read_text(), re.MULTILINE)
+    ]
+    assert found == [place]

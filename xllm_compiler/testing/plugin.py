@@ -43,6 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("xllm_passes", "modules or .py files that register compiler passes", type="linelist", default=[])
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "laws: a law that a compiler pass is held to")
+
+
 # ---------------------------------------------------------------------------------------------------------- file tests
 
 
@@ -233,6 +237,7 @@ class OfPass(pytest.Collector):
 
         for law in laws.law_names():
             item: pytest.Item = LawItem.from_parent(self, name=law, folders=self.folders)
+            item.add_marker(pytest.mark.laws)
             if self.config.pluginmanager.hasplugin("xdist"):  # the laws of one pass share one run of it
                 item.add_marker(pytest.mark.xdist_group(f"laws::{self.name}"))
             yield item
