@@ -212,6 +212,18 @@ def test_what_depends_on_the_rewrites_before_it_is_shown_with_all_of_them() -> N
     assert print_module(finding.repro.module) == print_module(sums())
 
 
+def test_what_depends_on_nothing_before_it_is_shown_alone() -> None:
+    """The fourth is wrong because of its op: from the IR right before, one rewrite shows it."""
+
+    def fourth(module: Module) -> bool:
+        ops = module.func().ops
+        return any(op.name == "t.neg" and v.name == "a4" for op in ops for v in op.operands)
+
+    finding = found(sums(), "cse,negate", is_bad=fourth)
+    assert (finding.run, finding.number, finding.whole.fuel) == (2, 4, 4)
+    assert finding.repro.words() == ["--fuel", "1"] and negs(finding.repro.module) == 6
+
+
 def test_bad_before_any_pass_is_refused() -> None:
     with pytest.raises(XllmError, match="bad before any pass has run") as e:
         bisect(sums(), "negate,dce", lambda m: True)

@@ -128,6 +128,7 @@ func @step(
 
 def test_what_belongs_together_stays_together() -> None:
     assert names(reduce_module(layer(), has("comm.wait"))) == ["comm.all_reduce_start", "comm.wait"]
+    assert names(reduce_module(layer(), lambda m: "%p = nn.linear" in print_module(m))) == ["nn.linear"]
     assert names(reduce_module(layer(), has("nn.rms_norm", "t.add"))) == ["nn.rms_norm", "t.add"]
     assert list(reduce_module(layer(), has("t.tanh")).funcs) == ["other"]
     assert list(reduce_module(layer(), lambda m: len(m.funcs) == 2).funcs) == ["other", "step"]
