@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Final
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.core import Module, Op
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.passes.base import Pass
 from xllm_compiler.passes.manager import item_text, parse_pipeline
 from xllm_compiler.passes.registry import did_you_mean, pass_class
 from xllm_compiler.testing.corpus import Entry, corpus
 from xllm_compiler.testing.laws_child import digests, digests_elsewhere
-from xllm_compiler.testing.laws_inputs import Workbench
+from xllm_compiler.testing.laws_inputs import SMALL, Workbench
 from xllm_compiler.testing.laws_judge import LAWS, Law, Unjudged
 from xllm_compiler.testing.laws_report import head, how_to_go_on, report
 from xllm_compiler.testing.laws_trial import Trial
 
 CHEAP: Final = frozenset({"runs", "verifies", "honest", "signature"})  # asked of every module
 SAMPLED: Final = 3  # every so manyth module is tried with samples of options
-CLOSER: Final = (40, 12)  # modules that all laws are asked of: with the defaults, with a sample of options
+CLOSER: Final = (40, 12)  # larger modules that all laws are asked of: with the defaults, with a sample of options
 ELSEWHERE: Final = (16, 6)  # texts that are given to a process with another hash seed
 
 OPTIONS: Final = "options"
@@ -174,17 +174,22 @@ class _Run:
 
 
 def spread(trials: Sequence[Trial], most: int) -> list[Trial]:
-    """Up to `most` trials that differ in what the pass did, and then in size; at least one of each kind of doing.
+    """All trials on small modules, and up to `most` others that differ in what the pass did, and then in size; at least
+    one of each kind of doing.
 
-    What a pass did is what it counted, which kinds of op came and went, and on how many ranks.
+    What a pass did is what it counted, which kinds of op came and went, and on how many ranks. Two ops are of a kind if
+    they agree in name, in the optional operands that they have, and in choices such as an activation.
     """
     kinds: dict[object, list[Trial]] = {}
+    chosen: dict[Trial, None] = {}
     for t in trials:
-        before, after = _op_counts(t.before), _op_counts(t.after)
+        if t.source.ops <= SMALL:
+            chosen[t] = None
+        before, after = _op_kinds(t.before), _op_kinds(t.after)
         key = (t.ranks, tuple(t.first.stats), tuple(sorted(before - after)), tuple(sorted(after - before)))
         kinds.setdefault(key, []).append(t)
+    most += len(chosen)
     queues = [_far_apart(k) for k in kinds.values()]
-    chosen: dict[Trial, None] = {}
     for i in range(max(map(len, queues), default=0)):
         for queue in queues:
             if i < len(queue) and (i == 0 or len(chosen) < most):
@@ -202,8 +207,16 @@ def _far_apart(trials: Sequence[Trial]) -> list[Trial]:
     return list(out)
 
 
-def _op_counts(module: Module) -> Counter[str]:
-    return Counter(op.name for f in module.funcs.values() for op in f.ops)
+def _op_kinds(module: Module) -> Counter[tuple[str, ...]]:
+    return Counter(_kind(op) for f in module.funcs.values() for op in f.ops)
+
+
+def _kind(op: Op) -> tuple[str, ...]:
+    optional = [f.name for f in op.SPEC.operands if f.arity == "opt" and op.field(f.name)]
+    choices = [
+        f"{a.name}={op.attrs[a.name]}" for a in op.SPEC.attrs if a.kind in ("enum", "bool") and a.name in op.attrs
+    ]
+    return (op.name, *optional, *choices)
 
 
 def law_names() -> list[str]:
