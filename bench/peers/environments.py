@@ -23,6 +23,8 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 LLAMA = "llama-cpp-python==0.3.36"
+TIMEOUT = 7200
+"""Seconds for one command of a set-up."""
 # what a torch that was resolved freely brings along and a CPU never uses: gigabytes
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton", "nvidia-", "cuda-")
 
@@ -48,8 +50,11 @@ class Place:
         """The folder of its installed packages."""
         return self.folder / f"venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
 
-    def run(self, *command: str | Path, timeout: float = 7200, **extra: str) -> None:
-        """Run a command, its output appended to setup.log; raises SetupError with its last lines."""
+    def run(self, *command: str | Path, **extra: str) -> None:
+        """Run a command, its output appended to setup.log; raises SetupError with the last error in it.
+
+        `extra` are environment variables.
+        """
         log = self.folder / "setup.log"
         path = f"{self.python.parent}:{os.environ.get('PATH', '')}"
         environment = {**os.environ, "PATH": path, "PYTHONNOUSERSITE": "1", **extra}
@@ -60,7 +65,7 @@ class Place:
             out.flush()
             try:
                 done = subprocess.run(
-                    list(map(str, command)), stdout=out, stderr=out, env=environment, timeout=timeout, cwd=self.folder
+                    list(map(str, command)), stdout=out, stderr=out, env=environment, timeout=TIMEOUT, cwd=self.folder
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise SetupError(f"{Path(command[0]).name}: {error}") from error

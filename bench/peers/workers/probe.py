@@ -1,4 +1,4 @@
-"""The machine's limits, in a process of their own, so that their buffers are nobody else's memory: a line, an answer."""
+"""The limits of the machine, in a process of their own, so that their buffers are nobody else's memory."""
 
 from __future__ import annotations
 
