@@ -55,7 +55,8 @@ def _position_only(func: Func, pos: Value) -> dict[Value, bool]:
     for op in func.ops:
         if op.SPEC.pure and len(op.results) == 1 and all(v in known for v in op.operands):
             result = op.result
-            if isinstance(result.type, Tensor) and _rows_only(op, n):
+            # A partial sum is no table: it has to be summed over ranks first, which is no weight expression.
+            if isinstance(result.type, Tensor) and result.type.partial is None and _rows_only(op, n):
                 known[result] = any(known[v] for v in op.operands)
     return known
 
