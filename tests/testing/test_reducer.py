@@ -6,6 +6,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,8 @@ def test_meanings_are_compared_at_the_least_size_that_differs() -> None:
     check = PipelineCheck("lose-write", sizes=[{"N": 2}, {"N": 5}])
     found = check.find(traced("qwen3"))
     assert found is not None and found.sizes == {"N": 2} and found.signature == ("differs", "exact")
+    again = check.again(traced("qwen3"), replace(found, sizes={"N": 5}))
+    assert again is not None and again.sizes == {"N": 5}, "a candidate is only looked at where the failure was seen"
 
 
 def test_what_is_not_a_pass_failure_is_raised() -> None:

@@ -23,7 +23,7 @@ class Edit:
     """What to change; everything refers to one module. Ops that become dead of it go as well, ops that were dead stay.
 
     fresh     values that are replaced by a new argument ("arg") or a new param op ("param") of their type
-    subst     values that are replaced by another one that stands before them
+    subst     values that are replaced by another one that stands before them and is not itself replaced so
     drop      ops that go although they have effects or were dead before
     omit      flat operand indices that an op loses (optional or variadic ones)
     returns   what a function returns instead
@@ -50,9 +50,7 @@ class Edit:
 
     def resolve(self, value: Value) -> Value:
         """The old value that stands for `value` now; it may itself be one of `fresh`."""
-        while value in self.subst:
-            value = self.subst[value]
-        return value
+        return self.subst.get(value, value)
 
 
 def is_dead(op: Op) -> bool:
