@@ -191,21 +191,13 @@ class Op:
 
     def field(self, name: str) -> tuple[Value, ...]:
         """The operands of one declared field: one, none or one, or any number of values."""
-        start = 0
-        for spec, count in zip(self.SPEC.operands, self.segments, strict=True):
-            if spec.name == name:
-                return tuple(self._operands[start : start + count])
-            start += count
-        raise KeyError(name)
+        place = self.SPEC.places[name]
+        start = sum(self.segments[:place])
+        return tuple(self._operands[start : start + self.segments[place]])
 
     def field_index(self, name: str) -> int:
         """Flat operand index at which a declared field starts."""
-        start = 0
-        for spec, count in zip(self.SPEC.operands, self.segments, strict=True):
-            if spec.name == name:
-                return start
-            start += count
-        raise KeyError(name)
+        return sum(self.segments[: self.SPEC.places[name]])
 
     def is_before(self, other: Op) -> bool:
         """Whether this op comes earlier in the list than `other`; both must be in the same function."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from xllm_compiler.dims import Dim, as_dim
@@ -113,15 +113,19 @@ class OpSpec:
     consumes: str  # name of the operand field whose (linear) value this op uses up, or ""
     linear: bool  # maps partial sums to partial sums: f(a + b) = f(a) + f(b)
     view: bool  # result 0 is the same bytes as operand 0 in a dense row-major layout
+    places: dict[str, int] = field(init=False, compare=False, repr=False)  # of operand fields, by name
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", {f.name: i for i, f in enumerate(self.operands)})
 
     @property
     def pure(self) -> bool:
         return not self.effects
 
     def attr(self, name: str) -> AttrField | None:
-        for field in self.attrs:
-            if field.name == name:
-                return field
+        for attr in self.attrs:
+            if attr.name == name:
+                return attr
         return COMMON.get(name)
 
 
