@@ -15,7 +15,7 @@ from xllm_compiler.testing import laws
 from xllm_compiler.testing.corpus import Entry, corpus
 from xllm_compiler.testing.laws import Laboratory, spread
 from xllm_compiler.testing.laws_child import load_spec
-from xllm_compiler.testing.laws_inputs import Workbench, points
+from xllm_compiler.testing.laws_inputs import SMALL, Workbench, points
 from xllm_compiler.testing.laws_trial import Trial, source_of
 
 LAWLESS = Path(__file__).parent / "faults" / "lawless.py"
@@ -177,10 +177,12 @@ def test_a_choice_has_every_kind_of_doing_and_is_spread_over_sizes() -> None:
 
         return Trial(pass_class("keeps")(), source_of(parse_module(text + last)))
 
-    trials = [trial(n, True) for n in range(16)] + [trial(3, False)]
+    small = [trial(n, True) for n in range(3)]
+    large = [trial(n, True) for n in range(SMALL, SMALL + 16)]
+    trials = [*small, *large, trial(SMALL + 3, False)]
     chosen = spread(trials, 5)
-    assert trials[-1] in chosen and len(chosen) == 5
-    sizes = [t.source.ops for t in chosen if t is not trials[-1]]
+    assert chosen[:3] == small and chosen[-1] is trials[-1] and len(chosen) == 3 + 5
+    sizes = [t.source.ops for t in chosen[3:-1]]
     assert max(sizes) - min(sizes) >= 8
     assert spread(trials, 1000) == trials
 
