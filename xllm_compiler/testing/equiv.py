@@ -24,7 +24,7 @@ those that nobody writes must stay as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,28 +34,17 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_ranks
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import render
-from xllm_compiler.ir.ops import Const
-from xllm_compiler.ir.semantics import OUR_DTYPE, Array
+from xllm_compiler.ir.semantics import Array
 from xllm_compiler.ir.types import FLOATS, Kv, Tensor, Type
 from xllm_compiler.testing.inputs import Given, Sizes, make, step_dims, telling_sizes
+from xllm_compiler.testing.noise import EPS, constant_values, noise, rounding
 
-EPS: Final = {"f64": 2.0**-52, "f32": 2.0**-23, "bf16": 2.0**-7, "f16": 2.0**-10}
 ULPS: Final = 12  # what a pass may add unless it says otherwise: fused ops round less often
 ALGEBRA: Final = 2.0**14  # how many units of f64 another order of summing may make
 CONSTANTS: Final = 8.0
 ROUNDING: Final = 4.0
-BITS: Final = {"f64": 53, "f32": 24, "bf16": 8, "f16": 11}
-EXACT_BITS: Final = 12  # a constant that these hold is meant exactly
 SMALLEST_ROW: Final = 2.0**-20
 BLIND: Final = 0.25  # a bound above this share of the values says nothing about them
-
-_MOVES: Final = frozenset(  # results that are elements of their operands, so that nothing is rounded
-    {
-        *("t.reshape", "t.transpose", "t.expand", "t.slice", "t.concat", "t.pad", "t.take", "t.where", "t.cast"),
-        *("t.clamp", "t.relu", "t.max", "t.min", "t.neg", "t.abs", "t.const", "t.iota", "param"),
-        *("nn.embedding", "kv.write", "comm.wait"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,17 +195,17 @@ class _Runs:
     def __init__(self, func: Func, given: Given, typed: bool, seed: int) -> None:
         self.func, self.given = func, given
         self.exact = _run(func, given, given.dims, True)
-        self.noisy = _run(func, given, given.dims, True, _noise(np.random.default_rng(seed)))
-        constants = _constant_values(func)
+        self.noisy = _run(func, given, given.dims, True, noise(np.random.default_rng(seed)))
+        constants = constant_values(func)
         # Once all errors upward, once either way, so that two constants that happen to cancel do not hide their effect.
         self.rounded = (
-            [_run(func, given, given.dims, True, _rounding(constants, r)) for r in (None, np.random.default_rng(1))]
+            [_run(func, given, given.dims, True, rounding(constants, r)) for r in (None, np.random.default_rng(1))]
             if constants
             else []
         )
         self.typed = _run(func, given, given.dims, False) if typed else []
         # Where rounding grows without bounds, one sample of its effect may be small by luck.
-        self.shaken = _run(func, given, given.dims, False, _noise(np.random.default_rng(seed))) if typed else []
+        self.shaken = _run(func, given, given.dims, False, noise(np.random.default_rng(seed))) if typed else []
 
     def allowed(self, rank: int, index: int, ty: Type, precise: bool, ulps: int) -> Allowed:
         """What return `index` of a rank may be."""
@@ -305,62 +294,6 @@ def _row_effect(x: Array, y: Array) -> Array:
     return np.asarray(
         np.max(_rows(d), axis=-1, keepdims=True, initial=0.0).reshape((*x.shape[:-1], 1) if x.ndim else ())
     )
-
-
-def _noise(rng: np.random.Generator) -> Callable[[Value, int, Array], Array]:
-    """One unit in the last place, up or down, on every float argument and every result that was rounded."""
-
-    def watch(v: Value, rank: int, x: Array) -> Array:
-        dtype = OUR_DTYPE[x.dtype]
-        if dtype not in FLOATS or (v.op is not None and v.op.name in _MOVES) or (v.op is None and dtype != "f64"):
-            return x  # an argument in its own dtype is what it is
-        wide = x.astype(np.float64)
-        off = wide * (1 + EPS[dtype] * rng.choice((-1.0, 1.0), x.shape))
-        # What fits half of the bits was most likely computed exactly (counts, masks, halves), and would be again.
-        exact = False if v.op is None else _fits(wide, BITS[dtype] // 2)
-        with np.errstate(over="ignore"):
-            return np.asarray(np.where(exact, wide, off).astype(x.dtype))
-
-    return watch
-
-
-def _rounding(
-    constants: Mapping[Value, float], rng: np.random.Generator | None
-) -> Callable[[Value, int, Array], Array]:
-    """Constants and what is made of them alone, as if their dtype had rounded them."""
-
-    def watch(v: Value, rank: int, x: Array) -> Array:
-        if v not in constants or x.dtype != np.float64:
-            return x
-        sign = 1.0 if rng is None else rng.choice((-1.0, 1.0), x.shape)
-        return np.where(_fits(x, EXACT_BITS), x, x * (1 + constants[v] * sign))
-
-    return watch
-
-
-def _fits(x: Array, bits: int) -> Array:
-    """Whether so many bits hold the value."""
-    mantissa, _ = np.frexp(x)
-    scaled = mantissa * 2.0**bits
-    return np.asarray(scaled == np.floor(scaled))
-
-
-def _constant_values(func: Func) -> dict[Value, float]:
-    """Float values made of constants only, with half of their dtype's relative spacing; empty where all are exact."""
-    known: set[Value] = set()
-    out: dict[Value, float] = {}
-    telling = False
-    for op in func.ops:
-        if not op.SPEC.pure or any(v not in known for v in op.operands) or op.name == "param":
-            continue
-        if any(isinstance(r.type, Tensor) and not all(d.is_const for d in r.shape) for r in op.results):
-            continue
-        known.update(op.results)
-        for r in op.results:
-            if isinstance(r.type, Tensor) and r.type.is_float:
-                out[r] = EPS[r.dtype] / 2
-                telling |= not isinstance(op, Const) or not bool(_fits(np.asarray(float(op.value)), EXACT_BITS))
-    return out if telling else {}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
