@@ -210,7 +210,7 @@ def _projected(g: Sketch, odd: str) -> list[Value]:
     else:
         parts = []
         for i, width in enumerate(widths):
-            source = g.x if odd == "v of another input" and i == 2 else x
+            source = g.op(ops.Tanh, x) if odd == "v of another input" and i == 2 else x
             bias = g.param(width) if biased != (odd == "one without bias" and i == 1) else None
             parts.append(g.op(ops.Linear, source, g.param(width, g.width), bias, act=act))
     if odd == "k is v" and h.k == h.v:
