@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Peer:
     settings: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the worker; {threads} and {place} are filled in."""
     start_timeout: float = 300
+    every: int = 1
+    """It takes part in the first of so many rounds: more than 1 where each start costs minutes."""
     how: str = ""
     """How it batches, limits its threads and is timed, for the report."""
     cold_command: Callable[[Place | None, Path, int], list[str]] | None = None
@@ -145,14 +147,19 @@ TRANSFORMERS: dict[str, Conversion | str] = {
     "int8": Conversion("torchao int8 weights and activations", options={"torchao": "int8"}, environment="torchao"),
     "int4": Conversion("torchao int4 weights in groups of 32", options={"torchao": "int4"}, environment="torchao"),
 }
-VLLM: dict[str, Conversion | str] = {
+VLLM = {
     "bf16": Conversion("bf16"),
     "int8": Conversion("compressed-tensors W8A8", _convert_compressed(8), "compressed/w8a8"),
     "int4": Conversion("compressed-tensors W4A16, groups of 128", _convert_compressed(4), "compressed/w4a16"),
 }
 VLLM_SETTINGS = {
     **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "{cores}"},
-    **{"VLLM_CACHE_ROOT": "{place}/cache", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+    **{
+        "LD_PRELOAD": "{place}/venv/lib/libiomp5.so",
+        "VLLM_CACHE_ROOT": "{place}/cache",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    },
 }
 ONNX_BF16 = "no bf16 model for its CPU provider: the builder offers fp32, int8 and int4 there"
 
@@ -207,9 +214,10 @@ PEERS: tuple[Peer, ...] = (
         "vllm-compile",
         "vllm",
         "vllm_engine.py",
-        {**VLLM, "bf16": Conversion("bf16", options={"compile": True})},
+        {form: replace(conversion, options={"compile": True}) for form, conversion in VLLM.items()},
         VLLM_SETTINGS,
         start_timeout=900,
+        every=3,
         how="continuous batching, its default compilation; OMP threads bound to the cores; ignore_eos; per step()",
     ),
     Peer(
@@ -226,6 +234,7 @@ PEERS: tuple[Peer, ...] = (
         TRANSFORMERS,
         {"TORCHINDUCTOR_CACHE_DIR": "{place}/inductor", "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"},
         start_timeout=900,
+        every=3,
         how="torch.compile of the whole forward pass, static cache; torch.set_num_threads; argmax of the last row",
     ),
 )

@@ -211,7 +211,8 @@ def set_up(name: str, cache: Path, pip_flags: tuple[str, ...] = ()) -> Place:
     unwanted = [p["name"] for p in listed if p["name"].startswith(UNWANTED)]
     if unwanted:
         place.run(place.python, "-m", "pip", "uninstall", "--yes", "--quiet", *unwanted)
-    versions = {p["name"]: p["version"] for p in listed if p["name"] in environment.shows}
+    names = {p["name"].replace("_", "-").lower(): p["version"] for p in listed}
+    versions = {name: names[name] for name in environment.shows}
     stamp.write_text(json.dumps({"recipe": environment.recipe(), "versions": versions}, indent=1) + "\n")
     return place
 

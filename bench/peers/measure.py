@@ -106,7 +106,7 @@ class Bench:
 
     def _lacks(self, entry: Entry, row: Row, index: int) -> bool:
         have = len(self.store.samples(entry.peer.name, entry.form, row.name))
-        return have <= index and (entry.name, row.name) not in self._gave_up
+        return have <= index // entry.peer.every and (entry.name, row.name) not in self._gave_up
 
     def _block(self, entries: Sequence[Entry], rows: Sequence[Row], index: int) -> None:
         """One round of one format. Where one is missing, all are started: starts are measured in every round."""

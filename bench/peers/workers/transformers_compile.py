@@ -29,26 +29,26 @@ class Compiled:
         """The cache of this shape, emptied: a new one would be a new graph."""
         key = (batch, length)
         if key not in self._caches:
-            self._caches[key] = StaticCache(config=self.model.config, max_cache_len=length)
-        else:
-            self._caches[key].reset()
+            cache = self._caches[key] = StaticCache(config=self.model.config, max_cache_len=length)
+            with torch.no_grad():
+                # gives it its tensors: a cache that has none yet would be one graph more
+                self._forward(torch.full((batch, 1), 3), torch.zeros(1, 1, dtype=torch.long), cache)
+        self._caches[key].reset()
         return self._caches[key]
-
-    def _prompt(self, prompts: list[list[int]], cache: StaticCache) -> torch.Tensor:
-        ids = torch.tensor(prompts)
-        with torch.no_grad():
-            return self.forward(ids, torch.arange(ids.shape[1])[None], cache)
 
     def prefill(self, prompt: list[int]) -> float:
         cache = self._cache(1, len(prompt) + 32)
         start = time.perf_counter()
-        self._prompt([prompt], cache)
+        with torch.no_grad():
+            self.forward(torch.tensor([prompt]), torch.arange(len(prompt))[None], cache)
         return time.perf_counter() - start
 
     def decode(self, prompts: list[list[int]], new: int) -> tuple[int, float]:
         length = len(prompts[0])
         cache = self._cache(len(prompts), -(-(length + new) // 64) * 64)
-        token = self._prompt(prompts, cache)
+        with torch.no_grad():
+            # not measured here, so not worth a minute of compiling
+            token = self._forward(torch.tensor(prompts), torch.arange(length)[None], cache)
         steps = Steps(len(prompts))
         steps.start()
         for step in range(new - 1):
