@@ -66,6 +66,22 @@ def values(dim: Dim, box: list[tuple[int, int, int]], facts: list[Dim]) -> list[
     return out
 
 
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.lists(trees, min_size=2, max_size=5), st.lists(trees, min_size=1, max_size=2), st.tuples(ranges, ranges))
+def test_answers_do_not_depend_on_what_was_asked_before(
+    asked: list[Tree], fact_trees: list[Tree], box_: tuple[tuple[int, int, int], ...]
+) -> None:
+    """A plan is proved while it is made, and again in a process that has only read its text."""
+    try:
+        dims, facts = [build(tree) for tree in asked], [build(f) for f in fact_trees]
+        after_others = scope_of(list(box_), facts)
+        alone = [scope_of(list(box_), facts) for _ in dims]
+        answers = [(after_others.prove(d), after_others.bounds(d)) for d in dims]
+    except XllmError:
+        return
+    assert answers == [(scope.prove(d), scope.bounds(d)) for scope, d in zip(alone, dims, strict=True)]
+
+
 tally = {"decided": 0, "could be decided": 0}
 
 

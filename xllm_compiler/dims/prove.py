@@ -38,6 +38,8 @@ class Prover:
             self._ranges[name] = (lo, hi)
         self._facts = [self._normal(f) for f in assumptions]
         self._atoms: dict[Atom, Bounds] = {}
+        self._loose_atoms: dict[Atom, Bounds] = {}
+        self._loosely = False
         self._definitions: dict[Atom, tuple[Dim, ...]] = {}
         self._intervals: dict[Dim, Bounds] = {}
         self._answers: dict[Dim, bool | None] = {}
@@ -120,17 +122,24 @@ class Prover:
         if found is None:
             if atom.kind == "sym":
                 found = self._ranges.get(atom.name, (None, None))
-            else:
-                # First without elimination, and remembered, since a fact used below may mention this very atom.
-                found = self._atoms[atom] = _apply(atom.kind, [self._interval(a) for a in atom.args])
-                if self._facts and any(len(a.terms) > 1 for a in atom.args):  # a fact may know more about a sum
-                    tight: list[Bounds] = []
-                    for a in atom.args:
-                        hi = self._search(-a, None, TIGHTEN)
-                        tight.append((self._search(a, None, TIGHTEN), None if hi is None else -hi))
-                    found = _apply(atom.kind, tight)
+            elif self._loosely or not self._facts or all(len(a.terms) <= 1 for a in atom.args):
+                found = _apply(atom.kind, [self._interval(a) for a in atom.args])
+            else:  # a fact may know more about a sum
+                found = _apply(atom.kind, [self._tight(a) for a in atom.args])
             self._atoms[atom] = found
         return found
+
+    def _tight(self, d: Dim) -> Bounds:
+        """Bounds of an atom's argument from the facts. Inside, atoms have the bounds of their arguments' intervals: with
+        anything better an answer would depend on what was asked before, since a fact may mention this very atom."""
+        kept, self._atoms, self._loosely = self._atoms, self._loose_atoms, True
+        try:
+            below, above = self._search(d, None, TIGHTEN), self._search(-d, None, TIGHTEN)
+        finally:
+            self._atoms, self._loosely = kept, False
+        if below is not None and above is not None and below > -above:
+            return None, None  # facts that contradict each other: there is nothing to know a bound of
+        return below, None if above is None else -above
 
     # ---- elimination
 
