@@ -130,8 +130,8 @@ class Prover:
         return found
 
     def _tight(self, d: Dim) -> Bounds:
-        """Bounds of an atom's argument from the facts. Inside, atoms have the bounds of their arguments' intervals: with
-        anything better an answer would depend on what was asked before, since a fact may mention this very atom."""
+        """Bounds of an atom's argument from the facts. Inside, atoms have the bounds of their arguments' intervals:
+        with anything better an answer would depend on what was asked before, as a fact may mention this very atom."""
         kept, self._atoms, self._loosely = self._atoms, self._loose_atoms, True
         try:
             below, above = self._search(d, None, TIGHTEN), self._search(-d, None, TIGHTEN)
