@@ -66,7 +66,7 @@ def _rows_only(op: Op, n: Dim) -> bool:
     match op:
         case Iota() if op.size.symbols:  # the index in the step is no function of the position
             return False
-        case (CumSum() | Softmax()) if op.axis == 0 and op.x.shape[0].symbols:
+        case CumSum() | Softmax() if op.axis == 0 and op.x.shape[0].symbols:
             return False
         case Take() | Embedding():
             looked_into = op.x if isinstance(op, Take) else op.w
