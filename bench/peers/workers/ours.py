@@ -6,7 +6,7 @@ import itertools
 import queue
 import time
 
-from protocol import Options, serve
+from protocol import Options, Steps, serve
 
 from xllm_compiler.runtime.engine import Request
 from xllm_compiler.runtime.llm import LLM
@@ -47,11 +47,15 @@ class Ours:
         first: dict[str, float] = {}
         for moment, output in events:
             first.setdefault(output.request_id, moment)
-        # from the last request's first token to the first request's last: in between all of them decode
-        begin = max(first.values())
+        # from the last request's first token to the first request's last, all of them decode in every step; the
+        # events of one request mark the steps
+        latest = max(first, key=lambda name: first[name])
         end = min(moment for moment, output in events if output.finished)
-        tokens = sum(len(output.token_ids) for moment, output in events if begin < moment <= end)
-        return tokens, end - begin
+        moments = [moment for moment, output in events if output.request_id == latest and output.token_ids]
+        marks = [moment for index, moment in enumerate(moments) if index == 0 or moment <= end]
+        steps = Steps(len(prompts))
+        steps.seconds = [after - before for before, after in itertools.pairwise(marks)]
+        return steps.total()
 
 
 if __name__ == "__main__":
