@@ -17,7 +17,8 @@ from peers.store import Store
 WIDTH, HEIGHT = 960, 430
 LEFT, TOP, BOTTOM, GAP = 58, 56, 96, 14
 PANEL = (WIDTH - LEFT - 12 - 2 * GAP) / 3
-INK, GRID = "#808890", "#80889040"
+INK = "#808890"
+GRID = 'stroke="#808890" stroke-opacity="0.28"'
 LOW_X, HIGH_X, LOW_Y, HIGH_Y = 0.7, 12000.0, 3.0, 2000.0
 COLOURS = {
     OURS: "#e5484d",
@@ -55,7 +56,7 @@ def _panel(store: Store, shape: Shape, panel: int, form: str) -> Iterator[str]:
     left = LEFT + panel * (PANEL + GAP)
     yield _text(left + PANEL / 2, TOP - 14, TITLES[form], size=13, more=' font-weight="600"')
     for giga in (10, 100, 1000):
-        yield _line(left, _y(giga), left + PANEL, _y(giga), f'stroke="{GRID}"')
+        yield _line(left, _y(giga), left + PANEL, _y(giga), GRID)
         if panel == 0:
             yield _text(left - 6, _y(giga) + 4, f"{giga:,}", "end")
     peak = store.limit("bf16" if form == "bf16" else "int8") or store.limit("bf16")
@@ -79,7 +80,7 @@ def _panel(store: Store, shape: Shape, panel: int, form: str) -> Iterator[str]:
 
 def _column(store: Store, shape: Shape, panel: int, form: str, row: Row) -> Iterator[str]:
     x = _x(panel, shape.intensity(row, form))
-    yield _line(x, TOP, x, HEIGHT - BOTTOM, f'stroke="{GRID}" stroke-dasharray="2 3"')
+    yield _line(x, TOP, x, HEIGHT - BOTTOM, f'{GRID} stroke-dasharray="2 3"')
     yield _text(x, HEIGHT - BOTTOM + 15, SHORT[row.name], size=10)
     work = sum(shape.operations(row)) / shape.tokens(row)
     # ours last, so that it lies on top
