@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module, Op, Stage
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.rewrite import RewriteListener
@@ -124,6 +125,14 @@ class Pass(ABC):
         """Changes `module`; True when it did."""
 
 
+def said(p: Pass, method: str, changed: object) -> bool:
+    """What a pass returned, which must be True or False; a forgotten `return` is told as such."""
+    if not isinstance(changed, bool):
+        help = "return True when the module was changed, and False otherwise"
+        raise XllmError("internal", f"{method}() of pass {p.name} returned {changed!r}", help=help)
+    return changed
+
+
 @dataclass(frozen=True)
 class FuncPass(Pass):
     """A pass that treats every function by itself."""
@@ -131,7 +140,7 @@ class FuncPass(Pass):
     def run(self, module: Module, ctx: PassContext) -> bool:
         changed = False
         for func in module.funcs.values():
-            changed |= self.run_on(func, ctx)
+            changed |= said(self, "run_on", self.run_on(func, ctx))
         return changed
 
     @abstractmethod

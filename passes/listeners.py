@@ -48,7 +48,7 @@ class Explain:
         self.tried_rules: dict[str, None] = {}
         self._lines: list[tuple[str, int]] = []
         self._locals: dict[str, str] = {}
-        self._code_name = ""
+        self._code_name = self._file = ""
         self._outer: Any = None  # the debugger's or the coverage tool's own trace function
         self._name = ""
 
@@ -56,7 +56,7 @@ class Explain:
         self.tried_rules[rule] = None
         if self._is_asked(rule) and self._is_at(op):
             self._lines, self._locals, self._name = [], {}, f"%{self.value} = {op.name}"
-            self._code_name = rule.partition("/")[2].replace("-", "_")
+            self._code_name, self._file = rule.partition("/")[2].replace("-", "_"), ""
             self._outer = sys.gettrace()
             sys.settrace(self._enter)
         return True
@@ -85,12 +85,21 @@ class Explain:
         return any(names.of(r) == f"%{self.value}" for r in op.results)
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
-        return self._step if frame.f_code.co_name.strip("_") == self._code_name else None
+        """The rule itself, and the functions of its file that it calls: guards often stand there."""
+        code = frame.f_code
+        if code.co_name.strip("_") == self._code_name:
+            self._file = code.co_filename
+            return self._step
+        return self._step_inside if code.co_filename == self._file else None
 
-    def _step(self, frame: FrameType, event: str, arg: object) -> Any:
+    def _step_inside(self, frame: FrameType, event: str, arg: object) -> Any:
         here = (frame.f_code.co_filename, frame.f_lineno)
         if event == "line" and here not in self._lines[-1:]:
             self._lines.append(here)
+        return self._step_inside
+
+    def _step(self, frame: FrameType, event: str, arg: object) -> Any:
+        self._step_inside(frame, event, arg)
         for name, value in frame.f_locals.items():
             if name not in self._locals and name != "rw":
                 self._locals[name] = _short(value)  # at once: what a rule replaces is empty afterwards

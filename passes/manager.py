@@ -26,7 +26,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.verify import verify
-from xllm_compiler.passes.base import Pass, PassContext
+from xllm_compiler.passes.base import Pass, PassContext, said
 from xllm_compiler.passes.instruments import Instrument
 from xllm_compiler.passes.pipelines import PRESETS
 from xllm_compiler.passes.registry import did_you_mean, pass_class
@@ -212,7 +212,7 @@ class _Runner:
 
     def call(self, p: Pass) -> bool:
         try:
-            return p.run(self.module, self.ctx)
+            return said(p, "run", p.run(self.module, self.ctx))
         except XllmError as error:
             error.add_note(f"while running pass {item_text(p)}")
             raise
@@ -230,7 +230,7 @@ class _Runner:
         now = structural_hash(self.module)
         if claimed != (now != self.hash):
             did = "says it changed the module, which is as it was" if claimed else "changed the module and denies it"
-            raise XllmError("internal", f"pass {item_text(p)} {did}")
+            raise XllmError("internal", f"pass {item_text(p)} {did}", help="return from run() what really happened")
         self.hash = now
         if claimed and self.verify_each:
             try:
@@ -351,7 +351,8 @@ class _Reader:
         if self.take("@"):
             name = self.take(r"[\w-]+")
             if name not in PRESETS:
-                self.fail(f"there is no preset called @{name}", did_you_mean(name, sorted(PRESETS)))
+                known = [f"@{preset}" for preset in PRESETS]
+                self.fail(f"there is no preset called @{name}", did_you_mean(f"@{name}", known))
             if name in self.presets:
                 self.fail(f"preset @{name} contains itself")
             inner = _Reader(",".join(PRESETS[name]), (*self.presets, name))

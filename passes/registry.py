@@ -80,7 +80,10 @@ def pass_class(name: str) -> type[Pass]:
             if name not in _registered:
                 raise XllmError("option", f"{entry.value} does not register a pass {name!r}", where=f"group {_GROUP}")
     if name not in _registered:
-        raise XllmError("option", f"there is no pass called {name!r}", help=did_you_mean(name, pass_names()))
+        help = did_you_mean(name, pass_names())
+        if help.startswith("known"):
+            help += "; one from outside needs --load FILE.py, or in pytest a line of `xllm_passes` in the ini"
+        raise XllmError("option", f"there is no pass called {name!r}", help=help)
     return _registered[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from xllm_compiler.ir.core import Func
 from xllm_compiler.ir.rewrite import Rule, apply_rules
@@ -30,7 +30,10 @@ class Canonicalise(FuncPass):
              %y = t.mul(%w, %n) : f32[N, 64]
 
     Where a model computes in f32 between casts, the casts go: the ops compute in f32 and round once at the end.
+    A cache whose heads are repeated before they are written keeps one of each: its argument has another type then.
     """
+
+    changes_signature: ClassVar[bool] = True
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
         heads = unrepeat_heads(func)

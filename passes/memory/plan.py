@@ -202,7 +202,8 @@ def _at_maxima(scope: DimScope, size: Dim) -> int:
     hi = scope.prover.interval(size)[1]
     if hi is None:
         unbounded = [s for s in size.symbols if s not in scope.symbols or scope.symbols[s].hi is None]
-        raise XllmError("ir", f"size {size} has no bound: {', '.join(unbounded)} may grow without limit")
+        text = f"size {size} has no bound: {', '.join(unbounded)} may grow without limit"
+        raise XllmError("unsupported", text, help="declare an upper end: dim N in [1, 4096]")
     return hi
 
 

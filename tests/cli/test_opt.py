@@ -217,7 +217,7 @@ def test_reports_and_timelines(file: str) -> None:
         (["m.xir", "--pint-changed"], "xllm-opt has no flag --pint-changed", "did you mean --print-changed?"),
         (["m.xir", "-x"], "xllm-opt has no flag -x", "xllm-opt --help lists them"),
         (["m.xir", "-p", "fuse-gul"], "there is no pass called 'fuse-gul'", "did you mean 'fuse-glu'?"),
-        (["m.xir", "-p", "@cup"], "there is no preset called @cup", "did you mean 'cpu'?"),
+        (["m.xir", "-p", "@cup"], "there is no preset called @cup", "did you mean '@cpu'?"),
         (
             ["m.xir", "-p", "fuse-epilogue{bais=true}"],
             "pass fuse-epilogue has no option 'bais'",

@@ -206,3 +206,14 @@ def test_a_context_gets_counts_and_decides_about_single_rewrites() -> None:
     assert [t for t in ctx.tries if t[2]] == [("p/double-neg", "b", True, [])]
     assert ("p/double-neg", "a", False, []) in ctx.tries and all(name != "c" for _, name, _, _ in ctx.tries)
     assert [op.results[0].name for op in module.funcs["f"].ops] == ["a", "c"]
+
+
+def test_a_rule_that_forgets_to_say_what_it_did_is_told() -> None:
+    @rule(Neg)
+    def silent(op: Neg, rw: Rewriter) -> bool:
+        rw.replace(op, op.x)
+        return None  # type: ignore[return-value]
+
+    with pytest.raises(XllmError, match="rule silent changed the IR and returned None") as e:
+        apply_rules(parse("  %n = t.neg(%x) : f32[N, 8]\n  return %n, %y\n").funcs["f"], [silent], "p")
+    assert "return True after changing the IR" in e.value.help

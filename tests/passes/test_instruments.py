@@ -130,6 +130,16 @@ def test_explaining_one_rule_that_does_not_fire() -> None:
     run_pipeline("fuse-glu", module(), ctx)
     assert "fuse-glu/gated-product at %b = t.mul: did not fire" in out.getvalue()
     assert "continue" in out.getvalue() and "return False" in out.getvalue()
+    assert "match.py" not in out.getvalue()  # helpers of the rule's own file only
+
+
+def test_an_explanation_goes_into_the_helpers_of_the_rule() -> None:
+    out, ctx = io.StringIO(), PassContext()
+    ctx.listeners.append(Explain("fold/mul-one@b", out))
+    run_pipeline("fold", module(), ctx)
+    text = out.getvalue()
+    assert "fold/mul-one at %b = t.mul: fired" in text
+    assert text.count("fold.py:") >= 3 and "def _" not in text and "rw.replace(op," in text
 
 
 def test_an_explanation_needs_a_value() -> None:

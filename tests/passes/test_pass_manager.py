@@ -83,6 +83,8 @@ class Breaker(Pass):
                 Builder.at_end(func).create(Neg, func.args[0])
             case "stage":
                 module.stage = "sched"
+            case "nothing said":
+                return None  # type: ignore[return-value]
         return True
 
 
@@ -144,7 +146,7 @@ def test_text_round_trips(text: str, canonical: str) -> None:
     [
         ("fuse-qvk", "did you mean 'fuse-qkv'"),
         ("dec", "did you mean 'dce'"),
-        ("@cpx", "did you mean 'cpu'"),
+        ("@cpx", "did you mean '@cpu'"),
         ("test-options{cuont=1}", "did you mean 'count'"),
         ("dce{n=1}", "it has no options"),
         ("test-options{count=many}", "is an integer, not 'many'"),
@@ -202,6 +204,7 @@ def test_a_claim_is_checked() -> None:
     [
         ("test-breaker", r"after pass test-breaker: V1"),
         ("test-breaker{how=crash}", "RuntimeError: boom"),
+        ("test-breaker{how=nothing said}", r"run\(\) of pass test-breaker returned None"),
         ("test-breaker{how=stage}", "promised stage graph and left sched"),
         ("fix(test-breaker{how=grow})", "still changes the module after 8 rounds"),
     ],

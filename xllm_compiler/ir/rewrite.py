@@ -229,10 +229,11 @@ def apply_rules(func: Func, rules: Iterable[Rule], pass_name: str, ctx: RewriteC
             rw._start(op, entry)
             fired = r.apply(op, rw)
             if ctx is not None:
-                ctx.tried(entry, op, fired, rw.made)
-            if bool(fired) != bool(rw._changes):
-                did = "changed the IR and returned False" if rw._changes else "returned True and changed nothing"
-                raise XllmError("internal", f"rule {r.name} {did}", where=_place(r), help="change the IR through rw")
+                ctx.tried(entry, op, fired is True, rw.made)
+            if fired is not bool(rw._changes):
+                did = "changed the IR" if rw._changes else "changed nothing"
+                help = "return True after changing the IR through rw, and False otherwise, at every end of the rule"
+                raise XllmError("internal", f"rule {r.name} {did} and returned {fired!r}", where=_place(r), help=help)
             if not fired:
                 continue
             stats.hits[r.name] += 1

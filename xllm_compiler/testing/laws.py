@@ -236,6 +236,11 @@ def check(pass_name: str, law_name: str, directories: Sequence[Path] = ()) -> st
     return laboratory(tuple(directories)).results(pass_name).broken.get(law_name)
 
 
+def tally(pass_name: str, directories: Sequence[Path] = ()) -> str:
+    """One line about a pass: how many modules it was tried on, and how many it changed."""
+    return str(laboratory(tuple(directories)).results(pass_name))
+
+
 @cache
 def laboratory(directories: tuple[Path, ...] = ()) -> Laboratory:
     """The corpus with the test inputs of `directories`: one per process."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 OURS = "xllm_compiler.passes"
 """In the ini: every pass that we ship."""
 _PASSES = pytest.StashKey[list[str]]()
+_JUDGED = pytest.StashKey[dict[str, str]]()
 _LAWS = "xllm_laws"  # what a worker of pytest-xdist is told
 
 
@@ -212,6 +213,12 @@ def _inputs(session: pytest.Session) -> tuple[Path, ...]:
     return tuple(Path(_shown(f, config)) for f in folders if not any(o in f.parents for o in folders))
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How much the laws had to look at: one that was never tried on what matters says nothing."""
+    for line in terminalreporter.config.stash.get(_JUDGED, {}).values():
+        terminalreporter.write_line(f"laws of {line}")
+
+
 class Laws(pytest.Collector):
     """All laws, below the session."""
 
@@ -255,6 +262,7 @@ class LawItem(pytest.Item):
 
         assert self.parent is not None
         report = laws.check(self.parent.name, self.name, self.folders)
+        self.config.stash.setdefault(_JUDGED, {})[self.parent.name] = laws.tally(self.parent.name, self.folders)
         if report is not None:
             raise _Failed(report)
 

@@ -28,11 +28,16 @@ class Arguments(argparse.ArgumentParser):
             allow_abbrev=False,
             **rest,
         )
+        self._without_value: list[str] = []
         self.add_argument("--version", action="version", version=f"{prog} {__version__}")
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for what it cannot accept."""
-        raise XllmError("option", message, help=f"{self.prog} --help tells what there is")
+        help = f"{self.prog} --help tells what there is"
+        if message.startswith("unrecognized arguments: ") and self._without_value:
+            flag, word = self._without_value[0], message.partition(": ")[2]
+            help = f"a value of {flag} follows an equals sign: {flag}={word}"
+        raise XllmError("option", message, help=help)
 
     def read(self, argv: Sequence[str], mixed: bool = False) -> Any:
         """The namespace. `mixed`: positional arguments may stand anywhere between the flags."""
@@ -42,13 +47,14 @@ class Arguments(argparse.ArgumentParser):
     def _prepared(self, argv: Sequence[str]) -> list[str]:
         """Unknown flags are found before argparse complains about what they seem to leave out; and a flag whose value
         is optional takes one by `=` only, so that it cannot swallow a file name."""
-        given = list(argv)
+        given, self._without_value = list(argv), []
         for i, word in enumerate(given):
             if word == "--":
                 break
             self._check_flag(word)
             action = self._option_string_actions.get(word)
             if action is not None and action.nargs == "?":
+                self._without_value.append(word)
                 given[i] = f"{word}={action.const}"
         return given
 
