@@ -64,7 +64,7 @@ def _everybody(store: Store, shape: Shape, form: str) -> Iterator[str]:
     for row in ROWS:
         cells = []
         for peer in peers:
-            mark = " (c)" if store.disturbed(peer, form, row.name) else ""
+            mark = " (c)" if row.kind != "memory" and store.disturbed(peer, form, row.name) else ""
             cells.append(number(store.median(peer, form, row.name)) + mark)
         lines.append([row.title, number(limit_of(store, shape, row, form)), *cells])
     yield from table(["", "limit", *peers], lines)
