@@ -79,6 +79,25 @@ def matrix_cases(
         yield Case(f"{name} rows={rows}", kernel, calls, size, 2 * rows * k * n)
 
 
+def quantized_cases(isa: Isa) -> Iterator[Case]:
+    """Linear layers on quantized weights; "of peak" is of the integer dot product's."""
+    for form in ("q8", "q4g32", "q4g128"):
+        q = layouts.Quantization.parse(form)
+        for name, k, n in (("qkv", HIDDEN, QKV), ("down", FFN, HIDDEN)):
+            kernel = Standalone(Linear(k, n, "bf16", "bf16", weights=form), isa)
+            shape = q.shape(n, k)
+            size = int(np.prod(shape))
+            weights = [aligned(shape, np.uint8) for _ in range(-(-ROTATION_BYTES // size))]
+            for w in weights:
+                w[:] = np.random.default_rng(0).integers(0, 32, shape[1], np.uint8)
+            for rows in (1, 8, 32, 512):
+                x = np.random.default_rng(1).integers(-127, 128, (rows, q.padded(k)), np.int8)
+                xs, sums = filled((rows,), np.float32), np.zeros((rows, q.groups(k)), np.int32)
+                y = aligned((rows, n), BF16)
+                calls = [(x, xs, sums, w, y, rows) for w in (weights if rows < 512 else weights[:4])]
+                yield Case(f"linear {name} {k}x{n} {form} rows={rows}", kernel, calls, size, 2 * rows * k * n)
+
+
 def attend_cases(isa: Isa) -> Iterator[Case]:
     kernel = Standalone(Attend(KV, Q_HEADS, KV.k_dim**-0.5), isa)
     for requests, context, chunk in ((1, 2048, 1), (8, 512, 1), (1, 512, 512), (1, 4096, 512)):
@@ -120,6 +139,7 @@ def small_cases(isa: Isa) -> Iterator[Case]:
 
 FAMILIES: dict[str, Callable[[Isa], Iterator[Case]]] = {
     "linear": linear_cases,
+    "quantized": quantized_cases,
     "attend": attend_cases,
     "small": small_cases,
 }

@@ -120,6 +120,12 @@ class Pass(ABC):
     samples: ClassVar[tuple[str, ...]] = ()
     """Further settings to hold to the laws, such as "{act=false}"; the defaults always are."""
 
+    @property
+    def loss(self) -> float:
+        """0: every function computes what it did, within `ulps`. Otherwise what the pass, with these options, gives up
+        on purpose: the RMS error that it puts into what a linear layer multiplies, as a share of that one's RMS."""
+        return 0.0
+
     @abstractmethod
     def run(self, module: Module, ctx: PassContext) -> bool:
         """Changes `module`; True when it did."""

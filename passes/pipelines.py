@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-_CPU: Final[tuple[str, ...]] = (
+_BEFORE: Final[tuple[str, ...]] = (
     "import-clean",  # what export leaves behind (unit batch dim, no-op casts) would hide every later pattern
     "fold",  # shorter reshape and cast chains: one spelling per idea for the matchers below
     "cse",  # the rotary table and masks are spelled out once per layer; afterwards there is one of each
@@ -19,10 +19,26 @@ _CPU: Final[tuple[str, ...]] = (
     "fuse-epilogue",  # residual sums go into the linear that produced one side: the sum costs no pass over memory, and
     #                   the rms_norm that follows stays alone; add_rms_norm would be one kernel more per layer
     "fuse-add-norm",  # so only sums that no linear could take (post-norms, embeddings, all-reduced) remain for it
+)
+_AFTER: Final[tuple[str, ...]] = (
     "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
     "assign-streams",  # before bytes are planned: a place that is free in one order of the streams may be in use in
     #                    another. One CPU process has no collectives, so this only names the stage
     "plan-memory",  # last: every value that still exists gets its place
 )
 
-PRESETS: Final[dict[str, tuple[str, ...]]] = {"cpu": _CPU}
+
+def _quantized(form: str) -> tuple[str, ...]:
+    return (
+        *_BEFORE,
+        f"quantize-weights{form}",  # after the fusions, which see plain linears; what they stacked has one layout
+        "quantize-rows",  # wherever the weight is quantized; rows that several layers read become one in the clean-up
+        *_AFTER,
+    )
+
+
+PRESETS: Final[dict[str, tuple[str, ...]]] = {
+    "cpu": _BEFORE + _AFTER,
+    "cpu-int8": _quantized("{bits=8}"),
+    "cpu-int4": _quantized("{bits=4,group=32}"),
+}

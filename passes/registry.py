@@ -41,6 +41,8 @@ BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "fuse-qkv": "fusion.fuse_qkv",
     "import-clean": "canonical.import_clean",
     "plan-memory": "memory.plan",
+    "quantize-rows": "quantize.rows",
+    "quantize-weights": "quantize.weights",
     "tabulate-positions": "canonical.tabulate_positions",
 }
 _registered: dict[str, type[Pass]] = {}

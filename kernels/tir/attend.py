@@ -110,7 +110,7 @@ class _Body:
         self.group = kernel.q_heads // kernel.kv.heads
         self.pages = Pages(kernel.kv, env["table"], env["width"])
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
-        self.height = tile_rows(isa, kernel.kv.dtype, _MAX_ROWS)
+        self.height = tile_rows(partial(tile_width, isa, kernel.kv.dtype), _MAX_ROWS)
         self.steps = kernel.kv.k_dim // 2 if self.bf16 else kernel.kv.k_dim
 
     # ---- sharing out

@@ -47,6 +47,7 @@ class Isa:
     register_lanes: int
     vector_registers: int
     has_bf16_dot: bool
+    has_int8_dot: bool
 
     def target(self) -> dict[str, Any]:
         """The TVM target description: nothing in it depends on the machine that compiles."""
@@ -63,12 +64,20 @@ class Isa:
 
 
 ISAS: dict[str, Isa] = {
-    "avx2": Isa("avx2", "x86-64-v3", (), 8, 16, False),
-    "avx512": Isa("avx512", "x86-64-v4", (), 16, 32, False),
-    "avx512_bf16": Isa("avx512_bf16", "x86-64-v4", ("+avx512bf16", "+avx512vnni"), 16, 32, True),
+    "avx2": Isa("avx2", "x86-64-v3", (), 8, 16, False, False),
+    "avx512": Isa("avx512", "x86-64-v4", (), 16, 32, False, False),
+    "avx512_bf16": Isa("avx512_bf16", "x86-64-v4", ("+avx512bf16", "+avx512vnni"), 16, 32, True, True),
 }
 
-_TIR_TYPE = {"bf16": "uint16", "pair": "int32", "f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8"}
+_TIR_TYPE = {
+    "bf16": "uint16",
+    "pair": "int32",
+    "f32": "float32",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+    "i8": "int8",
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Row gather: `Embedding`, from plain rows or from the panels that a tied output layer uses. Owns nothing else.
+"""Row gather: `Embedding`, from plain rows or from the panels that a tied output layer uses, quantized ones too.
 
 An id is trusted to be in range: the runtime checks token ids when a request arrives.
 """
@@ -10,15 +10,16 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PANEL, Arg, Isa, Kernel, require, scalar
-from xllm_compiler.kernels.tir.emit import build_function, share
+from xllm_compiler.kernels.tir.emit import address, build_function, share
 
 Expr = Any
 
 
 @dataclass(frozen=True)
 class Embedding(Kernel):
-    """y[rows, dim] = w[ids]; `layout` of w is "row" or "panel"."""
+    """y[rows, dim] = w[ids]; `layout` of w is "row", "panel" or a quantized form (layouts.py)."""
 
     dim: int
     dtype: str
@@ -27,11 +28,16 @@ class Embedding(Kernel):
     def __post_init__(self) -> None:
         require(self.dim > 0, f"an embedding of {self.dim} columns", self)
         require(self.dtype in ("bf16", "f32"), f"an embedding in {self.dtype}", self)
-        require(self.layout in ("row", "panel"), f"an embedding in {self.layout} layout", self)
+
+    @property
+    def form(self) -> Quantization | None:
+        """How w is quantized, if it is."""
+        return None if self.layout in ("row", "panel") else Quantization.parse(self.layout)
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        ids, w = Arg("ids", "i32", "rows"), Arg("w", self.dtype, f"vocab, {self.dim} as {self.layout}")
+        dtype = "u8" if self.form else self.dtype
+        ids, w = Arg("ids", "i32", "rows"), Arg("w", dtype, f"vocab, {self.dim} as {self.layout}")
         return (ids, w, Arg("y", self.dtype, f"rows, {self.dim}", written=True), scalar("rows"), *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
@@ -45,6 +51,9 @@ class Embedding(Kernel):
                     return
                 panel = T.bind(T.truncdiv(here, T.int64(PANEL)))
                 column = T.bind(T.truncmod(here, T.int64(PANEL)))
+                if self.form is not None:
+                    self._dequantize(self.form, w, panel, column, y, to)
+                    return
                 with T.serial(0, self.dim) as i:
                     if self.dtype == "f32":
                         source = (panel * self.dim + i) * PANEL + column
@@ -55,6 +64,30 @@ class Embedding(Kernel):
                     T.buffer_store(y, w[source], [to + i])
 
         return build_function(self, isa, body)
+
+    def _dequantize(self, form: Quantization, w: Expr, panel: Expr, column: Expr, y: Expr, to: Expr) -> None:
+        """One row of a quantized panel: a column of it, a quad at a time."""
+        length = form.group or form.padded(self.dim)
+        with T.serial(0, form.groups(self.dim)) as group:
+            start = T.bind(panel * form.panel_bytes(self.dim) + T.Cast("int64", group) * form.group_bytes(self.dim))
+            scale = T.call_extern(
+                "float32", f"xllm_scale_{form.scale_dtype}", address(w, start + column * form.scale_bytes)
+            )
+            scale = T.bind(scale)
+            zero = T.float32(form.middle)
+            if form.zeros:
+                zero = T.bind(T.Cast("float32", w[start + PANEL * form.scale_bytes + column]))
+            values = T.bind(start + form.header_bytes + column * QUAD)
+            with T.serial(0, T.min(length, self.dim - group * length)) as i:
+                quad, rest = T.truncdiv(i, T.int32(QUAD)), T.truncmod(i, T.int32(QUAD))
+                if form.bits == 8:
+                    stored = T.Cast("int32", w[values + quad * (PANEL * QUAD) + rest])
+                else:
+                    byte = T.Cast("int32", w[values + T.truncdiv(quad, T.int32(2)) * (PANEL * QUAD) + rest])
+                    stored = T.bitwise_and(T.shift_right(byte, T.truncmod(quad, T.int32(2)) * 4), T.int32(15))
+                value = T.bind((T.Cast("float32", stored) - zero) * scale)
+                put = "xllm_put_f32" if self.dtype == "f32" else "xllm_round_put_bf16"
+                T.evaluate(T.call_extern("int32", put, address(y, to + group * length + i), value))
 
 
 def _copy(y: Expr, to: Expr, w: Expr, source: Expr, count: int) -> None:

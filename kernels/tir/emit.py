@@ -110,9 +110,9 @@ def keep_between(value: Expr, first: Expr, last: Expr, other: float) -> Expr:
 class Vectors:
     """Mutable vectors that live in registers."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, dtype: str = "float32") -> None:
         # One stack slot each: LLVM would make a single very long vector of all of them, and take it apart on every use.
-        self._slots = [T.alloc_buffer((LANES,), "float32", scope="local") for _ in range(count)]
+        self._slots = [T.alloc_buffer((LANES,), dtype, scope="local") for _ in range(count)]
 
     def __getitem__(self, index: int) -> Expr:
         return self._slots[index][T.ramp(0, 1, LANES)]
@@ -156,9 +156,9 @@ def tile_width(isa: Isa, dtype: str, rows: int) -> int:
     return 0
 
 
-def tile_rows(isa: Isa, dtype: str, most: int) -> int:
-    """The number of rows, at most `most`, whose register tile has the most elements."""
-    return max(range(1, most + 1), key=lambda rows: (rows * tile_width(isa, dtype, rows), rows))
+def tile_rows(width: Callable[[int], int], most: int) -> int:
+    """The number of rows, at most `most`, whose register tile has the most elements; `width(rows)` is its width."""
+    return max(range(1, most + 1), key=lambda rows: (rows * width(rows), rows))
 
 
 def choose(value: Expr, cases: dict[int, Callable[[], None]]) -> None:

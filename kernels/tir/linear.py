@@ -17,23 +17,20 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PANEL, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import (
-    Vectors,
-    address,
     build_function,
     choose,
-    fma,
     load,
     load_part,
     share,
-    splat,
     store,
     store_part,
     tile_rows,
-    tile_width,
 )
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
+from xllm_compiler.kernels.tir.weights import Dense, Quantized, WeightFormat
 
 Expr = Any
 _DTYPES = ("bf16", "f32")
@@ -44,7 +41,8 @@ _MAX_ROWS = 6
 class Linear(Kernel):
     """y[rows, n] = act(x[rows, k] @ w.T + bias) + residual, rounded once to `out`.
 
-    `dtype` is the type of x, w, bias and residual; w lies in `panel` layout.
+    `dtype` is the type of bias and residual, and of x and w where `weights` names no quantized form (weights.py); w is
+    in `panel` layout, or in that form's.
     """
 
     k: int
@@ -54,6 +52,7 @@ class Linear(Kernel):
     bias: bool = False
     residual: bool = False
     act: str = "none"
+    weights: str = ""
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.n > 0, f"linear of {self.k} by {self.n}", self)
@@ -62,7 +61,7 @@ class Linear(Kernel):
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        pointers = [Arg("x", self.dtype, f"rows, {self.k}"), Arg("w", self.dtype, f"panels of {self.n}, {self.k}")]
+        pointers = [*weight_format(self).args(self.k, f"panels of {self.n}")]
         if self.bias:
             pointers.append(Arg("bias", self.dtype, f"{self.n}"))
         if self.residual:
@@ -85,7 +84,7 @@ class Linear(Kernel):
                     total = total + load_part(env["residual"], where, count, self.dtype)
                 store_part(env["y"], where, total, count, self.out)
 
-        loop = _Loop(isa, self.k, self.n, self.dtype, PANEL, finish)
+        loop = _Loop(isa, self.k, self.n, weight_format(self), PANEL, finish)
         return build_function(self, isa, loop.emit)
 
 
@@ -93,7 +92,7 @@ class Linear(Kernel):
 class LinearGlu(Kernel):
     """y[rows, f] = act(g) * u, where g and u are the first and second f columns of x[rows, k] @ w.T + bias.
 
-    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint.
+    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint. `dtype` and `weights` as in `Linear`.
     """
 
     k: int
@@ -101,6 +100,7 @@ class LinearGlu(Kernel):
     dtype: str
     act: str = "silu"
     bias: bool = False
+    weights: str = ""
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.f > 0, f"gated linear of {self.k} by {self.f}", self)
@@ -109,7 +109,7 @@ class LinearGlu(Kernel):
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        pointers = [Arg("x", self.dtype, f"rows, {self.k}"), Arg("w", self.dtype, f"glu panels of {self.f}, {self.k}")]
+        pointers = [*weight_format(self).args(self.k, f"glu panels of {self.f}")]
         if self.bias:
             pointers.append(Arg("bias", self.dtype, f"2 * {self.f}"))
         pointers.append(Arg("y", self.dtype, f"rows, {self.f}", written=True))
@@ -131,8 +131,13 @@ class LinearGlu(Kernel):
                 value = ACTIVATIONS[self.act](gate) * up
                 store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
 
-        loop = _Loop(isa, self.k, self.f, self.dtype, half, finish)
+        loop = _Loop(isa, self.k, self.f, weight_format(self), half, finish)
         return build_function(self, isa, loop.emit)
+
+
+def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
+    """How a kernel reads its weight."""
+    return Quantized(Quantization.parse(kernel.weights)) if kernel.weights else Dense(kernel.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,12 @@ class _Loop:
     isa: Isa
     k: int
     n: int
-    dtype: str
+    format: WeightFormat
     columns: int
     finish: Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
     def emit(self, **env: Expr) -> None:
-        height = tile_rows(self.isa, self.dtype, _MAX_ROWS)
+        height = tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
         panels = -(-self.n // self.columns)
         rows = env["rows"]
         tiles = T.bind(T.truncdiv(rows + (height - 1), T.int32(height)))
@@ -186,50 +191,10 @@ class _Loop:
 
     def _accumulate(self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, sums: Expr) -> None:
         """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
-        width = tile_width(self.isa, self.dtype, count)
+        width = self.format.width(self.isa, count)
         for first in range(0, PANEL // LANES, width):
             vectors = range(first, first + width)
-            totals = self._register_tile(env["x"], env["w"], row, count, panel, vectors)
+            totals = self.format.tile(self.isa, env, self.k, row, count, panel, vectors)
             for i in range(count):
                 for j, vector in enumerate(vectors):
                     store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
-
-    def _register_tile(self, x: Expr, w: Expr, row: Expr, count: int, panel: Expr, vectors: Sequence[int]) -> Vectors:
-        totals = Vectors(count * len(vectors))
-        for i in range(count * len(vectors)):
-            totals[i] = splat(0.0)
-        depth = self.k if self.dtype == "f32" else -(-self.k // 2)
-        base = T.bind(T.Cast("int64", panel) * (depth * PANEL))
-        origin = T.bind(T.Cast("int64", row) * self.k)
-
-        def add(step: Expr, operands: list[Expr]) -> None:
-            weights = [self._weight(w, base + step * PANEL + vector * LANES) for vector in vectors]
-            for i, operand in enumerate(operands):
-                for j, weight in enumerate(weights):
-                    at = i * len(vectors) + j
-                    totals[at] = self._multiply(totals[at], operand, weight)
-
-        whole = self.k if self.dtype == "f32" else self.k // 2
-        with T.serial(0, whole) as step:
-            add(step, [self._operand(x, origin + i * self.k, step) for i in range(count)])
-        if whole < depth:
-            # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
-            single = [T.Cast("int32", x[origin + i * self.k + (self.k - 1)]) for i in range(count)]
-            add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
-        return totals
-
-    def _operand(self, x: Expr, start: Expr, step: Expr) -> Expr:
-        if self.dtype == "f32":
-            return T.bind(splat(x[start + step]))
-        pair = T.call_extern("int32", "xllm_load_pair", address(x, start + step * 2))
-        return T.bind(T.broadcast(pair, LANES))
-
-    def _weight(self, w: Expr, index: Expr) -> Expr:
-        if self.dtype == "f32":
-            return T.bind(load(w, index, "f32"))
-        return T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, index * 2)))
-
-    def _multiply(self, total: Expr, operand: Expr, weight: Expr) -> Expr:
-        if self.dtype == "f32":
-            return fma(operand, weight, total)
-        return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -37,20 +38,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
-@pytest.fixture(scope="session")
-def artifact(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """The artifact of a family at a dtype."""
-    made: dict[tuple[str, str], Path] = {}
+class Artifacts(Protocol):
+    """Makes an artifact when it is first asked for."""
 
-    def get(family: str, dtype: str) -> Path:
-        if (family, dtype) not in made:
+    def __call__(self, family: str, dtype: str, pipeline: str | None = None) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def artifact(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """The artifact of a family at a dtype, by the default pipeline or another."""
+    made: dict[tuple[str, str, str | None], Path] = {}
+
+    def get(family: str, dtype: str, pipeline: str | None = None) -> Path:
+        if (family, dtype, pipeline) not in made:
             out = tmp_path_factory.mktemp("artifact") / f"{family}-{dtype}"
-            # this machine's best code only: what the other levels compute is tested with the kernels and the lowering
-            options = CompileOptions(
-                dtype=dtype, max_model_len=512, max_num_seqs=48, max_num_batched_tokens=512, isas=(machine_isas()[-1],)
-            )
-            compile_checkpoint(checkpoint(family), out, options)
-            made[family, dtype] = out
-        return made[family, dtype]
+            compile_checkpoint(checkpoint(family), out, options(dtype, pipeline))
+            made[family, dtype, pipeline] = out
+        return made[family, dtype, pipeline]
 
     return get
+
+
+def options(dtype: str, pipeline: str | None = None) -> CompileOptions:
+    """This machine's best code only: what the other levels compute is tested with the kernels and the lowering."""
+    return CompileOptions(
+        dtype=dtype,
+        max_model_len=512,
+        max_num_seqs=48,
+        max_num_batched_tokens=512,
+        isas=(machine_isas()[-1],),
+        pipeline=pipeline,
+    )

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from stepper import Stepper
 
-CASES = [("bundled", "bfloat16"), ("bundled", "float32"), ("mistral", "bfloat16"), ("qwen2", "float32")]
+CASES = [
+    *(("bundled", "bfloat16"), ("bundled", "float32"), ("mistral", "bfloat16"), ("qwen2", "float32")),
+    *(("bundled", "bfloat16", "@cpu-int8"), ("qwen3", "float32", "@cpu-int4"), ("llama", "bfloat16", "@cpu-int4")),
+]
 LENGTH = 120
 
 
@@ -22,7 +25,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
-def path(request: pytest.FixtureRequest, artifact: Callable[[str, str], Path]) -> Path:
+def path(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Path:
     return artifact(*request.param)
 
 

@@ -68,6 +68,55 @@ def test_views_parameters_and_compile_time_values_are_free() -> None:
     assert numbers("wq0", DECODE) == Amounts()
 
 
+QUANTIZED = """xir 1 stage=graph
+dim N in [1, 512]
+
+func @step(%x: bf16[N, 64]) -> (bf16[N, 20]) {
+  %w = param(name="w") : bf16[40, 64]
+  %stored, %scales, %zeros = quant.weight(%w, bits=BITS, group=32, zeros=true) : u8[40, 64], f16[40, 2], u8[40, 2]
+  %back = quant.dequantize(%stored, %scales, zeros=%zeros, bits=BITS, group=32) : bf16[40, 64]
+  %b = param(name="b") : bf16[40]
+  %rows, %scale, %sums = quant.rows(%x, group=32) : i8[N, 64], f32[N], i32[N, 2]
+  %first = quant.linear(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bias=%b, bits=BITS, group=32, act=silu)
+  %y = quant.linear_glu(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bits=BITS, group=32) : bf16[N, 20]
+  return %y
+}
+"""
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_layers_read_what_is_stored(bits: int) -> None:
+    """Two 4-bit values to a byte, an f16 scale and a zero point of a byte for 32 of them."""
+    text = QUANTIZED.replace("BITS", str(bits)).replace("act=silu)", "act=silu) : bf16[N, 40]")
+    stored = 40 * 64 * bits // 8 + 40 * 2 * (2 + 1)
+    activations = 6 * 64 + 6 * 4 + 6 * 2 * 4
+    linear = numbers("first", {"N": 6}, text)
+    assert (linear.weights, linear.read, linear.written) == (stored + 40 * 2, activations, 6 * 40 * 2)
+    assert linear.flops == 2 * 6 * 40 * (64 + 2) + 2 * 6 * 40
+    glu = numbers("y", {"N": 6}, text)
+    assert (glu.weights, glu.read, glu.written) == (stored, activations, 6 * 20 * 2)
+    assert glu.flops == 2 * 6 * 40 * (64 + 2) + 2 * 6 * 20
+    rows = numbers("rows", {"N": 6}, text)
+    assert (rows.read, rows.written, rows.flops) == (6 * 64 * 2, activations, 4 * 6 * 64)
+    assert numbers("stored", {"N": 6}, text) == numbers("back", {"N": 6}, text) == Amounts()
+
+
+def test_rows_of_a_quantized_table() -> None:
+    text = """xir 1 stage=graph
+dim N in [1, 512]
+
+func @step(%ids: i32[N]) -> (bf16[N, 64]) {
+  %w = param(name="w") : bf16[40, 64]
+  %stored, %scales = quant.weight(%w, bits=4, group=32) : u8[40, 64], f16[40, 2]
+  %back = quant.dequantize(%stored, %scales, bits=4, group=32) : bf16[40, 64]
+  %y = nn.embedding(%ids, %back) : bf16[N, 64]
+  return %y
+}
+"""
+    got = numbers("y", {"N": 6}, text)
+    assert (got.weights, got.read, got.written) == (6 * (32 + 2 * 2), 6 * 4, 6 * 64 * 2)
+
+
 def test_an_operand_that_is_used_twice_is_read_once() -> None:
     got = one_op("%y = t.mul(%x, %x) : f32[N, 8]", "%x: f32[N, 8]", "f32[N, 8]")
     assert (got.read, got.written, got.flops) == (6 * 8 * 4, 6 * 8 * 4, 6 * 8)
@@ -167,5 +216,8 @@ def test_of_any_graph(seed: int, tokens: int) -> None:
             if isinstance(op, (Embedding, Take)):
                 gathered.add(op)
         read = [v for v in weight_roots(func) if any(u not in gathered and u is not func.ret for u in v.users)]
-        whole = sum(v.tensor.nbytes.value for v in read if all(u.name not in ("t.slice", "t.reshape") for u in v.users))
+        # two values of 4 bits are a byte, though their type says u8
+        part = {v: 1 + any(u.attrs.get("bits") == 4 and v.dtype == "u8" for u in v.users) for v in read}
+        whole_read = [v for v in read if all(u.name not in ("t.slice", "t.reshape") for u in v.users)]
+        whole = sum(v.tensor.nbytes.value // part[v] for v in whole_read)
         assert costs.total(small).weights >= whole

@@ -91,6 +91,7 @@ BREAKS = {
         "mlp",
         ["in the real dtypes: more rounding", "t.cast(", "> %", "made of %narrow, touched by rounds/to-bf16"],
     ),
+    "loses-half": ("loss", "", ["in RMS, allowed ", "--check-equiv", "make the error of what is multiplied no larger"]),
     "lonely": ("ranks", "ranks", ["on rank 1 of 2", "in exact arithmetic", "--check-equiv"]),
     "drops-collective": ("collectives", "ranks", ["group @tp had 1 collectives and has 0"]),
     "mistaken": ("options", "", ["pass mistaken, sample '{depth=2}'", "has no option 'depth'"]),
@@ -129,6 +130,11 @@ def test_a_sound_pass_keeps_every_law(laboratory: Laboratory) -> None:
     assert [where for where in results.refused if "softmax" in where] == list(results.refused)
     assert all("softmax is not for this pass" in said for said in results.refused.values())
     assert str(results).startswith(f"keeps: {results.changed} of {results.tried} modules changed, ")
+
+
+def test_a_pass_that_says_what_it_loses_keeps_every_law(laboratory: Laboratory) -> None:
+    results = laboratory.results("loses-little")
+    assert results.broken == {} and results.changed >= 2
 
 
 def test_the_functions_of_the_plugin(monkeypatch: pytest.MonkeyPatch, laboratory: Laboratory) -> None:

@@ -31,6 +31,7 @@ from xllm_compiler.ir.ops import (
     AddRmsNorm,
     AllReduceStart,
     Concat,
+    Dequantize,
     Embedding,
     Expand,
     KvAppend,
@@ -41,6 +42,9 @@ from xllm_compiler.ir.ops import (
     LinearGlu,
     MatMul,
     Pad,
+    QuantLinear,
+    QuantLinearGlu,
+    QuantRows,
     Reduce,
     RmsNorm,
     Rope,
@@ -257,6 +261,12 @@ def _slice(costs: Costs, op: Op, cost: Cost) -> Cost:
 
 def _embedding(costs: Costs, op: Op, cost: Cost) -> Cost:
     assert isinstance(op, Embedding)
+    w = op.w.op
+    if isinstance(w, Dequantize) and op.w in costs.weights:
+        rows, table = op.ids.tensor.elements, (w.scales, *([w.zeros] if w.zeros else []))
+        heads = sum(w.scales.shape[1].value * DTYPE_BYTES[v.dtype] for v in table)
+        stored = rows * (op.w.shape[1].value * w.bits // 8 + heads)
+        return replace(cost, weights=stored, read=_bytes(op.ids, costs.weights), flops=2 * op.result.tensor.elements)
     return costs.rows(op, op.w, op.ids, cost)
 
 
@@ -277,6 +287,37 @@ def _linear_glu(costs: Costs, op: Op, cost: Cost) -> Cost:
     out = op.result.tensor.elements
     extras = 2 + 2 * (op.bias is not None)  # activation and product, biases of both halves
     return replace(cost, flops=4 * out * op.w.shape[1] + extras * out)
+
+
+def _quant_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
+    """The largest value, a product and a rounding for each, and their sum."""
+    assert isinstance(op, QuantRows)
+    return replace(cost, flops=4 * op.x.tensor.elements)
+
+
+def _quant_weight_bytes(values: Value, bits: int) -> Dim:
+    """What kernels read of stored values: two to a byte at 4 bits, whatever the IR's type says."""
+    return values.tensor.elements * bits // 8
+
+
+def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
+    """Integer products and sums by group count like others; each group's sum is scaled and added once."""
+    assert isinstance(op, (QuantLinear, QuantLinearGlu))
+    rows, (out, in_) = op.scale.tensor.elements, op.values.shape
+    spare = op.values.tensor.nbytes - _quant_weight_bytes(op.values, op.bits)
+    known = op.values in costs.weights
+    result = op.result.tensor.elements
+    extras = rows * out if op.bias is not None else _ZERO
+    if isinstance(op, QuantLinearGlu):
+        extras = extras + 2 * result
+    else:
+        extras = extras + result * ((op.residual is not None) + (op.act != "none"))
+    return replace(
+        cost,
+        weights=cost.weights - spare if known else cost.weights,
+        read=cost.read if known else cost.read - spare,
+        flops=2 * rows * out * (in_ + op.scales.shape[1]) + extras,
+    )
 
 
 def _matmul(costs: Costs, op: Op, cost: Cost) -> Cost:
@@ -373,6 +414,9 @@ RULES: Final[Mapping[type[Op], Rule]] = {
     Take: _take,
     Linear: _linear,
     LinearGlu: _linear_glu,
+    QuantRows: _quant_rows,
+    QuantLinear: _quant_linear,
+    QuantLinearGlu: _quant_linear,
     MatMul: _matmul,
     Reduce: _per_element(1),
     Softmax: _per_element(5),

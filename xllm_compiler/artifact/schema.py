@@ -23,7 +23,7 @@ WEIGHTS = "weights.bin"
 
 _ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
 DTYPES = tuple(_ITEM_BYTES)
-LAYOUTS = ("row", "panel", "glu")
+LAYOUTS = re.compile(r"row|panel|glu|(glu_)?q[48](g[1-9][0-9]*)?z?")
 SYMBOLS = ("N", "B", "S", "P")
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges."""
 
@@ -332,7 +332,8 @@ def _check_weights(manifest: Manifest) -> None:
     for tensor in sorted(weights.tensors, key=lambda tensor: tensor.offset):
         where = f"$.weights.tensors: {tensor.name}"
         _one_of(tensor.dtype, DTYPES, where)
-        _one_of(tensor.layout, LAYOUTS, where)
+        if not LAYOUTS.fullmatch(tensor.layout):
+            raise bad(where, f"layout {tensor.layout!r} is not known")
         for size in tensor.shape:
             _at_least(size, 0, where)
         if tensor.bytes != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:

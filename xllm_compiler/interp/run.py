@@ -66,10 +66,18 @@ def run_ranks(
 
 def run_value(value: Value, params: Mapping[str, Array], precise: bool = False) -> Array:
     """The array of a weight expression, contiguous. Only what it needs is computed, and freed as early as possible."""
-    if value.op is None:
-        raise IrError(f"%{value.name} is an argument, not a weight expression")
+    return run_values([value], params, precise)[0]
+
+
+def run_values(values: Sequence[Value], params: Mapping[str, Array], precise: bool = False) -> list[Array]:
+    """The arrays of weight expressions of one function; what several need is computed once."""
     needed: dict[Op, None] = {}
-    stack = [value.op]
+    stack: list[Op] = []
+    for value in values:
+        if value.op is None:
+            raise IrError(f"%{value.name} is an argument, not a weight expression")
+        stack.append(value.op)
+    func = stack[0].func
     while stack:
         op = stack.pop()
         if op in needed:
@@ -77,12 +85,12 @@ def run_value(value: Value, params: Mapping[str, Array], precise: bool = False) 
         needed[op] = None
         for v in op.operands:
             if v.op is None:
-                raise IrError(f"%{value.name} is not a weight expression: it depends on argument %{v.name}", op=op)
+                name = values[0].name
+                raise IrError(f"%{name} is not a weight expression: it depends on argument %{v.name}", op=op)
             stack.append(v.op)
-    order = sorted(needed, key=value.op.func.ops.order)
     env: dict[Value, Array] = {}
-    _execute(order, [EvalContext(params, {}, precise)], [env], keep=(value,))
-    return np.ascontiguousarray(env[value])
+    _execute(sorted(needed, key=func.ops.order), [EvalContext(params, {}, precise)], [env], keep=values)
+    return [np.ascontiguousarray(env[v]) for v in values]
 
 
 def bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int]) -> dict[str, int]:

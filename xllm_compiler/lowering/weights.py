@@ -15,12 +15,16 @@ from xllm_compiler.ir.core import Op, Value
 
 @dataclass(frozen=True, slots=True)
 class WeightRequest:
-    """One tensor of the weight file: an expression, the layout in which kernels read it, and its stored dtype."""
+    """One tensor of the weight file: an expression, the layout in which kernels read it, and its stored dtype.
+
+    A quantized weight is one tensor too: `value` are its stored integers, `rest` its scales, and zero points if any.
+    """
 
     value: Value
     name: str
     layout: str
     dtype: str
+    rest: tuple[Value, ...] = ()
 
 
 class WeightTable:
@@ -32,14 +36,15 @@ class WeightTable:
         self._index: dict[tuple[str, str, str], int] = {}
         self._taken: set[str] = set()
 
-    def request(self, value: Value, layout: str, dtype: str | None = None) -> int:
+    def request(self, value: Value, layout: str, dtype: str | None = None, rest: tuple[Value, ...] = ()) -> int:
         """The index of the request for `value` in `layout`; a new one where none has been made."""
         stored = dtype or value.dtype
-        key = (self.key(value), layout, stored)
+        key = ("\0".join(map(self.key, (value, *rest))), layout, stored)
         found = self._index.get(key)
         if found is None:
             found = self._index[key] = len(self.requests)
-            self.requests.append(WeightRequest(value, self._unique_name(value, layout, stored), layout, stored))
+            name = self._unique_name(value, layout, stored)
+            self.requests.append(WeightRequest(value, name, layout, stored, rest))
         return found
 
     def key(self, value: Value) -> str:

@@ -117,6 +117,15 @@ class Reference:
                     return found
         return None
 
+    def places(self, after: Module) -> list[tuple[Func, Func, dict[str, int]]]:
+        """What is compared: functions here and in `after`, at each of the sizes."""
+        out = []
+        for name, func in self.module.funcs.items():
+            changed = after.func(name)
+            _check_signature(func, changed)
+            out += [(func, changed, dims) for dims in self._dims(func, after)]
+        return out
+
     def _dims(self, func: Func, after: Module) -> list[dict[str, int]]:
         if self.sizes is None:
             return telling_sizes(func, after.scope)

@@ -16,6 +16,7 @@ from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.passes.instruments import diff_text
+from xllm_compiler.testing.laws_loss import excess
 from xllm_compiler.testing.laws_streams import OTHER_VALUE, check_collectives, check_interleavings
 from xllm_compiler.testing.laws_trial import Trial, run_pass
 
@@ -134,8 +135,8 @@ def _collectives(t: Trial) -> str | None:
     if t.p.reorders_collectives or not t.sound or not t.changed:
         return None
     found = _asked(check_collectives, t)
-    if found is not None and OTHER_VALUE in found and _compared(t, True) is not None:
-        return None  # wrong algebra, which another law tells better
+    if found is not None and OTHER_VALUE in found and (t.p.loss or _compared(t, True) is not None):
+        return None  # wrong algebra, which another law tells better, or less precision, which is the pass's purpose
     return found
 
 
@@ -154,7 +155,7 @@ def _rounding(t: Trial) -> str | None:
 
 
 def _compared(t: Trial, precise: bool) -> str | None:
-    if not t.sound or not t.changed:
+    if not t.sound or not t.changed or t.p.loss:
         return None
     if precise not in t.compared:
         t.compared[precise] = _asked(lambda t: _mismatch(t, precise), t)
@@ -164,6 +165,12 @@ def _compared(t: Trial, precise: bool) -> str | None:
 def _mismatch(t: Trial, precise: bool) -> str | None:
     found = t.reference.compare(t.after, ulps=t.p.ulps, modes=(precise,))
     return None if found is None else found.finding
+
+
+def _loss(t: Trial) -> str | None:
+    if not t.sound or not t.changed or not t.p.loss:
+        return None
+    return _asked(lambda t: excess(t.reference, t.after, t.p.loss), t)
 
 
 def _asked(check: Judge, t: Trial) -> str | None:
@@ -247,6 +254,12 @@ LAWS: Final[tuple[Law, ...]] = (
         "in the real dtypes results differ by no more than the pass's `ulps`",
         _rounding,
         "round as often as before, in the same dtypes; or set `ulps: ClassVar[int]` with a reason",
+    ),
+    Law(
+        "loss",
+        "a pass that gives up precision on purpose gives up no more than it says",
+        _loss,
+        "make the error of what is multiplied no larger than the pass's `loss`, or say a larger one with a reason",
     ),
     Law("ranks", "that holds on two and on four ranks in lockstep too", _ranks, _BISECT),
     Law(

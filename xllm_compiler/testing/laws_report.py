@@ -43,6 +43,7 @@ _COMMANDS: Final = {
     "collectives": ("xllm-opt {f} -p {p} --diff",),
     "meaning": ("xllm-opt {f} -p {p} --check-equiv", "xllm-bisect {f} -p {p}"),
     "rounding": ("xllm-opt {f} -p {p} --check-equiv", "xllm-bisect {f} -p {p}"),
+    "loss": ("xllm-opt {f} -p {p} --check-equiv", "xllm-bisect {f} -p {p}"),
     "ranks": ("xllm-opt {f} -p {p} --check-equiv", "xllm-bisect {f} -p {p}"),
     "idempotent": ("xllm-opt {f} -p {p2} --print-after all --diff",),
     "interleavings": ("xllm-opt {f} -p {p} | xllm-run - --orders 16",),

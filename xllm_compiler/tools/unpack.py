@@ -1,9 +1,13 @@
 """The weights of an artifact as the interpreter wants them: its step's weight expressions become plain parameters whose
-values come from weights.bin. Owns the way back from packed layouts."""
+values come from weights.bin. Owns the way back from packed layouts.
+
+A quantized weight is one stored tensor and several values of the step: its integers, scales, and zero points if any.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +17,31 @@ from numpy.typing import NDArray
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.artifact import WEIGHTS, Manifest, Weight
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Builder, Module
-from xllm_compiler.ir.ops import Param
+from xllm_compiler.ir.core import Builder, Module, Op, Value
+from xllm_compiler.ir.ops import Dequantize, Param, QuantLinear, QuantLinearGlu
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import Tensor
-from xllm_compiler.kernels.layouts import GLU_HALF, glu_rows, unpack_panels
+from xllm_compiler.kernels.layouts import GLU_HALF, Quantization, glu_rows, unpack_panels, unpack_quantized
 from xllm_compiler.lowering.weights import WeightTable
 
 Array = NDArray[Any]
 
 
-class PackedWeights(Mapping[str, Array]):
-    """Parameter name -> array, unpacked when asked for. `wanted`: the stored tensor and the parameter's type."""
+@dataclass(frozen=True)
+class Wanted:
+    """A parameter of the step: what it is of a stored tensor. `part`: of a quantized one, 0 the integers, 1 the scales,
+    2 the zero points; `whole`: the shape of the tensor that is stored."""
 
-    def __init__(self, path: Path, wanted: Mapping[str, tuple[Weight, Tensor]]) -> None:
+    weight: Weight
+    type: Tensor
+    part: int
+    whole: tuple[int, ...]
+
+
+class PackedWeights(Mapping[str, Array]):
+    """Parameter name -> array, unpacked when asked for."""
+
+    def __init__(self, path: Path, wanted: Mapping[str, Wanted]) -> None:
         self._path = path
         self._wanted = dict(wanted)
 
@@ -37,13 +52,13 @@ class PackedWeights(Mapping[str, Array]):
         return len(self._wanted)
 
     def __getitem__(self, name: str) -> Array:
-        weight, type_ = self._wanted[name]
+        wanted = self._wanted[name]
+        weight = wanted.weight
         try:
             data = np.fromfile(self._path, np.uint8, weight.bytes, offset=weight.offset)
         except OSError as error:
             raise XllmError("io", f"cannot read {WEIGHTS}: {error.strerror}", where=str(self._path)) from None
-        shape = tuple(dim.value for dim in type_.shape)
-        return unpack(weight, data, shape).astype(NP_DTYPE[type_.dtype], copy=False)
+        return unpack(weight, data, wanted.whole, wanted.part).astype(NP_DTYPE[wanted.type.dtype], copy=False)
 
 
 def bind_weights(module: Module, directory: Path, manifest: Manifest) -> PackedWeights:
@@ -52,32 +67,58 @@ def bind_weights(module: Module, directory: Path, manifest: Manifest) -> PackedW
     func = module.func("step")
     stored = {weight.name: weight for weight in manifest.weights.tensors}
     known = weight_exprs(func)
-    wanted: dict[str, tuple[Weight, Tensor]] = {}
     table = WeightTable()
-    for op in list(func.ops):
+    # Everything is named before anything is replaced: names say what an expression is made of.
+    parts: dict[Value, tuple[str, int, Value]] = {}  # value -> the stored tensor, which part of it, its integers
+    for op in func.ops:
         for value in op.results:
-            if value not in known:
-                continue
-            name = table.name(value)
-            if name in stored:
-                builder = Builder.before(op)
-                param = builder.create(Param, name=name, type=value.tensor).result
-                value.replace_all_uses_with(param)
-                wanted[name] = (stored[name], value.tensor)
+            if value in known and (name := table.name(value)) in stored and not _quantized(stored[name]):
+                parts[value] = (name, 0, value)
+        for i, value in enumerate(_form(op)):
+            if (name := table.name(_form(op)[0])) in stored and _quantized(stored[name]):
+                parts[value] = (name, i, _form(op)[0])
+    wanted: dict[str, Wanted] = {}
+    for value, (name, part, whole) in parts.items():
+        assert value.op is not None
+        called = f"{name}{('', ':scales', ':zeros')[part]}"
+        param = Builder.before(value.op).create(Param, name=called, type=value.tensor).result
+        value.replace_all_uses_with(param)
+        wanted[called] = Wanted(stored[name], value.tensor, part, tuple(dim.value for dim in whole.shape))
     for op in reversed(list(func.ops)):
         if op.SPEC.pure and not any(result.has_uses for result in op.results) and op.results:
             op.erase()
     return PackedWeights(directory / WEIGHTS, wanted)
 
 
-def unpack(weight: Weight, data: NDArray[np.uint8], shape: tuple[int, ...]) -> Array:
-    """The tensor of `shape` that is packed in `data`."""
+def _form(op: Op) -> tuple[Value, ...]:
+    """The quantized weight that an op reads."""
+    if not isinstance(op, (Dequantize, QuantLinear, QuantLinearGlu)):
+        return ()
+    return (op.values, op.scales) if op.zeros is None else (op.values, op.scales, op.zeros)
+
+
+def _quantized(weight: Weight) -> bool:
+    return weight.layout not in ("row", "panel", "glu")
+
+
+def unpack(weight: Weight, data: NDArray[np.uint8], shape: tuple[int, ...], part: int = 0) -> Array:
+    """The tensor of `shape` that is packed in `data`; of a quantized one its integers, scales or zero points."""
     packed = data.view(NP_DTYPE[weight.dtype]).reshape(weight.shape)
     if weight.layout == "row":
         return packed.reshape(shape)
     out, in_ = shape
     if weight.layout == "panel":
         return unpack_panels(packed, out, in_)
-    mixed = unpack_panels(packed, glu_rows(out // 2), in_)
-    halves = mixed.reshape(-1, 2, GLU_HALF, in_).transpose(1, 0, 2, 3).reshape(2, -1, in_)
-    return np.ascontiguousarray(halves[:, : out // 2].reshape(out, in_))
+    if weight.layout == "glu":
+        return _halves(unpack_panels(packed, glu_rows(out // 2), in_), out)
+    form, glu = Quantization.parse(weight.layout.removeprefix("glu_")), weight.layout.startswith("glu_")
+    found = unpack_quantized(form, packed, glu_rows(out // 2) if glu else out, in_)[part]
+    assert found is not None, f"{weight.name} has no zero points"
+    return _halves(found, out) if glu else found
+
+
+def _halves(mixed: Array, out: int) -> Array:
+    """Undoes kernels.layouts.interleave_glu: gate rows, then up rows, of which there are `out` together."""
+    columns = mixed.shape[1]
+    halves = mixed.reshape(-1, 2, GLU_HALF, columns).transpose(1, 0, 2, 3).reshape(2, -1, columns)
+    return np.ascontiguousarray(halves[:, : out // 2].reshape(out, columns))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Builder, Func, Module, Op
-from xllm_compiler.ir.ops import AllReduceStart, Cast, Const, Exp, Max, Neg, Relu, Softmax, Wait
+from xllm_compiler.ir.ops import AllReduceStart, Cast, Const, Exp, Max, Mul, Neg, Relu, Softmax, Wait
 from xllm_compiler.ir.rewrite import Rewriter, apply_rules, rule
 from xllm_compiler.passes.base import FuncPass, Pass, PassContext
 from xllm_compiler.passes.registry import register_pass
@@ -40,6 +40,44 @@ class Keeps(_Sound):
         if self.refuse and any(isinstance(op, Softmax) for f in module.funcs.values() for op in f.ops):
             raise XllmError("unsupported", "softmax is not for this pass")
         return super().run(module, ctx)
+
+
+@rule(Relu)
+def spell_out_half(op: Relu, rw: Rewriter) -> bool:
+    """relu(x) -> max(x, 0) * 0.5, as if a scale had been forgotten."""
+    whole = rw.create(Max, op.x, rw.create(Const, value=0.0).result)
+    rw.replace(op, rw.create(Mul, whole.result, rw.create(Const, value=0.5).result))
+    return True
+
+
+@register_pass("loses-half")
+@dataclass(frozen=True)
+class LosesHalf(FuncPass):
+    """May lose a little, and loses half."""
+
+    @property
+    def loss(self) -> float:
+        return 0.05
+
+    def run_on(self, func: Func, ctx: PassContext) -> bool:
+        return apply_rules(func, [spell_out_half], self.name, ctx).changed
+
+
+@register_pass("loses-little")
+@dataclass(frozen=True)
+class LosesLittle(LosesHalf):
+    """Loses no more than it may: far more than rounding."""
+
+    def run_on(self, func: Func, ctx: PassContext) -> bool:
+        return apply_rules(func, [spell_out_nearly], self.name, ctx).changed
+
+
+@rule(Relu)
+def spell_out_nearly(op: Relu, rw: Rewriter) -> bool:
+    """relu(x) -> max(x, 0) * 0.998."""
+    whole = rw.create(Max, op.x, rw.create(Const, value=0.0).result)
+    rw.replace(op, rw.create(Mul, whole.result, rw.create(Const, value=0.998).result))
+    return True
 
 
 @register_pass("crashes")

@@ -43,6 +43,7 @@ from xllm_compiler.ir.ops.elementwise import (
 from xllm_compiler.ir.ops.kv import KvAppend, KvAttend, KvWrite
 from xllm_compiler.ir.ops.nn import AddRmsNorm, Embedding, LayerNorm, Linear, LinearGlu, RmsNorm, Rope
 from xllm_compiler.ir.ops.param import Const, Iota, Param
+from xllm_compiler.ir.ops.quant import Dequantize, QuantLinear, QuantLinearGlu, QuantRows, QuantWeight
 from xllm_compiler.ir.ops.sched import Record, WaitEvent
 from xllm_compiler.ir.ops.tensor import (
     Concat,
@@ -70,6 +71,7 @@ __all__ = [
     "Const",
     "Cos",
     "CumSum",
+    "Dequantize",
     "Div",
     "Embedding",
     "Eq",
@@ -103,6 +105,10 @@ __all__ = [
     "Pad",
     "Param",
     "Pow",
+    "QuantLinear",
+    "QuantLinearGlu",
+    "QuantRows",
+    "QuantWeight",
     "Record",
     "Reduce",
     "Relu",

@@ -11,12 +11,14 @@ from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import Kv
+from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.attend import Attend
 from xllm_compiler.kernels.tir.embedding import Embedding
 from xllm_compiler.kernels.tir.kv_address import KvLayout
 from xllm_compiler.kernels.tir.kv_append import KvAppend, KvWrite
 from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.norms import AddRmsNorm, LayerNorm, RmsNorm
+from xllm_compiler.kernels.tir.quantize import QuantizeRows
 from xllm_compiler.kernels.tir.rope import Rope
 from xllm_compiler.lowering.cpu.selection import CPU, Selection, const_dim, rows
 from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
@@ -116,6 +118,62 @@ def _linear_glu(s: Selection, op: Op) -> None:
     s.call(op, kernel, [*args, s.ref(op.result), rows(x)])
 
 
+# ------------------------------------------------------------------------------------------------------------ quantized
+
+
+def _form(op: Op) -> Quantization:
+    return Quantization(_int(op, "bits"), _int(op, "group"), _one(op, "zeros") is not None)
+
+
+def _quantized(s: Selection, op: Op, layout: str) -> Ref:
+    values, scales, zeros = _operand(op, "values"), _operand(op, "scales"), _one(op, "zeros")
+    for v in (values, scales, zeros):
+        if v is not None and v not in s.storage.weights:
+            raise XllmError("unsupported", f"{op.name} with a weight that is computed in the step", where=where(op))
+    return s.quantized(values, scales, zeros, layout)
+
+
+@CPU.register(_keys("quant.rows"))
+def _quant_rows(s: Selection, op: Op) -> None:
+    x = _operand(op, "x")
+    k = const_dim(x.shape[-1], op, "the row length")
+    kernel = QuantizeRows(k=k, dtype=x.dtype, group=_int(op, "group"))
+    s.call(op, kernel, [s.ref(x), *(s.ref(r) for r in op.results), rows(x)])
+
+
+@CPU.register([Key("quant.linear", "i8")])
+def _quant_linear(s: Selection, op: Op) -> None:
+    x, bias, residual = _operand(op, "x"), _one(op, "bias"), _one(op, "residual")
+    form, out = _form(op), _widened(s, op)
+    n, k = (const_dim(d, op, "the weight's shape") for d in _operand(op, "values").shape)
+    kernel = Linear(
+        k=k,
+        n=n,
+        dtype=_text(op, "dtype"),
+        out=out.dtype,
+        bias=bias is not None,
+        residual=residual is not None,
+        act=_text(op, "act"),
+        weights=str(form),
+    )
+    args: list[Ref | Dim] = [s.ref(_operand(op, name)) for name in ("x", "scale", "sums")]
+    args.append(_quantized(s, op, str(form)))
+    args += [s.ref(v, kernel.dtype) for v in (bias, residual) if v is not None]
+    s.call(op, kernel, [*args, s.ref(out), rows(x)])
+
+
+@CPU.register([Key("quant.linear_glu", "i8")])
+def _quant_linear_glu(s: Selection, op: Op) -> None:
+    x, bias, form = _operand(op, "x"), _one(op, "bias"), _form(op)
+    n, k = (const_dim(d, op, "the weight's shape") for d in _operand(op, "values").shape)
+    dtype = _text(op, "dtype")
+    kernel = LinearGlu(k=k, f=n // 2, dtype=dtype, bias=bias is not None, act=_text(op, "act"), weights=str(form))
+    args: list[Ref | Dim] = [s.ref(_operand(op, name)) for name in ("x", "scale", "sums")]
+    args.append(_quantized(s, op, f"glu_{form}"))
+    args += [s.ref(v, dtype) for v in (bias,) if v is not None]
+    s.call(op, kernel, [*args, s.ref(op.result), rows(x)])
+
+
 # ---------------------------------------------------------------------------------------------------- norms, embedding
 
 
@@ -151,10 +209,15 @@ def _layer_norm(s: Selection, op: Op) -> None:
 def _embedding(s: Selection, op: Op) -> None:
     ids, w = _operand(op, "ids"), _operand(op, "w")
     dim = const_dim(w.shape[1], op, "the row length")
+    count = rows(ids) * ids.shape[-1] if ids.shape else as_dim(1)
+    if w.op is not None and w.op.name == "quant.dequantize" and w in s.storage.weights:
+        form = _form(w.op)
+        kernel = Embedding(dim=dim, dtype=w.dtype, layout=str(form))
+        s.call(op, kernel, [s.ref(ids, "i32"), _quantized(s, w.op, str(form)), s.ref(op.result), count])
+        return
     # a table that a linear reads too is stored once, the way the linear wants it
     tied = w in s.storage.weights and s.weights.key(w) in s.panels
     table = s.weight(w, "panel") if tied else s.ref(w)
-    count = rows(ids) * ids.shape[-1] if ids.shape else as_dim(1)
     kernel = Embedding(dim=dim, dtype=w.dtype, layout="panel" if tied else "row")
     s.call(op, kernel, [s.ref(ids, "i32"), table, s.ref(op.result), count])
 

@@ -14,10 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.interp import run_value
+from xllm_compiler.interp import run_value, run_values
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS
-from xllm_compiler.kernels.layouts import glu_rows, pack_glu, pack_panels, panel_shape
+from xllm_compiler.kernels.layouts import (
+    Quantization,
+    glu_rows,
+    interleave_glu,
+    pack_glu,
+    pack_panels,
+    pack_quantized,
+    panel_shape,
+)
 from xllm_compiler.lowering.weights import WeightRequest, WeightTable, param_names
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
@@ -49,7 +57,13 @@ def packed_shape(request: WeightRequest) -> tuple[int, ...]:
             return panel_shape(shape[0], shape[1], request.dtype)
         case "glu":
             return panel_shape(glu_rows(shape[0] // 2), shape[1], request.dtype)
-    raise XllmError("internal", f"no weight layout called {request.layout}", where=request.name)
+    form, glu = quantized_layout(request.layout)
+    return form.shape(glu_rows(shape[0] // 2) if glu else shape[0], shape[1])
+
+
+def quantized_layout(layout: str) -> tuple[Quantization, bool]:
+    """The form of quantized weights that a layout names, and whether gate and up rows are interleaved."""
+    return Quantization.parse(layout.removeprefix("glu_")), layout.startswith("glu_")
 
 
 def plan_file(table: WeightTable) -> tuple[list[PackedTensor], int]:
@@ -95,10 +109,12 @@ def write_weights(
 
 
 def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
-    sources = param_names(request.value)
+    sources = list(dict.fromkeys(name for value in (request.value, *request.rest) for name in param_names(value)))
     missing = [name for name in sources if name not in params]
     if missing:
         raise XllmError("checkpoint", f"the checkpoint has no tensor {missing[0]}", where=request.name)
+    if request.rest:
+        return _pack_quantized(request, params, sources)
     shape = [d.value for d in request.value.shape]  # said again, since numpy makes a contiguous rank 0 a rank 1
     value = run_value(request.value, params).reshape(shape)
     if sources and request.value.dtype in FLOATS:
@@ -110,6 +126,17 @@ def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
         case "glu":
             return pack_glu(value)
     return value
+
+
+def _pack_quantized(request: WeightRequest, params: Mapping[str, Array], sources: Sequence[str]) -> Array:
+    parts = run_values([request.value, *request.rest], params)
+    for name in sources:
+        if params[name].dtype.kind not in "iub":
+            _check_finite(params[name], request.name, [name], params)
+    form, glu = quantized_layout(request.layout)
+    if glu:
+        parts = [interleave_glu(part) for part in parts]
+    return pack_quantized(form, *parts)
 
 
 def _check_finite(value: Array, name: str, sources: Sequence[str], params: Mapping[str, Array]) -> None:

@@ -51,6 +51,11 @@ class Selection:
         size = value.tensor.elements * DTYPE_BYTES[dtype or value.dtype]
         return Ref("weight", index, as_dim(0), size)
 
+    def quantized(self, values: Value, scales: Value, zeros: Value | None, layout: str) -> Ref:
+        """The place of a quantized weight in a layout."""
+        rest = (scales,) if zeros is None else (scales, zeros)
+        return Ref("weight", self.weights.request(values, layout, rest=rest), as_dim(0), values.tensor.elements)
+
     def call(self, op: Op, kernel: Kernel, args: list[Ref | Dim]) -> None:
         """Adds a kernel call; what it reads and writes follows from the kernel's own declaration."""
         declared = kernel.args[:-2]

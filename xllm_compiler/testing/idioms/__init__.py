@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from xllm_compiler.testing.idioms.model import all_reduce, attention, cross, gated, linear, logits, norm, rope
+from xllm_compiler.testing.idioms.model import (
+    all_reduce,
+    attention,
+    cross,
+    gated,
+    linear,
+    logits,
+    norm,
+    quantized,
+    rope,
+)
 from xllm_compiler.testing.idioms.tensor import (
     again,
     binary,
@@ -35,5 +45,5 @@ Idiom = Callable[[Sketch], None]
 IDIOMS: Final[tuple[Idiom, ...]] = (
     *(unary, binary, constant, linear, norm, shape, attention, gated, rope, all_reduce),
     *(identity, again, casts, positive, spelled_activation, reduce, rows, integers, masks, columns),
-    *(cross, logits, returned_ints),
+    *(cross, logits, returned_ints, quantized),
 )

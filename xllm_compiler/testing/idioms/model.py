@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import Final
+from typing import Any, Final
 
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Value
@@ -52,6 +52,29 @@ def linear(g: Sketch) -> None:
             low, high = g.param(1, g.width), g.param(g.width - 1, g.width)
             y = g.op(ops.Linear, x, g.op(ops.Concat, low, high, axis=0))
     g.push(y)
+
+
+def quantized(g: Sketch) -> None:
+    """Linear layers on quantized weights: with those alone, or with the argument's rows quantized too (any other value
+    would be rounded differently after a rewrite that is off by one unit), and rows of a quantized table."""
+    form: dict[str, Any] = {"bits": g.pick((8, 4)), "group": g.pick((0, 16))}
+    how = g.choose(4)
+    f = 3 + g.choose(4)
+    rows = (g.width, g.width, 2 * f, 64)[how]
+    stored, scales, *zeros = g.b.create(ops.QuantWeight, g.param(rows, g.width), zeros=g.choose(2) == 1, **form).results
+    fields: dict[str, object] = {"zeros": zeros[0] if zeros else None, "dtype": g.dtype, **form}
+    if how in (0, 3):
+        w = g.op(ops.Dequantize, stored, scales, **fields)
+        ids = g.pick(g.ints[:-4:-1]) if g.ints else g.arg("pos")
+        g.push(g.op(ops.Linear, g.back(), w) if how == 0 else g.op(ops.Embedding, ids, w))
+        return
+    operands = (*g.b.create(ops.QuantRows, g.x, group=form["group"]).results, stored, scales)
+    fields["bias"] = g.pick((None, g.param(rows)))
+    if how == 1:
+        g.push(g.op(ops.QuantLinear, *operands, **fields, residual=g.pick((None, g.back())), act=g.pick(_ACTS)))
+    else:
+        y = g.op(ops.QuantLinearGlu, *operands, **fields, act=g.pick(_ACTS[1:]))
+        g.push(g.op(ops.Linear, y, g.param(g.width, f)))
 
 
 def gated(g: Sketch) -> None:

@@ -1,0 +1,115 @@
+"""`QuantizeRows`: activations to 8 bits, row by row. Owns that arithmetic.
+
+scale = max |x| / 127 over the row; stored = round(x / scale), to nearest, ties to even; and the sums of the stored
+values over each group of k, with which the zero points of weights are taken off. Members share out rows.
+A row that holds NaN or infinity gets the scale NaN, so that what is computed from it says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.layouts import Quantization
+from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
+from xllm_compiler.kernels.tir.emit import (
+    Scalars,
+    Vectors,
+    address,
+    build_function,
+    fma,
+    horizontal_max,
+    horizontal_sum,
+    load_part,
+    share,
+    splat,
+)
+from xllm_compiler.kernels.tir.norms import each_vector
+from xllm_compiler.kernels.tir.vmath import maximum
+
+Expr = Any
+LARGEST = 127.0
+
+
+@dataclass(frozen=True)
+class QuantizeRows(Kernel):
+    """x[rows, k] to q i8 [rows, padded k], scale f32 [rows], sum i32 [rows, groups]; `group`: that of the weights."""
+
+    k: int
+    dtype: str
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.k > 0 and self.dtype in ("bf16", "f32"), f"quantizing rows of {self.k} {self.dtype}", self)
+
+    @property
+    def form(self) -> Quantization:
+        return Quantization(8, self.group)  # of which only the grouping is asked for
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        padded, groups = self.form.padded(self.k), self.form.groups(self.k)
+        return (
+            Arg("x", self.dtype, f"rows, {self.k}"),
+            Arg("q", "i8", f"rows, {padded}", written=True),
+            Arg("scale", "f32", "rows", written=True),
+            Arg("sum", "i32", f"rows, {groups}", written=True),
+            scalar("rows"),
+            *MEMBER_ARGS,
+        )
+
+    def build(self, isa: Isa) -> Any:
+        form = self.form
+        padded, groups = form.padded(self.k), form.groups(self.k)
+        length = form.group or padded
+
+        def body(x: Expr, q: Expr, scale: Expr, sum: Expr, rows: Expr, member: Expr, team: Expr) -> None:
+            first, last = share(rows, member, team)
+            with T.serial(first, last) as row:
+                source = T.bind(T.Cast("int64", row) * self.k)
+                largest = self._largest(x, source)
+                T.buffer_store(scale, largest * T.float32(1 / LARGEST), [row])
+                factor = T.bind(T.Select(largest > T.float32(0), T.float32(LARGEST) / largest, T.float32(0)))
+                target = T.bind(T.Cast("int64", row) * padded)
+
+                def quantize(group: Expr, valid: int) -> None:
+                    """One group, of which only the first `valid` values exist."""
+                    total = Scalars(1, "int32")
+                    total[0] = T.int32(0)
+
+                    def store(at: Expr, count: int) -> None:
+                        value = splat(0.0)
+                        if count > 0:
+                            value = load_part(x, source + at, count, self.dtype) * splat(factor)
+                        where = address(q, target + at)
+                        total[0] = total[0] + T.call_extern("int32", "xllm_store_i8", where, value, T.int32(count))
+
+                    start = T.bind(group * length)
+                    with T.serial(0, valid // LANES) as i:
+                        store(T.bind(start + i * LANES), LANES)
+                    for at in range(valid // LANES * LANES, length, LANES):
+                        store(T.bind(start + at), max(0, min(valid - at, LANES)))
+                    T.buffer_store(sum, total[0], [row * groups + group])
+
+                with T.serial(0, self.k // length) as group:
+                    quantize(group, length)
+                if self.k % length:
+                    quantize(T.int32(self.k // length), self.k % length)
+
+        return build_function(self, isa, body)
+
+    def _largest(self, x: Expr, source: Expr) -> Expr:
+        """The largest |x| of a row, NaN where not all are finite."""
+        top, bad = Vectors(1), Vectors(1)
+        top[0], bad[0] = splat(0.0), splat(0.0)
+
+        def see(at: Expr, valid: int) -> None:
+            value = T.bind(load_part(x, source + at, valid, self.dtype))
+            top[0] = maximum(top[0], tirx.call_llvm_pure_intrin("float32x16", "llvm.fabs", value))
+            bad[0] = fma(value, splat(0.0), bad[0])
+
+        each_vector(self.k, see)
+        return T.bind(horizontal_max(top[0]) + horizontal_sum(bad[0]))

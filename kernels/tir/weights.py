@@ -1,0 +1,193 @@
+"""How the register tile of a linear layer reads its weight: `Dense` and `Quantized`. Owns the inner loops over k.
+
+A format says which arguments hold activations and weight, how large a tile its registers allow, and emits the sums
+x[row + i] @ w.T of one tile as f32. What is done with the sums, and the walk over tiles, is linear.py's. Whatever the
+tile, one output element is computed by the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.layouts import QUAD, Quantization
+from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
+from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat, tile_width
+
+Expr = Any
+_BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
+
+
+class WeightFormat(ABC):
+    """What a linear kernel asks of its weight."""
+
+    @abstractmethod
+    def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
+        """Activations, then the weight; `rows_of` describes its packed rows."""
+
+    @abstractmethod
+    def width(self, isa: Isa, rows: int) -> int:
+        """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
+
+    @abstractmethod
+    def tile(self, isa: Isa, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range) -> list[Expr]:
+        """Sums of `count` rows by the vectors `at` of a panel, row by row, as f32."""
+
+
+@dataclass(frozen=True)
+class Dense(WeightFormat):
+    """The weight in the type of x: f32, or bf16 in pairs along k. One f32 accumulator per element, k in order."""
+
+    dtype: str
+
+    def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
+        return (Arg("x", self.dtype, f"rows, {k}"), Arg("w", self.dtype, f"{rows_of}, {k}"))
+
+    def width(self, isa: Isa, rows: int) -> int:
+        return tile_width(isa, self.dtype, rows)
+
+    def tile(self, isa: Isa, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range) -> list[Expr]:
+        x, w = env["x"], env["w"]
+        totals = Vectors(count * len(at))
+        for i in range(count * len(at)):
+            totals[i] = splat(0.0)
+        depth = k if self.dtype == "f32" else -(-k // 2)
+        base = T.bind(T.Cast("int64", panel) * (depth * PANEL))
+        origin = T.bind(T.Cast("int64", row) * k)
+
+        def add(step: Expr, operands: list[Expr]) -> None:
+            weights = [self._weight(w, base + step * PANEL + vector * LANES) for vector in at]
+            for i, operand in enumerate(operands):
+                for j, weight in enumerate(weights):
+                    index = i * len(at) + j
+                    totals[index] = self._multiply(totals[index], operand, weight)
+
+        whole = k if self.dtype == "f32" else k // 2
+        with T.serial(0, whole) as step:
+            add(step, [self._operand(x, origin + i * k, step) for i in range(count)])
+        if whole < depth:
+            # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
+            single = [T.Cast("int32", x[origin + i * k + (k - 1)]) for i in range(count)]
+            add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
+        return [totals[i] for i in range(count * len(at))]
+
+    def _operand(self, x: Expr, start: Expr, step: Expr) -> Expr:
+        if self.dtype == "f32":
+            return T.bind(splat(x[start + step]))
+        pair = T.call_extern("int32", "xllm_load_pair", address(x, start + step * 2))
+        return T.bind(T.broadcast(pair, LANES))
+
+    def _weight(self, w: Expr, index: Expr) -> Expr:
+        if self.dtype == "f32":
+            return T.bind(load(w, index, "f32"))
+        return T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, index * 2)))
+
+    def _multiply(self, total: Expr, operand: Expr, weight: Expr) -> Expr:
+        if self.dtype == "f32":
+            return fma(operand, weight, total)
+        return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, weight)
+
+
+@dataclass(frozen=True)
+class Quantized(WeightFormat):
+    """8- or 4-bit weights by 8-bit activations: integer sums of a group of k are exact, and scaled sums of groups are
+    added in order.
+
+    Activations come quantized by row (kernels/tir/quantize.py): `x` [rows, padded k] in -127 .. 127, `xs` their scales
+    and `xsum` [rows, groups] the sums of a row's group. A stored weight is w / scale + zero, unsigned; so a group's sum
+    starts at -zero * xsum and is multiplied by the weight's scale, and the total by the row's.
+    """
+
+    q: Quantization
+
+    def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
+        groups, padded = self.q.groups(k), self.q.padded(k)
+        return (
+            Arg("x", "i8", f"rows, {padded}"),
+            Arg("xs", "f32", "rows"),
+            Arg("xsum", "i32", f"rows, {groups}"),
+            Arg("w", "u8", f"{rows_of}, {k} in {self.q}"),
+        )
+
+    def width(self, isa: Isa, rows: int) -> int:
+        each = LANES // isa.register_lanes
+        sums = 1 if self.q.group == 0 else 2  # integer accumulators of the group, and f32 totals
+        held = (1 if self.q.bits == 8 else 2) + (0 if isa.has_int8_dot else 2)
+        for width in (4, 2, 1):
+            if each * (rows * width * sums + width * held) + 1 <= isa.vector_registers:
+                return width
+        return 0
+
+    def tile(self, isa: Isa, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range) -> list[Expr]:
+        groups, padded = self.q.groups(k), self.q.padded(k)
+        base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
+        origins = [T.bind(T.Cast("int64", row + i) * padded) for i in range(count)]
+        sums = [T.bind(T.Cast("int64", row + i) * groups) for i in range(count)]
+        if groups == 1:
+            totals = self._group(env, base, origins, sums, at, padded)
+        else:
+            slots = Vectors(count * len(at))
+            for i in range(count * len(at)):
+                slots[i] = splat(0.0)
+            with T.serial(0, groups) as group:
+                start = T.bind(base + T.Cast("int64", group) * self.q.group_bytes(k))
+                parts = self._group(
+                    env, start, [o + group * self.q.group for o in origins], [s + group for s in sums], at, self.q.group
+                )
+                for i in range(count):
+                    for j in range(len(at)):
+                        index = i * len(at) + j
+                        slots[index] = slots[index] + parts[index]
+            totals = [slots[i] for i in range(count * len(at))]
+        scales = [T.bind(splat(env["xs"][row + i])) for i in range(count)]
+        return [total * scales[i // len(at)] for i, total in enumerate(totals)]
+
+    def _group(
+        self, env: dict[str, Expr], start: Expr, rows: Sequence[Expr], sums: Sequence[Expr], at: range, length: int
+    ) -> list[Expr]:
+        """Scaled sums over one group of `length` k, whose bytes begin at `start`."""
+        w = env["w"]
+        totals = Vectors(len(rows) * len(at), "int32")
+        for i, where in enumerate(sums):
+            total = T.bind(env["xsum"][where])
+            for j, vector in enumerate(at):
+                totals[i * len(at) + j] = self._beginning(w, start, vector, total)
+        weights = T.bind(start + self.q.header_bytes)
+
+        def add(quad: Expr, operands: list[Expr]) -> None:
+            for i, row in enumerate(rows):
+                four = T.call_extern("int32", "xllm_load_pair", address(env["x"], row + quad * QUAD))
+                operand = T.bind(T.broadcast(four, LANES))
+                for j, weight in enumerate(operands):
+                    index = i * len(at) + j
+                    dot = "xllm_dot_u8i8" if self.q.bits == 8 else "xllm_dot_u4i8"
+                    totals[index] = T.call_pure_extern("int32x16", dot, totals[index], weight, operand)
+
+        quads = length // QUAD
+        per_step = 1 if self.q.bits == 8 else 2
+        with T.serial(0, quads // per_step) as step:
+            loaded = [self._load(w, weights + step * _BYTE_STEP + vector * LANES * QUAD) for vector in at]
+            if self.q.bits == 8:
+                add(step, loaded)
+            else:
+                low = T.broadcast(T.int32(0x0F0F0F0F), LANES)
+                four = T.broadcast(T.int32(4), LANES)
+                add(step * 2, [T.bind(T.bitwise_and(v, low)) for v in loaded])
+                add(step * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded])
+        scales = [T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype)) for vector in at]
+        return [T.bind(T.Cast("float32x16", totals[i]) * scales[i % len(at)]) for i in range(len(rows) * len(at))]
+
+    def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
+        """-zero * the row's sum."""
+        if not self.q.zeros:
+            return T.bind(T.broadcast(total * T.int32(-self.q.middle), LANES))
+        where = start + PANEL * self.q.scale_bytes + vector * LANES
+        zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, where))
+        return T.bind(zeros * T.broadcast(T.int32(0) - total, LANES))
+
+    def _load(self, w: Expr, index: Expr) -> Expr:
+        return T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, index)))

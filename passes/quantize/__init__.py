@@ -1,0 +1,1 @@
+"""Passes that trade precision for bytes and operations."""

@@ -1,0 +1,123 @@
+"""Quantized linear layers: exact against integers in numpy, and bit for bit over rows, tiles and teams."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from xllm_compiler.artifact.cpu_isa import machine_isas
+from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
+from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.quantize import QuantizeRows
+from xllm_compiler.kernels.tir.standalone import Standalone, aligned
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FORMS = ["q8", "q4g32", "q4g64", "q4g32z", "q8g32"]
+
+
+def quantized(
+    rng: np.random.Generator, form: Quantization, n: int, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stored values, scales, zeros of a random weight."""
+    groups = form.groups(k)
+    values = rng.integers(0, 1 << form.bits, (n, k)).astype(np.uint8)
+    scales = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16 if form.group else np.float32)
+    zeros = (
+        rng.integers(0, 1 << form.bits, (n, groups)).astype(np.uint8)
+        if form.zeros
+        else np.full((n, groups), form.middle)
+    )
+    return values, scales, zeros.astype(np.uint8)
+
+
+def rows_reference(x: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows, k = x.shape
+    wide = x.astype(np.float32)
+    top = np.abs(wide).max(axis=1)
+    scale = top * np.float32(1 / 127)
+    factor = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+    q = np.zeros((rows, form.padded(k)), np.int8)
+    q[:, :k] = np.rint(wide * factor[:, None])
+    return q, scale, q.reshape(rows, form.groups(k), -1).astype(np.int32).sum(axis=2, dtype=np.int32)
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("form", ["q8", "q4g32", "q4g64"])
+@pytest.mark.parametrize("k", [1, 16, 37, 64, 200])
+def test_rows_are_quantized_as_numpy_would(isa: str, form: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    parsed = Quantization.parse(form)
+    x = (rng.standard_normal((7, k)) * 3).astype(BF16)
+    x[3] = 0
+    kernel = Standalone(QuantizeRows(k, "bf16", parsed.group), ISAS[isa])
+    q = np.full((8, parsed.padded(k)), 99, np.int8)
+    scale, sums = np.full(8, 9, np.float32), np.full((8, parsed.groups(k)), 9, np.int32)
+    for team in (1, 3):
+        kernel(x, q, scale, sums, 7, team=team)
+        want = rows_reference(x, parsed)
+        assert (q[:7] == want[0]).all() and (scale[:7] == want[1]).all() and (sums[:7] == want[2]).all()
+        assert (q[7] == 99).all() and scale[7] == 9 and (sums[7] == 9).all()
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
+    x = np.ones((3, 40), np.float32)
+    x[0, 39], x[2, 0] = np.nan, np.inf
+    kernel = Standalone(QuantizeRows(40, "f32"), ISAS[isa])
+    scale = np.zeros(3, np.float32)
+    kernel(x, np.zeros((3, 48), np.int8), scale, np.zeros((3, 1), np.int32), 3)
+    assert np.isnan(scale[[0, 2]]).all() and scale[1] == np.float32(1 / 127)
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1)])
+def test_linear(isa: str, form: str, k: int, n: int) -> None:
+    rng = np.random.default_rng(n)
+    q = Quantization.parse(form)
+    values, scales, zeros = quantized(rng, q, n, k)
+    kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), ISAS[isa])
+    packed = aligned(q.shape(n, k), np.uint8)
+    packed[:] = pack_quantized(q, values, scales, zeros)
+    most = 15
+    x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), q)
+    bias, residual = rng.standard_normal(n).astype(BF16), rng.standard_normal((most, n)).astype(BF16)
+
+    def run(rows: int, team: int) -> np.ndarray:
+        y = np.full((rows + 1, n), 7, np.float32)
+        kernel(x, xs, xsum, packed, bias, residual, y, rows, team=team)
+        assert (y[rows] == 7).all()
+        return y[:rows]
+
+    group = q.group or q.padded(k)
+    stored = np.repeat(zeros, group, axis=1)[:, :k].astype(np.int64)
+    weight = (values.astype(np.int64) - stored) * np.repeat(scales.astype(np.float64), group, axis=1)[:, :k]
+    expected = (x[:, :k].astype(np.float64) @ weight.T) * xs[:, None].astype(np.float64)
+    expected = expected + bias.astype(np.float64) + residual.astype(np.float64)
+    whole = run(most, 1)
+    assert np.abs(whole - expected).max() <= 2e-6 * np.abs(expected).max()
+    for rows in range(most):
+        for team in (1, 2, 3):
+            assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("form", ["q8", "q4g32"])
+def test_linear_glu(isa: str, form: str) -> None:
+    k, f = 96, 40
+    rng = np.random.default_rng(1)
+    q = Quantization.parse(form)
+    values, scales, zeros = quantized(rng, q, 2 * f, k)
+    packed = pack_quantized(q, interleave_glu(values), interleave_glu(scales), interleave_glu(zeros))
+    kernel = Standalone(LinearGlu(k, f, "bf16", weights=form), ISAS[isa])
+    x, xs, xsum = rows_reference(rng.standard_normal((9, k)).astype(BF16), q)
+    y = np.zeros((9, f), BF16)
+    kernel(x, xs, xsum, packed, y, 9, team=2)
+    group = q.group or q.padded(k)
+    weight = (values.astype(np.float64) - q.middle) * np.repeat(scales.astype(np.float64), group, axis=1)[:, :k]
+    both = (x[:, :k].astype(np.float64) @ weight.T) * xs[:, None]
+    gate, up = both[:, :f], both[:, f:]
+    expected = gate / (1 + np.exp(-gate)) * up
+    assert np.abs(y.astype(np.float64) - expected).max() <= 5e-3 * np.abs(expected).max()

@@ -1,0 +1,243 @@
+"""Quantized weights and linear layers on them. Owns their shape rules and reference meanings (numbers: ir/quant.py).
+
+`bits` is 4 or 8; `group` the number of values along `in` that share a scale, 0 for the whole row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xllm_compiler.dims import Dim, as_dim, ceildiv
+from xllm_compiler.ir import quant
+from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.opdef import DType, Operand, OptOperand, op
+from xllm_compiler.ir.ops.nn import Activation
+from xllm_compiler.ir.semantics import Array, EvalContext, activation
+from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, require_same_dim, require_shape
+from xllm_compiler.ir.types import FLOATS, Tensor, Type
+
+
+def _check_form(op: Op, bits: int, group: int) -> None:
+    if bits not in (4, 8):
+        raise IrError(f"{op.name}: {bits} bits", help="4 or 8")
+    if group < 0 or group % quant.STEP:
+        raise IrError(f"{op.name}: groups of {group}", help=f"0 for whole rows, or a multiple of {quant.STEP}")
+
+
+def _groups(in_: Dim, group: int) -> Dim:
+    return ceildiv(in_, group) if group else as_dim(1)
+
+
+def _padded(in_: Dim, group: int) -> Dim:
+    unit = group or quant.STEP
+    return unit * ceildiv(in_, unit)
+
+
+def _check_weight(op: Op, values: Value, scales: Value, zeros: Value | None, group: int) -> None:
+    require_rank(op, values, 2)
+    out, in_ = values.shape
+    if values.dtype != "u8":
+        raise IrError(f"{op.name}: values are {values.type}", help="stored values are u8")
+    if scales.dtype != quant.scale_dtype(group):
+        raise IrError(f"{op.name}: scales of groups of {group} are {scales.type}", help="f16 in groups, f32 for rows")
+    require_shape(op.scope, scales.shape, [out, _groups(in_, group)], f"{op.name}: scales")
+    if zeros is not None:
+        if zeros.dtype != "u8":
+            raise IrError(f"{op.name}: zeros are {zeros.type}", help="zero points are u8")
+        require_shape(op.scope, zeros.shape, scales.shape, f"{op.name}: zeros")
+
+
+@op("quant.weight")
+class QuantWeight(Op):
+    """(stored, scales[, zeros]) of w [out, in], rounded to integers: w ~ (stored - zero) * scale by group."""
+
+    w: Operand
+    bits: int
+    group: int = 0
+    zeros: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        _check_form(self, self.bits, self.group)
+        no_partial(self)
+        require_float(self, self.w)
+        require_rank(self, self.w, 2)
+        out, in_ = self.w.shape
+        shape = (out, _groups(in_, self.group))
+        made: list[Type] = [Tensor("u8", self.w.shape), Tensor(quant.scale_dtype(self.group), shape)]
+        return (*made, Tensor("u8", shape)) if self.zeros else tuple(made)
+
+    def interp(self, ctx: EvalContext, w: Array) -> tuple[Array, ...]:
+        made = quant.quantize_weight(ctx.up(w), self.bits, self.group, self.zeros)
+        return made if self.zeros else made[:2]
+
+    def default_hint(self, index: int) -> str:
+        return ("stored", "scales", "zeros")[index]
+
+
+@op("quant.dequantize")
+class Dequantize(Op):
+    """(values - zero) * scale, [out, in], in `dtype`; without zeros the zero is 2^(bits - 1)."""
+
+    values: Operand
+    scales: Operand
+    zeros: OptOperand
+    bits: int
+    group: int = 0
+    dtype: DType = "bf16"
+
+    def infer(self) -> tuple[Type, ...]:
+        _check_form(self, self.bits, self.group)
+        _check_weight(self, self.values, self.scales, self.zeros, self.group)
+        if self.dtype not in FLOATS:
+            raise IrError(f"quant.dequantize to {self.dtype}")
+        return (Tensor(self.dtype, self.values.shape),)
+
+    def interp(self, ctx: EvalContext, values: Array, scales: Array, zeros: Array | None) -> Array:
+        wide = np.float64 if ctx.precise else np.float32
+        return quant.dequantize_weight(values, scales, zeros, self.bits, self.group, wide)
+
+
+@op("quant.rows")
+class QuantRows(Op):
+    """(stored i8 [.., padded], scale f32 [..], sums i32 [.., groups]) of x [.., in], each row to -127 .. 127.
+
+    `group` is that of the weights it will meet: rows are padded to whole groups and summed by group.
+    """
+
+    x: Operand
+    group: int = 0
+
+    def infer(self) -> tuple[Type, ...]:
+        _check_form(self, 8, self.group)
+        no_partial(self)
+        require_float(self, self.x)
+        if self.x.tensor.rank < 1:
+            raise IrError("quant.rows of a scalar")
+        *rows, in_ = self.x.shape
+        return (
+            Tensor("i8", (*rows, _padded(in_, self.group))),
+            Tensor("f32", rows),
+            Tensor("i32", (*rows, _groups(in_, self.group))),
+        )
+
+    def interp(self, ctx: EvalContext, x: Array) -> tuple[Array, ...]:
+        return quant.quantize_rows(ctx.up(x), self.group)
+
+    def default_hint(self, index: int) -> str:
+        return ("rows", "row_scale", "row_sums")[index]
+
+
+def _check_linear(op: Op, x: Value, scale: Value, sums: Value, values: Value, group: int, bias: Value | None) -> None:
+    in_ = values.shape[1]
+    rows = x.shape[:-1]
+    if (x.dtype, scale.dtype, sums.dtype) != ("i8", "f32", "i32"):
+        raise IrError(f"{op.name} of {x.type}, {scale.type}, {sums.type}", help="quant.rows makes i8, f32 and i32")
+    require_same_dim(op.scope, x.shape[-1], _padded(in_, group), f"{op.name}: a row of %{x.name}")
+    require_shape(op.scope, scale.shape, rows, f"{op.name}: row scales")
+    require_shape(op.scope, sums.shape, (*rows, _groups(in_, group)), f"{op.name}: row sums")
+    if bias is not None:
+        require_shape(op.scope, bias.shape, [values.shape[0]], f"{op.name}: bias %{bias.name}")
+
+
+def _product(
+    ctx: EvalContext, x: Array, scale: Array, values: Array, scales: Array, zeros: Array | None, bits: int, group: int
+) -> Array:
+    """Exact integer sums by group, times the group's scale, added up, times the row's scale."""
+    in_ = values.shape[1]
+    wide = np.float64 if ctx.precise else np.float32
+    w = quant.dequantize_weight(values, scales, zeros, bits, group, np.float64)
+    y = np.matmul(x[..., :in_].astype(np.float64), w.T)
+    return np.asarray(y.astype(wide) * scale[..., None].astype(wide))
+
+
+@op("quant.linear")
+class QuantLinear(Op):
+    """y = act(x @ w.T + bias) + residual, where x is scaled by row and w is (values - zero) * scales by group."""
+
+    x: Operand
+    scale: Operand
+    sums: Operand
+    values: Operand
+    scales: Operand
+    zeros: OptOperand
+    bias: OptOperand
+    residual: OptOperand
+    bits: int
+    group: int = 0
+    act: Activation = "none"
+    dtype: DType = "bf16"
+
+    def infer(self) -> tuple[Type, ...]:
+        _check_form(self, self.bits, self.group)
+        _check_weight(self, self.values, self.scales, self.zeros, self.group)
+        _check_linear(self, self.x, self.scale, self.sums, self.values, self.group, self.bias)
+        shape = (*self.x.shape[:-1], self.values.shape[0])
+        for v in (self.bias, self.residual):
+            if v is not None and v.dtype != self.dtype:
+                raise IrError(f"quant.linear: %{v.name} is {v.type}, the result is {self.dtype}")
+        if self.residual is not None:
+            require_shape(self.scope, self.residual.shape, shape, f"quant.linear: residual %{self.residual.name}")
+        return (Tensor(self.dtype, shape),)
+
+    def interp(
+        self,
+        ctx: EvalContext,
+        x: Array,
+        scale: Array,
+        sums: Array,
+        values: Array,
+        scales: Array,
+        zeros: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+    ) -> Array:
+        y = _product(ctx, x, scale, values, scales, zeros, self.bits, self.group)
+        if bias is not None:
+            y = y + ctx.up(bias)
+        y = activation(self.act, y)
+        return y if residual is None else y + ctx.up(residual)
+
+
+@op("quant.linear_glu")
+class QuantLinearGlu(Op):
+    """y = act(g) * u, where g and u are the halves of the columns of x @ w.T + bias (see quant.linear)."""
+
+    x: Operand
+    scale: Operand
+    sums: Operand
+    values: Operand
+    scales: Operand
+    zeros: OptOperand
+    bias: OptOperand
+    bits: int
+    group: int = 0
+    act: Activation = "silu"
+    dtype: DType = "bf16"
+
+    def infer(self) -> tuple[Type, ...]:
+        _check_form(self, self.bits, self.group)
+        _check_weight(self, self.values, self.scales, self.zeros, self.group)
+        _check_linear(self, self.x, self.scale, self.sums, self.values, self.group, self.bias)
+        if self.bias is not None and self.bias.dtype != self.dtype:
+            raise IrError(f"quant.linear_glu: bias is {self.bias.type}, the result is {self.dtype}")
+        half = self.values.shape[0] // 2
+        require_same_dim(self.scope, 2 * half, self.values.shape[0], "quant.linear_glu: rows of w in two halves")
+        return (Tensor(self.dtype, (*self.x.shape[:-1], half)),)
+
+    def interp(
+        self,
+        ctx: EvalContext,
+        x: Array,
+        scale: Array,
+        sums: Array,
+        values: Array,
+        scales: Array,
+        zeros: Array | None,
+        bias: Array | None,
+    ) -> Array:
+        y = _product(ctx, x, scale, values, scales, zeros, self.bits, self.group)
+        if bias is not None:
+            y = y + ctx.up(bias)
+        half = y.shape[-1] // 2
+        return np.asarray(activation(self.act, y[..., :half]) * y[..., half:])

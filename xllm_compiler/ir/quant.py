@@ -1,0 +1,164 @@
+"""What quantization means: numbers to small integers and back. Owns the rounding rules; must not know ops or layouts.
+
+A weight [out, in] is stored as unsigned integers of `bits` bits with a scale, and where asked a zero point, for every
+`group` values along `in` (0: one for the whole row): w = (stored - zero) * scale. Scales are f16 in groups and f32 for
+whole rows. Activations are stored by row as integers in -127 .. 127 with an f32 scale.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+
+from xllm_compiler.ir.semantics import Array
+
+STEP: Final = 16  # rows of quantized activations are padded to a multiple of so many values, or to whole groups
+LARGEST: Final = 127  # of a quantized activation
+_CANDIDATES: Final = 12  # scales tried for a group of 4 bits
+_BLOCK: Final = 1 << 17  # weights looked at in one go: what is computed of them stays near a core
+_SHORT: Final = 256  # longest group for which numpy is faster across groups than along them
+
+
+def padded(in_: int, group: int) -> int:
+    """Length of a row of quantized activations."""
+    unit = group or STEP
+    return -(-in_ // unit) * unit
+
+
+def groups(in_: int, group: int) -> int:
+    """Groups of a row of `in_` values; the last one may be short."""
+    return -(-in_ // group) if group else 1
+
+
+def scale_dtype(group: int) -> str:
+    """How scales are stored."""
+    return "f16" if group else "f32"
+
+
+def quantize_weight(w: Array, bits: int, group: int, zeros: bool) -> tuple[Array, Array, Array]:
+    """Stored values u8 [out, in], scales [out, groups], zero points u8 [out, groups].
+
+    Without `zeros` the zero point is the middle of the range. At 8 bits the largest weight of a group becomes the
+    largest integer. At 4 bits, where clipping an outlier often pays, the scale is the one of twelve that leaves the
+    smallest sum of squared errors (as the clipping search of AWQ does); ties take the largest scale.
+
+    Blocks of rows are done side by side on all processors; a group's result depends on nothing but the group.
+    """
+    out, in_ = w.shape
+    count = groups(in_, group)
+    size = group or in_
+    dtype = np.dtype(np.float16 if group else np.float32)
+    values = np.empty((out, in_), np.uint8)
+    scales, points = np.empty((out, count), dtype), np.empty((out, count), np.uint8)
+    rows = max(1, _BLOCK // max(count * size, 1))
+    short = size <= _SHORT
+
+    def block(start: int) -> None:
+        part = np.zeros((min(rows, out - start), count * size), np.float32)
+        part[:, :in_] = w[start : start + rows]
+        each = part.reshape(-1, size)
+        if short:  # groups side by side: what is computed per group is then computed for many at once
+            v, s, z = _quantize_groups(np.ascontiguousarray(each.T), 0, bits, zeros, dtype)
+            v = v.T
+        else:
+            v, s, z = _quantize_groups(each, 1, bits, zeros, dtype)
+        values[start : start + rows] = v.reshape(len(part), -1)[:, :in_]
+        scales[start : start + rows] = s.reshape(len(part), count)
+        points[start : start + rows] = z.reshape(len(part), count)
+
+    starts = range(0, out, rows)
+    if len(starts) > 1:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(block, starts))
+    elif starts:
+        block(0)
+    return values, scales, points
+
+
+def _quantize_groups(
+    w: Array, axis: int, bits: int, zeros: bool, dtype: np.dtype[np.generic]
+) -> tuple[Array, Array, Array]:
+    """The same for f32 of rank 2 in which a group lies along `axis`."""
+    top, middle = (1 << bits) - 1, 1 << (bits - 1)
+    low = np.minimum(w.min(axis=axis, initial=0, keepdims=True), 0)
+    high = np.maximum(w.max(axis=axis, initial=0, keepdims=True), 0)
+    if zeros:
+        full = (high - low) / np.float32(top)  # 0 is representable: a group of positive weights has its zero point at 0
+    elif bits == 8:
+        full = np.maximum(-low, high) / np.float32(middle - 1)
+    else:
+        # the end of larger magnitude gets the integer -middle, which has no positive twin
+        full = np.where(-low >= high, low, high) / np.float32(-middle)
+    first = np.float32(0 if zeros else -middle)  # what stored values count from, less the zero point where there is one
+    last = first + np.float32(top)
+
+    def units(inverse: Array, zero: Array, out: Array) -> None:
+        np.multiply(w, inverse, out=out)
+        if zeros:
+            out += zero
+
+    def nearest(exact: Array, out: Array) -> None:
+        np.rint(exact, out=out)
+        np.clip(out, first, last, out=out)
+
+    exact, work = np.empty_like(w), np.empty_like(w)
+    best_scale, best_zero, best_error = np.zeros_like(low, dtype), np.full_like(low, middle), np.full_like(low, np.inf)
+    for step in range(_CANDIDATES if bits == 4 else 1):
+        scale, inverse, wide = _scale(full * np.float32(1 - 0.04 * step), dtype)
+        zero = np.clip(np.rint(-low * inverse), 0, top) if zeros else best_zero
+        if bits != 4:
+            best_scale, best_zero = scale, zero
+            break
+        units(inverse, zero, exact)
+        nearest(exact, work)
+        work -= exact
+        np.square(work, out=work)
+        error = np.where(wide != 0, np.add.reduce(work, axis=axis, keepdims=True) * np.square(wide), np.inf)
+        better = error < best_error
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_zero, zero, where=better)
+        np.copyto(best_error, error, where=better)
+    units(_scale(best_scale, dtype)[1], best_zero, exact)
+    nearest(exact, work)
+    work -= first
+    return work.astype(np.uint8), best_scale, best_zero.astype(np.uint8)
+
+
+def _scale(scale: Array, dtype: np.dtype[np.generic]) -> tuple[Array, Array, Array]:
+    """A scale as it is stored, its inverse (0 where it is 0), and the stored one in f32."""
+    largest = np.float32(65504 if dtype == np.float16 else np.finfo(np.float32).max)
+    stored = np.clip(scale, -largest, largest).astype(dtype)
+    wide = stored.astype(np.float32)
+    return stored, np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0), wide
+
+
+def dequantize_weight(values: Array, scales: Array, zeros: Array | None, bits: int, group: int, wide: type) -> Array:
+    """The weights [out, in] that stored values stand for, in the float type `wide`."""
+    in_ = values.shape[1]
+    each: Array = np.repeat(scales.astype(wide), group, axis=1)[:, :in_] if group else scales.astype(wide)
+    if zeros is None:
+        point: Array = np.asarray(1 << (bits - 1), wide)
+    else:
+        point = np.repeat(zeros.astype(wide), group, axis=1)[:, :in_] if group else zeros.astype(wide)
+    return np.asarray((values.astype(wide) - point) * each)
+
+
+def quantize_rows(x: Array, group: int) -> tuple[Array, Array, Array]:
+    """Stored values i8 [.., padded], scales f32 [..], and the sums i32 [.., groups] of the stored values.
+
+    scale = max |x| / 127; a row that is not all finite has the scale NaN.
+    """
+    wide = x.astype(np.float32)
+    in_ = x.shape[-1]
+    top = np.abs(wide).max(axis=-1, initial=0)
+    finite: Array = np.asarray(np.isfinite(wide).all(axis=-1))
+    scale = np.where(finite, top * np.float32(1 / LARGEST), np.float32(np.nan)).astype(np.float32)
+    usable = finite & (top > 0)
+    factor = np.divide(np.float32(LARGEST), top, out=np.zeros_like(top), where=usable)
+    stored = np.zeros((*x.shape[:-1], padded(in_, group)), np.int8)
+    stored[..., :in_] = np.rint(np.where(finite[..., None], wide, 0) * factor[..., None])
+    sums = stored.reshape(*x.shape[:-1], groups(in_, group), -1).sum(axis=-1, dtype=np.int32)
+    return stored, scale, sums
