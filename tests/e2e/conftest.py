@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from stepper import options
 
-from xllm_compiler.artifact import machine_isas
 from xllm_compiler.driver import compile_checkpoint
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
-from xllm_compiler.options import CompileOptions
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
 
@@ -57,15 +56,3 @@ def artifact(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
         return made[family, dtype, pipeline]
 
     return get
-
-
-def options(dtype: str, pipeline: str | None = None) -> CompileOptions:
-    """This machine's best code only: what the other levels compute is tested with the kernels and the lowering."""
-    return CompileOptions(
-        dtype=dtype,
-        max_model_len=512,
-        max_num_seqs=48,
-        max_num_batched_tokens=512,
-        isas=(machine_isas()[-1],),
-        pipeline=pipeline,
-    )

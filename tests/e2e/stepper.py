@@ -1,4 +1,4 @@
-"""Runs chosen steps on an artifact's executor, below the engine: the test decides which tokens go into which step."""
+"""How the end-to-end tests compile, and an artifact driven below the engine: the test decides which tokens go where."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xllm_compiler.artifact import machine_isas
+from xllm_compiler.options import CompileOptions
 from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.loader import load_artifact
 
@@ -87,3 +89,15 @@ class Stepper:
             self.step([(request, min(chunk or len(ids), len(ids) - request.done))], keep=[request])
         self.close(request)
         return np.concatenate(request.logits)
+
+
+def options(dtype: str, pipeline: str | None = None) -> CompileOptions:
+    """This machine's best code only: what the other levels compute is tested with the kernels and the lowering."""
+    return CompileOptions(
+        dtype=dtype,
+        max_model_len=512,
+        max_num_seqs=48,
+        max_num_batched_tokens=512,
+        isas=(machine_isas()[-1],),
+        pipeline=pipeline,
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import options
+from stepper import options
 
 from xllm_compiler.artifact import WEIGHTS, read_manifest
 from xllm_compiler.driver import compile_checkpoint
