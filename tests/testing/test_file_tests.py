@@ -497,5 +497,6 @@ def test_the_page_tells_of_everything_that_can_be_said() -> None:
 def test_every_pass_has_a_file_where_it_acts_and_one_where_it_does_not(name: str) -> None:
     cls = pass_class(name)
     tests = [FileTest.read(path) for path in sorted((HERE.parent / "passes" / name).glob("*.xir"))]
-    assert any(t.directives.equiv and t.directives.checks for t in tests), "no file shows it at work"
+    lossy = cls().loss > 0  # it does not compute the same, on purpose: law `loss` says how nearly
+    assert any((t.directives.equiv or lossy) and t.directives.checks for t in tests), "no file shows it at work"
     assert any(t.directives.unchanged for t in tests) or cls.needs != cls.leaves, "no file shows a near miss"
