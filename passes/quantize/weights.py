@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from xllm_compiler.analysis.weights import is_weight_expr
+from xllm_compiler.analysis.weights import is_weight_expr, param_names
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Builder, Func, Op, Value
-from xllm_compiler.ir.ops import Dequantize, Linear, LinearGlu, Param, QuantWeight
+from xllm_compiler.ir.ops import Dequantize, Linear, LinearGlu, QuantWeight
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
 
@@ -59,7 +59,7 @@ class QuantizeWeights(FuncPass):
             w = op.w
             if w in done or not is_weight_expr(w) or isinstance(w.op, Dequantize):
                 continue
-            names = _names(w)
+            names = param_names(w)
             if not _matches(names, self.only) or _matches(names, self.keep):
                 ctx.remark(op, "its weight is kept as it is")
                 continue
@@ -82,21 +82,6 @@ class QuantizeWeights(FuncPass):
         for user, index in users:
             user.set_operand(index, back)
         return back
-
-
-def _names(w: Value) -> list[str]:
-    """Checkpoint names of the parameters that a weight expression is made of."""
-    names: list[str] = []
-    stack, seen = [w], {w}
-    while stack:
-        op = stack.pop().op
-        if isinstance(op, Param):
-            names.append(op.name_)
-        for v in () if op is None else op.operands:
-            if v not in seen:
-                seen.add(v)
-                stack.append(v)
-    return names
 
 
 def _matches(names: list[str], patterns: str) -> bool:

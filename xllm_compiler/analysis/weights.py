@@ -39,6 +39,25 @@ def weight_roots(func: Func) -> list[Value]:
     return [v for v in known if any(user is func.ret or user.results[0] not in known for user in v.users)]
 
 
+def param_names(value: Value) -> list[str]:
+    """Checkpoint names of the parameters that a weight expression reads, in order."""
+    out: list[str] = []
+    seen: set[Op] = set()
+
+    def visit(v: Value) -> None:
+        op = v.op
+        if op is None or op in seen:
+            return
+        seen.add(op)
+        if op.name == "param":
+            out.append(str(op.attrs["name"]))
+        for operand in op.operands:
+            visit(operand)
+
+    visit(value)
+    return out
+
+
 def _fixed(op: Op) -> bool:
     """Pure, and independent of every symbol by itself."""
     if not op.SPEC.pure or not op.results:

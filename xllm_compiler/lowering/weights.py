@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from xllm_compiler.analysis.weights import param_names
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.core import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +80,3 @@ class WeightTable:
                 self._taken.add(name)
                 return name
         raise XllmError("internal", f"two weight expressions are called {base}")
-
-
-def param_names(value: Value) -> list[str]:
-    """Checkpoint names of the parameters that a weight expression reads, in order."""
-    out: list[str] = []
-    seen: set[Op] = set()
-
-    def visit(v: Value) -> None:
-        op = v.op
-        if op is None or op in seen:
-            return
-        seen.add(op)
-        if op.name == "param":
-            out.append(str(op.attrs["name"]))
-        for operand in op.operands:
-            visit(operand)
-
-    visit(value)
-    return out

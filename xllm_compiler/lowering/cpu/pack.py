@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from xllm_compiler.analysis.weights import param_names
 from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_value, run_values
 from xllm_compiler.ir.semantics import NP_DTYPE
@@ -26,7 +27,7 @@ from xllm_compiler.kernels.layouts import (
     pack_quantized,
     panel_shape,
 )
-from xllm_compiler.lowering.weights import WeightRequest, WeightTable, param_names
+from xllm_compiler.lowering.weights import WeightRequest, WeightTable
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
 _SMALL: Final = 1 << 16  # smaller tensors share pages
