@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from xllm_compiler.passes.quantize.forms import QuantForm
+
 _BEFORE: Final[tuple[str, ...]] = (
     "import-clean",  # what export leaves behind (unit batch dim, no-op casts) would hide every later pattern
     "fold",  # shorter reshape and cast chains: one spelling per idea for the matchers below
@@ -28,17 +30,19 @@ _AFTER: Final[tuple[str, ...]] = (
 )
 
 
-def _quantized(form: str) -> tuple[str, ...]:
+def quantized(form: QuantForm) -> tuple[str, ...]:
+    """`@cpu` with the layers' weights, and where the form says so their inputs, quantized."""
     return (
         *_BEFORE,
-        f"quantize-weights{form}",  # after the fusions, which see plain linears; what they stacked has one layout
-        "quantize-rows",  # wherever the weight is quantized; rows that several layers read become one in the clean-up
+        *form.passes(),  # after the fusions, which see plain linears; what they stacked has one layout. Rows come after
+        #                  weights, wherever the weight is quantized; those that several layers read become one in the
+        #                  clean-up
         *_AFTER,
     )
 
 
 PRESETS: Final[dict[str, tuple[str, ...]]] = {
     "cpu": _BEFORE + _AFTER,
-    "cpu-int8": _quantized("{bits=8}"),
-    "cpu-int4": _quantized("{bits=4,group=32}"),
+    "cpu-int8": quantized(QuantForm(8)),
+    "cpu-int4": quantized(QuantForm(4, group=32)),
 }

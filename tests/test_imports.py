@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "lowering": IR_LEVEL | {"passes", "kernels", "artifact"},
     "artifact": {"errors", "dims"},
     "cache": {"errors", "artifact"},
-    "options": {"errors", "artifact", "frontend"},
+    "options": {"errors", "artifact", "frontend", "passes"},
     "driver": IR_LEVEL | {"passes", "models", "frontend", "lowering", "artifact", "cache", "kernels", "options"},
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),

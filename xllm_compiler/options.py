@@ -11,6 +11,8 @@ from typing import Any
 from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
+from xllm_compiler.passes.pipelines import quantized
+from xllm_compiler.passes.quantize.forms import parse_form
 
 TARGETS = ("cpu",)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
@@ -50,6 +52,7 @@ class CompileOptions:
     pipeline: str | None = None
     isas: tuple[str, ...] | None = None
     name: str | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_num_logits=max(seqs, min(tokens, LOGIT_ROWS)),
-        pipeline=options.pipeline if options.pipeline is not None else f"@{target}",
+        pipeline=_pipeline(options, target),
         isas=tuple(isa for isa in CPU_FLAGS if isa in isas),
         name=name,
         notes=tuple(notes),
@@ -160,6 +163,20 @@ def _model_len(given: int | None, checkpoint: Checkpoint, notes: list[str]) -> i
     if trained > DEFAULT_MODEL_LEN_LIMIT:
         notes.append(f"--max-model-len is {DEFAULT_MODEL_LEN_LIMIT}; the model allows {trained} when asked for")
     return min(trained, DEFAULT_MODEL_LEN_LIMIT)
+
+
+def _pipeline(options: CompileOptions, target: str) -> str:
+    """The pipeline that is asked for, in words or by the form of quantization that it makes."""
+    if options.quantize is None:
+        return options.pipeline if options.pipeline is not None else f"@{target}"
+    form = parse_form(options.quantize)
+    if options.pipeline is not None:
+        raise XllmError(
+            "option",
+            "--quantize and --pipeline exclude each other",
+            help=f"--quantize {form} chooses a pipeline; in one of your own say {','.join(form.passes())}",
+        )
+    return ",".join(quantized(form))
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:

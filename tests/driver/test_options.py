@@ -89,6 +89,8 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
         {"pipeline": "no-such-pass"},
         {"pipeline": "@nowhere"},
         {"pipeline": "dce,"},
+        {"quantize": "int3"},
+        {"quantize": "int8", "pipeline": "@cpu-int8"},
     ],
 )
 def test_bad_options(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -104,6 +106,7 @@ CHANGES = [
     {"max_num_seqs": 63},
     {"max_num_batched_tokens": 2047},
     {"pipeline": "dce"},
+    {"pipeline": None, "quantize": "int8"},
     {"isas": ("avx2",)},
     {"name": "other"},
 ]
@@ -120,6 +123,15 @@ def test_spelled_out_defaults_are_the_same_request(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
     spelled = CompileOptions("cpu", "float32", 512, 64, 2048, " cse , dce ", ("avx512_bf16", "avx512", "avx2"), "m")
     assert prepare(root, CompileOptions(pipeline="cse,dce")).factors.hash() == prepare(root, spelled).factors.hash()
+
+
+def test_a_form_is_its_pipeline(tmp_path: Path) -> None:
+    root = write(tmp_path / "m")
+    named = [prepare(root, CompileOptions(quantize=form)).factors for form in ("int4", "W4A8", "w4a8-g32", "int4-g64")]
+    text = [factors.read("pipeline.text") for factors in named]
+    assert text[0] == text[1] == text[2] != text[3]
+    assert named[0].hash() == named[1].hash() == named[2].hash() != named[3].hash()
+    assert "quantize-weights{bits=4,group=32},quantize-rows" in text[0]
 
 
 def test_files_are_factors_by_content(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests in a step; default 64")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most tokens in a step; default 2048")
+    parser.add_argument(
+        "--quantize",
+        metavar="FORM",
+        help="int8: weights of 8 bits, a scale per row, by activations of 8 bits (w8a8). int4: weights of 4 bits, a "
+        "scale for each 32, by activations of 8 (w4a8-g32). In general w4a8, w4a16, w8a8 or w8a16 (a16: activations as "
+        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points)",
+    )
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
     add_load(parser)
     parser.add_argument(
@@ -76,6 +83,7 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         pipeline=args.pipeline,
+        quantize=args.quantize,
         isas=None if args.isas is None else tuple(isa for isa in args.isas.split(",") if isa),
         name=args.name,
     )

@@ -1,0 +1,84 @@
+"""The forms of quantization that have a name, and what passes make them. Owns the spelling of `--quantize`; imports
+nothing but errors, since option parsing asks it before anything slow is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Final
+
+from xllm_compiler.errors import XllmError
+
+GROUPS: Final = (32, 64, 128)
+_DEFAULT_GROUP: Final = {8: 0, 4: 32}
+_ALIASES: Final = {"int8": "w8a8", "int4": "w4a8"}
+_HEADS: Final = (*_ALIASES, "w8a8", "w8a16", "w4a8", "w4a16")
+_HELP: Final = "int8, int4, or wNaM[-gG][-asym] such as w4a8-g64, w4a16-g128-asym, w8a16"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantForm:
+    """Linear layers on weights of `weights` bits, with a scale per `group` values (0: per row), and zero points where
+    `zeros`; their inputs rounded to 8 bits by row, or (activations=16) as they are."""
+
+    weights: int
+    activations: int = 8
+    group: int = 0
+    zeros: bool = False
+
+    def __str__(self) -> str:
+        """The canonical spelling, which says everything: w8a8, w4a8-g32, w4a16-g128-asym."""
+        group = f"-g{self.group}" if self.group else ""
+        return f"w{self.weights}a{self.activations}{group}{'-asym' if self.zeros else ''}"
+
+    @property
+    def options(self) -> str:
+        """What quantize-weights is told of it: bits=4,group=32."""
+        group = f",group={self.group}" if self.group else ""
+        return f"bits={self.weights}{group}{',zeros=true' if self.zeros else ''}"
+
+    def passes(self) -> tuple[str, ...]:
+        """The passes that make it of a module of plain linear layers."""
+        weights = f"quantize-weights{{{self.options}}}"
+        return (weights, "quantize-rows") if self.activations == 8 else (weights,)
+
+
+def parse_form(text: str) -> QuantForm:
+    """The form that `text` names: `int8` is w8a8, `int4` is w4a8-g32; any case. Raises kind "option"."""
+    head, *suffixes = text.strip().lower().split("-")
+    found = re.fullmatch(r"w(\d+)a(\d+)", _ALIASES.get(head, head))
+    if found is None:
+        near = get_close_matches(head, _HEADS, 1)
+        raise XllmError(
+            "option",
+            f"--quantize {text!r} is not a form",
+            help=f"{f'did you mean {near[0]}? ' if near else ''}{_HELP}",
+        )
+    weights, activations = int(found[1]), int(found[2])
+    if weights not in _DEFAULT_GROUP or activations not in (8, 16):
+        raise XllmError(
+            "option",
+            f"--quantize {text!r}: weights of {weights} bits by activations of {activations}",
+            help="weights have 8 or 4 bits, activations 8, or 16 for those of the model's own dtype",
+        )
+    given = [suffix for suffix in suffixes if re.fullmatch(r"g\d+", suffix)]
+    for suffix in suffixes:
+        if suffix not in given and suffix != "asym":
+            raise XllmError("option", f"--quantize {text!r}: {suffix!r} is not known", help=_HELP)
+    if len(given) > 1 or suffixes.count("asym") > 1:
+        raise XllmError("option", f"--quantize {text!r} says twice what it wants", help=_HELP)
+    group = int(given[0][1:]) if given else _DEFAULT_GROUP[weights]
+    if given and group not in GROUPS:
+        raise XllmError(
+            "option",
+            f"--quantize {text!r}: groups of {group}",
+            help="g32, g64 or g128; without it 8 bits have a scale per row, 4 bits one for 32 values",
+        )
+    if weights == 8 and "asym" in suffixes:
+        raise XllmError(
+            "option",
+            f"--quantize {text!r}: zero points are for weights of 4 bits",
+            help="at 8 bits they gain next to nothing; leave out -asym",
+        )
+    return QuantForm(weights, activations, group, "asym" in suffixes)

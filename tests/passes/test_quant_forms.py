@@ -1,0 +1,72 @@
+"""The spelling of --quantize: what each form means, one canonical name for each, errors that say what to do."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.passes.manager import parse_pipeline
+from xllm_compiler.passes.pipelines import PRESETS, quantized
+from xllm_compiler.passes.quantize.forms import GROUPS, QuantForm, parse_form
+
+
+@pytest.mark.parametrize(
+    "text, form, name",
+    [
+        ("int8", QuantForm(8, 8), "w8a8"),
+        ("W8A8", QuantForm(8, 8), "w8a8"),
+        ("w8a16", QuantForm(8, 16), "w8a16"),
+        ("w8a8-g32", QuantForm(8, 8, 32), "w8a8-g32"),
+        ("int4", QuantForm(4, 8, 32), "w4a8-g32"),
+        ("w4a8", QuantForm(4, 8, 32), "w4a8-g32"),
+        ("int4-g128", QuantForm(4, 8, 128), "w4a8-g128"),
+        ("w4a16-g64-asym", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
+        ("w4a16-asym-g64", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
+    ],
+)
+def test_what_it_means(text: str, form: QuantForm, name: str) -> None:
+    assert parse_form(text) == form and str(form) == name
+
+
+def test_every_form_survives_its_name_and_makes_a_pipeline() -> None:
+    for bits, acts, group, zeros in itertools.product((8, 4), (8, 16), (0, *GROUPS), (False, True)):
+        if (bits == 4 and not group) or (bits == 8 and zeros):
+            continue
+        form = QuantForm(bits, acts, group, zeros)
+        assert parse_form(str(form)) == form
+        text = str(parse_pipeline(",".join(quantized(form))))
+        assert ("quantize-rows" in text) == (acts == 8)
+        assert f"bits={bits}" in text or bits == 8  # the default is not printed
+        assert (f"group={group}" in text) == bool(group) and ("zeros=true" in text) == zeros
+
+
+def test_the_presets_are_the_short_names() -> None:
+    assert quantized(parse_form("int8")) == PRESETS["cpu-int8"]
+    assert quantized(parse_form("int4")) == PRESETS["cpu-int4"]
+
+
+@pytest.mark.parametrize(
+    "text, message, help",
+    [
+        ("int5", "'int5' is not a form", "did you mean int"),
+        ("", "is not a form", "int8, int4"),
+        ("w4", "'w4' is not a form", "did you mean w4a"),
+        ("fp8", "'fp8' is not a form", "int8, int4"),
+        ("w4a4", "weights of 4 bits by activations of 4", "activations 8, or 16"),
+        ("w3a8", "weights of 3 bits", "8 or 4 bits"),
+        ("w4a8-g48", "groups of 48", "g32, g64 or g128"),
+        ("w8a8-g0", "groups of 0", "a scale per row"),
+        ("w4a8-sym", "'sym' is not known", "-asym"),
+        ("w4a8-", "'' is not known", "such as"),
+        ("int4-g32-g64", "says twice", ""),
+        ("int4-asym-asym", "says twice", ""),
+        ("int8-asym", "zero points are for weights of 4 bits", "leave out -asym"),
+    ],
+)
+def test_bad_forms(text: str, message: str, help: str) -> None:
+    with pytest.raises(XllmError) as caught:
+        parse_form(text)
+    assert caught.value.kind == "option"
+    assert message in caught.value.message and help in caught.value.help
