@@ -84,8 +84,7 @@ class Linear(Kernel):
                     total = total + load_part(env["residual"], where, count, self.dtype)
                 store_part(env["y"], where, total, count, self.out)
 
-        loop = _Loop(isa, self.k, self.n, weight_format(self), PANEL, finish)
-        return build_function(self, isa, loop.emit)
+        return build_function(self, isa, panel_loop(self, isa, finish))
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,14 @@ def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
     return Quantized(Quantization.parse(kernel.weights)) if kernel.weights else Dense(kernel.dtype)
 
 
+Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
+
+
+def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
+    """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
+    return _Loop(isa, kernel.k, kernel.n, weight_format(kernel), PANEL, finish).emit
+
+
 @dataclass(frozen=True)
 class _Loop:
     """The loop over tiles that both kernels share.
@@ -153,7 +160,7 @@ class _Loop:
     n: int
     format: WeightFormat
     columns: int
-    finish: Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
+    finish: Finish
 
     def emit(self, **env: Expr) -> None:
         height = tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
