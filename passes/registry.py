@@ -43,6 +43,7 @@ BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "plan-memory": "memory.plan",
     "quantize-rows": "quantize.rows",
     "quantize-weights": "quantize.weights",
+    "return-block-max": "fusion.return_block_max",
     "tabulate-positions": "canonical.tabulate_positions",
 }
 _registered: dict[str, type[Pass]] = {}

@@ -97,9 +97,12 @@ class LinearBlockMax(Kernel):
     weights: str = ""
 
     @property
+    def _linear(self) -> Linear:
+        return Linear(self.k, self.n, self.dtype, "f32", self.bias, weights=self.weights)
+
+    @property
     def args(self) -> tuple[Arg, ...]:
-        plain = Linear(self.k, self.n, self.dtype, "f32", self.bias, weights=self.weights).args
-        *pointers, rows, member, team = plain
+        *pointers, rows, member, team = self._linear.args
         return (*pointers, _block_arg(self.n), rows, member, team)
 
     def build(self, isa: Isa) -> Any:

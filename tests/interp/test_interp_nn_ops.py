@@ -305,3 +305,12 @@ def test_unmapped_pages_are_an_error() -> None:
     tok.pop("start")
     with pytest.raises(IrError, match="position 8 of request 1 has no page"):
         pool.run(build, {"k": normal(9, 2, 8), "v": normal(9, 2, 6), **tok})
+
+
+@pytest.mark.parametrize("n, block", [(1, 4), (8, 4), (9, 4), (130, 64)])
+def test_block_max(n: int, block: int) -> None:
+    """Against numpy's max of each slice, which is NaN where a value is."""
+    x = np.random.default_rng(n).standard_normal((3, n)).astype(np.float32)
+    x[1, n // 2], x[2] = np.nan, -np.inf
+    want = np.stack([x[:, at : at + block].max(axis=1) for at in range(0, n, block)], axis=1)
+    np.testing.assert_array_equal(call(ops.BlockMax, {"x": x}, block=block)[0], want)

@@ -30,6 +30,7 @@ from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.ops import (
     AddRmsNorm,
     AllReduceStart,
+    BlockMax,
     Concat,
     Dequantize,
     Embedding,
@@ -419,6 +420,7 @@ RULES: Final[Mapping[type[Op], Rule]] = {
     QuantLinearGlu: _quant_linear,
     MatMul: _matmul,
     Reduce: _per_element(1),
+    BlockMax: _per_element(1),
     Softmax: _per_element(5),
     RmsNorm: _per_element(4),
     AddRmsNorm: _per_element(5),

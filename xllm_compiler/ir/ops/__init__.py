@@ -41,7 +41,7 @@ from xllm_compiler.ir.ops.elementwise import (
     Where,
 )
 from xllm_compiler.ir.ops.kv import KvAppend, KvAttend, KvWrite
-from xllm_compiler.ir.ops.nn import AddRmsNorm, Embedding, LayerNorm, Linear, LinearGlu, RmsNorm, Rope
+from xllm_compiler.ir.ops.nn import AddRmsNorm, BlockMax, Embedding, LayerNorm, Linear, LinearGlu, RmsNorm, Rope
 from xllm_compiler.ir.ops.param import Const, Iota, Param
 from xllm_compiler.ir.ops.quant import Dequantize, QuantLinear, QuantLinearGlu, QuantRows, QuantWeight
 from xllm_compiler.ir.ops.sched import Record, WaitEvent
@@ -65,6 +65,7 @@ __all__ = [
     "AddRmsNorm",
     "AllReduceStart",
     "And",
+    "BlockMax",
     "Cast",
     "Clamp",
     "Concat",

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from xllm_compiler.dims import as_dim
+from xllm_compiler.dims import as_dim, ceildiv
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.opdef import Group, Operand, OptOperand, op
@@ -221,3 +221,28 @@ class Rope(Op):
 
     def interp(self, ctx: EvalContext, x: Array, cos: Array, sin: Array) -> Array:
         return rope(ctx.up(x), ctx.up(cos), ctx.up(sin), self.style)
+
+
+@op("nn.block_max")
+class BlockMax(Op):
+    """y[.., b] = the largest of x[.., block * b : block * (b + 1)], NaN where one of them is; the last block is short.
+
+    Beside a row of logits it tells a sampler where to look: the largest logit is in the first of the largest blocks.
+    """
+
+    x: Operand
+    block: int = 64
+
+    def infer(self) -> tuple[Type, ...]:
+        no_partial(self)
+        require_float(self, self.x)
+        if self.x.tensor.rank < 1 or self.block < 1:
+            raise IrError(f"nn.block_max of {self.x.type} in blocks of {self.block}")
+        return (self.x.tensor.with_(shape=(*self.x.shape[:-1], ceildiv(self.x.shape[-1], self.block))),)
+
+    def interp(self, ctx: EvalContext, x: Array) -> Array:
+        up = ctx.up(x)
+        rest = -up.shape[-1] % self.block
+        padded = np.pad(up, [(0, 0)] * (up.ndim - 1) + [(0, rest)], constant_values=-np.inf)
+        blocks = padded.shape[-1] // self.block
+        return np.asarray(np.max(padded.reshape(*up.shape[:-1], blocks, self.block), axis=-1))

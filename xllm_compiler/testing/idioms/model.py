@@ -285,7 +285,10 @@ def _attend(g: Sketch, kv: Value, q: Value) -> Value:
 def logits(g: Sketch) -> None:
     """The sampled rows of a value go to the caller."""
     taken = g.op(ops.Take, g.back(), g.arg("sel"), axis=0)
-    g.extra.append(g.op(ops.Cast, g.op(ops.Linear, taken, g.param(11, g.width)), dtype="f32"))
+    rows = g.op(ops.Cast, g.op(ops.Linear, taken, g.param(11, g.width)), dtype="f32")
+    g.extra.append(rows)
+    if g.choose(3) == 1:
+        g.extra.append(g.op(ops.BlockMax, rows, block=g.pick((4, 64))))
 
 
 # --------------------------------------------------------------------------------------------------------- collectives
