@@ -19,9 +19,9 @@ are plain addresses; activations are dense and row-major; `rows`, `requests`, `w
     KvAppend(kv, q_heads, rotary, style, q_norm, k_norm, eps, offset)                            tir/kv_append.py
         kv qkv[rows, (q_heads+heads)*k_dim + heads*v_dim] pos[rows] seq[rows] table[requests,width]
         [cos sin if rotary] [qw[k_dim] if q_norm] [kw[k_dim] if k_norm] q[rows,q_heads,k_dim] | rows width
-    Attend(kv, q_heads, scale, window, softcap, sinks)                                           tir/attend.py
+    Attend(kv, q_heads, scale, window, softcap, sinks, divide)                                   tir/attend.py
         kv q[rows,q_heads,k_dim] pos seq start[requests+1] table [sinks f32[q_heads]] out[rows,q_heads,v_dim]
-        | rows requests width
+        [parts f32[room], barrier if divide] | rows requests width [room]
 
 `kv` is `KvLayout(dtype, heads, k_dim, v_dim)` (tir/kv_address.py) as a field, and as an argument the address of this
 layer's page 0. `width` is the row length of `table`. Weight layouts are packed by `layouts.py`.

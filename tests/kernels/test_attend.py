@@ -1,86 +1,14 @@
-"""Attention against a plain softmax in double precision, and bit for bit against itself over chunks, batches and teams.
-
-The pool is filled with NaN before it is written and tables are -1 past the last token, so touching what a token does
-not see shows.
-"""
+"""Attention against a plain softmax in f64, and bit for bit against itself over chunks, batches, teams."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from attend_case import ISA_TYPES, TOLERANCE, Case, Part
 
-from xllm_compiler.artifact.cpu_isa import machine_isas
-from xllm_compiler.kernels.tir.attend import Attend
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.kv_address import KvLayout
-from xllm_compiler.kernels.tir.kv_append import KvWrite
-from xllm_compiler.kernels.tir.standalone import Standalone
-
-NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
-TOLERANCE = {"bf16": 2e-2, "f32": 2e-5}
-# f32 code is the same at the two AVX512 levels
-ISA_TYPES = [
-    (isa, dtype) for isa in machine_isas() for dtype in ("bf16", "f32") if (isa, dtype) != ("avx512_bf16", "f32")
-]
 LENGTHS = (147, 70, 5)
-Part = tuple[int, int, int]  # request, first token, last token + 1
-
-
-class Case:
-    """Three requests in one pool, and queries for all their tokens."""
-
-    def __init__(self, isa: str, dtype: str, q_heads: int, heads: int, k_dim: int, v_dim: int, **options: Any) -> None:
-        rng = np.random.default_rng(q_heads)
-        self.dtype, self.group, self.v_dim, self.options = NUMPY[dtype], q_heads // heads, v_dim, options
-        layout = KvLayout(dtype, heads, k_dim, v_dim)
-        self.width = -(-max(LENGTHS) // 16)
-        pages = len(LENGTHS) * self.width + 2
-        self.table = rng.permutation(pages)[: len(LENGTHS) * self.width].reshape(-1, self.width).astype(np.int32)
-        self.pool = np.full(pages * layout.page_bytes, 0xFF, np.uint8)
-        self.k = [rng.standard_normal((n, heads, k_dim)).astype(self.dtype) for n in LENGTHS]
-        self.v = [rng.standard_normal((n, heads, v_dim)).astype(self.dtype) for n in LENGTHS]
-        self.q = [rng.standard_normal((n, q_heads, k_dim)).astype(self.dtype) for n in LENGTHS]
-        self.sinks = rng.standard_normal(q_heads).astype(np.float32)
-        self.scale = k_dim**-0.5
-        write = Standalone(KvWrite(layout), ISAS[isa])
-        for request, n in enumerate(LENGTHS):
-            pos, seq = np.arange(n, dtype=np.int32), np.full(n, request, np.int32)
-            write(self.pool, self.k[request], self.v[request], pos, seq, self.table, n, self.width)
-        self.kernel = Standalone(Attend(layout, q_heads, self.scale, **options), ISAS[isa])
-
-    def run(self, parts: Sequence[Part], team: int = 1) -> list[np.ndarray]:
-        q = np.concatenate([self.q[request][first:last] for request, first, last in parts])
-        pos = np.concatenate([np.arange(first, last) for _, first, last in parts]).astype(np.int32)
-        counts = [last - first for _, first, last in parts]
-        seq = np.repeat(np.arange(len(parts)), counts).astype(np.int32)
-        start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        table = self.table[[request for request, _, _ in parts]].copy()
-        for row, (_, _, last) in zip(table, parts, strict=True):
-            row[-(-last // 16) :] = -1
-        out = np.zeros((len(q), q.shape[1], self.v_dim), self.dtype)
-        sinks = [self.sinks] if self.options.get("sinks") else []
-        self.kernel(
-            self.pool, q, pos, seq, start, table, *sinks, out, len(q), len(parts), self.width, team=team
-        )  # fmt: skip
-        return [out[a:b] for a, b in pairwise(start)]
-
-    def exact(self, request: int, token: int, head: int) -> np.ndarray:
-        window, cap = self.options.get("window", 0), self.options.get("softcap", 0.0)
-        seen = slice(max(0, token - window + 1) if window else 0, token + 1)
-        k, v = (x[request][seen, head // self.group].astype(np.float64) for x in (self.k, self.v))
-        score = k @ self.q[request][token, head].astype(np.float64) * self.scale
-        if cap:
-            score = cap * np.tanh(score / cap)
-        weight = np.exp(score)
-        rest = np.exp(np.float64(self.sinks[head])) if self.options.get("sinks") else 0.0
-        result: np.ndarray = weight @ v / (weight.sum() + rest)
-        return result
-
 
 CHUNKS: list[list[Part]] = [
     [(0, 0, 40), (1, 69, 70)],
@@ -106,7 +34,7 @@ CHUNKS: list[list[Part]] = [
 def test_attend(
     isa: str, dtype: str, q_heads: int, heads: int, k_dim: int, v_dim: int, options: dict[str, Any]
 ) -> None:
-    case = Case(isa, dtype, q_heads, heads, k_dim, v_dim, **options)
+    case = Case(LENGTHS, isa, dtype, q_heads, heads, k_dim, v_dim, **options)
     everything = [(request, 0, n) for request, n in enumerate(LENGTHS)]
     whole = case.run(everything)
     for request, n in enumerate(LENGTHS):

@@ -1,0 +1,361 @@
+"""A softmax over some cached tokens for a block of queries, in register tiles: `Tiles`. Owns that arithmetic.
+
+The rows of a query block (attend.py) are worked on in tiles of up to 6, against KV blocks of 64 tokens that begin at
+multiples of 64, in order. For each KV block every tile of the query block takes its turn, so a block of K and V is read
+from memory once per query block. This is Dao et al., "FlashAttention-2", with one thread per query block.
+
+For one row and one KV block (m, l, acc are the row's running maximum, sum of weights by lane, and weighted sum of
+values):
+
+    s = q.k * scale (capped); m' = max(m, s); a = exp(m - m'); p = exp(s - m'); l = l*a + p; acc = acc*a + p @ v
+
+with p rounded to bf16 for bf16 values. A row sees token t of the cache if pos - window < t <= pos. Scores of what a row
+does not see are masked, and values that it does not see are not looked at, so nothing that an unwritten slot or a later
+token holds can leak, not even NaN; pages that no row of a tile sees are not touched. Blocks and tiles change nothing
+about how one row's numbers are added.
+
+Pages lie anywhere, and the processor's own prefetcher starts anew in each, so the loops ask ahead for what comes next:
+half again the bandwidth of a decode step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tvm.ir import Call
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.base import LANES, PAGE, Isa
+from xllm_compiler.kernels.tir.emit import (
+    Vectors,
+    address,
+    choose,
+    fma,
+    horizontal_max,
+    keep_between,
+    load,
+    splat,
+    store,
+    tile_rows,
+    tile_width,
+)
+from xllm_compiler.kernels.tir.kv_address import Pages
+from xllm_compiler.kernels.tir.vmath import exp_of_negative, maximum, tanh
+
+if TYPE_CHECKING:
+    from xllm_compiler.kernels.tir.attend import Attend
+
+Expr = Any
+BLOCK = 64
+CHUNK = 512  # tokens that are one softmax; the unit of sharing out a row
+QUERY_ROWS = 48
+_BLOCK_PAGES = BLOCK // PAGE
+_MAX_ROWS = 6
+_LINE = 64  # bytes of a cache line
+
+
+@dataclass(frozen=True)
+class Item:
+    """A query block: rows `first` .. `first + rows - 1` of a request, which see KV blocks first_block .. last_block."""
+
+    request: Expr
+    first: Expr
+    rows: Expr
+    first_block: Expr
+    last_block: Expr
+
+
+class State:
+    """What is known of the rows of a query block: maximum, sums by lane and weighted values.
+
+    Twice QUERY_ROWS places: what all chunks so far have left, then what the chunk at hand does.
+    """
+
+    def __init__(self, value_vectors: int) -> None:
+        self.value_vectors = value_vectors
+        self.maxima = local(2 * QUERY_ROWS, "float32")
+        self.sums = local(2 * QUERY_ROWS * LANES, "float32")
+        self.totals = local(2 * QUERY_ROWS * value_vectors * LANES, "float32")
+
+    def begin(self, row: Expr) -> None:
+        """Nothing seen yet. Values are -0, to which anything may be added without a change, so that merging a first
+        chunk into nothing gives that chunk."""
+        T.buffer_store(self.maxima, T.float32(float("-inf")), [row])
+        store(self.sums, row * LANES, splat(0.0), "f32")
+        for i in range(self.value_vectors):
+            store(self.totals, self.total(row, i), splat(-0.0), "f32")
+
+    def total(self, row: Expr, vector: int) -> Expr:
+        """The index of one vector of a row's values in `totals`."""
+        return (row * self.value_vectors + vector) * LANES
+
+    def place(self, row: Expr, index: int) -> tuple[Expr, Expr]:
+        """Buffer and index of a row's sums (0) or of vector index - 1 of its values."""
+        return (self.sums, row * LANES) if index == 0 else (self.totals, self.total(row, index - 1))
+
+    def reader(self, row: Expr) -> tuple[Callable[[], Expr], Callable[[int], Expr]]:
+        """Functions that read a row's maximum and what `place` names."""
+        return lambda: self.maxima[row], lambda i: load(*self.place(row, i), "f32")
+
+
+def local(count: int, dtype: str) -> Expr:
+    """An array on the stack that begins at a cache line: LLVM aligns a stack slot to 16 bytes, and a vector that lies
+    across two lines takes twice as long."""
+    size = {"uint8": 1, "uint16": 2, "float32": 4, "int64": 8}[dtype]
+    slot = T.alloc_buffer((count * size + _LINE,), "uint8", scope="local")
+    begin = T.bitwise_and(T.reinterpret("int64", T.address_of(slot[0])) + (_LINE - 1), T.int64(-_LINE))
+    cast = T.reinterpret("handle", T.bind(begin)).op
+    data = T.bind(Call(cast, [T.bind(begin)], ret_ty=T.handle(dtype).ty))
+    return T.decl_buffer((count,), dtype, data=data)
+
+
+class Tiles:
+    """Emits the work on one KV block. Names: `token` is a row of q, `row` a row of the request and KV head at hand."""
+
+    def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
+        self.kernel = kernel
+        self.isa = isa
+        self.env = env
+        self.layout = kernel.kv
+        self.bf16 = kernel.kv.dtype == "bf16"
+        self.group = kernel.q_heads // kernel.kv.heads
+        self.pages = Pages(kernel.kv, env["table"], env["width"])
+        self.value_vectors = -(-kernel.kv.v_dim // LANES)
+        self.height = tile_rows(partial(tile_width, isa, kernel.kv.dtype), _MAX_ROWS)
+        self.steps = kernel.kv.k_dim // 2 if self.bf16 else kernel.kv.k_dim
+
+    def allocate(self) -> None:
+        """Emits the arrays that blocks are worked on with."""
+        self.scores = local(_MAX_ROWS * BLOCK, "float32")
+        self.weights = local(_MAX_ROWS * BLOCK, "uint16" if self.bf16 else "float32")
+        self.state = State(self.value_vectors)
+        self.values = local(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
+        self.next_keys = local(_BLOCK_PAGES, "int64")  # and the keys of the next block's
+
+    def fresh(self, rows: Expr, shift: Expr) -> None:
+        """Rows at `shift` that have seen nothing."""
+        with T.serial(0, rows) as row:
+            self.state.begin(shift + row)
+
+    def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
+        """Takes one KV block into the state at `shift` of all rows of a query block that see any of it."""
+        self.shift = shift
+        tiles = T.truncdiv(item.rows + (self.height - 1), T.int32(self.height))
+        with T.serial(0, tiles) as tile:
+            row = T.bind(tile * self.height)
+            here = T.bind(T.min(item.rows - row, self.height))
+            self._tile(item.request, item.first, row, here, head, block)
+
+    def _token(self, request: Expr, row: Expr) -> Expr:
+        """The token (row of q) of a row of the request."""
+        return self.env["start"][request] + T.truncdiv(row, T.int32(self.group))
+
+    def seen(self, request: Expr, row: Expr) -> tuple[Expr, Expr]:
+        """[first, last) of the cached tokens that a row sees."""
+        position = T.bind(self.env["pos"][self._token(request, row)])
+        first = T.bind(T.max(position - (self.kernel.window - 1), 0)) if self.kernel.window else T.int32(0)
+        return first, T.bind(position + 1)
+
+    def query(self, request: Expr, row: Expr, *, head: Expr, width: int) -> Expr:
+        """The offset of a row's elements in q (width k_dim) or out (width v_dim)."""
+        query_head = head * self.group + T.truncmod(row, T.int32(self.group))
+        index = T.Cast("int64", self._token(request, row)) * self.kernel.q_heads + T.Cast("int64", query_head)
+        return T.bind(index * width)
+
+    def _tile(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
+        base = T.bind(block * BLOCK)
+        lowest, low_end = self.seen(request, first + row)
+        high_start, high_end = self.seen(request, first + row + here - 1)
+        # The first row of a tile sees no further than the last one, and from no later on.
+        with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
+            start = T.bind(T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE)))
+            stop = T.bind(T.truncdiv(T.min(high_end - base, BLOCK) - 1, T.int32(PAGE)))
+            # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
+            numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(_BLOCK_PAGES)]
+            pages = [self.pages.page(request, block * _BLOCK_PAGES + number, head) for number in numbers]
+            last = T.truncdiv(high_end - 1, T.int32(PAGE))
+            for i, page in enumerate(pages):
+                T.buffer_store(self.values, self.pages.values(page), [i])
+                after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), last)
+                T.buffer_store(self.next_keys, self.pages.page(request, after, head), [i])
+
+            sizes = range(1, self.height + 1)
+            queries = partial(self.query, request, head=head, width=self.layout.k_dim)
+            choose(here, {count: partial(self._score, queries, first + row, count, pages) for count in sizes})
+            with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
+                with T.Then():
+                    with T.serial(0, here) as i:
+                        self._weigh(i, self.shift + row + i, None)
+                    choose(here, {count: partial(self._add_values, self.shift + row, count) for count in sizes})
+                with T.Else(), T.serial(0, here) as i:
+                    one = T.bind(row + i)
+                    begin, end = self.seen(request, first + one)
+                    lo = T.bind(T.max(begin - base, 0))
+                    hi = T.bind(T.min(end - base, BLOCK))
+                    with T.If(lo < hi), T.Then():
+                        self._weigh(i, self.shift + one, (lo, hi))
+                        self._add_seen_values(i, self.shift + one, lo, hi)
+
+    # ---- scores and values of one tile
+
+    def _score(self, query: Callable[[Expr], Expr], row: Expr, count: int, pages: list[Expr]) -> None:
+        """scores = q . k for `count` rows from `row` of the request on."""
+        queries = [query(row + i) for i in range(count)]
+        width = tile_width(self.isa, self.layout.dtype, count)
+        for group in range(0, _BLOCK_PAGES, width):
+            totals = self._dots(queries, pages[group : group + width])
+            for i in range(count):
+                for j in range(width):
+                    store(self.scores, T.int32(i * BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
+
+    def _dots(self, queries: list[Expr], pages: list[Expr]) -> Vectors:
+        """q . k for some rows by some pages; meanwhile the values of these pages are on their way."""
+        totals = Vectors(len(queries) * len(pages))
+        for i in range(len(queries) * len(pages)):
+            totals[i] = splat(0.0)
+        with T.serial(0, self.steps) as step:
+            keys = [self._row(page + step * self.layout.k_row_bytes) for page in pages]
+            for page in pages:
+                self._prefetch(self.pages.values(page) + step * _LINE)
+            for i, query in enumerate(queries):
+                operand = self._pair(self.env["q"], query, step)
+                for j, key in enumerate(keys):
+                    totals[i * len(keys) + j] = self._multiply(totals[i * len(keys) + j], operand, key)
+        return totals
+
+    def _add_values(self, row: Expr, count: int) -> None:
+        """acc += p @ v for `count` rows that see the whole block."""
+        width = tile_width(self.isa, self.layout.dtype, count)
+        for vector in range(0, self.value_vectors, width):
+            self._add_to_vectors(row, count, range(vector, min(vector + width, self.value_vectors)))
+
+    def _add_to_vectors(self, row: Expr, count: int, vectors: range) -> None:
+        sums = Vectors(count * len(vectors))
+        for i in range(count):
+            for j, vector in enumerate(vectors):
+                sums[i * len(vectors) + j] = load(self.state.totals, self.state.total(row + i, vector), "f32")
+        steps = BLOCK // 2 if self.bf16 else BLOCK
+        lines = -(-PAGE * self.layout.k_dim * self.layout.element_bytes // (_LINE * steps))
+        # One loop over the block and not one per page, which LLVM would unroll for every tile size.
+        with T.serial(0, steps) as step:
+            at = self._value_row(step)
+            values = [self._value(at, vector) for vector in vectors]
+            if vectors.start == 0:
+                # the keys of the next block, spread over this loop
+                for page in range(_BLOCK_PAGES):
+                    for line in range(lines):
+                        self._prefetch(self.next_keys[page] + (step * lines + line) * _LINE)
+            for i in range(count):
+                operand = self._pair(self.weights, T.int32(i * BLOCK), step)
+                for j, value in enumerate(values):
+                    sums[i * len(vectors) + j] = self._multiply(sums[i * len(vectors) + j], operand, value)
+        for i in range(count):
+            for j, vector in enumerate(vectors):
+                store(self.state.totals, self.state.total(row + i, vector), sums[i * len(vectors) + j], "f32")
+
+    def _add_seen_values(self, tile_row: Expr, row: Expr, lo: Expr, hi: Expr) -> None:
+        """acc += p @ v for one row that sees tokens lo .. hi-1 of the block; other values are not looked at."""
+        sums = Vectors(self.value_vectors)
+        for vector in range(self.value_vectors):
+            sums[vector] = load(self.state.totals, self.state.total(row, vector), "f32")
+        weights = T.bind(tile_row * BLOCK)
+        if self.bf16:
+            with T.serial(T.truncdiv(lo, T.int32(2)), T.truncdiv(hi + 1, T.int32(2))) as pair:
+                # the half of a pair that is out of sight may hold anything
+                first_seen = T.Select(pair * 2 >= lo, T.int32(0xFFFF), T.int32(0))
+                second_seen = T.Select(pair * 2 + 1 < hi, T.int32(-0x10000), T.int32(0))
+                mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
+                operand = self._pair(self.weights, weights, pair)
+                at = self._value_row(pair)
+                for vector in range(self.value_vectors):
+                    value = T.bitwise_and(self._value(at, vector), mask)
+                    sums[vector] = self._multiply(sums[vector], operand, value)
+        else:
+            with T.serial(lo, hi) as slot:
+                operand = self._pair(self.weights, weights, slot)
+                at = self._value_row(slot)
+                for vector in range(self.value_vectors):
+                    sums[vector] = fma(operand, self._value(at, vector), sums[vector])
+        for vector in range(self.value_vectors):
+            store(self.state.totals, self.state.total(row, vector), sums[vector], "f32")
+
+    # ---- the softmax
+
+    def _weigh(self, tile_row: Expr, row: Expr, seen: tuple[Expr, Expr] | None) -> None:
+        """Turns a row's 64 scores into weights and brings its maximum, sum and accumulators up to date."""
+        kernel = self.kernel
+        factor = splat(kernel.softcap or kernel.scale)
+        scores = []
+        for i in range(_BLOCK_PAGES):
+            score = load(self.scores, tile_row * BLOCK + i * LANES, "f32")
+            if kernel.softcap:
+                score = tanh(score * splat(kernel.scale) * splat(1.0 / kernel.softcap))
+            scores.append(T.bind(score))
+
+        def only_seen(i: int, value: Expr, other: float) -> Expr:
+            if seen is None:
+                return value
+            return keep_between(value, seen[0] - i * LANES, seen[1] - i * LANES, other)
+
+        tops = [only_seen(i, score * factor, float("-inf")) for i, score in enumerate(scores)]
+        top = T.bind(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])))
+        before = T.bind(self.state.maxima[row])
+        highest = T.bind(horizontal_max(top))
+        now = T.bind(T.Select(before < highest, highest, before))
+        T.buffer_store(self.state.maxima, now, [row])
+        lower = T.bind(splat(0.0) - splat(now))
+        with T.If(before < highest), T.Then():
+            shrink = exp_of_negative(splat(before) + lower)
+            store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") * shrink, "f32")
+            for vector in range(self.value_vectors):
+                at = self.state.total(row, vector)
+                store(self.state.totals, at, load(self.state.totals, at, "f32") * shrink, "f32")
+        weights = []
+        for i, score in enumerate(scores):
+            weight = T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0))
+            weights.append(weight)
+            store(self.weights, tile_row * BLOCK + i * LANES, weight, self.layout.dtype)
+        added = (weights[0] + weights[1]) + (weights[2] + weights[3])
+        store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") + added, "f32")
+
+    # ---- memory
+
+    def _row(self, offset: Expr) -> Expr:
+        """One vector of K."""
+        where = address(self.env["kv"], offset)
+        if self.bf16:
+            return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
+        return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
+
+    def _prefetch(self, offset: Expr) -> None:
+        T.evaluate(T.call_extern("int32", "xllm_prefetch", address(self.env["kv"], offset)))
+
+    def _value_row(self, step: Expr) -> Expr:
+        """The address of one token's values (f32) or a pair of tokens' (bf16) in the block."""
+        rows = PAGE // 2 if self.bf16 else PAGE
+        base = self.values[T.shift_right(step, T.int32(int(math.log2(rows))))]
+        return T.bind(base + T.bitwise_and(step, T.int32(rows - 1)) * self.layout.v_row_bytes)
+
+    def _value(self, offset: Expr, vector: int) -> Expr:
+        """One vector of V; lanes past v_dim are 0."""
+        valid = min(self.layout.v_dim - vector * LANES, LANES)
+        where = address(self.env["kv"], offset + vector * LANES * 4)
+        kind, first = ("int32x16", "i32") if self.bf16 else ("float32x16", "f32")
+        if valid == LANES:
+            return T.bind(T.call_extern(kind, f"xllm_load_{first}", where))
+        return T.bind(T.call_extern(kind, f"xllm_load_first_{first}", where, T.int32(valid)))
+
+    def _pair(self, buffer: Expr, base: Expr, step: Expr) -> Expr:
+        """One element (f32) or pair (bf16) in all lanes."""
+        if not self.bf16:
+            return T.bind(splat(buffer[base + step]))
+        return T.bind(T.broadcast(T.call_extern("int32", "xllm_load_pair", address(buffer, base + step * 2)), LANES))
+
+    def _multiply(self, total: Expr, operand: Expr, vector: Expr) -> Expr:
+        if self.bf16:
+            return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, vector)
+        return fma(operand, vector, total)
