@@ -16,6 +16,7 @@ from xllm_compiler.passes.fusion.match import (
     columns_of,
     concat_rows,
     only_lead_to,
+    same_form,
 )
 from xllm_compiler.passes.registry import register_pass
 
@@ -57,6 +58,10 @@ def gated_product(op: Mul, rw: Rewriter) -> bool:
         if not all_or_none([gate.linear.bias, up.linear.bias]):
             if rw.ctx is not None:
                 rw.ctx.remark(op, "only one of gate and up has a bias; not fused into linear_glu")
+            continue
+        if not same_form([gate.linear.w, up.linear.w]):
+            if rw.ctx is not None:
+                rw.ctx.remark(op, "gate and up weights are quantized in different forms; not fused into linear_glu")
             continue
         w, bias = _stack(rw, gate, up)
         rw.replace(op, rw.create(LinearGlu, gate.linear.x, w, bias=bias, act=act))

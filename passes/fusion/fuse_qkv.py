@@ -8,7 +8,15 @@ from xllm_compiler.ir.core import Func, Value
 from xllm_compiler.ir.ops import KvAttend, KvWrite, Linear, Reshape, RmsNorm, Rope, Slice
 from xllm_compiler.ir.rewrite import Rewriter, apply_rules, rule
 from xllm_compiler.passes.base import FuncPass, PassContext
-from xllm_compiler.passes.fusion.match import Columns, all_or_none, columns_of, concat_rows, hoist, only_lead_to
+from xllm_compiler.passes.fusion.match import (
+    Columns,
+    all_or_none,
+    columns_of,
+    concat_rows,
+    hoist,
+    only_lead_to,
+    same_form,
+)
 from xllm_compiler.passes.registry import register_pass
 
 
@@ -59,6 +67,8 @@ def stack_projections(op: KvWrite, rw: Rewriter) -> bool:
         why = "keys and values are the same projection"
     elif not all_or_none([p.linear.bias for p in parts]):
         why = "some of the projections have a bias and some have none"
+    elif not same_form([p.linear.w for p in parts]):
+        why = "their weights are quantized in different forms"
     elif not only_lead_to(parts):
         why = "a projection is used outside this attention"
     if why:

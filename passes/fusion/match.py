@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from xllm_compiler.analysis.weights import is_weight_expr
@@ -10,6 +10,7 @@ from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.ops import (
     Concat,
     Const,
+    Dequantize,
     Gelu,
     Linear,
     Mul,
@@ -79,7 +80,7 @@ class Columns:
 
     def weight(self, rw: Rewriter) -> Value:
         """The rows of the linear's weight that yield these columns, [columns, in]."""
-        return self._rows(rw, self.linear.w)
+        return by_part(rw, [self.linear.w], lambda parts: self._rows(rw, parts[0]))
 
     def bias(self, rw: Rewriter) -> Value | None:
         """The matching entries of its bias, [columns]."""
@@ -160,6 +161,33 @@ def only_lead_to(parts: Sequence[Columns]) -> bool:
     return True
 
 
+def same_form(weights: Sequence[Value]) -> bool:
+    """Whether the weights are all quantized, in one form, or none of them is."""
+    forms: list[object] = []
+    for w in weights:
+        op = w.op
+        forms.append((op.bits, op.group, op.dtype, op.zeros is None) if isinstance(op, Dequantize) else None)
+    return all(form == forms[0] for form in forms)
+
+
+def by_part(rw: Rewriter, weights: Sequence[Value], rows: Callable[[Sequence[Value]], Value]) -> Value:
+    """`rows` of the weights, where it puts whole rows [out, ..] in some order: of quantized weights, which have one
+    form, it does so with their integers, scales and zero points, and the result is quantized in that form."""
+    quantized = [w.op for w in weights if isinstance(w.op, Dequantize)]
+    if not quantized:
+        return rows(weights)
+    first = quantized[0]
+    values, scales = rows([q.values for q in quantized]), rows([q.scales for q in quantized])
+    points = [q.zeros for q in quantized if q.zeros is not None]
+    if values is first.values:
+        return first.result
+    zeros = rows(points) if points else None
+    made = rw.create(Dequantize, values, scales, zeros=zeros, bits=first.bits, group=first.group, dtype=first.dtype)
+    return made.result
+
+
 def concat_rows(rw: Rewriter, rows: Sequence[Value]) -> Value:
-    """Weights one below the other; one alone stays as it is."""
-    return rows[0] if len(rows) == 1 else rw.create(Concat, *rows, axis=0).result
+    """Weights, of one form, or biases, one below the other; one alone stays as it is."""
+    if len(rows) == 1:
+        return rows[0]
+    return by_part(rw, rows, lambda parts: rw.create(Concat, *parts, axis=0).result)

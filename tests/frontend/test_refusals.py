@@ -93,9 +93,13 @@ def test_configs_that_need_foreign_code_or_are_unknown(make: Make, limits: dict[
         "unsupported": [
             {"model_type": "nope"},
             {"model_type": "nope", "auto_map": {"AutoModelForCausalLM": "modeling_nope.Nope"}},
+            {"quantization_config": {"quant_method": "hqq"}},
+        ],
+        "checkpoint": [
+            {"model_type": None},
+            {"num_attention_heads": "many"},
             {"quantization_config": {"quant_method": "fp8"}},
         ],
-        "checkpoint": [{"model_type": None}, {"num_attention_heads": "many"}],
     }
     for kind, changes in cases.items():
         for change in changes:

@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# safetensors dtype -> (numpy dtype, our dtype). Sub-byte and 8-bit float weights belong to quantized checkpoints.
+# safetensors dtype -> (numpy dtype, our dtype). 8-bit floats belong to quantized checkpoints and have no dtype of ours.
 _DTYPES: dict[str, tuple[np.dtype[Any], str]] = {
     "F64": (np.dtype("<f8"), "f64"),
     "F32": (np.dtype("<f4"), "f32"),
@@ -38,11 +38,12 @@ _DTYPES: dict[str, tuple[np.dtype[Any], str]] = {
     "I8": (np.dtype("i1"), "i8"),
     "U8": (np.dtype("u1"), "u8"),
     "BOOL": (np.dtype("?"), "bool"),
+    "F8_E4M3": (np.dtype(ml_dtypes.float8_e4m3fn), ""),
+    "F8_E5M2": (np.dtype(ml_dtypes.float8_e5m2), ""),
+    "F8_E8M0": (np.dtype(ml_dtypes.float8_e8m0fnu), ""),
 }
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_OTHER_DTYPES = frozenset(
-    {"I16", "U16", "U32", "U64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ"}
-)
+_OTHER_DTYPES = frozenset({"I16", "U16", "U32", "U64", "F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class ModelFacts:
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The transformers config of a checkpoint directory. Never runs code that came with it."""
+    """The transformers config of a checkpoint directory, unquantized. Never runs code that came with it."""
     raw = checkpoint.config
     where = str(checkpoint.path / "config.json")
     kind = raw.get("model_type")
@@ -63,16 +63,14 @@ def load_config(checkpoint: Checkpoint) -> Any:
                 where=where,
             )
         raise XllmError("unsupported", f"unknown model type {kind!r}", where=where)
-    if raw.get("quantization_config"):
-        raise XllmError(
-            "unsupported", "the checkpoint is quantized", where=where, help="use the unquantized checkpoint"
-        )
     try:
-        return AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False, local_files_only=True)
-    except XllmError:
-        raise
+        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False, local_files_only=True)
     except Exception as e:
         raise XllmError("checkpoint", f"transformers rejects config.json: {_first_line(e)}", where=where) from e
+    for setting in ("quantization_config", "compression_config"):  # the model is traced in its float form
+        if hasattr(config, setting):
+            delattr(config, setting)
+    return config
 
 
 def _first_line(e: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,10 @@ from xllm_compiler.frontend.model import (
     text_config,
     tied_names,
 )
+from xllm_compiler.frontend.quantized import Quantized, StoredWeight
 from xllm_compiler.frontend.rows import check_rows
 from xllm_compiler.frontend.weights import Slot, WeightSource, match
-from xllm_compiler.ir import ops
+from xllm_compiler.ir import ops, quant
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
 
@@ -60,6 +61,7 @@ class Traced:
     module: Module
     facts: ModelFacts
     weights: WeightSource
+    notes: tuple[str, ...] = ()  # what the user should know
 
 
 class _Sizes:
@@ -109,8 +111,10 @@ def trace_checkpoint(
     if dtype not in TORCH_DTYPE:
         raise XllmError("option", f"dtype {dtype!r} cannot be compiled", help="one of " + ", ".join(TORCH_DTYPE))
     checkpoint: Checkpoint | None = None
+    quantized: Quantized | None = None
     if isinstance(path_or_config, (str, os.PathLike)):
-        checkpoint = Checkpoint.open(path_or_config)
+        quantized = Quantized.of(Checkpoint.open(path_or_config))
+        checkpoint = quantized.view
         config = load_config(checkpoint)
     else:
         config = path_or_config
@@ -130,12 +134,15 @@ def trace_checkpoint(
     names = {} if checkpoint is None else checkpoint_names(model, checkpoint)
     if checkpoint is not None:
         check_weights(model, names, checkpoint)
+    if quantized is not None:
+        _check_quantized(model, names, quantized)
     program, calls = _export(model)
     for call in calls:
         decide(call)
     module = Module("graph")
     _declare(module, max_num_seqs, max_num_batched_tokens, max_num_logits)
-    step = _StepImport(module, program, model, names, checkpoint, dtype, length)
+    stored = quantized.weights if quantized is not None else {}
+    step = _StepImport(module, program, model, names, checkpoint, stored, dtype, length)
     logits = step.run(calls)
     _number_by_position(module.func("step"))
     _drop_dead(module.func("step"))
@@ -153,9 +160,25 @@ def trace_checkpoint(
     slots = {n: s for n, s in step.slots.items() if n in used}
     if checkpoint is not None:
         for slot in slots.values():
-            if slot.key:
+            if slot.key and slot.read is None:
                 match(slot, checkpoint)
-    return Traced(module, facts, WeightSource(slots, checkpoint, check_finite))
+    notes = (*quantized.notes, *quantized.dequantized()) if quantized is not None else ()
+    return Traced(module, facts, WeightSource(slots, checkpoint, check_finite), notes)
+
+
+def _check_quantized(model: torch.nn.Module, names: Mapping[str, str], quantized: Quantized) -> None:
+    """What quantized weights are made of is as it should be. Only weights [out, in] may be quantized: other modules
+    store theirs in another order."""
+    for name, key in names.items():
+        if key in quantized.weights:
+            module = model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                raise XllmError(
+                    "unsupported",
+                    f"tensor {key!r} is the quantized weight of a {type(module).__name__}, not of a Linear",
+                    where=str(quantized.view.path),
+                )
+            quantized.weights[key].check()
 
 
 def _model_len(config: Any, wanted: int | None) -> int:
@@ -260,12 +283,14 @@ class _StepImport:
         model: torch.nn.Module,
         names: Mapping[str, str],
         checkpoint: Checkpoint | None,
+        stored: Mapping[str, StoredWeight],
         dtype: str,
         max_model_len: int,
     ) -> None:
         self.program = program
         self.names = names
         self.checkpoint = checkpoint
+        self.stored = stored
         self.dtype = dtype
         self.slots: dict[str, Slot] = {}
         self.tied = tied_names(model)
@@ -344,9 +369,29 @@ class _StepImport:
                 where=str(self.checkpoint.path),
                 help="the checkpoint does not hold all weights of the model that config.json describes",
             )
+        if key in self.stored:
+            return self._quantized(self.stored[key], dtype, shape)
         own = key or group[0]
         self.slots[own] = Slot(own, dtype, shape, key=own)
         return builder.create(ops.Param, name=own, type=Tensor(dtype, shape)).result
+
+    def _quantized(self, weight: StoredWeight, dtype: str, shape: tuple[int, ...]) -> Value:
+        """A weight that the checkpoint stores quantized: its parts as params, or the weight dequantized as one."""
+
+        def part(suffix: str, dtype: str, shape: tuple[int, ...], read: Callable[[], Array]) -> Value:
+            own = weight.name + suffix
+            self.slots[own] = Slot(own, dtype, shape, key=weight.name, read=read)
+            return self.importer.b.create(ops.Param, name=own, type=Tensor(dtype, shape)).result
+
+        if weight.why:
+            return part("", dtype, shape, lambda: weight.floats(dtype))
+        bits, group = weight.scheme.bits, weight.group
+        table = (shape[0], quant.groups(shape[1], group))
+        values = part(":values", "u8", shape, weight.values)
+        scales = part(":scales", quant.scale_dtype(group), table, weight.scales)
+        zeros = part(":zeros", "u8", table, weight.zeros) if weight.has_zeros else None
+        create = self.importer.b.create
+        return create(ops.Dequantize, values, scales, zeros=zeros, bits=bits, group=group, dtype=dtype).result
 
     def _traced_value(self, target: str, kind: InputKind) -> Array | None:
         """The value that the constructor or the trace gave to a buffer or constant; None for parameters."""

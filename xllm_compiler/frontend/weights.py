@@ -6,7 +6,7 @@ than the call that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -30,13 +30,15 @@ _NUMPY = {
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the step function: its type, and where it comes from: a checkpoint tensor or a traced value."""
+    """One tensor of the step function: its type, and where it comes from: a checkpoint tensor, a traced value, or what
+    `read` makes of several checkpoint tensors, of which `key` is the name to blame."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     key: str = ""  # the checkpoint's name; "" for a traced value
     value: Array | None = None
+    read: Callable[[], Array] | None = None
 
 
 class WeightSource(Mapping[str, Array]):
@@ -64,7 +66,7 @@ class WeightSource(Mapping[str, Array]):
             return slot.value
         if self.checkpoint is None:
             raise XllmError("checkpoint", f"tensor {name!r} has no value: the model was traced without a checkpoint")
-        raw = self.checkpoint.read(slot.key)
+        raw = self.checkpoint.read(slot.key) if slot.read is None else slot.read()
         out = raw.astype(dtype, copy=False)
         if self.check_finite and slot.dtype in ("f64", "f32", "bf16", "f16"):
             self._require_finite(slot, raw, out)
