@@ -48,6 +48,7 @@ class Isa:
     vector_registers: int
     has_bf16_dot: bool
     has_int8_dot: bool
+    has_tiles: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
 
     def target(self) -> dict[str, Any]:
         """The TVM target description: nothing in it depends on the machine that compiles."""
@@ -67,6 +68,16 @@ ISAS: dict[str, Isa] = {
     "avx2": Isa("avx2", "x86-64-v3", (), 8, 16, False, False),
     "avx512": Isa("avx512", "x86-64-v4", (), 16, 32, False, False),
     "avx512_bf16": Isa("avx512_bf16", "x86-64-v4", ("+avx512bf16", "+avx512vnni"), 16, 32, True, True),
+    "amx": Isa(
+        "amx",
+        "x86-64-v4",
+        ("+avx512bf16", "+avx512vnni", "+amx-tile", "+amx-bf16", "+amx-int8"),
+        16,
+        32,
+        True,
+        True,
+        has_tiles=True,
+    ),
 }
 
 _TIR_TYPE = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 from xllm_compiler.kernels.tir.base import LANES, Isa
+from xllm_compiler.kernels.tir.tile_intrinsics import tile_intrinsics
 
 _COMMON = """
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
@@ -370,4 +371,5 @@ def intrinsics(isa: Isa) -> str:
     masks = _MASKED_16 if wide else _LOOPED_16
     bf16 = _DOT_INSTRUCTION if isa.has_bf16_dot else _DOT_WITH_FMA
     int8 = _INT8_INSTRUCTION if isa.has_int8_dot else _INT8_WITH_PAIRS + (_PAIRS_512 if wide else _PAIRS_256)
-    return _COMMON + masks + bf16 + int8
+    tiles = tile_intrinsics() if isa.has_tiles else ""
+    return _COMMON + masks + bf16 + int8 + tiles

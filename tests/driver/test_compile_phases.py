@@ -114,6 +114,7 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
     assert manifest == report.manifest
     assert sorted(manifest.files) == [
         "config.json",
+        "cpu/amx.so",
         "cpu/avx2.so",
         "cpu/avx512.so",
         "cpu/avx512_bf16.so",

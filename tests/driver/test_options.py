@@ -36,7 +36,7 @@ def test_defaults(tmp_path: Path) -> None:
     got = resolved(write(tmp_path / "model-x"))
     assert (got.target, got.dtype, got.max_model_len, got.name) == ("cpu", "f32", 512, "model-x")
     assert (got.max_num_seqs, got.max_num_batched_tokens, got.max_num_logits) == (64, 2048, 128)
-    assert got.pipeline == "@cpu" and got.isas == ("avx2", "avx512", "avx512_bf16") and got.notes == ()
+    assert got.pipeline == "@cpu" and got.isas == ("avx2", "avx512", "avx512_bf16", "amx") and got.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,8 @@ def test_every_option_is_a_factor(tmp_path: Path, change: dict[str, Any]) -> Non
 
 def test_spelled_out_defaults_are_the_same_request(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
-    spelled = CompileOptions("cpu", "float32", 512, 64, 2048, " cse , dce ", ("avx512_bf16", "avx512", "avx2"), "m")
+    isas = ("amx", "avx512_bf16", "avx512", "avx2")
+    spelled = CompileOptions("cpu", "float32", 512, 64, 2048, " cse , dce ", isas, "m")
     assert prepare(root, CompileOptions(pipeline="cse,dce")).factors.hash() == prepare(root, spelled).factors.hash()
 
 

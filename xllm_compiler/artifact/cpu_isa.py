@@ -3,6 +3,10 @@ what each needs; must not load code."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,9 +22,28 @@ CPU_FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
+    "amx": (*_AVX512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
 }
 """Levels from the widest spread to the best, with the /proc/cpuinfo flags that the code of each may use (x86-64-v3,
-x86-64-v4, and v4 with the bf16 and 8-bit dot products). Linux lists a flag only where it also saves the registers."""
+x86-64-v4, v4 with the bf16 and 8-bit dot products, and that with Intel's matrix tiles). Linux lists a flag only where
+it also saves the registers."""
+
+_ARCH_REQ_XCOMP_PERM = 0x1023  # asm/prctl.h, Linux 5.16
+_XFEATURE_TILE_DATA = 18
+_SYS_ARCH_PRCTL = 158
+
+log = logging.getLogger("xllm")
+
+
+@functools.cache
+def tiles_allowed() -> bool:
+    """Asks Linux, once for the process and all its threads, for the right to use the tile registers, whose 8 KiB it
+    saves only for those who asked. A refusal is logged with its reason."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, ctypes.c_long(_XFEATURE_TILE_DATA)) == 0:
+        return True
+    log.warning("this CPU has AMX, but the system does not allow its use: %s", os.strerror(ctypes.get_errno()))
+    return False
 
 
 def machine_flags(cpuinfo: str | None = None) -> frozenset[str]:
@@ -35,11 +58,15 @@ def machine_flags(cpuinfo: str | None = None) -> frozenset[str]:
 
 
 def machine_isas(cpuinfo: str | None = None, machine: str | None = None) -> tuple[str, ...]:
-    """The levels that this machine can run, best last."""
+    """The levels that this machine can run, best last. Of the machine itself, no given text, permission to use tiles
+    is asked for where it has any."""
     if (machine or platform.machine()) != ARCHITECTURE:
         return ()
     flags = machine_flags(cpuinfo)
-    return tuple(isa for isa, needs in CPU_FLAGS.items() if flags.issuperset(needs))
+    levels = [isa for isa, needs in CPU_FLAGS.items() if flags.issuperset(needs)]
+    if cpuinfo is None and "amx" in levels and not tiles_allowed():
+        levels.remove("amx")
+    return tuple(levels)
 
 
 def choose_isa(isas: Iterable[str], cpuinfo: str | None = None, machine: str | None = None) -> str:

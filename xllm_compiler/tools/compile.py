@@ -63,7 +63,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
     add_load(parser)
     parser.add_argument(
-        "--isas", metavar="LIST", help="instruction sets to make code for; default avx2,avx512,avx512_bf16"
+        "--isas", metavar="LIST", help="instruction sets to make code for; default avx2,avx512,avx512_bf16,amx"
     )
     parser.add_argument("--name", help="the model's name for clients; default: the checkpoint directory's name")
     parser.add_argument(
