@@ -43,6 +43,7 @@ def quantized(form: QuantForm) -> tuple[str, ...]:
 
 PRESETS: Final[dict[str, tuple[str, ...]]] = {
     "cpu": _BEFORE + _AFTER,
+    "cpu-rows": (*_BEFORE, "quantize-rows", *_AFTER),  # checkpoints whose weights come quantized, for rounded inputs
     "cpu-int8": quantized(QuantForm(8)),
     "cpu-int4": quantized(QuantForm(4, group=32)),
 }

@@ -224,6 +224,8 @@ def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_c
                 max_num_batched_tokens=read("option.max_num_batched_tokens"),
                 max_num_logits=read("option.max_num_logits"),
             )
+        for note in traced.notes:
+            clock.progress.note(note)
         module = traced.module
         with clock.phase("passes"):
             context = PassContext(PassTarget(read("option.target")), listeners=list(listeners))

@@ -11,6 +11,7 @@ from typing import Any
 from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
+from xllm_compiler.frontend.quantized_config import quantized_config
 from xllm_compiler.passes.pipelines import quantized
 from xllm_compiler.passes.quantize.forms import parse_form
 
@@ -119,7 +120,7 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_num_logits=max(seqs, min(tokens, LOGIT_ROWS)),
-        pipeline=_pipeline(options, target),
+        pipeline=_pipeline(options, target, checkpoint),
         isas=tuple(isa for isa in CPU_FLAGS if isa in isas),
         name=name,
         notes=tuple(notes),
@@ -165,10 +166,16 @@ def _model_len(given: int | None, checkpoint: Checkpoint, notes: list[str]) -> i
     return min(trained, DEFAULT_MODEL_LEN_LIMIT)
 
 
-def _pipeline(options: CompileOptions, target: str) -> str:
+def _default_pipeline(target: str, checkpoint: Checkpoint) -> str:
+    """What the checkpoint asks for: weights as they are stored, and inputs rounded where it was made for that."""
+    stored = quantized_config(checkpoint)
+    return f"@{target}-rows" if stored is not None and stored.rows else f"@{target}"
+
+
+def _pipeline(options: CompileOptions, target: str, checkpoint: Checkpoint) -> str:
     """The pipeline that is asked for, in words or by the form of quantization that it makes."""
     if options.quantize is None:
-        return options.pipeline if options.pipeline is not None else f"@{target}"
+        return options.pipeline if options.pipeline is not None else _default_pipeline(target, checkpoint)
     form = parse_form(options.quantize)
     if options.pipeline is not None:
         raise XllmError(
