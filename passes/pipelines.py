@@ -24,6 +24,7 @@ _BEFORE: Final[tuple[str, ...]] = (
 )
 _AFTER: Final[tuple[str, ...]] = (
     "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
+    "split-attention",  # asks for bytes to work in, so before they are planned and after what counts results
     "assign-streams",  # before bytes are planned: a place that is free in one order of the streams may be in use in
     #                    another. One CPU process has no collectives, so this only names the stage
     "plan-memory",  # last: every value that still exists gets its place

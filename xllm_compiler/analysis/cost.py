@@ -390,7 +390,8 @@ def _kv_attend(costs: Costs, op: Op, cost: Cost) -> Cost:
         pairs = dmin(pairs, tokens * op.window)
     flops = heads * pairs * (2 * kv.k_dim + 2 * kv.v_dim + 5)
     read = cost.read - _unread_pages(op.table, requests * ceildiv(length, kv.page))
-    return replace(cost, read=read, kv_read=requests * length * _token_bytes(kv), flops=flops)
+    written = op.results[0].tensor.nbytes  # scratch is for few rows, and for them it is small
+    return replace(cost, read=read, written=written, kv_read=requests * length * _token_bytes(kv), flops=flops)
 
 
 def _all_reduce(costs: Costs, op: Op, cost: Cost) -> Cost:

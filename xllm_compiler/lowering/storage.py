@@ -16,7 +16,7 @@ from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
-Space = Literal["arena", "weight", "input", "kv", "logits"]
+Space = Literal["arena", "weight", "input", "kv", "logits", "barrier"]
 INPUTS: Final = ("ids", "pos", "seq", "start", "table", "sel")
 
 
@@ -63,6 +63,11 @@ class Storage:
         if found is None:
             raise XllmError("internal", f"%{value.name} has no place in memory", where=str(value))
         return found
+
+    @property
+    def barrier(self) -> Ref:
+        """Of kernels whose members meet in the middle; it needs no order, since all members call all kernels."""
+        return Ref("barrier", 0, as_dim(0), as_dim(64))
 
     def has_place(self, value: Value) -> bool:
         return value in self._refs

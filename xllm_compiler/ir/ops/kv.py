@@ -70,7 +70,8 @@ class KvAttend(Op):
     """y[n, h] = softmax over j of (scale * q[n, h] . k[j]) times v[j]; query head h reads kv head h // (Hq / Hk).
 
     j runs over positions 0..pos[n] of the token's request, the last `window` of them if window > 0. softcap > 0: scores
-    become softcap * tanh(score / softcap). sinks [Hq]: one more score per head, with value 0.
+    become softcap * tanh(score / softcap). sinks [Hq]: one more score per head, with value 0. scratch > 0: a second
+    result of so many f32, room to work in; what it holds means nothing.
     """
 
     kv: Operand
@@ -83,6 +84,7 @@ class KvAttend(Op):
     scale: float
     window: int = 0
     softcap: float = 0.0
+    scratch: int = 0
 
     def infer(self) -> tuple[Type, ...]:
         no_partial(self)
@@ -100,9 +102,10 @@ class KvAttend(Op):
         if self.sinks is not None:
             require_float(self, self.sinks)
             require_shape(self.scope, self.sinks.shape, [heads], "kv.attend: sinks")
-        if self.window < 0 or self.softcap < 0:
-            raise IrError("kv.attend: window and softcap are at least 0; 0 means none")
-        return (Tensor(self.q.dtype, (n, heads, kv.v_dim)),)
+        if self.window < 0 or self.softcap < 0 or self.scratch < 0:
+            raise IrError("kv.attend: window, softcap and scratch are at least 0; 0 means none")
+        out = Tensor(self.q.dtype, (n, heads, kv.v_dim))
+        return (out, Tensor("f32", (self.scratch,))) if self.scratch else (out,)
 
     def interp(
         self,
@@ -114,7 +117,7 @@ class KvAttend(Op):
         start: Array,
         table: Array,
         sinks: Array | None,
-    ) -> Array:
+    ) -> Array | tuple[Array, ...]:
         ty = self.kv.kv
         up = ctx.up(q)
         heads = up.shape[1]
@@ -147,7 +150,10 @@ class KvAttend(Op):
                 if sinks is not None:
                     total = total + np.exp(ctx.up(sinks)[h] - top)
                 out[lo:hi, h] = (e @ v[:, h // group]) / total
-        return out
+        return (out, np.zeros(self.scratch, up.dtype)) if self.scratch else out
+
+    def default_hint(self, index: int) -> str:
+        return ("a", "scratch")[index]
 
 
 @op("kv.append", consumes="kv")

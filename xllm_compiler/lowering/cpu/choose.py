@@ -296,11 +296,16 @@ def _kv_attend(s: Selection, op: Op) -> None:
         window=_int(op, "window"),
         softcap=_float(op, "softcap"),
         sinks=sinks is not None,
+        divide=len(op.results) == 2,
     )
     places = [s.ref(_operand(op, name)) for name in ("kv", "q", "pos", "seq", "start", "table")]
     places += [s.ref(sinks, "f32")] if sinks is not None else []
-    requests = _operand(op, "table").shape[0]
-    s.call(op, kernel, [*places, s.ref(op.result), q.shape[0], requests, _width(op)])
+    places += [s.ref(r) for r in op.results]
+    room: list[Dim] = []
+    if kernel.divide:
+        places.append(s.storage.barrier)
+        room = [op.results[1].tensor.elements]
+    s.call(op, kernel, [*places, q.shape[0], _operand(op, "table").shape[0], _width(op), *room])
 
 
 # ------------------------------------------------------------------------------------------------------------- the walk
