@@ -23,6 +23,7 @@ _BEFORE: Final[tuple[str, ...]] = (
     "fuse-add-norm",  # so only sums that no linear could take (post-norms, embeddings, all-reduced) remain for it
 )
 _AFTER: Final[tuple[str, ...]] = (
+    "return-block-max",  # after the fusions, which count users: the maxima are one more of the logits
     "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
     "split-attention",  # asks for bytes to work in, so before they are planned and after what counts results
     "assign-streams",  # before bytes are planned: a place that is free in one order of the streams may be in use in

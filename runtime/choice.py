@@ -60,7 +60,6 @@ class Choice:
         "group",
         "index",
         "limit",
-        "plain",
         "prompt_len",
         "serial",
         "table",
@@ -102,7 +101,6 @@ class Choice:
             scratch=scratch,
         )
         self._scratch = scratch
-        self.plain = self._sampler.plain
         self._tokenizer = tokenizer
         self._text: TextStream | None = None
         if tokenizer is not None and params.detokenize:
@@ -140,9 +138,9 @@ class Choice:
         raw = raw_logprobs(row, self.tokens[position + 1], count, self._scratch)
         self._prompt_logprobs.append(self._named(raw))
 
-    def sample(self, row: F32) -> Output:
-        """Draw the next token from a row of logits and take it in. Raises XllmError."""
-        token, raw = self._sampler.sample(row, len(self.tokens), self.generated)
+    def sample(self, row: F32, maxima: F32) -> Output:
+        """Draw the next token from a row of logits, `maxima` of its blocks, and take it in. Raises XllmError."""
+        token, raw = self._sampler.sample(row, maxima, len(self.tokens), self.generated)
         return self.accept(token, None if raw is None else self._named(raw))
 
     def accept(self, token: int, logprobs: LogprobDict | None = None) -> Output:

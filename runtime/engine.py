@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import threading
 import time
@@ -30,11 +29,11 @@ import numpy as np
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import scheduler
 from xllm_compiler.runtime.choice import Choice, OnOutput, Request, RequestGroup
-from xllm_compiler.runtime.executor import F32, Executor
+from xllm_compiler.runtime.executor import F32, Executor, Logits
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.kv import BlockTable, PagePool
 from xllm_compiler.runtime.outputs import Output
-from xllm_compiler.runtime.sampler import Scratch, not_finite
+from xllm_compiler.runtime.sampler import Scratch
 from xllm_compiler.runtime.stats import EngineStats, Health
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
@@ -343,7 +342,7 @@ class Engine:
         batch.start[len(work)] = n
         batch.n, batch.b, batch.s = n, len(work), s
 
-    def _take(self, work: list[tuple[Choice, int]], logits: F32) -> None:
+    def _take(self, work: list[tuple[Choice, int]], logits: Logits) -> None:
         """Hand each choice its rows, and tell its client what came of it."""
         s = 0
         now = time.monotonic()
@@ -351,10 +350,10 @@ class Engine:
             low, high = choice.computed, choice.computed + count
             choice.computed = high
             first = max(low, choice.first_row)
-            rows = logits[s : s + max(0, high - first)]
-            s += len(rows)
+            wanted = slice(s, s + max(0, high - first))
+            s = wanted.stop
             try:
-                event = self._advance(choice, first, rows)
+                event = self._advance(choice, first, logits.rows[wanted], logits.maxima[wanted])
             except XllmError as error:
                 event = choice.end("error", error)
             except Exception as error:
@@ -371,7 +370,7 @@ class Engine:
             else:
                 self._finish(choice, event)
 
-    def _advance(self, choice: Choice, first: int, rows: F32) -> Output | None:
+    def _advance(self, choice: Choice, first: int, rows: F32, maxima: F32) -> Output | None:
         """Use the logits of positions `first`, `first` + 1, ...; None when they only judged the prompt."""
         last = choice.known - 1
         for offset in range(len(rows)):
@@ -383,13 +382,7 @@ class Engine:
             return None
         if choice.known >= choice.limit:
             return choice.end("length")  # max_tokens is 0: only the prompt's logprobs were wanted
-        row = rows[-1]
-        if not choice.plain:
-            return choice.sample(row)
-        token = int(row.argmax())  # the lowest id of the largest; NaN counts as largest
-        if not math.isfinite(row[token]):
-            raise not_finite()
-        return choice.accept(token)
+        return choice.sample(rows[-1], maxima[-1])
 
     def _finish(self, choice: Choice, event: Output) -> None:
         """Free what the choice holds and tell its last event."""

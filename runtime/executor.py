@@ -3,10 +3,13 @@ policies."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xllm_compiler.artifact.schema import BLOCK
 
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
@@ -36,6 +39,22 @@ class StepBatch:
         return sum(a.nbytes for a in (self.ids, self.pos, self.seq, self.start, self.table, self.sel))
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a step says: `rows` [s, vocabulary], and `maxima` [s, ceil(vocabulary / BLOCK)], the largest of every BLOCK
+    of a row, NaN where one of them is. The last block may be short."""
+
+    rows: F32
+    maxima: F32
+
+    @classmethod
+    def of(cls, rows: F32) -> Logits:
+        """Rows whose maxima nobody has found yet."""
+        if not len(rows):
+            return cls(rows, np.zeros((0, -(-rows.shape[1] // BLOCK)), np.float32))
+        return cls(rows, np.maximum.reduceat(rows, range(0, rows.shape[1], BLOCK), axis=1))
+
+
 class Executor(Protocol):
     """Runs steps. Not thread-safe: one thread calls it."""
 
@@ -45,8 +64,8 @@ class Executor(Protocol):
         """Input buffers of the sizes this executor was compiled for."""
         ...
 
-    def execute(self, batch: StepBatch) -> F32:
-        """Run one step; logits [s, vocab], a view that the next call overwrites. Raises XllmError("internal")."""
+    def execute(self, batch: StepBatch) -> Logits:
+        """Run one step; views that the next call overwrites. Raises XllmError("internal")."""
         ...
 
     def close(self) -> None:

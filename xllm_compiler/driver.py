@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from xllm_compiler.artifact import (
     FORMAT,
+    OUTPUTS,
     STEP,
     DimRange,
     KvLayer,
@@ -339,8 +340,8 @@ def _manifest(request: Request, module: Module, facts: ModelFacts, lowered: CpuL
             max_num_logits=read("option.max_num_logits"),
         ),
         dims=dims,
-        inputs=tuple(_spec(value.name, value) for value in func.args if isinstance(value.type, Tensor)),
-        outputs=tuple(_spec("logits", value) for value in func.returns if isinstance(value.type, Tensor)),
+        inputs=tuple(_spec(value.name, value) for value in _tensors(func.args)),
+        outputs=tuple(_spec(name, value) for name, value in zip(OUTPUTS, _tensors(func.returns), strict=False)),
         memory=Memory(str(lowered.arena), str(lowered.logits), _kv_plan(lowered)),
         weights=Weights(
             lowered.weight_bytes,
@@ -358,6 +359,10 @@ def _kv_plan(lowered: CpuLowering) -> KvPlan:
         raise XllmError("internal", f"KV pages of {sorted(pages)} tokens, the format says {PAGE_TOKENS}")
     layers = tuple(KvLayer(layer.page_bytes, layer.heads, layer.k, layer.v) for layer in lowered.kv_layers)
     return KvPlan(PAGE_TOKENS, layers)
+
+
+def _tensors(values: Iterable[Value]) -> list[Value]:
+    return [value for value in values if isinstance(value.type, Tensor)]
 
 
 def _spec(name: str, value: Value) -> TensorSpec:

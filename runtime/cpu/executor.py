@@ -16,7 +16,7 @@ from xllm_compiler.artifact import Manifest
 from xllm_compiler.dims import parse_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.cpu.team import Team, native_function
-from xllm_compiler.runtime.executor import F32, StepBatch
+from xllm_compiler.runtime.executor import F32, Logits, StepBatch
 
 SYMBOLS = ("N", "B", "S", "P")
 _ALIGN = 64
@@ -78,9 +78,10 @@ class CpuExecutor:
         at_limits = dict(zip(SYMBOLS, self._most, strict=True))
         self._arena = _anonymous(parse_dim(manifest.memory.arena).evaluate(at_limits))
         self._kv = _anonymous(pages * manifest.memory.kv.page_bytes)
-        rows, vocab = limits.max_num_logits, manifest.model.vocab_size
+        # the outputs lie one behind the other, each as long as the step's rows make it
+        self._columns = [int(spec.shape[1]) for spec in manifest.outputs]
         self._logits_memory = _anonymous(parse_dim(manifest.memory.logits).evaluate(at_limits))
-        self._logits: F32 = np.frombuffer(self._logits_memory, np.float32, rows * vocab).reshape(rows, vocab)
+        self._logits: F32 = np.frombuffer(self._logits_memory, np.float32)
         self._barrier = np.zeros(2 * _ALIGN, np.uint8)
         barrier = (self._barrier.ctypes.data + _ALIGN - 1) & -_ALIGN
         self._batch: StepBatch | None = None
@@ -121,8 +122,8 @@ class CpuExecutor:
             self._args[place] = int(array.ctypes.data)
         self._batch = batch
 
-    def execute(self, batch: StepBatch) -> F32:
-        """Run one step; logits [s, vocab], a view that the next call overwrites. Raises XllmError("internal")."""
+    def execute(self, batch: StepBatch) -> Logits:
+        """Run one step; views that the next call overwrites. Raises XllmError("internal")."""
         if batch is not self._batch:
             self._bind(batch)
         if self._team is None:
@@ -137,7 +138,15 @@ class CpuExecutor:
         status = self._team.run(program.step, self._args_at)
         if status:
             raise XllmError("internal", f"program {program.name} returned {status} for N={n}, B={b}, S={s}")
-        return self._logits[:s]
+        return self._outputs(s)
+
+    def _outputs(self, s: int) -> Logits:
+        vocab, *rest = self._columns
+        end = s * vocab
+        rows = self._logits[:end].reshape(s, vocab)
+        if not rest:  # compiled without return-block-max
+            return Logits.of(rows)
+        return Logits(rows, self._logits[end : end + s * rest[0]].reshape(s, rest[0]))
 
     def close(self) -> None:
         if self._team is not None:

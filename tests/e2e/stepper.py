@@ -75,7 +75,7 @@ class Stepper:
         batch.start[len(work)] = n
         batch.sel[: len(selected)] = selected
         batch.n, batch.b, batch.s = n, len(work), len(selected)
-        logits = self.executor.execute(batch).copy()
+        logits = self.executor.execute(batch).rows.copy()
         at = 0
         for request, count in work:
             if any(request is kept for kept in keep):

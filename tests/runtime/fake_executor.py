@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.engine import Engine, Request
-from xllm_compiler.runtime.executor import StepBatch
+from xllm_compiler.runtime.executor import Logits, StepBatch
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.outputs import CompletionOutput, Output, RequestOutput
 from xllm_compiler.runtime.sampling_params import SamplingParams
@@ -86,7 +86,7 @@ class FakeExecutor:
         width = -(-facts.max_model_len // facts.page_tokens)
         return StepBatch(facts.max_num_batched_tokens, facts.max_num_seqs, facts.max_num_logits, width)
 
-    def execute(self, batch: StepBatch) -> NDArray[np.float32]:
+    def execute(self, batch: StepBatch) -> Logits:
         if self.hold is not None:
             self.hold.wait()
         self.steps += 1
@@ -107,7 +107,7 @@ class FakeExecutor:
         if self.nan_next and batch.s:
             self._logits[0, 3] = np.nan
             self.nan_next = False
-        return self._logits[: batch.s]
+        return Logits.of(self._logits[: batch.s])
 
     def _check(self, batch: StepBatch) -> None:
         assert 1 <= batch.b <= batch.n <= self.facts.max_num_batched_tokens

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.sampler import RowSampler, Scratch, nucleus, pick, raw_logprobs, top_ids
+from xllm_compiler.runtime.executor import Logits
+from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, nucleus, pick, raw_logprobs, top_ids
 from xllm_compiler.runtime.sampling_params import SamplingParams
 
 VOCAB = 300
@@ -29,9 +30,14 @@ def sampler(params: SamplingParams, **changes: Any) -> RowSampler:
     return RowSampler(params, **{**options, **changes})
 
 
+def sample(s: RowSampler, row: Row, position: int, generated: int) -> tuple[int, RawLogprobs | None]:
+    """As the engine asks, with the maxima of the row's blocks."""
+    return s.sample(row, Logits.of(row[None]).maxima[0], position, generated)
+
+
 def draws(params: SamplingParams, row: Row, count: int) -> list[int]:
     s = sampler(params)
-    return [s.sample(row, position, 0)[0] for position in range(count)]
+    return [sample(s, row, position, 0)[0] for position in range(count)]
 
 
 def reference_probs(row: Row, params: SamplingParams) -> NDArray[np.float64]:
@@ -141,7 +147,7 @@ def test_penalties_agree_with_transformers_and_openai() -> None:
         scores = torch.from_numpy(row.copy())[None]
         penalised = transformers.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), scores)[0].numpy()
         expected = int((penalised - 0.25 * counts - 0.6 * (counts > 0)).argmax())
-        token, _ = s.sample(row, position, position)
+        token, _ = sample(s, row, position, position)
         assert token == expected
         history.append(token)
         counts[token] += 1
@@ -151,27 +157,27 @@ def test_penalties_agree_with_transformers_and_openai() -> None:
 def test_a_repeated_token_becomes_less_likely_whatever_the_sign() -> None:
     row = np.full(VOCAB, -50.0, np.float32)
     row[[2, 30]] = [-1.0, -1.5]  # 2 is in the prompt
-    assert sampler(SamplingParams(temperature=0, repetition_penalty=2.0)).sample(row, 0, 0)[0] == 30
+    assert sample(sampler(SamplingParams(temperature=0, repetition_penalty=2.0)), row, 0, 0)[0] == 30
     row[[2, 30]] = [1.5, 1.0]
-    assert sampler(SamplingParams(temperature=0, repetition_penalty=2.0)).sample(row, 0, 0)[0] == 30
+    assert sample(sampler(SamplingParams(temperature=0, repetition_penalty=2.0)), row, 0, 0)[0] == 30
 
 
 def test_bias_allowed_tokens_and_minimum_length() -> None:
     row = make_row(2)
     best = int(row.argmax())
     ban = SamplingParams(temperature=0, logit_bias={best: -100, 42: 100})
-    assert sampler(ban).sample(row, 0, 0)[0] == 42
+    assert sample(sampler(ban), row, 0, 0)[0] == 42
     only = SamplingParams(temperature=1.0, allowed_token_ids=[3, 9], seed=0)
     assert set(draws(only, row, 60)) == {3, 9}
     eager = SamplingParams(temperature=0, min_tokens=3, max_tokens=9)
     s = sampler(eager, stop_ids=(best,))
-    assert s.sample(row, 0, 0)[0] != best and s.sample(row, 2, 2)[0] != best and s.sample(row, 3, 3)[0] == best
+    assert sample(s, row, 0, 0)[0] != best and sample(s, row, 2, 2)[0] != best and sample(s, row, 3, 3)[0] == best
 
 
 def test_forbidding_everything_is_the_requests_fault() -> None:
     params = SamplingParams(allowed_token_ids=[5], min_tokens=2, max_tokens=4)
     with pytest.raises(XllmError) as caught:
-        sampler(params).sample(make_row(0), 0, 0)
+        sample(sampler(params), make_row(0), 0, 0)
     assert caught.value.kind == "request"
 
 
@@ -181,7 +187,7 @@ def test_logits_that_are_no_numbers_are_an_error(poison: float, settings_: dict[
     row = make_row(1)
     row[17] = poison
     with pytest.raises(XllmError) as caught:
-        sampler(SamplingParams(**settings_)).sample(row, 0, 0)
+        sample(sampler(SamplingParams(**settings_)), row, 0, 0)
     assert caught.value.kind == "internal"
 
 
@@ -207,7 +213,7 @@ def test_the_draw_depends_on_seed_choice_and_position_only() -> None:
     base = SamplingParams(seed=123)
 
     def stream(s: RowSampler, row: Row = row) -> list[int]:
-        return [s.sample(row, position, 0)[0] for position in range(30)]
+        return [sample(s, row, position, 0)[0] for position in range(30)]
 
     first = stream(sampler(base))
     assert first == stream(sampler(base, seed=999)), "the request's own seed counts, not the engine's"
@@ -215,7 +221,7 @@ def test_the_draw_depends_on_seed_choice_and_position_only() -> None:
     assert first != stream(sampler(SamplingParams(seed=124)))
     assert stream(sampler(SamplingParams(), seed=5)) != stream(sampler(SamplingParams(), seed=6))
     late = sampler(base)
-    assert late.sample(row, 29, 0)[0] == first[29], "drawing depends on earlier draws"
+    assert sample(late, row, 29, 0)[0] == first[29], "drawing depends on earlier draws"
     # The row's place in memory does not matter: a row of a batch starts at any multiple of four bytes.
     shifted = np.empty(VOCAB + 8, np.float32)
     for offset in range(8):
@@ -239,21 +245,76 @@ def test_logprobs_agree_with_torch(n: int) -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     row = make_row(9)
-    plain = sampler(SamplingParams(temperature=0, logprobs=2)).sample(row, 0, 0)
-    bent = sampler(SamplingParams(temperature=3.0, logprobs=2, logit_bias={77: 100.0})).sample(row, 0, 0)
+    plain = sample(sampler(SamplingParams(temperature=0, logprobs=2)), row, 0, 0)
+    bent = sample(sampler(SamplingParams(temperature=3.0, logprobs=2, logit_bias={77: 100.0})), row, 0, 0)
     assert plain[1] is not None and bent[1] is not None and bent[0] == 77
     assert bent[1].tokens == [77, *plain[1].tokens] and bent[1].logprobs[1:] == plain[1].logprobs
     assert bent[1].logprobs[0] == raw_logprobs(row, 77, 0, Scratch(VOCAB)).logprobs[0] < plain[1].logprobs[0]
 
 
-def test_only_plain_greedy_takes_the_shortcut() -> None:
-    assert sampler(SamplingParams(temperature=0)).plain
-    for other in (
-        {"temperature": 1.0},
-        {"logprobs": 0},
-        {"logit_bias": {1: 1.0}},
-        {"min_tokens": 1},
-        {"presence_penalty": 0.1},
-        {"allowed_token_ids": [1]},
+def plain_choice(row: Row, params: SamplingParams, position: int) -> int:
+    """The definition: the whole row, as if nothing were known of it."""
+    s = sampler(params, vocab=len(row), scratch=Scratch(len(row)))
+    return int(row.argmax()) if params.greedy else s._draw(row.copy(), position)
+
+
+def adversarial(draw: st.DrawFn) -> Row:
+    """Few distinct values, so that ties cross blocks; rows of -inf but for some; lengths around multiples of 64."""
+    vocab = draw(st.sampled_from([1, 63, 64, 65, 128, 1000, 4096, 5000, 9001]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    match draw(st.integers(0, 4)):
+        case 0:
+            row = rng.integers(-2, draw(st.integers(-1, 3)) + 1, vocab).astype(np.float32)
+        case 1:
+            row = np.full(vocab, draw(st.sampled_from([0.0, -0.0, -7.5, 1e30])), np.float32)
+        case 2:
+            row = np.full(vocab, -np.inf, np.float32)
+            row[rng.integers(0, vocab, draw(st.integers(1, 5)))] = 3.0
+        case 3:
+            row = np.where(rng.random(vocab) < 0.5, np.float32(0.0), np.float32(-0.0))
+        case _:
+            row = rng.normal(0, draw(st.sampled_from([0.1, 3.0, 20.0])), vocab).astype(np.float32)
+    return row
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_block_maxima_change_no_choice(data: st.DataObject) -> None:
+    row = adversarial(data.draw)
+    filters = st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 0.05, 1.0, 2.0]),
+            "top_k": st.sampled_from([0, 1, 2, 5, 50]),
+            "top_p": st.sampled_from([1.0, 0.9, 0.1]),
+            "min_p": st.sampled_from([0.0, 0.05, 0.9]),
+        }
+    )
+    params = SamplingParams(seed=data.draw(st.integers(0, 9)), **data.draw(filters))
+    position = data.draw(st.integers(0, 100))
+    s = sampler(params, vocab=len(row), scratch=Scratch(len(row)))
+    assert sample(s, row, position, 0) == (plain_choice(row, params, position), None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_value_that_is_no_number_is_found_wherever_it_is(data: st.DataObject) -> None:
+    row = adversarial(data.draw)
+    row[data.draw(st.integers(0, len(row) - 1))] = data.draw(st.sampled_from([np.nan, np.inf]))
+    for setting in ({"temperature": 0}, {"top_k": 3}, {"min_p": 0.1}, {"logprobs": 1}, {"logit_bias": {0: 1.0}}):
+        s = sampler(SamplingParams(**setting), vocab=len(row), scratch=Scratch(len(row)))
+        with pytest.raises(XllmError, match="not numbers"):
+            sample(s, row, 0, 0)
+
+
+def test_rows_that_the_request_changes_are_looked_at_whole() -> None:
+    """Their largest logit need not be in the block of the largest raw one."""
+    row = np.zeros(1000, np.float32)
+    row[70] = 5.0
+    for setting, token in (
+        ({"logit_bias": {900: 9.0}}, 900),
+        ({"allowed_token_ids": [300, 400]}, 300),
+        ({"min_tokens": 1, "stop_token_ids": [70]}, 0),
+        ({"presence_penalty": 1.0}, 70),
     ):
-        assert not sampler(SamplingParams(**{"temperature": 0, **other})).plain, other
+        options: dict[str, Any] = {"vocab": 1000, "scratch": Scratch(1000), "stop_ids": (70,)}
+        assert sample(sampler(SamplingParams(temperature=0, **setting), **options), row, 0, 0)[0] == token

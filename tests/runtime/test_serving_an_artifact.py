@@ -72,7 +72,7 @@ def test_a_status_and_a_step_beyond_the_limits_are_typed_errors(toy: Path) -> No
         executor.execute(batch)
     assert caught.value.kind == "internal"
     batch.ids[0] = 1
-    assert executor.execute(batch).shape == (0, VOCAB)
+    assert executor.execute(batch).rows.shape == (0, VOCAB)
     for sizes in ((13, 1, 0), (0, 0, 0), (1, 2, 0), (4, 4, 0), (1, 1, 7)):
         batch.n, batch.b, batch.s = sizes
         with pytest.raises(XllmError, match="beyond the limits"):

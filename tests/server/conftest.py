@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from xllm_compiler.runtime.chat_template import ChatTemplate
 from xllm_compiler.runtime.engine import Engine
-from xllm_compiler.runtime.executor import F32, StepBatch
+from xllm_compiler.runtime.executor import Logits, StepBatch
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.server import lifecycle
 from xllm_compiler.runtime.server.app import build_app
@@ -77,7 +77,7 @@ class NextByte:
     def new_batch(self) -> StepBatch:
         return StepBatch(64, 8, 64, 32)
 
-    def execute(self, batch: StepBatch) -> F32:
+    def execute(self, batch: StepBatch) -> Logits:
         self.open.wait(20)
         if self.fail:
             raise RuntimeError("made to fail")
@@ -89,7 +89,7 @@ class NextByte:
             token = int(batch.ids[at])
             rows[row, EOS if token == ord("z") else (token + 1) % 256] = 5.0
             rows[row, (token + 2) % 256] = 3.0
-        return rows
+        return Logits.of(rows)
 
     def close(self) -> None:
         self.open.set()

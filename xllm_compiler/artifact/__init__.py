@@ -6,6 +6,7 @@ from xllm_compiler.artifact.io import check_files, check_size, is_artifact, read
 from xllm_compiler.artifact.schema import (
     FORMAT,
     MANIFEST,
+    OUTPUTS,
     STEP,
     WEIGHTS,
     DimRange,
@@ -26,6 +27,7 @@ from xllm_compiler.artifact.schema import (
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "OUTPUTS",
     "STEP",
     "WEIGHTS",
     "DimRange",

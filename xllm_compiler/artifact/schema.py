@@ -26,6 +26,9 @@ DTYPES = tuple(_ITEM_BYTES)
 LAYOUTS = re.compile(r"row|panel|glu|(glu_)?q[48](g[1-9][0-9]*)?z?")
 SYMBOLS = ("N", "B", "S", "P")
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges."""
+OUTPUTS = ("logits", "block_max")
+"""What a step writes, one behind the other: f32 [S, vocabulary] and, if it finds them, the largest of every BLOCK."""
+BLOCK = 64
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
@@ -216,6 +219,7 @@ class Manifest:
                 _one_of(spec.dtype, DTYPES, f"{where}.dtype")
                 for text in spec.shape:
                     _dim(text, f"{where}.shape", self.dims)
+        _check_outputs(self)
         _dim(self.memory.arena, "$.memory.arena", self.dims)
         _dim(self.memory.logits, "$.memory.logits", self.dims)
         _check_kv(self)
@@ -275,6 +279,17 @@ def _dim(text: str, where: str, dims: dict[str, DimRange]) -> Dim:
         if symbol not in dims:
             raise bad(where, f"{text!r} uses {symbol}, which has no range")
     return dim
+
+
+def _check_outputs(manifest: Manifest) -> None:
+    names = tuple(spec.name for spec in manifest.outputs)
+    if not names or names != OUTPUTS[: len(names)]:
+        raise bad("$.outputs", f"{', '.join(names) or 'nothing'} is not {' and '.join(OUTPUTS)}, nor the first alone")
+    blocks = -(-manifest.model.vocab_size // BLOCK)
+    for spec, columns in zip(manifest.outputs, (manifest.model.vocab_size, blocks), strict=False):
+        if (spec.dtype, spec.shape) != ("f32", ("S", str(columns))):
+            shape = ", ".join(spec.shape)
+            raise bad("$.outputs", f"{spec.name} is {spec.dtype}[{shape}], and a sampler reads f32[S, {columns}]")
 
 
 def _check_model(model: Model) -> None:

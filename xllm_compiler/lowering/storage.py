@@ -1,4 +1,4 @@
-"""Where every value of a step lives: arena, weights, inputs, KV layers, logits. Owns places and their overlap.
+"""Where every value of a step lives: arena, weights, inputs, KV layers, outputs. Owns places and their overlap.
 
 Must not know kernels or targets. A place is a base and a byte range of Dims; whether two ranges may overlap is asked of
 the module's DimScope, and "don't know" counts as yes.
@@ -51,7 +51,7 @@ class Storage:
         """Views whose bytes must be copied: the plan gave them a place of their own."""
         self._refs: dict[Value, Ref] = {}
         self._place_arguments()
-        self.logits = self._logits()
+        self.logits, self.block_max = self._outputs()
         self._logits_bytes = self._written_as_logits()
         for op in func.ops:
             if not all(r in self.weights for r in op.results):
@@ -100,11 +100,25 @@ class Storage:
                     help="inputs: " + ", ".join(INPUTS),
                 )
 
-    def _logits(self) -> Value:
+    def _outputs(self) -> tuple[Value, Value | None]:
+        """The logits and, where the step returns them too, their block maxima, which lie right behind them."""
         outs = [v for v in self.func.returns if isinstance(v.type, Tensor)]
+        last = outs[-1].op if len(outs) == 2 else None
+        if last is not None and last.name == "nn.block_max" and last.operands[0] is outs[0]:
+            return outs[0], outs[1]
         if len(outs) != 1:
-            raise XllmError("ir", f"a step returns one tensor of logits, @{self.func.name} returns {len(outs)}")
-        return outs[0]
+            raise XllmError(
+                "ir",
+                f"a step returns one tensor of logits, and after it may come their nn.block_max; "
+                f"@{self.func.name} returns {len(outs)} tensors",
+            )
+        return outs[0], None
+
+    @property
+    def output_bytes(self) -> Dim:
+        """Of all tensors that the step returns, one behind the other."""
+        size = self.logits.tensor.nbytes
+        return size if self.block_max is None else size + self.block_max.tensor.nbytes
 
     def _written_as_logits(self) -> frozenset[Value]:
         """The returned value and, through views with no other use, the computed value whose bytes it is."""
@@ -129,6 +143,8 @@ class Storage:
             own = offsets.get(value)
             if value in self._logits_bytes:
                 own = Ref("logits", 0, as_dim(0), value.tensor.nbytes)
+            elif value is self.block_max:
+                own = Ref("logits", 0, self.logits.tensor.nbytes, value.tensor.nbytes)
             elif source is not None and (own is None or source.space != "arena" or source.offset is own.offset):
                 own = source
             if own is None:

@@ -110,14 +110,13 @@ def lower_cpu(
             emit_program(native, program.symbol, selection.calls, meet, offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")
         files.append(f"cpu/{isa}.so")
-    logits = selection.storage.logits
     return CpuLowering(
         isas=tuple(isas),
         programs=programs,
         weights=tuple(tensors),
         weight_bytes=size,
         arena=func.arena if func.arena is not None else as_dim(0),
-        logits=logits.tensor.nbytes,
+        logits=selection.storage.output_bytes,
         kv_layers=tuple(
             CpuKvLayer(v.kv.page_bytes, v.kv.heads, v.kv.k_dim, v.kv.v_dim, v.kv.page, v.kv.dtype)
             for v in kv_args(func)

@@ -13,6 +13,7 @@ from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.attend import Attend
+from xllm_compiler.kernels.tir.base import PANEL
 from xllm_compiler.kernels.tir.embedding import Embedding
 from xllm_compiler.kernels.tir.kv_address import KvLayout
 from xllm_compiler.kernels.tir.kv_append import KvAppend, KvWrite
@@ -20,6 +21,7 @@ from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.norms import AddRmsNorm, LayerNorm, RmsNorm
 from xllm_compiler.kernels.tir.quantize import QuantizeRows
 from xllm_compiler.kernels.tir.rope import Rope
+from xllm_compiler.kernels.tir.vocab import BlockMax, LinearBlockMax
 from xllm_compiler.lowering.cpu.selection import CPU, Selection, const_dim, rows
 from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
 from xllm_compiler.lowering.fuse import Fusion
@@ -90,7 +92,20 @@ def _linear(s: Selection, op: Op) -> None:
     )
     args: list[Ref | Dim] = [s.ref(x), packed]
     args += [s.ref(v, x.dtype) for v in (bias, residual) if v is not None]
-    s.call(op, kernel, [*args, s.ref(out), rows(x)])
+    _call_linear(s, op, kernel, [*args, s.ref(out)], out)
+
+
+def _call_linear(s: Selection, op: Op, kernel: Linear, places: list[Ref | Dim], out: Value) -> None:
+    """Calls a linear that writes `out`. Where that is the logits, it finds their block maxima on the way."""
+    block_max = s.storage.block_max
+    plain = kernel.out == "f32" and not kernel.residual and kernel.act == "none"
+    if block_max is None or block_max.op is None or out is not s.storage.logits or not plain:
+        s.call(op, kernel, [*places, rows(out)])
+        return
+    _check_block(block_max.op)
+    fused = LinearBlockMax(k=kernel.k, n=kernel.n, dtype=kernel.dtype, bias=kernel.bias, weights=kernel.weights)
+    s.call(op, fused, [*places, s.ref(block_max), rows(out)])
+    s.done.add(block_max.op)
 
 
 def _widened(s: Selection, op: Op) -> Value:
@@ -143,7 +158,7 @@ def _quant_rows(s: Selection, op: Op) -> None:
 
 @CPU.register([Key("quant.linear", "i8")])
 def _quant_linear(s: Selection, op: Op) -> None:
-    x, bias, residual = _operand(op, "x"), _one(op, "bias"), _one(op, "residual")
+    bias, residual = _one(op, "bias"), _one(op, "residual")
     form, out = _form(op), _widened(s, op)
     n, k = (const_dim(d, op, "the weight's shape") for d in _operand(op, "values").shape)
     kernel = Linear(
@@ -159,7 +174,7 @@ def _quant_linear(s: Selection, op: Op) -> None:
     args: list[Ref | Dim] = [s.ref(_operand(op, name)) for name in ("x", "scale", "sums")]
     args.append(_quantized(s, op, str(form)))
     args += [s.ref(v, kernel.dtype) for v in (bias, residual) if v is not None]
-    s.call(op, kernel, [*args, s.ref(out), rows(x)])
+    _call_linear(s, op, kernel, [*args, s.ref(out)], out)
 
 
 @CPU.register([Key("quant.linear_glu", "i8")])
@@ -194,6 +209,19 @@ def _add_rms_norm(s: Selection, op: Op) -> None:
     y, total = op.results
     inputs = [s.ref(x), s.ref(_operand(op, "res")), s.ref(_operand(op, "w"), x.dtype)]
     s.call(op, kernel, [*inputs, s.ref(y), s.ref(total), rows(x)])
+
+
+def _check_block(op: Op) -> None:
+    if _int(op, "block") != PANEL:
+        raise XllmError("unsupported", f"nn.block_max in blocks of {_int(op, 'block')}, not {PANEL}", where=where(op))
+
+
+@CPU.register([Key("nn.block_max", "f32")])
+def _block_max(s: Selection, op: Op) -> None:
+    x = _operand(op, "x")
+    _check_block(op)
+    kernel = BlockMax(n=const_dim(x.shape[-1], op, "the row length"))
+    s.call(op, kernel, [s.ref(x), s.ref(op.result), rows(x)])
 
 
 @CPU.register(_keys("nn.layer_norm"))
