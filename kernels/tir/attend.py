@@ -23,6 +23,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from xllm_compiler.kernels.tir.attend_matrix import MatrixTiles
 from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, Tiles
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import Scalars, build_function, fma, horizontal_sum, load, splat, store, store_part
@@ -84,7 +85,8 @@ class _Body:
     def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
         self.kernel = kernel
         self.env = env
-        self.tiles = Tiles(kernel, isa, env)
+        matrix = isa.has_tiles and kernel.kv.dtype == "bf16"
+        self.tiles = (MatrixTiles if matrix else Tiles)(kernel, isa, env)
         self.vectors = self.tiles.value_vectors
         self.part = (2 + self.vectors) * LANES  # f32 of one row's part of one chunk: its maximum, sums and values
 
@@ -108,6 +110,7 @@ class _Body:
         self._query_blocks(count)
         self.total = T.bind(T.max(cost[0], T.int64(1)))
         divided = self._each_item(self._work)
+        self.tiles.release()
         if self.kernel.divide:
             with T.If(divided[0] > 0), T.Then():
                 T.evaluate(T.call_extern("int32", "xllm_team_barrier", self.env["barrier"].data, self.env["team"]))
@@ -188,7 +191,7 @@ class _Body:
                 # Merging into nothing changes nothing: the first chunk is worked on where all are merged into.
                 shift = T.bind(T.Select(T.And(whole, chunk == first_chunk), T.int32(0), T.int32(QUERY_ROWS)))
                 with T.If(mine), T.Then():
-                    self.tiles.fresh(item.rows, shift)
+                    self.tiles.fresh(item, head, shift)
                     with T.serial(first, last + 1) as block:
                         self.tiles.block(item, head, block, shift)
                     with T.If(T.And(whole, shift > 0)), T.Then(), T.serial(0, item.rows) as row:

@@ -105,7 +105,7 @@ class State:
 def local(count: int, dtype: str) -> Expr:
     """An array on the stack that begins at a cache line: LLVM aligns a stack slot to 16 bytes, and a vector that lies
     across two lines takes twice as long."""
-    size = {"uint8": 1, "uint16": 2, "float32": 4, "int64": 8}[dtype]
+    size = {"uint8": 1, "uint16": 2, "int32": 4, "float32": 4, "int64": 8}[dtype]
     slot = T.alloc_buffer((count * size + _LINE,), "uint8", scope="local")
     begin = T.bitwise_and(T.reinterpret("int64", T.address_of(slot[0])) + (_LINE - 1), T.int64(-_LINE))
     cast = T.reinterpret("handle", T.bind(begin)).op
@@ -136,9 +136,12 @@ class Tiles:
         self.values = local(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
         self.next_keys = local(_BLOCK_PAGES, "int64")  # and the keys of the next block's
 
-    def fresh(self, rows: Expr, shift: Expr) -> None:
-        """Rows at `shift` that have seen nothing."""
-        with T.serial(0, rows) as row:
+    def release(self) -> None:
+        """Emits what must be done when all blocks are."""
+
+    def fresh(self, item: Item, head: Expr, shift: Expr) -> None:
+        """Begins a chunk: rows at `shift` that have seen nothing."""
+        with T.serial(0, item.rows) as row:
             self.state.begin(shift + row)
 
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
@@ -172,17 +175,7 @@ class Tiles:
         high_start, high_end = self.seen(request, first + row + here - 1)
         # The first row of a tile sees no further than the last one, and from no later on.
         with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
-            start = T.bind(T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE)))
-            stop = T.bind(T.truncdiv(T.min(high_end - base, BLOCK) - 1, T.int32(PAGE)))
-            # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
-            numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(_BLOCK_PAGES)]
-            pages = [self.pages.page(request, block * _BLOCK_PAGES + number, head) for number in numbers]
-            last = T.truncdiv(high_end - 1, T.int32(PAGE))
-            for i, page in enumerate(pages):
-                T.buffer_store(self.values, self.pages.values(page), [i])
-                after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), last)
-                T.buffer_store(self.next_keys, self.pages.page(request, after, head), [i])
-
+            pages = self.find_pages(request, head, block, lowest, high_end)
             sizes = range(1, self.height + 1)
             queries = partial(self.query, request, head=head, width=self.layout.k_dim)
             choose(here, {count: partial(self._score, queries, first + row, count, pages) for count in sizes})
@@ -199,6 +192,21 @@ class Tiles:
                     with T.If(lo < hi), T.Then():
                         self._weigh(i, self.shift + one, (lo, hi))
                         self._add_seen_values(i, self.shift + one, lo, hi)
+
+    def find_pages(self, request: Expr, head: Expr, block: Expr, lowest: Expr, end: Expr) -> list[Expr]:
+        """The keys of the block's pages for rows that see tokens lowest .. end - 1; fills `values` and `next_keys`."""
+        base = T.bind(block * BLOCK)
+        start = T.bind(T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE)))
+        stop = T.bind(T.truncdiv(T.min(end - base, BLOCK) - 1, T.int32(PAGE)))
+        # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
+        numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(_BLOCK_PAGES)]
+        pages = [self.pages.page(request, block * _BLOCK_PAGES + number, head) for number in numbers]
+        last = T.truncdiv(end - 1, T.int32(PAGE))
+        for i, page in enumerate(pages):
+            T.buffer_store(self.values, self.pages.values(page), [i])
+            after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), last)
+            T.buffer_store(self.next_keys, self.pages.page(request, after, head), [i])
+        return pages
 
     # ---- scores and values of one tile
 

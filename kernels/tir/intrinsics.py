@@ -52,6 +52,10 @@ define linkonce_odr i32 @xllm_put_i16(ptr %p, i16 %v) {
   store i16 %v, ptr %p, align 2
   ret i32 0
 }
+define linkonce_odr i32 @xllm_store_i32(ptr %p, <16 x i32> %v) {
+  store <16 x i32> %v, ptr %p, align 4
+  ret i32 0
+}
 define linkonce_odr <16 x float> @xllm_load_f16(ptr %p) {
   %v = load <16 x half>, ptr %p, align 2
   %r = fpext <16 x half> %v to <16 x float>

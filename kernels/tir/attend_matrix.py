@@ -1,0 +1,235 @@
+"""Attention's work on one KV block with an instruction that multiplies matrices (Intel AMX): `MatrixTiles`.
+
+Owns what differs from attend_tiles.py, whose online softmax, scratch and addresses it uses. Rows are worked on in tiles
+of 16. A page of K is, 32 elements at a time, what the instruction takes for its second operand; its first is 16 rows of
+q, which `fresh` lays out. Values lie in pairs of tokens, 8 rows of a page at a time, and the instruction takes as long
+for 8 as for 16: so a block of V is copied once for all rows, two pages to a tile. acc is loaded into a tile, has p @ v
+added and is stored; bits are those of the instruction, which adds 32 products in an order of its own, flushes denormals
+and works on each row alone: so one row or sixteen, all rows take this way, and which of a tile they are is immaterial.
+
+A row may see less of a block than others of its tile. Its p is 0 for the rest, and the copy has zeros for what no row
+sees; but 0 times what a later token holds is not 0 where that is infinite or NaN. So a block of which any row sees only
+a part is looked at while it is copied, and where it has such values each row gets a copy of its own, with zeros for all
+that it does not see. A row that sees nothing of the block keeps its acc untouched, denormals and all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.attend_tiles import BLOCK, QUERY_ROWS, Item, State, Tiles, local
+from xllm_compiler.kernels.tir.base import LANES, PAGE
+from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, store
+from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
+
+Expr = Any
+_PAGES = BLOCK // PAGE
+_ELEMENTS = 32  # bf16 in a row of a tile
+_TILE = TILE_ROWS * LANES  # 32-bit words in a tile
+_LINE = 64
+_NOT_FINITE = 0x7F800000  # f32's exponent, all ones; bf16's, shifted up
+_SUMS = 4  # tile registers 0 to 3
+_A, _B, _TAIL_A, _TAIL_B = 4, 6, 5, 7
+
+
+class MatrixTiles(Tiles):
+    """`Tiles` for bf16 on an instruction set with tile registers."""
+
+    def allocate(self) -> None:
+        self.state = State(self.value_vectors)
+        self.values, self.next_keys = local(_PAGES, "int64"), local(_PAGES, "int64")
+        k_dim = self.layout.k_dim
+        self.full_steps, self.tail = k_dim // _ELEMENTS, k_dim % _ELEMENTS // 2
+        self.all_steps = self.full_steps + (1 if self.tail else 0)
+        self.scores = local(TILE_ROWS * BLOCK, "float32")
+        self.weights = local(TILE_ROWS * BLOCK, "uint16")
+        self.queries = local(QUERY_ROWS // TILE_ROWS * self.all_steps * _TILE, "int32")
+        self.copied = local(2 * self.value_vectors * _TILE, "int32")  # [32 tokens, 16 columns] each
+        self.part = local(TILE_ROWS * self.value_vectors * LANES, "float32")
+        self.shapes = TileShapes()
+
+    def release(self) -> None:
+        self.shapes.release()
+
+    def fresh(self, item: Item, head: Expr, shift: Expr) -> None:
+        """Lays out q, 16 rows by 32 elements at a time; what is missing of the last 32 is 0."""
+        super().fresh(item, head, shift)
+        whole = (T.int32(TILE_ROWS), TILE_BYTES)
+        tails = {_TAIL_A: (whole[0], self.tail * 4), _TAIL_B: (T.int32(self.tail), TILE_BYTES)} if self.tail else {}
+        self.shapes.set(T.int32(0), [tails.get(i, whole) for i in range(8)])
+        with T.serial(0, item.rows) as row:
+            query = self.query(item.request, item.first + row, head=head, width=self.layout.k_dim)
+            tile = T.truncdiv(row, T.int32(TILE_ROWS)) * self.all_steps
+            to = T.bind(tile * _TILE + T.truncmod(row, T.int32(TILE_ROWS)) * LANES)
+            for step in range(self.all_steps):
+                where = address(self.env["q"], query + step * _ELEMENTS)
+                if step < self.full_steps:
+                    words = T.call_extern("int32x16", "xllm_load_i32", where)
+                else:
+                    words = T.call_extern("int32x16", "xllm_load_first_i32", where, T.int32(self.tail))
+                _put(self.queries, to + step * _TILE, words)
+
+    def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
+        base = T.bind(block * BLOCK)
+        lowest, low_end = self.seen(item.request, item.first)
+        high_start, high_end = self.seen(item.request, item.first + item.rows - 1)
+        with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
+            pages = self.find_pages(item.request, head, block, lowest, high_end)
+            copied, odd = Scalars(1, "int32"), Scalars(1, "int32")
+            copied[0] = T.int32(0)
+            odd[0] = T.int32(0)
+            with T.serial(0, T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS))) as tile:
+                row = T.bind(tile * TILE_ROWS)
+                here = T.bind(T.min(item.rows - row, TILE_ROWS))
+                tile_lowest, tile_low_end = self.seen(item.request, item.first + row)
+                tile_high_start, tile_high_end = self.seen(item.request, item.first + row + here - 1)
+                with T.If(T.And(tile_lowest < base + BLOCK, tile_high_end > base)), T.Then():
+                    self._multiply_keys(tile, pages, copied[0] == 0)
+                    with T.If(copied[0] == 0), T.Then():
+                        copied[0] = T.int32(1)
+                        with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
+                            with T.Then():
+                                self._copy_values()
+                            with T.Else():
+                                first, last = T.max(lowest - base, 0), T.min(high_end - base, BLOCK)
+                                odd[0] = self._copy_seen_values(T.bind(first), T.bind(last))
+                    all_seen = T.And(tile_high_start <= base, tile_low_end >= base + BLOCK)
+                    with T.If(T.And(all_seen, odd[0] == 0)):
+                        with T.Then():
+                            with T.serial(0, here) as i:
+                                self._weigh(i, shift + row + i, None)
+                            state_row = T.bind(shift + row)
+                            self._multiply_values(state_row, self.state.totals, self.state.total(state_row, 0))
+                        with T.Else():
+                            self._partly_seen(item, row, here, base, shift, odd[0])
+
+    def _partly_seen(self, item: Item, row: Expr, here: Expr, base: Expr, shift: Expr, odd: Expr) -> None:
+        state_row = T.bind(shift + row)
+
+        def each_row(body: Any) -> None:
+            with T.serial(0, here) as i:
+                begin, end = self.seen(item.request, item.first + row + i)
+                lo, hi = T.bind(T.max(begin - base, 0)), T.bind(T.min(end - base, BLOCK))
+                with T.If(lo < hi), T.Then():
+                    body(i, lo, hi)
+
+        def take(i: Expr) -> None:
+            for vector in range(self.value_vectors):
+                value = load(self.part, (i * self.value_vectors + vector) * LANES, "f32")
+                store(self.state.totals, self.state.total(state_row + i, vector), value, "f32")
+
+        def alone(i: Expr, lo: Expr, hi: Expr) -> None:
+            T.evaluate(self._copy_seen_values(lo, hi))
+            self._multiply_values(state_row, self.part, T.int32(0))
+            take(i)
+
+        each_row(lambda i, lo, hi: self._weigh(i, state_row + i, (lo, hi)))
+        with T.If(odd == 0):
+            with T.Then():
+                self._multiply_values(state_row, self.part, T.int32(0))
+                each_row(lambda i, lo, hi: take(i))
+            with T.Else():
+                each_row(alone)
+
+    # ---- products
+
+    def _multiply_keys(self, tile: Expr, pages: list[Expr], ahead: Expr) -> None:
+        """scores = q . k for the 16 rows of a tile; if `ahead`, the block's values are asked for meanwhile."""
+        lines = -(-PAGE * self.layout.v_row_bytes // 2 // _LINE)
+        each = -(-lines // self.all_steps)
+        for i in range(_PAGES):
+            zero(i)
+
+        def step_of(step: Expr, a: int, b: int) -> None:
+            with T.If(ahead), T.Then():
+                for page in range(_PAGES):
+                    for line in range(each):
+                        self._prefetch(self.values[page] + (step * each + line) * _LINE)
+            load_tile(a, address(self.queries, (tile * self.all_steps + step) * _TILE), TILE_BYTES)
+            for i, page in enumerate(pages):
+                load_tile(b, address(self.env["kv"], page + step * (TILE_ROWS * self.layout.k_row_bytes)), TILE_BYTES)
+                dot("bf16", i, a, b)
+
+        if self.full_steps:
+            with T.serial(0, self.full_steps) as step:
+                step_of(step, _A, _B)
+        if self.tail:
+            step_of(T.int32(self.full_steps), _TAIL_A, _TAIL_B)
+        for i in range(_PAGES):
+            store_tile(i, address(self.scores, i * LANES), BLOCK * 4)
+
+    def _multiply_values(self, row: Expr, to: Expr, at: Expr) -> None:
+        """to[at ..] = acc + p @ v for the 16 rows of the state from `row` on."""
+        stride = self.value_vectors * LANES * 4
+        for start in range(0, self.value_vectors, _SUMS):
+            vectors = range(start, min(start + _SUMS, self.value_vectors))
+            for i, vector in enumerate(vectors):
+                load_tile(i, address(self.state.totals, self.state.total(row, vector)), stride)
+            for half in range(2):
+                load_tile(_A, address(self.weights, half * _ELEMENTS), BLOCK * 2)
+                for i, vector in enumerate(vectors):
+                    load_tile(_B, address(self.copied, (half * self.value_vectors + vector) * _TILE), TILE_BYTES)
+                    dot("bf16", i, _A, _B)
+            for i, vector in enumerate(vectors):
+                store_tile(i, address(to, at + vector * LANES), stride)
+
+    def _each_pair(self, body: Callable[[Expr, Expr, Expr], None]) -> None:
+        """Emits body(pair, where the values of the pair of tokens lie, where their copy does) for all of the block;
+        meanwhile the keys of the next block are on their way."""
+        pairs = BLOCK // 2
+        lines = -(-PAGE * self.layout.k_dim * 2 // (_LINE * pairs))
+        with T.serial(0, pairs) as pair:
+            for page in range(_PAGES):
+                for line in range(lines):
+                    self._prefetch(self.next_keys[page] + (pair * lines + line) * _LINE)
+            tile = T.shift_right(pair, T.int32(4)) * (self.value_vectors * _TILE)
+            to = T.bind(tile + T.bitwise_and(pair, T.int32(TILE_ROWS - 1)) * LANES)
+            body(pair, self._value_row(pair), to)
+
+    def _copy_values(self) -> None:
+        """Copies the values of the whole block."""
+
+        def copy(pair: Expr, at: Expr, to: Expr) -> None:
+            for vector in range(self.value_vectors):
+                _put(self.copied, to + vector * _TILE, self._value(at, vector))
+
+        self._each_pair(copy)
+
+    def _copy_seen_values(self, lo: Expr, hi: Expr) -> Expr:
+        """Copies the values of tokens lo .. hi-1 of the block, and zeros for the others. Returns 1 if any of them is
+        not finite, else 0."""
+        worst = Vectors(1, "int32")
+        worst[0] = T.broadcast(T.int32(0), LANES)
+
+        def copy(pair: Expr, at: Expr, to: Expr) -> None:
+            token = T.bind(pair * 2)
+            first = T.Select(T.And(token >= lo, token < hi), T.int32(0xFFFF), T.int32(0))
+            second = T.Select(T.And(token + 1 >= lo, token + 1 < hi), T.int32(-0x10000), T.int32(0))
+            kept = T.bind(T.bitwise_or(first, second))
+            with T.If(kept == 0):
+                with T.Then():  # their page may not exist
+                    for vector in range(self.value_vectors):
+                        _put(self.copied, to + vector * _TILE, T.broadcast(T.int32(0), LANES))
+                with T.Else():
+                    exponent = T.broadcast(T.int32(_NOT_FINITE), LANES)
+                    for vector in range(self.value_vectors):
+                        value = T.bind(T.bitwise_and(self._value(at, vector), T.broadcast(kept, LANES)))
+                        _put(self.copied, to + vector * _TILE, value)
+                        for half in (value, T.shift_left(value, T.broadcast(T.int32(16), LANES))):
+                            worst[0] = T.max(worst[0], T.bitwise_and(half, exponent))
+
+        self._each_pair(copy)
+        lanes = local(LANES, "int32")
+        _put(lanes, T.int32(0), worst[0])
+        found = Scalars(1, "int32")
+        found[0] = T.int32(0)
+        with T.serial(0, LANES) as lane, T.If(lanes[lane] == _NOT_FINITE), T.Then():
+            found[0] = T.int32(1)
+        return found[0]
+
+
+def _put(buffer: Expr, index: Expr, words: Expr) -> None:
+    T.evaluate(T.call_extern("int32", "xllm_store_i32", address(buffer, index), words))
