@@ -223,6 +223,8 @@ def test_a_checkpoint_is_the_model_that_it_stands_for(case: str, make: Make, lim
     wanted = {w.astype(np.float32).astype(np.float64).tobytes(): name for name, w in weights.items()}
     assert set(by_value) == set(wanted), "every weight is that of the checkpoint, exactly"
     model = load_reference(path / "plain")
+    for name, weight in load_reference(path).named_parameters():
+        assert torch.equal(weight, model.get_parameter(name))
     for got, prompt in zip(stepped_logits(traced.module, traced.weights, PROMPTS), PROMPTS, strict=True):
         np.testing.assert_allclose(got, reference_logits(model, prompt), atol=1e-4)
 

@@ -11,13 +11,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.frontend.checkpoint import Array
-from xllm_compiler.frontend.model import TORCH_DTYPE
+from xllm_compiler.frontend.checkpoint import Array, Checkpoint
+from xllm_compiler.frontend.model import TORCH_DTYPE, load_config
+from xllm_compiler.frontend.quantized import Quantized
 from xllm_compiler.interp import run
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.semantics import kv_zeros
@@ -97,15 +99,37 @@ def stepped_logits(module: Module, weights: Mapping[str, Array], prompts: Sequen
     return [np.stack([rows[(i, p)] for p in range(len(prompt))]) for i, prompt in enumerate(prompts)]
 
 
-def load_reference(path: str | os.PathLike[str], dtype: str = "f32") -> Any:
-    """The unmodified transformers model of a checkpoint directory, in eval mode with eager attention."""
+def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: str = "eager") -> Any:
+    """The unmodified transformers model of a checkpoint directory, in eval mode.
+
+    Of a quantized checkpoint: the float model with the weights that the stored ones stand for, dequantized here, since
+    transformers needs a library of each method's own and for some of them a GPU.
+    """
+    quantized = Quantized.of(Checkpoint.open(path))
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
+    if quantized.weights:
+        tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
+        source = {
+            "pretrained_model_name_or_path": None,
+            "config": load_config(quantized.view),
+            "state_dict": tensors,
+        }
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=TORCH_DTYPE[dtype], attn_implementation="eager", local_files_only=True
+            **source, dtype=TORCH_DTYPE[dtype], attn_implementation=attention, local_files_only=True
         )
     except Exception as e:
         raise XllmError("unsupported", f"transformers cannot load the model: {e}", where=str(path)) from e
     return model.eval()
+
+
+def _torch(quantized: Quantized, name: str, dtype: str) -> torch.Tensor:
+    """A tensor of the unquantized view."""
+    weight = quantized.weights.get(name)
+    array = quantized.view.read(name) if weight is None else weight.floats(dtype)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def reference_logits(model: Any, prompt: Sequence[int]) -> Array:
