@@ -163,14 +163,15 @@ def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: T
 
 
 def run_transformers(checkpoint: Path, dtype: str, trial: Trial) -> list[F32]:
-    """The same rows of logits from the unmodified model, each request alone and without a cache."""
+    """The same rows of logits from the unmodified model, with dequantized weights if the checkpoint is quantized, each
+    request alone and without a cache."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from xllm_compiler.frontend.reference import load_reference
+
     logging.disable_progress_bar()
-    kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=kind, local_files_only=True).eval()
+    model = load_reference(checkpoint, dtype, attention="sdpa")
     with torch.no_grad():
         whole = [
             model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0].float().numpy()
