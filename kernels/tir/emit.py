@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import Call
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
@@ -19,6 +20,7 @@ from xllm_compiler.kernels.tir.base import LANES, Isa, Kernel
 from xllm_compiler.kernels.tir.intrinsics import intrinsics
 
 Expr = Any  # a TVM expression, buffer or variable: TVM has no types that mypy can see
+_LINE = 64  # bytes
 _UNBOUNDED = 1 << 30  # a flat buffer's declared length, which nothing checks
 
 
@@ -105,6 +107,16 @@ def keep_between(value: Expr, first: Expr, last: Expr, other: float) -> Expr:
     TVM's own comparison of a ramp with a broadcast would do, were it not for the seconds its simplifier takes over it.
     """
     return T.call_pure_extern("float32x16", "xllm_keep_between", value, first, last, T.float32(other))
+
+
+def stack_array(count: int, dtype: str) -> Expr:
+    """An array on the stack that begins at a cache line: LLVM aligns a stack slot to 16 bytes, and a vector that lies
+    across two lines takes twice as long."""
+    size = {"uint8": 1, "int8": 1, "uint16": 2, "float32": 4, "int32": 4, "int64": 8}[dtype]
+    slot = T.alloc_buffer((count * size + _LINE,), "uint8", scope="local")
+    begin = T.bind(T.bitwise_and(T.reinterpret("int64", T.address_of(slot[0])) + (_LINE - 1), T.int64(-_LINE)))
+    data = T.bind(Call(T.reinterpret("handle", begin).op, [begin], ret_ty=T.handle(dtype).ty))
+    return T.decl_buffer((count,), dtype, data=data)
 
 
 class Vectors:

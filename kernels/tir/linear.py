@@ -25,10 +25,13 @@ from xllm_compiler.kernels.tir.emit import (
     load,
     load_part,
     share,
+    stack_array,
     store,
     store_part,
     tile_rows,
 )
+from xllm_compiler.kernels.tir.grouped_tiles import GroupedTiles
+from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, ByteTiles, DenseTiles, TileSums
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weights import Dense, Quantized, WeightFormat
 
@@ -163,29 +166,59 @@ class _Loop:
     finish: Finish
 
     def emit(self, **env: Expr) -> None:
-        height = tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
+        by_tiles = self._tiles(env) if self.isa.has_tiles else None
+        height = BLOCK_ROWS if by_tiles else tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
         panels = -(-self.n // self.columns)
         rows = env["rows"]
         tiles = T.bind(T.truncdiv(rows + (height - 1), T.int32(height)))
         first, last = share(tiles * panels, env["member"], env["team"])
-        sums = T.alloc_buffer((height * PANEL,), "float32", scope="local")
+        sums = stack_array(height * PANEL, "float32")
         with T.If(first < last), T.Then():
             start = T.bind(T.truncdiv(first, tiles))
             stop = T.bind(T.truncdiv(last - 1, tiles) + 1)
             with T.serial(start, stop) as panel:
                 lo = T.bind(T.max(first - panel * tiles, 0))
                 hi = T.bind(T.min(last - panel * tiles, tiles))
+                if by_tiles:
+                    by_tiles.begin(panel)
                 with T.serial(lo, hi) as tile:
                     row = T.bind(tile * height)
                     here = T.bind(T.min(rows - row, height))
-                    sizes = range(1, height + 1)
-                    choose(here, {count: partial(self._accumulate, env, row, count, panel, sums) for count in sizes})
+                    if by_tiles:
+                        by_tiles.emit(row, here, panel, sums)
+                    else:
+                        sizes = range(1, height + 1)
+                        choose(here, {n: partial(self._accumulate, env, row, n, panel, sums) for n in sizes})
                     # After the tile and not in it: the code of an activation once, and not once per row and tile size.
                     with T.serial(0, here) as i:
-                        self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL))
+                        self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_tiles)
+        if by_tiles:
+            by_tiles.release()
 
-    def _finish(self, env: dict[str, Expr], row: Expr, panel: Expr, panels: int, sums: Expr, at: Expr) -> None:
+    def _tiles(self, env: dict[str, Expr]) -> TileSums | None:
+        """How matrix tiles make the sums; None where they cannot, and vectors do."""
+        form = self.format
+        if isinstance(form, Dense) and form.dtype == "bf16" and self.k % 2 == 0:
+            return DenseTiles(self.k, env)
+        if isinstance(form, Quantized) and form.q.bits == 8 and form.q.group == 0:
+            return ByteTiles(form.q, self.k, env)
+        if isinstance(form, Quantized) and GroupedTiles.can(form.q, self.k):
+            return GroupedTiles(form.q, self.k, env)
+        return None
+
+    def _finish(
+        self,
+        env: dict[str, Expr],
+        row: Expr,
+        panel: Expr,
+        panels: int,
+        sums: Expr,
+        at: Expr,
+        by_tiles: TileSums | None,
+    ) -> None:
         totals = [T.bind(load(sums, at + vector, "f32")) for vector in range(0, PANEL, LANES)]
+        if by_tiles:
+            totals = by_tiles.totals(row, panel, totals)
         tail = self.n - (panels - 1) * self.columns
         if tail == self.columns:
             self.finish(env, row, panel, totals, tail)

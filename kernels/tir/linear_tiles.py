@@ -8,46 +8,63 @@ the same order in either case, and for every number of rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL
-from xllm_compiler.kernels.tir.emit import address
+from xllm_compiler.kernels.tir.emit import address, load, splat
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 
 Expr = Any
 BLOCK_ROWS = 2 * TILE_ROWS
-_STEP_BYTES = PANEL * 4  # of a panel, from one 4-byte piece of k to the next
+STEP_BYTES = PANEL * 4  # of a panel, from one 4-byte piece of k to the next
 _SUMS_STRIDE = PANEL * 4
 
 
-@dataclass(frozen=True)
-class TilePanel:
-    """How a weight format's panels are read: `kind` of dot product, bytes of k in a row of x and of a panel's column
-    (multiples of 4), and where the values of a panel begin."""
+class TileSums(ABC):
+    """Sums of up to 32 rows of x by one panel, made with tiles."""
 
-    kind: str
-    row_bytes: int
-    first: Callable[[Expr], Expr]
+    def begin(self, panel: Expr) -> None:
+        """Emitted before the rows that meet `panel`; most have nothing to prepare."""
+        return
+
+    @abstractmethod
+    def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
+        """sums[i, column] = x[row + i] @ the panel for `here` rows: 4 bytes each, of a type that `totals` knows."""
+
+    @abstractmethod
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        """A row's sums as f32, from the four vectors of them, read as f32."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Emitted at the end of the kernel: gives the registers back."""
 
 
-class TileSums:
-    """Emits sums[i, column] = x[row + i] @ the panel for `here` rows; 4-byte sums of the dot product's own type."""
+class WholeRows(TileSums):
+    """The sums over all of k in one go: bf16, and 8-bit weights with a scale per row."""
 
-    def __init__(self, panel: TilePanel, x: Expr, w: Expr) -> None:
-        self._panel = panel
-        self._x = x
-        self._w = w
-        self._element = 2 if panel.kind == "bf16" else 1
-        self._whole, self._rest = divmod(panel.row_bytes, TILE_BYTES)
+    def __init__(self, kind: str, row_bytes: int, env: dict[str, Expr]) -> None:
+        """`row_bytes`: of a row of x, a multiple of 4."""
+        self._kind = kind
+        self._row_bytes = row_bytes
+        self._env = env
+        self._x, self._w = env["x"], env["w"]
+        self._element = 2 if kind == "bf16" else 1
+        self._whole, self._rest = divmod(row_bytes, TILE_BYTES)
         self._shapes = TileShapes()
 
+    @abstractmethod
+    def values_at(self, panel: Expr) -> Expr:
+        """Where the values of a panel begin, in bytes."""
+
     def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
-        rows = T.bind(T.Cast("int64", row) * self._panel.row_bytes)
-        weights = T.bind(self._panel.first(panel))
+        rows = T.bind(T.Cast("int64", row) * self._row_bytes)
+        weights = T.bind(self.values_at(panel))
         with T.If(here <= TILE_ROWS):
             with T.Then():
                 self._narrow(rows, here, weights, sums)
@@ -56,7 +73,6 @@ class TileSums:
                     self._wide(rows, here, weights, half * (PANEL // 2), sums)
 
     def release(self) -> None:
-        """At the end of the kernel."""
         self._shapes.release()
 
     def _narrow(self, rows: Expr, here: Expr, weights: Expr, sums: Expr) -> None:
@@ -68,10 +84,10 @@ class TileSums:
             return [(here, TILE_BYTES)] * 4 + [(here, width)] + [(pieces, TILE_BYTES)] * 3
 
         def add(step: Expr) -> None:
-            load_tile(4, self._row(rows, step), self._panel.row_bytes)
+            load_tile(4, self._row(rows, step), self._row_bytes)
             for column in columns:
-                load_tile(5 + column % 3, self._weight(weights, step, column * LANES), _STEP_BYTES)
-                dot(self._panel.kind, column, 4, 5 + column % 3)
+                load_tile(5 + column % 3, self._weight(weights, step, column * LANES), STEP_BYTES)
+                dot(self._kind, column, 4, 5 + column % 3)
 
         places = [(tile, T.int32(tile * LANES)) for tile in columns]
         self._sum(here * 4, shape, add, places, sums)
@@ -87,11 +103,11 @@ class TileSums:
 
         def add(step: Expr) -> None:
             for j in range(2):
-                load_tile(6 + j, self._weight(weights, step, first + j * LANES), _STEP_BYTES)
+                load_tile(6 + j, self._weight(weights, step, first + j * LANES), STEP_BYTES)
             for i in range(2):
-                load_tile(4 + i, self._row(rows + i * TILE_ROWS * self._panel.row_bytes, step), self._panel.row_bytes)
+                load_tile(4 + i, self._row(rows + i * TILE_ROWS * self._row_bytes, step), self._row_bytes)
                 for j in range(2):
-                    dot(self._panel.kind, 2 * i + j, 4 + i, 6 + j)
+                    dot(self._kind, 2 * i + j, 4 + i, 6 + j)
 
         places = [(2 * i + j, T.int32(i * TILE_ROWS * PANEL + first + j * LANES)) for i in range(2) for j in range(2)]
         self._sum(here * 4 + 1, shape, add, places, sums)
@@ -128,5 +144,51 @@ class TileSums:
         return address(self._x, T.truncdiv(rows, T.int64(self._element)) + step * (TILE_BYTES // self._element))
 
     def _weight(self, weights: Expr, step: Expr, column: int) -> Expr:
-        at = weights + T.Cast("int64", step) * (TILE_ROWS * _STEP_BYTES) + column * 4
+        at = weights + T.Cast("int64", step) * (TILE_ROWS * STEP_BYTES) + column * 4
         return address(self._w, T.truncdiv(at, T.int64(self._element)))
+
+
+class DenseTiles(WholeRows):
+    """bf16 by bf16."""
+
+    def __init__(self, k: int, env: dict[str, Expr]) -> None:
+        super().__init__("bf16", 2 * k, env)
+
+    def values_at(self, panel: Expr) -> Expr:
+        return T.Cast("int64", panel) * (PANEL * self._row_bytes)
+
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        return sums
+
+
+class ByteTiles(WholeRows):
+    """8-bit rows by 8-bit weights, a scale and perhaps a zero point for each row of the weight."""
+
+    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
+        super().__init__("i8u8", q.padded(k), env)
+        self._q = q
+        self._panel_bytes = q.panel_bytes(k)
+
+    def values_at(self, panel: Expr) -> Expr:
+        return self._start(panel) + self._q.header_bytes
+
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        q, w = self._q, self._w
+        start = T.bind(self._start(panel))
+        total = T.bind(self._env["xsum"][row])
+        scale = T.bind(splat(self._env["xs"][row]))
+        made = []
+        for vector, bits in enumerate(sums):
+            whole = T.reinterpret("int32x16", bits)
+            if q.zeros:
+                at = start + PANEL * q.scale_bytes + vector * LANES
+                zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, at))
+                whole = whole - zeros * T.broadcast(total, LANES)
+            else:
+                whole = whole - T.broadcast(total * q.middle, LANES)
+            columns = load(w, start + vector * LANES * q.scale_bytes, q.scale_dtype)
+            made.append(T.bind(T.Cast("float32x16", whole) * columns * scale))
+        return made
+
+    def _start(self, panel: Expr) -> Expr:
+        return T.Cast("int64", panel) * self._panel_bytes

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 _TILES = 8
-_DOTS = {"bf16": "tdpbf16ps", "i8u8": "tdpbsud"}
+_DOTS = {"bf16": "tdpbf16ps", "i8u8": "tdpbsud", "i8i8": "tdpbssd"}
+
+
+_BYTES = """
+define linkonce_odr i32 @xllm_store_bytes_less(ptr %p, <16 x i32> %a, <16 x i32> %b) {
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+  %r = sub <64 x i8> %x, %y
+  store <64 x i8> %r, ptr %p, align 1
+  ret i32 0
+}
+"""
 
 
 def tile_intrinsics() -> str:
@@ -30,7 +41,7 @@ def tile_intrinsics() -> str:
                     if a != b:
                         call = f"@llvm.x86.{instruction}(i8 {sums}, i8 {a}, i8 {b})"
                         lines.append(_function(f"xllm_tile_dot_{kind}_{sums}_{a}_{b}()", call))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + _BYTES
 
 
 def _function(head: str, call: str) -> str:

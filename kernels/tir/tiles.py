@@ -69,7 +69,7 @@ def store_tile(tile: int, pointer: Expr, stride: int) -> None:
 
 
 def dot(kind: str, sums: int, a: int, b: int) -> None:
-    """sums += a @ b. `kind`: "bf16", or "i8u8", signed by unsigned. `sums` in 0..3, a in 4..5, b in 5..7."""
+    """sums += a @ b. `kind`: "bf16", or "i8u8", signed by unsigned, or "i8i8". `sums` in 0..3, a in 4..5, b in 5..7."""
     _call(f"xllm_tile_dot_{kind}_{sums}_{a}_{b}")
 
 
