@@ -53,8 +53,13 @@ def disassemble(path: Path) -> str:
 def test_each_level_uses_only_its_own_instructions(tmp_path: Path) -> None:
     wide = r"%zmm|%[xyz]mm(1[6-9]|2\d|3[01])|%k[0-7]"
     newer = r"vdpbf16ps|vcvtne2?ps2bf16|vpdpbusd|vpdpwssd|vp2intersect|v4fmadd|tdp"
-    forbidden = {"avx2": f"{wide}|{newer}", "avx512": newer, "avx512_bf16": "vp2intersect|v4fmadd|tdp"}
-    expected = {"avx2": "vfmadd", "avx512": "%zmm", "avx512_bf16": "vdpbf16ps"}
+    forbidden = {
+        "avx2": f"{wide}|{newer}",
+        "avx512": newer,
+        "avx512_bf16": "vp2intersect|v4fmadd|tdp",
+        "amx": "vp2intersect",
+    }
+    expected = {"avx2": "vfmadd", "avx512": "%zmm", "avx512_bf16": "vdpbf16ps", "amx": "tdpbf16ps"}
     for isa in ISAS:
         path = tmp_path / f"{isa}.so"
         write_library(isa, path, KERNELS)
