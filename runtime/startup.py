@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.artifact import Manifest
 from xllm_compiler.dims import parse_dim
@@ -15,12 +15,15 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host, memory
 from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.engine import MAX_QUEUED, Engine
-from xllm_compiler.runtime.executor import StepBatch
+from xllm_compiler.runtime.executor import Executor, StepBatch
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.loader import LoadedArtifact, load_artifact
 from xllm_compiler.runtime.memory import Ledger
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.tokenizer import Tokenizer, read_json_object
+
+if TYPE_CHECKING:
+    from xllm_compiler.runtime.profile.profiler import Profiler
 
 _MAX_THREADS = 1024
 
@@ -66,8 +69,8 @@ class Started:
     threads: int
 
 
-def prepare_engine(path: Path, options: EngineOptions, phases: Phases) -> Started:
-    """Load, budget, allocate. Raises XllmError; what it raises says what to do."""
+def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler: Profiler | None = None) -> Started:
+    """Load, budget, allocate. `profiler` watches the first steps. Raises XllmError, which says what to do."""
     artifact = load_artifact(path, options.isa)
     phases.mark("load artifact")
     manifest = artifact.manifest
@@ -78,8 +81,11 @@ def prepare_engine(path: Path, options: EngineOptions, phases: Phases) -> Starte
     ledger = _decide_memory(manifest, facts, options)
     phases.mark("decide memory")
     threads = options.threads or host.default_threads()
-    executor = CpuExecutor(manifest, artifact.library, artifact.weights, pages=ledger.pages, threads=threads)
+    cpu = CpuExecutor(manifest, artifact.library, artifact.weights, pages=ledger.pages, threads=threads)
+    executor: Executor = cpu if profiler is None else profiler.wrap(artifact, cpu)
     engine = Engine(executor, facts, tokenizer=tokenizer, max_queued=options.max_queued, gate=artifact.wait_checked)
+    if profiler is not None:
+        profiler.watch(engine)
     phases.mark("start threads")
     return Started(engine, artifact, facts, ledger, tokenizer, defaults, threads)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xllm_compiler.artifact import (
+    CALLS,
     FORMAT,
     OUTPUTS,
     STEP,
@@ -238,6 +239,7 @@ def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_c
             )
         with clock.phase("write"):
             _check_unchanged(request)
+            writer.write_text(CALLS, lowered.calls.to_json())
             return writer.commit(_manifest(request, module, traced.facts, lowered))
 
 

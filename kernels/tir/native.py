@@ -56,6 +56,10 @@ class NativeModule:
         """Emits the team's barrier: no member goes on before all have come here. `pointer`: 64 zeroed bytes."""
         T.evaluate(T.call_extern("int32", "xllm_team_barrier", _as_argument(pointer, True), team))
 
+    def stamp(self, pointer: Any, index: Any) -> None:
+        """Emits a time stamp: the counter goes to the int64 `pointer[index]`; nothing happens where `pointer` is 0."""
+        T.evaluate(T.call_extern("int32", "xllm_team_stamp", _as_argument(pointer, True), index))
+
     @contextmanager
     def entry(self, symbol: str) -> Iterator[tuple[Any, Any, Any]]:
         """Defines `int32_t symbol(const int64_t *args, int32_t member, int32_t team)`; the body is what is emitted

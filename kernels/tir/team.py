@@ -7,6 +7,7 @@ library built by `NativeModule` with an entry function exports, with the C calli
     int32_t xllm_team_run(void *ctx, void *step, const int64_t *args)    called by member 0; returns the first non-zero
                                                             status of any member, else 0, after all have finished
     int32_t xllm_team_stop(void *ctx)                       sends all joined members home; not during a run
+    int64_t xllm_team_ticks(void)                           the counter that time stamps are taken from
 
 `ctx` is 192 zeroed bytes, aligned to 64, that outlive every joined member. The caller sets `team` and nothing else:
 
@@ -15,6 +16,10 @@ library built by `NativeModule` with an entry function exports, with the C calli
     offset 128  i32 done         132 i32 status    136 i32 stop    140 i32 team    144 i64 step    152 i64 args
 
 A barrier is 64 zeroed bytes: i32 arrived, i32 generation, i32 sleepers. It needs no reset between runs.
+
+`xllm_team_stamp(stamps, index)`, for steps only, writes the counter to the i64 `stamps[index]`; `stamps` is null unless
+somebody profiles, and then it costs a call and a comparison. The counter is not serialising: up to some ten ns of one
+kernel's last stores are charged to what comes next. `xllm_team_ticks` is the one place that says which counter it is.
 
 From Python (the GIL is released inside a `ctypes.CDLL` call, so a `threading.Thread` per member is enough):
 
@@ -205,6 +210,25 @@ define i32 @xllm_team_stop(ptr %ctx) noinline nounwind {{
   %epoch = load atomic i32, ptr %ctx acquire, align 4
   %next = add i32 %epoch, 1
   call void @xllm_team_signal(ptr %ctx, i32 %next, ptr %epoch_sleepers)
+  ret i32 0
+}}
+
+define i64 @xllm_team_ticks() noinline nounwind {{
+  %ticks = call i64 @llvm.readcyclecounter()
+  ret i64 %ticks
+}}
+
+define hidden i32 @xllm_team_stamp(ptr %stamps, i32 %index) noinline nounwind {{
+entry:
+  %off = icmp eq ptr %stamps, null
+  br i1 %off, label %done, label %write
+write:
+  %ticks = call i64 @xllm_team_ticks()
+  %wide = sext i32 %index to i64
+  %at = getelementptr i64, ptr %stamps, i64 %wide
+  store i64 %ticks, ptr %at, align 8
+  br label %done
+done:
   ret i32 0
 }}
 

@@ -85,7 +85,7 @@ class CpuExecutor:
         self._barrier = np.zeros(2 * _ALIGN, np.uint8)
         barrier = (self._barrier.ctypes.data + _ALIGN - 1) & -_ALIGN
         self._batch: StepBatch | None = None
-        self._args = (ctypes.c_int64 * 15)()
+        self._args = (ctypes.c_int64 * 16)()
         self._args_at = ctypes.c_void_p(ctypes.addressof(self._args))
         self._args[0:3] = [_address(self._arena), int(weights.ctypes.data), _address(self._kv)]
         self._args[9] = int(self._logits.ctypes.data)
@@ -147,6 +147,11 @@ class CpuExecutor:
         if not rest:  # compiled without return-block-max
             return Logits.of(rows)
         return Logits(rows, self._logits[end : end + s * rest[0]].reshape(s, rest[0]))
+
+    def stamp_into(self, stamps: NDArray[np.int64] | None) -> None:
+        """Where the next steps write their time stamps, [threads, calls of the program, 2] in C order, which must be
+        kept until it is changed again; None: nowhere."""
+        self._args[15] = 0 if stamps is None else int(stamps.ctypes.data)
 
     def close(self) -> None:
         if self._team is not None:

@@ -25,6 +25,7 @@ from xllm_compiler.runtime.server.sockets import bind, raise_open_file_limit
 if TYPE_CHECKING:
     import socket
 
+    from xllm_compiler.runtime.profile.profiler import Profiler
     from xllm_compiler.runtime.server.context import Context
     from xllm_compiler.runtime.startup import Started
 
@@ -113,7 +114,18 @@ def _prepare(settings: Settings, phases: Phases) -> Started:
 
     path = resolve_artifact(Path(settings.model), compile_options=_compile_options(settings), tell=tell)
     phases.mark("compile checkpoint" if compiled else "find artifact")
-    return prepare_engine(path, options, phases)
+    return prepare_engine(path, options, phases, _profiler(settings))
+
+
+def _profiler(settings: Settings) -> Profiler | None:
+    if settings.profile_steps is None:
+        if settings.profile_trace is not None:
+            raise XllmError("option", "--profile-trace needs --profile-steps", help="say how many steps to profile")
+        return None
+    from xllm_compiler.runtime.profile.profiler import Profiler
+
+    trace = None if settings.profile_trace is None else Path(settings.profile_trace)
+    return Profiler(settings.profile_steps, lambda text: print(text, flush=True), trace=trace)
 
 
 def _compile_options(settings: Settings) -> list[str]:

@@ -45,6 +45,8 @@ class Settings:
     max_waiting_requests: int = 1024
     disable_access_log: bool = False
     startup_report: str | None = None
+    profile_steps: int | None = None
+    profile_trace: str | None = None
     log_level: str = "info"
 
 
@@ -157,6 +159,12 @@ OPTIONS = (
     ),
     _Option("--disable-access-log", _switch, "no line per request", switch=True),
     _Option("--startup-report", _text, "write the start-up phases to this file as JSON"),
+    _Option(
+        "--profile-steps",
+        _integer(1, 1000),
+        "print where the time of the first so many prefill and decode steps goes, kernel by kernel",
+    ),
+    _Option("--profile-trace", _text, "write the profiled steps to this file as a Chrome trace"),
     _Option("--log-level", _choice(LOG_LEVELS), "debug, info, warning or error (default info)"),
 )
 

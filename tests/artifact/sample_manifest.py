@@ -53,6 +53,7 @@ def fill(writer: ArtifactWriter, isas: tuple[str, ...] = ("avx2", "avx512"), tex
     """Write the files that the sample manifest needs."""
     writer.write_text("step.xir", text)
     writer.write_text("weights.bin", "w" * 256)
+    writer.write_text("calls.json", "{}\n")
     for isa in isas:
         writer.write_text(f"cpu/{isa}.so", f"code for {isa}\n")
 

@@ -16,7 +16,7 @@ from xllm_compiler.errors import XllmError
 
 FILES = {
     name: FileEntry(256, "ab" * 16)
-    for name in ("step.xir", "weights.bin", "cpu/avx2.so", "cpu/avx512.so", "tokenizer.json")
+    for name in ("step.xir", "weights.bin", "calls.json", "cpu/avx2.so", "cpu/avx512.so", "tokenizer.json")
 }
 
 
@@ -59,10 +59,10 @@ def test_same_content_in_other_text_is_refused() -> None:
 def test_duplicate_key_is_refused() -> None:
     text = sealed().to_json()
     with pytest.raises(XllmError):
-        Manifest.from_json(text.replace('"format": 1,', '"format": 1,\n "format": 1,'))
+        Manifest.from_json(text.replace('"format": 2,', '"format": 2,\n "format": 2,'))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", True, 1.0, None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", True, 2.0, None])
 def test_other_format_version_names_both(version: Any) -> None:
     value = json.loads(sealed().to_json())
     value["format"] = version
@@ -70,8 +70,8 @@ def test_other_format_version_names_both(version: Any) -> None:
     with pytest.raises(XllmError) as caught:
         Manifest.from_json(canonical_json(value))
     assert caught.value.kind == "artifact"
-    if version not in (True, 1.0):
-        assert "format 1" in str(caught.value) and repr(version) in str(caught.value)
+    if version not in (True, 2.0):
+        assert "format 2" in str(caught.value) and repr(version) in str(caught.value)
         assert "compile the checkpoint again" in caught.value.help
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from xllm_compiler import driver
-from xllm_compiler.artifact import check_files, read_manifest
+from xllm_compiler.artifact import CallTable, ProgramCalls, check_files, read_manifest
 from xllm_compiler.cache import CompileCache
 from xllm_compiler.dims import parse_dim
 from xllm_compiler.driver import Silent, compile_checkpoint
@@ -64,6 +64,7 @@ def lower(
     progress("weights", 1.0)
     return SimpleNamespace(
         programs=(SimpleNamespace(name="prefill", guard=(), symbol="xllm_step_prefill"),),
+        calls=CallTable((), {"prefill": ProgramCalls((), (), ())}),
         weights=(SimpleNamespace(name="w", layout="row", dtype="f32", shape=(8, 8), offset=0, bytes=256),),
         weight_bytes=256,
         arena=parse_dim("32*N"),
@@ -113,6 +114,7 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
     check_files(tmp_path / "out", manifest)
     assert manifest == report.manifest
     assert sorted(manifest.files) == [
+        "calls.json",
         "config.json",
         "cpu/amx.so",
         "cpu/avx2.so",

@@ -88,7 +88,7 @@ def test_same_bytes_twice_and_no_other_library_needed(tmp_path: Path) -> None:
         write_library("avx2", path, KERNELS)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     symbols = subprocess.run(["nm", "-D", paths[0]], capture_output=True, text=True, check=True).stdout.split()[2::3]
-    assert symbols == ["xllm_step_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop"]
+    assert symbols == ["xllm_step_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop", "xllm_team_ticks"]
     needed = subprocess.run(["objdump", "-p", paths[0]], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" not in needed
 

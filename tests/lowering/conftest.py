@@ -89,7 +89,7 @@ class Compiled:
         barrier = aligned(64, 0)
         ints = [np.ascontiguousarray(inputs.get(n, np.zeros(0, np.int32)), np.int32) for n in INPUTS]
         places = [arena, weights, pool, *ints, logits]
-        args = [x.ctypes.data for x in places] + [env[n] for n in ("N", "B", "S", "P")] + [barrier.ctypes.data]
+        args = [x.ctypes.data for x in places] + [env[n] for n in ("N", "B", "S", "P")] + [barrier.ctypes.data, 0]
         block = (ctypes.c_int64 * len(args))(*args)
         status = run_team(library, f"xllm_step_{program}", block, team)
         assert status == 0

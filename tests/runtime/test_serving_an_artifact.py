@@ -164,7 +164,7 @@ def test_foreign_artifacts(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             load_artifact(copy)
         assert caught.value.kind == "artifact"
     text = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(text.replace('"format": 1', '"format": 2'))
+    (copy / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
     with pytest.raises(XllmError, match="format") as caught:
         load_artifact(copy)
     assert caught.value.kind == "artifact"

@@ -154,6 +154,7 @@ def build_toy_artifact(out: Path) -> Path:
     subprocess.run(command, check=True, timeout=60)
     with ArtifactWriter(out) as writer:
         writer.write_text("step.xir", "xir 1\n")
+        writer.write_text("calls.json", "{}\n")  # nobody profiles the toy
         (writer.path / "weights.bin").write_bytes(MULTIPLIER.to_bytes(4, "little") + bytes(WEIGHT_BYTES - 4))
         writer.copy(f"cpu/{manifest.target.isas[0]}.so", library)
         writer.write_text("generation_config.json", '{"temperature": 0.5, "do_sample": true, "max_new_tokens": 3}')

@@ -34,6 +34,8 @@ GIVEN = {
     "--max-waiting-requests": ("0", 0),
     "--disable-access-log": ("1", True),
     "--startup-report": ("r.json", "r.json"),
+    "--profile-steps": ("5", 5),
+    "--profile-trace": ("t.json", "t.json"),
     "--log-level": ("debug", "debug"),
 }
 PAIRED = {"--ssl-certfile": "--ssl-keyfile", "--ssl-keyfile": "--ssl-certfile"}

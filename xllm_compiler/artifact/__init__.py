@@ -1,9 +1,11 @@
 """The on-disk format: the only thing, with dims, that compiler and runtime share."""
 
+from xllm_compiler.artifact.calls import CallTable, KernelCost, ProgramCalls, read_calls
 from xllm_compiler.artifact.cpu_isa import choose_isa, machine_isas
 from xllm_compiler.artifact.digest import digest_file
 from xllm_compiler.artifact.io import check_files, check_size, is_artifact, read_manifest
 from xllm_compiler.artifact.schema import (
+    CALLS,
     FORMAT,
     MANIFEST,
     OUTPUTS,
@@ -25,13 +27,16 @@ from xllm_compiler.artifact.schema import (
 )
 
 __all__ = [
+    "CALLS",
     "FORMAT",
     "MANIFEST",
     "OUTPUTS",
     "STEP",
     "WEIGHTS",
+    "CallTable",
     "DimRange",
     "FileEntry",
+    "KernelCost",
     "KvLayer",
     "KvPlan",
     "Limits",
@@ -39,6 +44,7 @@ __all__ = [
     "Memory",
     "Model",
     "Program",
+    "ProgramCalls",
     "Target",
     "TensorSpec",
     "Weight",
@@ -49,5 +55,6 @@ __all__ = [
     "digest_file",
     "is_artifact",
     "machine_isas",
+    "read_calls",
     "read_manifest",
 ]

@@ -14,12 +14,13 @@ from xllm_compiler.artifact.decode import bad, decode, encode
 from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
 
-FORMAT = 1
+FORMAT = 2
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
 
 MANIFEST = "manifest.json"
 STEP = "step.xir"
 WEIGHTS = "weights.bin"
+CALLS = "calls.json"
 
 _ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
 DTYPES = tuple(_ITEM_BYTES)
@@ -378,7 +379,7 @@ def _check_programs(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    needed = [STEP, WEIGHTS, *(f"{manifest.target.kind}/{isa}.so" for isa in manifest.target.isas)]
+    needed = [STEP, WEIGHTS, CALLS, *(f"{manifest.target.kind}/{isa}.so" for isa in manifest.target.isas)]
     for name in needed:
         if name not in manifest.files:
             raise bad("$.files", f"{name} is not listed")

@@ -12,11 +12,13 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
+from xllm_compiler.artifact.calls import CallTable
 from xllm_compiler.dims import Dim, as_dim, sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.kernels.tir.base import ISAS
 from xllm_compiler.kernels.tir.native import NativeModule
+from xllm_compiler.lowering.cpu.calls import call_table
 from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.emit import emit_program
 from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
@@ -58,6 +60,7 @@ class CpuLowering:
 
     isas: tuple[str, ...]
     programs: tuple[CpuProgram, ...]
+    calls: CallTable
     weights: tuple[PackedTensor, ...]
     weight_bytes: int
     arena: Dim
@@ -113,6 +116,7 @@ def lower_cpu(
     return CpuLowering(
         isas=tuple(isas),
         programs=programs,
+        calls=call_table({name: (selection, meet) for name, _ in PROGRAMS}),
         weights=tuple(tensors),
         weight_bytes=size,
         arena=func.arena if func.arena is not None else as_dim(0),

@@ -18,7 +18,7 @@ from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.lowering.select import Call
 from xllm_compiler.lowering.storage import INPUTS, Ref
 
-ARGS: Final = ("arena", "weights", "kv", *INPUTS, "logits", "N", "B", "S", "P", "barrier")
+ARGS: Final = ("arena", "weights", "kv", *INPUTS, "logits", "N", "B", "S", "P", "barrier", "profile")
 SIZES: Final = ("N", "B", "S", "P")
 
 
@@ -26,7 +26,10 @@ def emit_program(
     native: NativeModule, symbol: str, calls: Sequence[Call], meet: Sequence[bool], offsets: Mapping[int, int]
 ) -> None:
     """Adds a program to a native module. `meet[i]`: a barrier stands before call i. `offsets`: byte offset of every
-    weight request in the weight file."""
+    weight request in the weight file.
+
+    Where `profile` is not 0 it is an i64[team, calls, 2]: each member's counter at the beginning and end of every call.
+    What lies between the end of one call and the beginning of the next is waiting at the barrier."""
     with native.entry(symbol) as (args, member, team):
         value = {name: T.bind(args[i]) for i, name in enumerate(ARGS)}
         sizes = {name: value[name] for name in SIZES}
@@ -38,11 +41,14 @@ def emit_program(
                 return value["weights"] + T.int64(offsets[ref.index])
             return value[ref.space] + dim_expr(ref.offset, sizes)
 
-        for call, wait in zip(calls, meet, strict=True):
+        own = member * T.int32(2 * len(calls))
+        for i, (call, wait) in enumerate(zip(calls, meet, strict=True)):
             if wait:
                 native.barrier(value["barrier"], team)
             given = [pointer(a) if isinstance(a, Ref) else _size(a, sizes) for a in call.args]
+            native.stamp(value["profile"], own + T.int32(2 * i))
             native.call(call.kernel, given, member, team)
+            native.stamp(value["profile"], own + T.int32(2 * i + 1))
 
 
 def _size(dim: Dim, sizes: dict[str, Any]) -> Any:

@@ -1,0 +1,70 @@
+"""The table of a program's kernel calls with their costs, for profiles. Owns which ops a call stands for.
+
+Must not choose or emit anything: it reads a finished selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from xllm_compiler.analysis.cost import Costs
+from xllm_compiler.analysis.kernel_cost import kernel_cost
+from xllm_compiler.artifact.calls import CallTable, KernelCost, ProgramCalls
+from xllm_compiler.ir.core import Op
+from xllm_compiler.ir.types import Kv
+from xllm_compiler.lowering.cpu.selection import Selection
+
+_DOTS = ("nn.linear", "nn.linear_glu", "kv.attend")
+
+
+def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> CallTable:
+    """For every program its selection and, for every call, whether a barrier stands before it."""
+    kernels: dict[KernelCost, int] = {}
+    tables: dict[str, ProgramCalls] = {}
+    for name, (selection, meet) in programs.items():
+        costs = Costs(selection.func)
+        groups = computed_by(selection)
+        rows: list[int] = []
+        for call in selection.calls:
+            ops = groups[call.op]
+            cost = kernel_cost(costs, ops)
+            row = KernelCost(
+                symbol=call.kernel.symbol,
+                ops=tuple(op.name for op in ops),
+                arithmetic=_arithmetic(call.op),
+                read=str(cost.read),
+                written=str(cost.written),
+                weights=str(cost.weights),
+                kv_read=str(cost.kv_read),
+                kv_written=str(cost.kv_written),
+                operations=str(cost.flops),
+            )
+            rows.append(kernels.setdefault(row, len(kernels)))
+        sources = tuple(call.op.loc.describe() for call in selection.calls)
+        tables[name] = ProgramCalls(tuple(rows), sources, tuple(int(wait) for wait in meet))
+    return CallTable(tuple(kernels), tables)
+
+
+def computed_by(selection: Selection) -> dict[Op, list[Op]]:
+    """For every op with a call, the ops that its kernel computes, in the function's order, itself among them."""
+    groups: dict[Op, list[Op]] = {call.op: [] for call in selection.calls}
+    home: dict[Op, Op] = {}
+    for op in selection.func.ops:
+        root = selection.fusion.root.get(op, op)
+        if root not in groups and op in selection.done:
+            # An op that the kernel of its operand has computed as well, or that of its operand's operand.
+            root = next((home[v.op] for v in op.operands if v.op is not None and v.op in home), root)
+        if root in groups:
+            groups[root].append(op)
+            home[op] = root
+    return groups
+
+
+def _arithmetic(op: Op) -> str:
+    if op.name.startswith("quant.linear"):
+        return "i8"
+    if op.name not in _DOTS:
+        return "f32"
+    first = op.operands[0]
+    dtype = first.kv.dtype if isinstance(first.type, Kv) else first.dtype
+    return "bf16" if dtype == "bf16" else "f32"
