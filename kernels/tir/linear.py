@@ -1,8 +1,9 @@
 """Linear layers over packed panels: `Linear` and `LinearGlu`. Owns the register tiles and the loop over them.
 
-One loop serves decode and prefill. The unit of work is a tile of up to 6 rows by one 64-column panel; units are
+One loop serves decode and prefill. The unit of work is a tile of up to 8 rows by one 64-column panel; units are
 numbered panel by panel and a member takes a contiguous range of them. So with few rows each weight panel is read once,
-front to back, by one member; with many rows a panel stays in the second-level cache while the rows pass by.
+front to back, by one member; with many rows a panel stays in the second-level cache while the rows pass by. Rows are
+cut into equal tiles, and while they pass the lines of the next panel are fetched.
 
 Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them),
 whatever the tile: a row's bits do not depend on the other rows, on the tile or on the team.
@@ -20,6 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PANEL, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import (
+    address,
     build_function,
     choose,
     load,
@@ -33,11 +35,12 @@ from xllm_compiler.kernels.tir.emit import (
 from xllm_compiler.kernels.tir.grouped_tiles import GroupedTiles
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, ByteTiles, DenseTiles, TileSums
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
-from xllm_compiler.kernels.tir.weights import Dense, Quantized, WeightFormat
+from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFormat
 
 Expr = Any
 _DTYPES = ("bf16", "f32")
-_MAX_ROWS = 6
+_MAX_ROWS = 8
+_LINE = 64  # bytes that memory gives at once
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class _Loop:
         height = BLOCK_ROWS if by_tiles else tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
         panels = -(-self.n // self.columns)
         rows = env["rows"]
-        tiles = T.bind(T.truncdiv(rows + (height - 1), T.int32(height)))
+        tiles = T.bind(T.max(T.truncdiv(rows + (height - 1), T.int32(height)), 1))
         first, last = share(tiles * panels, env["member"], env["team"])
         sums = stack_array(height * PANEL, "float32")
         with T.If(first < last), T.Then():
@@ -182,13 +185,16 @@ class _Loop:
                 if by_tiles:
                     by_tiles.begin(panel)
                 with T.serial(lo, hi) as tile:
-                    row = T.bind(tile * height)
-                    here = T.bind(T.min(rows - row, height))
                     if by_tiles:
+                        row = T.bind(tile * height)
+                        here = T.bind(T.min(rows - row, height))
                         by_tiles.emit(row, here, panel, sums)
                     else:
-                        sizes = range(1, height + 1)
-                        choose(here, {n: partial(self._accumulate, env, row, n, panel, sums) for n in sizes})
+                        # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
+                        row = T.bind(T.truncdiv(rows * tile, tiles))
+                        here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - row)
+                        place, sizes = (tile, tiles), range(1, height + 1)
+                        choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
                     # After the tile and not in it: the code of an activation once, and not once per row and tile size.
                     with T.serial(0, here) as i:
                         self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_tiles)
@@ -229,12 +235,39 @@ class _Loop:
             with T.Else():
                 self.finish(env, row, panel, totals, tail)
 
-    def _accumulate(self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, sums: Expr) -> None:
+    def _accumulate(
+        self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, place: tuple[Expr, Expr], sums: Expr
+    ) -> None:
         """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
         width = self.format.width(self.isa, count)
-        for first in range(0, PANEL // LANES, width):
-            vectors = range(first, first + width)
-            totals = self.format.tile(self.isa, env, self.k, row, count, panel, vectors)
+        passes = PANEL // LANES // width
+        for number in range(passes):
+            vectors = range(number * width, (number + 1) * width)
+            ahead = self._ahead(env, panel, place, number, passes)
+            totals = self.format.tile(env, self.k, row, count, panel, vectors, ahead)
             for i in range(count):
                 for j, vector in enumerate(vectors):
                     store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
+
+    def _ahead(self, env: dict[str, Expr], panel: Expr, place: tuple[Expr, Expr], number: int, passes: int) -> Ahead:
+        """While a panel is multiplied, the lines of the next one are asked for, a few with each block of steps.
+
+        The arithmetic of some rows keeps the machine from running far enough ahead to do so by itself. The walks over
+        k of all register tiles that read this panel share the lines out.
+        """
+        size = self.format.panel_bytes(self.k)
+        lines = -(-size // _LINE)
+        element = self.format.element_bytes
+        tile, tiles = place
+        walk = tile * passes + number
+
+        def ahead(block: Expr, of: int) -> None:
+            each = T.bind(T.truncdiv(lines + (tiles * (passes * of) - 1), tiles * (passes * of)))
+            first = T.bind(T.min((walk * of + block) * each, lines))
+            last = T.bind(T.min(first + each, lines))
+            start = T.bind((T.Cast("int64", panel) + 1) * (size // element))
+            with T.serial(first, last) as line:
+                where = start + T.Cast("int64", line) * (_LINE // element)
+                T.evaluate(T.call_extern("int32", "xllm_prefetch", address(env["w"], where)))
+
+        return ahead

@@ -8,7 +8,7 @@ tile, one output element is computed by the same operations in the same order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,19 @@ from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat, t
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
+_BLOCK = 8  # steps between two requests for weights that will be needed later
+
+Ahead = Callable[[Expr, int], None]
+"""`ahead(block, of)`: block number `block` of the `of` that a register tile's walk over k has begins."""
 
 
 class WeightFormat(ABC):
     """What a linear kernel asks of its weight."""
+
+    @property
+    @abstractmethod
+    def element_bytes(self) -> int:
+        """Bytes of one element of argument `w`."""
 
     @abstractmethod
     def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
@@ -34,8 +43,29 @@ class WeightFormat(ABC):
         """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
 
     @abstractmethod
-    def tile(self, isa: Isa, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range) -> list[Expr]:
+    def panel_bytes(self, k: int) -> int:
+        """Bytes of one panel of the weight."""
+
+    @abstractmethod
+    def tile(
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+    ) -> list[Expr]:
         """Sums of `count` rows by the vectors `at` of a panel, row by row, as f32."""
+
+
+def in_blocks(steps: int, ahead: Ahead, body: Callable[[Expr], None]) -> None:
+    """`body(step)` for all steps in order, telling `ahead` about every block of them."""
+    whole, rest = divmod(steps, _BLOCK)
+    blocks = whole + (rest > 0)
+    if whole:
+        with T.serial(0, whole) as block:
+            ahead(block, blocks)
+            with T.serial(0, _BLOCK) as step:
+                body(T.bind(block * _BLOCK + step))
+    if rest:
+        ahead(T.int32(whole), blocks)
+        with T.serial(whole * _BLOCK, steps) as step:
+            body(step)
 
 
 @dataclass(frozen=True)
@@ -44,13 +74,22 @@ class Dense(WeightFormat):
 
     dtype: str
 
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.dtype == "f32" else 2
+
     def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
         return (Arg("x", self.dtype, f"rows, {k}"), Arg("w", self.dtype, f"{rows_of}, {k}"))
 
     def width(self, isa: Isa, rows: int) -> int:
         return tile_width(isa, self.dtype, rows)
 
-    def tile(self, isa: Isa, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range) -> list[Expr]:
+    def panel_bytes(self, k: int) -> int:
+        return 4 * PANEL * (k if self.dtype == "f32" else -(-k // 2))
+
+    def tile(
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+    ) -> list[Expr]:
         x, w = env["x"], env["w"]
         totals = Vectors(count * len(at))
         for i in range(count * len(at)):
@@ -67,8 +106,7 @@ class Dense(WeightFormat):
                     totals[index] = self._multiply(totals[index], operand, weight)
 
         whole = k if self.dtype == "f32" else k // 2
-        with T.serial(0, whole) as step:
-            add(step, [self._operand(x, origin + i * k, step) for i in range(count)])
+        in_blocks(whole, ahead, lambda step: add(step, [self._operand(x, origin + i * k, step) for i in range(count)]))
         if whole < depth:
             # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
             single = [T.Cast("int32", x[origin + i * k + (k - 1)]) for i in range(count)]
@@ -104,6 +142,10 @@ class Quantized(WeightFormat):
 
     q: Quantization
 
+    @property
+    def element_bytes(self) -> int:
+        return 1
+
     def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
         groups, padded = self.q.groups(k), self.q.padded(k)
         return (
@@ -115,71 +157,93 @@ class Quantized(WeightFormat):
 
     def width(self, isa: Isa, rows: int) -> int:
         each = LANES // isa.register_lanes
-        sums = 1 if self.q.group == 0 else 2  # integer accumulators of the group, and f32 totals
+        # the sums so far stay on the stack while a group is added up
         held = (1 if self.q.bits == 8 else 2) + (0 if isa.has_int8_dot else 2)
         for width in (4, 2, 1):
-            if each * (rows * width * sums + width * held) + 1 <= isa.vector_registers:
+            fits = each * (rows * width + width * held + 2) <= isa.vector_registers
+            # measured: beyond half the registers the sums so far cost more than a larger tile saves
+            if fits and (self.q.group == 0 or each * rows * width <= isa.vector_registers // 2):
                 return width
         return 0
 
-    def tile(self, isa: Isa, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range) -> list[Expr]:
+    def panel_bytes(self, k: int) -> int:
+        return self.q.panel_bytes(k)
+
+    def tile(
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+    ) -> list[Expr]:
         groups, padded = self.q.groups(k), self.q.padded(k)
         base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
-        origins = [T.bind(T.Cast("int64", row + i) * padded) for i in range(count)]
-        sums = [T.bind(T.Cast("int64", row + i) * groups) for i in range(count)]
+        origin = T.bind(T.Cast("int64", row) * padded)
+        sums = T.bind(T.Cast("int64", row) * groups)
+        each = [(i, j) for i in range(count) for j in range(len(at))]
         if groups == 1:
-            totals = self._group(env, base, origins, sums, at, padded)
+            parts, scales = self._group(env, base, origin, sums, k, count, at, padded, ahead)
+            totals = [part * scales[j] for (_, j), part in zip(each, parts, strict=True)]
         else:
-            slots = Vectors(count * len(at))
-            for i in range(count * len(at)):
-                slots[i] = splat(0.0)
+            slots = Vectors(len(each))
+            for index in range(len(each)):
+                slots[index] = splat(0.0)
             with T.serial(0, groups) as group:
+                ahead(group, groups)
                 start = T.bind(base + T.Cast("int64", group) * self.q.group_bytes(k))
-                parts = self._group(
-                    env, start, [o + group * self.q.group for o in origins], [s + group for s in sums], at, self.q.group
-                )
-                for i in range(count):
-                    for j in range(len(at)):
-                        index = i * len(at) + j
-                        slots[index] = slots[index] + parts[index]
-            totals = [slots[i] for i in range(count * len(at))]
-        scales = [T.bind(splat(env["xs"][row + i])) for i in range(count)]
-        return [total * scales[i // len(at)] for i, total in enumerate(totals)]
+                row_at = T.bind(origin + T.Cast("int64", group) * self.q.group)
+                parts, scales = self._group(env, start, row_at, sums + group, k, count, at, self.q.group, None)
+                for index, ((_, j), part) in enumerate(zip(each, parts, strict=True)):
+                    slots[index] = fma(part, scales[j], slots[index])
+            totals = [slots[index] for index in range(len(each))]
+        rows = [T.bind(splat(env["xs"][row + i])) for i in range(count)]
+        return [total * rows[i] for (i, _), total in zip(each, totals, strict=True)]
 
     def _group(
-        self, env: dict[str, Expr], start: Expr, rows: Sequence[Expr], sums: Sequence[Expr], at: range, length: int
-    ) -> list[Expr]:
-        """Scaled sums over one group of `length` k, whose bytes begin at `start`."""
-        w = env["w"]
-        totals = Vectors(len(rows) * len(at), "int32")
-        for i, where in enumerate(sums):
-            total = T.bind(env["xsum"][where])
+        self,
+        env: dict[str, Expr],
+        start: Expr,
+        x_at: Expr,
+        sum_at: Expr,
+        k: int,
+        count: int,
+        at: range,
+        length: int,
+        ahead: Ahead | None,
+    ) -> tuple[list[Expr], list[Expr]]:
+        """Sums over one group of `length` k, whose bytes begin at `start`, and the scales of its columns."""
+        w, groups, padded = env["w"], self.q.groups(k), self.q.padded(k)
+        totals = Vectors(count * len(at), "int32")
+        for i in range(count):
+            total = T.bind(env["xsum"][sum_at + i * groups])
             for j, vector in enumerate(at):
                 totals[i * len(at) + j] = self._beginning(w, start, vector, total)
         weights = T.bind(start + self.q.header_bytes)
+        dot = "xllm_dot_u8i8" if self.q.bits == 8 else "xllm_dot_u4i8"
 
         def add(quad: Expr, operands: list[Expr]) -> None:
-            for i, row in enumerate(rows):
-                four = T.call_extern("int32", "xllm_load_pair", address(env["x"], row + quad * QUAD))
+            for i in range(count):
+                # rows at fixed distances from one address: one register for all of them
+                four = T.call_extern("int32", "xllm_load_pair", address(env["x"], x_at + quad * QUAD + i * padded))
                 operand = T.bind(T.broadcast(four, LANES))
                 for j, weight in enumerate(operands):
                     index = i * len(at) + j
-                    dot = "xllm_dot_u8i8" if self.q.bits == 8 else "xllm_dot_u4i8"
                     totals[index] = T.call_pure_extern("int32x16", dot, totals[index], weight, operand)
 
-        quads = length // QUAD
-        per_step = 1 if self.q.bits == 8 else 2
-        with T.serial(0, quads // per_step) as step:
-            loaded = [self._load(w, weights + step * _BYTE_STEP + vector * LANES * QUAD) for vector in at]
+        def step(number: Expr) -> None:
+            loaded = [self._load(w, weights + number * _BYTE_STEP + vector * LANES * QUAD) for vector in at]
             if self.q.bits == 8:
-                add(step, loaded)
-            else:
-                low = T.broadcast(T.int32(0x0F0F0F0F), LANES)
-                four = T.broadcast(T.int32(4), LANES)
-                add(step * 2, [T.bind(T.bitwise_and(v, low)) for v in loaded])
-                add(step * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded])
+                add(number, loaded)
+                return
+            low = T.broadcast(T.int32(0x0F0F0F0F), LANES)
+            four = T.broadcast(T.int32(4), LANES)
+            add(number * 2, [T.bind(T.bitwise_and(v, low)) for v in loaded])
+            add(number * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded])
+
+        steps = length // QUAD // (1 if self.q.bits == 8 else 2)
+        if ahead is None:
+            with T.serial(0, steps) as number:
+                step(number)
+        else:
+            in_blocks(steps, ahead, step)
         scales = [T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype)) for vector in at]
-        return [T.bind(T.Cast("float32x16", totals[i]) * scales[i % len(at)]) for i in range(len(rows) * len(at))]
+        return [T.bind(T.Cast("float32x16", totals[i])) for i in range(count * len(at))], scales
 
     def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
         """-zero * the row's sum."""
