@@ -106,18 +106,16 @@ def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: 
     transformers needs a library of each method's own and for some of them a GPU.
     """
     quantized = Quantized.of(Checkpoint.open(path))
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
-    if quantized.weights:
-        tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
-        source = {
-            "pretrained_model_name_or_path": None,
-            "config": load_config(quantized.view),
-            "state_dict": tensors,
-        }
+    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=TORCH_DTYPE[dtype], attn_implementation=attention, local_files_only=True
-        )
+        if quantized.weights:
+            config = load_config(quantized.view)
+            with torch.device("meta"):  # only to learn the class
+                kind = type(AutoModelForCausalLM.from_config(config))
+            tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
+            model = kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(path), **settings)
     except Exception as e:
         raise XllmError("unsupported", f"transformers cannot load the model: {e}", where=str(path)) from e
     return model.eval()
