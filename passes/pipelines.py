@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from xllm_compiler.passes.quantize.forms import QuantForm
@@ -32,10 +33,17 @@ _AFTER: Final[tuple[str, ...]] = (
 )
 
 
-def quantized(form: QuantForm) -> tuple[str, ...]:
-    """`@cpu` with the layers' weights, and where the form says so their inputs, quantized."""
+UNQUANTIZED: Final = _BEFORE
+"""What comes before the passes of a form: loss is measured against the module as it is then."""
+
+
+def quantized(form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
+    """`@cpu` with the layers' weights, and where the form says so their inputs, quantized; those weights to 8 bits that
+    read a checkpoint tensor of the names `wide`."""
+    first = (f"quantize-weights{{bits=8,only={':'.join(wide)}}}",) if wide else ()
     return (
         *_BEFORE,
+        *first,  # a weight is quantized once, so the exceptions come first
         *form.passes(),  # after the fusions, which see plain linears; what they stacked has one layout. Rows come after
         #                  weights, wherever the weight is quantized; those that several layers read become one in the
         #                  clean-up

@@ -21,6 +21,7 @@ FOLDERS = {
     "artifact": "xllm_compiler/artifact",
     "cache": "xllm_compiler/cache.py",
     "options": "xllm_compiler/options.py",
+    "loss": "xllm_compiler/loss",
     "driver": "xllm_compiler/driver.py",
     "tools": "xllm_compiler/tools",
     "report": "xllm_compiler/report",
@@ -46,7 +47,9 @@ MAY_IMPORT = {
     "artifact": {"errors", "dims"},
     "cache": {"errors", "artifact"},
     "options": {"errors", "artifact", "frontend", "passes"},
-    "driver": IR_LEVEL | {"passes", "models", "frontend", "lowering", "artifact", "cache", "kernels", "options"},
+    "loss": IR_LEVEL | {"passes", "frontend", "artifact", "runtime"},  # what is measured is what will be served
+    "driver": IR_LEVEL
+    | {"passes", "models", "frontend", "lowering", "artifact", "cache", "kernels", "options", "loss"},
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},

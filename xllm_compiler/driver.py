@@ -41,6 +41,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import INDEX, Checkpoint
 from xllm_compiler.ir.rewrite import RewriteListener
 from xllm_compiler.ir.types import Tensor
+from xllm_compiler.loss.report import FILE as LOSS
 from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.base import Target as PassTarget
@@ -69,6 +70,7 @@ _SOURCES = (
     "kernels",
     "lowering",
     "artifact",
+    "loss",
     "options.py",
     "driver.py",
 )
@@ -229,14 +231,26 @@ def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_c
         for note in traced.notes:
             clock.progress.note(note)
         module = traced.module
+        pipeline = read("pipeline.text")
+        form = read("option.quantize")
+        if form is not None:
+            from xllm_compiler.loss.judge import Judge
+
+            judge = Judge(form, read("option.max_kl"), pipeline, traced, writer.path / "tokenizer.json")
+            with clock.phase("choose"):
+                pipeline = judge.choose()
         with clock.phase("passes"):
             context = PassContext(PassTarget(read("option.target")), listeners=list(listeners))
-            run_pipeline(read("pipeline.text"), module, context, instruments=instruments)
+            run_pipeline(pipeline, module, context, instruments=instruments)
             writer.write_text(STEP, print_module(module))
         with clock.phase("lower"):
             lowered = lower_cpu(
                 module, traced.weights, writer.path, isas=tuple(read("option.isas")), progress=clock.progress.advance
             )
+        if form is not None:
+            with clock.phase("loss"):
+                manifest = _manifest(request, module, traced.facts, lowered)
+                writer.write_text(LOSS, judge.report(writer.path, manifest).to_json())
         with clock.phase("write"):
             _check_unchanged(request)
             writer.write_text(CALLS, lowered.calls.to_json())
@@ -372,13 +386,14 @@ def _spec(name: str, value: Value) -> TensorSpec:
 
 
 def _source_factors() -> dict[str, str]:
-    """One digest for each part of the compiler, over the names and contents of its Python files."""
+    """One digest for each part of the compiler, over the names and contents of its files."""
     root = Path(__file__).parent
     found = {}
     for part in _SOURCES:
         digest = hashlib.sha256()
         path = root / part
-        for file in [path] if path.is_file() else sorted(path.resolve().rglob("*.py")):
+        inside = sorted(file for kind in ("*.py", "*.txt") for file in path.resolve().rglob(kind))
+        for file in [path] if path.is_file() else inside:
             data = file.read_bytes()
             digest.update(f"{file.relative_to(path.resolve()).as_posix()} {len(data)}\n".encode())
             digest.update(data)

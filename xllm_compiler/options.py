@@ -3,6 +3,7 @@ torch, TVM or anything that is slow, since `xllm-compile explain` answers from h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.quantized_config import quantized_config
 from xllm_compiler.passes.pipelines import quantized
-from xllm_compiler.passes.quantize.forms import parse_form
+from xllm_compiler.passes.quantize.forms import MIXED, QuantForm, parse_form
 
 TARGETS = ("cpu",)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
@@ -29,6 +30,11 @@ DEFAULT_MODEL_LEN_LIMIT = 1 << 17  # rotary tables grow with the length, 64 MiB 
 LOGIT_ROWS = (
     128  # a prompt's log-probabilities are computed this many rows at a time; a row is 4 bytes a vocabulary item
 )
+
+MAX_KL = {"w8": 0.01, "w4": 0.1, MIXED: 0.03}
+"""What a form may lose unless told otherwise: mean KL divergence in nats. Some ten times and more of what the bundled
+model loses (bench/RESULTS.md): beyond it something is wrong besides rounding, or the model does not bear this form.
+Mixed is for those who want less than 4 bits lose."""
 
 _LENGTH_KEYS = (
     "max_position_embeddings",
@@ -54,11 +60,15 @@ class CompileOptions:
     isas: tuple[str, ...] | None = None
     name: str | None = None
     quantize: str | None = None
+    max_kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """Every option with its value. `notes` tells of defaults that somebody may not expect."""
+    """Every option with its value. `notes` tells of defaults that somebody may not expect.
+
+    `quantize` is "mixed" or the canonical name of a form, and None without one; `pipeline` is then what makes the form
+    (of mixed, what it starts from). `max_kl` is None where any loss is accepted."""
 
     target: str
     dtype: str
@@ -67,6 +77,8 @@ class Resolved:
     max_num_batched_tokens: int
     max_num_logits: int
     pipeline: str
+    quantize: str | None
+    max_kl: float | None
     isas: tuple[str, ...]
     name: str
     notes: tuple[str, ...]
@@ -80,6 +92,8 @@ class Resolved:
             "option.max_num_seqs": self.max_num_seqs,
             "option.max_num_batched_tokens": self.max_num_batched_tokens,
             "option.max_num_logits": self.max_num_logits,
+            "option.quantize": self.quantize,
+            "option.max_kl": self.max_kl,
             "option.isas": list(self.isas),
             "option.name": self.name,
         }
@@ -113,6 +127,8 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
     name = options.name if options.name is not None else checkpoint.path.resolve().name
     if not name or re.search(r"[\x00-\x1f\x7f]", name) or len(name) > 256:
         raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
+    pipeline, form = _pipeline(options, target, checkpoint)
+    max_kl = _max_kl(options, form)
     return Resolved(
         target=target,
         dtype=dtype,
@@ -120,7 +136,9 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_num_logits=max(seqs, min(tokens, LOGIT_ROWS)),
-        pipeline=_pipeline(options, target, checkpoint),
+        pipeline=pipeline,
+        quantize=form,
+        max_kl=max_kl,
         isas=tuple(isa for isa in CPU_FLAGS if isa in isas),
         name=name,
         notes=tuple(notes),
@@ -172,18 +190,35 @@ def _default_pipeline(target: str, checkpoint: Checkpoint) -> str:
     return f"@{target}-rows" if stored is not None and stored.rows else f"@{target}"
 
 
-def _pipeline(options: CompileOptions, target: str, checkpoint: Checkpoint) -> str:
-    """The pipeline that is asked for, in words or by the form of quantization that it makes."""
+def _pipeline(options: CompileOptions, target: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """The pipeline that is asked for, in words or by the form of quantization that it makes; and that form's name."""
     if options.quantize is None:
-        return options.pipeline if options.pipeline is not None else _default_pipeline(target, checkpoint)
-    form = parse_form(options.quantize)
+        return options.pipeline if options.pipeline is not None else _default_pipeline(target, checkpoint), None
+    mixed = options.quantize.strip().lower() == MIXED
+    form = QuantForm(4, group=32) if mixed else parse_form(options.quantize)
     if options.pipeline is not None:
         raise XllmError(
             "option",
             "--quantize and --pipeline exclude each other",
             help=f"--quantize {form} chooses a pipeline; in one of your own say {','.join(form.passes())}",
         )
-    return ",".join(quantized(form))
+    return ",".join(quantized(form)), MIXED if mixed else str(form)
+
+
+def _max_kl(options: CompileOptions, form: str | None) -> float | None:
+    """The loss that is allowed, in nats; None: any."""
+    given = options.max_kl
+    if form is None:
+        if given is not None:
+            raise XllmError("option", "--max-kl without --quantize", help="it limits what quantization may lose")
+        return None
+    if given is None:
+        return MAX_KL[MIXED if form == MIXED else form[:2]]
+    if not given > 0:
+        raise XllmError("option", f"--max-kl {given} is not a limit", help="nats above 0, or inf to accept any loss")
+    if math.isinf(given) and form == MIXED:
+        raise XllmError("option", "--quantize mixed needs a limit to keep", help="give --max-kl in nats, or use int4")
+    return None if math.isinf(given) else given
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:

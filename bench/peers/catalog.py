@@ -113,7 +113,8 @@ def _compile_ours(*flags: str) -> Callable[[Place, Path, Path], None]:
 
 def ours(flags: Mapping[str, tuple[str, ...]]) -> Peer:
     """The artifacts of xllm-compile; `flags` are more flags of a format."""
-    quantize = {"bf16": (), "int8": ("--quantize", "int8"), "int4": ("--quantize", "int4")}
+    any_loss = ("--max-kl", "inf")  # of random weights it means nothing
+    quantize = {"bf16": (), "int8": ("--quantize", "int8", *any_loss), "int4": ("--quantize", "int4", *any_loss)}
     formats = {
         name: Conversion(" ".join(more) or "bf16", _compile_ours(*more), f"xllm/{name}")
         for name, more in ((n, (*quantize[n], *flags.get(n, ()))) for n in FORMATS)

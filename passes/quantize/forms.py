@@ -13,8 +13,10 @@ from xllm_compiler.errors import XllmError
 GROUPS: Final = (32, 64, 128)
 _DEFAULT_GROUP: Final = {8: 0, 4: 32}
 _ALIASES: Final = {"int8": "w8a8", "int4": "w4a8"}
+MIXED: Final = "mixed"
+"""A choice among forms by what they lose: 4 bits, and 8 where that pays most (`xllm_compiler.loss.mixed`)."""
 _HEADS: Final = (*_ALIASES, "w8a8", "w8a16", "w4a8", "w4a16")
-_HELP: Final = "int8, int4, or wNaM[-gG][-asym] such as w4a8-g64, w4a16-g128-asym, w8a16"
+_HELP: Final = "int8, int4, mixed, or wNaM[-gG][-asym] such as w4a8-g64, w4a16-g128-asym, w8a16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def parse_form(text: str) -> QuantForm:
     head, *suffixes = text.strip().lower().split("-")
     found = re.fullmatch(r"w(\d+)a(\d+)", _ALIASES.get(head, head))
     if found is None:
-        near = get_close_matches(head, _HEADS, 1)
+        near = get_close_matches(head, (*_HEADS, MIXED), 1)
         raise XllmError(
             "option",
             f"--quantize {text!r} is not a form",

@@ -52,26 +52,22 @@ class QuantizeWeights(FuncPass):
                 f"weights of {self.bits} bits in groups of {self.group}",
                 help="bits: 4 or 8; group: 16 * n, or 0",
             )
-        done: dict[Value, Value] = {}
-        for op in func.ops:
-            if not isinstance(op, (Linear, LinearGlu)) or (isinstance(op, Linear) and op.partial):
-                continue
-            w = op.w
-            if w in done or not is_weight_expr(w) or isinstance(w.op, Dequantize):
-                continue
+        done = 0
+        for w, layer in layer_weights(func).items():
             names = param_names(w)
             if not _matches(names, self.only) or _matches(names, self.keep):
-                ctx.remark(op, "its weight is kept as it is")
+                ctx.remark(layer, "its weight is kept as it is")
                 continue
             assert w.op is not None
             if ctx.allows(_RULE, w.op):
-                done[w] = self._quantize(w, w.op)
+                self._quantize(w, w.op)
                 ctx.tried(_RULE, w.op, True)
+                done += 1
         if done:
-            ctx.stat("weights", len(done))
+            ctx.stat("weights", done)
         return bool(done)
 
-    def _quantize(self, w: Value, op: Op) -> Value:
+    def _quantize(self, w: Value, op: Op) -> None:
         users = w.uses
         b = Builder.after(op, op.loc.touched_by(_RULE))
         made = b.create(QuantWeight, w, bits=self.bits, group=self.group, zeros=self.zeros)
@@ -81,7 +77,17 @@ class QuantizeWeights(FuncPass):
         ).result
         for user, index in users:
             user.set_operand(index, back)
-        return back
+
+
+def layer_weights(func: Func) -> dict[Value, Linear | LinearGlu]:
+    """The weights that quantize-weights may do, each with the first layer that reads it, in order."""
+    found: dict[Value, Linear | LinearGlu] = {}
+    for op in func.ops:
+        if isinstance(op, (Linear, LinearGlu)) and not (isinstance(op, Linear) and op.partial):
+            w = op.w
+            if w not in found and is_weight_expr(w) and not isinstance(w.op, Dequantize):
+                found[w] = op
+    return found
 
 
 def _matches(names: list[str], patterns: str) -> bool:

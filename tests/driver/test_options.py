@@ -90,6 +90,10 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
         {"pipeline": "@nowhere"},
         {"pipeline": "dce,"},
         {"quantize": "int3"},
+        {"max_kl": 0.1},
+        {"quantize": "int4", "max_kl": 0.0},
+        {"quantize": "int4", "max_kl": float("nan")},
+        {"quantize": "mixed", "max_kl": float("inf")},
         {"quantize": "int8", "pipeline": "@cpu-int8"},
     ],
 )
@@ -107,6 +111,8 @@ CHANGES = [
     {"max_num_batched_tokens": 2047},
     {"pipeline": "dce"},
     {"pipeline": None, "quantize": "int8"},
+    {"pipeline": None, "quantize": "mixed"},
+    {"pipeline": None, "quantize": "int8", "max_kl": float("inf")},
     {"isas": ("avx2",)},
     {"name": "other"},
 ]

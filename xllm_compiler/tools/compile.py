@@ -58,7 +58,16 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="int8: weights of 8 bits, a scale per row, by activations of 8 bits (w8a8). int4: weights of 4 bits, a "
         "scale for each 32, by activations of 8 (w4a8-g32). In general w4a8, w4a16, w8a8 or w8a16 (a16: activations as "
-        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points)",
+        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points). "
+        "mixed: int4, and 8 bits for the weights where that saves most loss per byte, until --max-kl is kept. The loss "
+        "is measured, and stored in the artifact",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="refuse a quantized model whose KL divergence from the unquantized one is larger; inf accepts any; "
+        "default 0.01 for weights of 8 bits, 0.1 for 4, 0.03 for mixed",
     )
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
     add_load(parser)
@@ -84,6 +93,7 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
         max_num_batched_tokens=args.max_num_batched_tokens,
         pipeline=args.pipeline,
         quantize=args.quantize,
+        max_kl=args.max_kl,
         isas=None if args.isas is None else tuple(isa for isa in args.isas.split(",") if isa),
         name=args.name,
     )
@@ -185,9 +195,11 @@ def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteL
 
 def report_text(report: CompileReport) -> str:
     """What a compile prints at its end: phases that add up, sizes, and memory formulas with values."""
+    from xllm_compiler.loss.report import report_text as loss_text
     from xllm_compiler.tools.describe import memory_text
 
     manifest = report.manifest
+    loss = loss_text(report.path)
     if report.cached:
         head = f"from the cache: {report.path} in {report.seconds:.2f} s"
     else:
@@ -202,6 +214,7 @@ def report_text(report: CompileReport) -> str:
             head,
             f"files\n{table([*sizes, ('total', size(total))], right=(1,))}",
             memory_text(manifest),
+            *([] if loss is None else [loss]),
             f"{model.name}: {model.architecture}, {model.layers} layers, {model.dtype}, up to {model.max_model_len} "
             f"tokens\nartifact {manifest.id[:16]} at {report.path}",
         ]

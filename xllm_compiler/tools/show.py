@@ -1,4 +1,4 @@
-"""`xllm-compile show ARTIFACT`: what is in an artifact. Reads the manifest only."""
+"""`xllm-compile show ARTIFACT`: what is in an artifact. Reads the manifest, and what quantization lost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from xllm_compiler.artifact import read_manifest
+from xllm_compiler.loss.report import report_text
 from xllm_compiler.tools.console import table
 from xllm_compiler.tools.describe import files_text, memory_text, programs_text, weights_text
 
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
         memory_text(manifest),
         weights_text(manifest, args.all_weights),
         files_text(manifest),
+        *([] if (loss := report_text(args.artifact)) is None else [loss]),
         f"key: what the compile read\n{table(key)}",
     ]
     print("\n\n".join(sections))

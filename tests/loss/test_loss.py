@@ -1,0 +1,134 @@
+"""The loss of quantization: figures against formulas, variants against modules that the passes made, the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xllm_compiler.analysis.weights import param_names
+from xllm_compiler.frontend.trace import Traced, trace_checkpoint
+from xllm_compiler.interp import run
+from xllm_compiler.ir.clone import clone_module
+from xllm_compiler.ir.semantics import kv_zeros
+from xllm_compiler.ir.types import Kv
+from xllm_compiler.loss import mixed
+from xllm_compiler.loss.compare import compare
+from xllm_compiler.loss.measure import Bench
+from xllm_compiler.loss.replay import replay
+from xllm_compiler.loss.text import pieces, take, windows
+from xllm_compiler.models.corpus import python_version, source_files
+from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
+from xllm_compiler.passes.base import PassContext
+from xllm_compiler.passes.manager import run_pipeline
+from xllm_compiler.passes.pipelines import UNQUANTIZED
+from xllm_compiler.passes.quantize.forms import parse_form
+
+BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
+
+
+def traced(checkpoint: Path) -> Traced:
+    got = trace_checkpoint(
+        checkpoint, dtype="f32", max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, max_num_logits=64
+    )
+    run_pipeline(",".join(UNQUANTIZED), got.module, PassContext())
+    return got
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["apart", "tied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    settings = {**TINY, "tie_word_embeddings": request.param}
+    return traced(write_random_checkpoint("llama", tmp_path_factory.mktemp("m") / "m", settings=settings, seed=1))
+
+
+IDS = [np.arange(3, 20, dtype=np.int32), np.array([7, 7, 1], np.int32)]
+
+
+def test_figures_against_torch() -> None:
+    draw = np.random.default_rng(0)
+    p, q = draw.normal(size=(2, 40, 100)).astype(np.float32) * 3
+    q = (p + 0.3 * q).astype(np.float32)
+    logs = [torch.log_softmax(torch.from_numpy(x).double(), 1) for x in (p, q)]
+    want = torch.nn.functional.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean").item()
+    got = compare(p, q)
+    assert got.kl == pytest.approx(want, rel=1e-9) and got.positions == 40
+    assert got.top1 == (p.argmax(1) == q.argmax(1)).mean() < 1
+    assert compare(p, p).kl == 0 and compare(p, np.full_like(p, np.nan)).kl == np.inf
+
+
+@pytest.mark.parametrize("form", ["w8a8", "w8a16", "w4a16-g64-asym", "int4"])
+def test_a_variant_is_what_the_passes_make(model: Traced, form: str) -> None:
+    """All requests in one step of the interpreter, over the module that quantize-weights and quantize-rows changed."""
+    bench = Bench(model.module, model.weights, IDS, "")
+    kind = parse_form(form)
+    for chosen in (bench.weights, bench.weights[3:4], bench.weights[-1:]):
+        plain, got = replay(model.module, model.weights, IDS, [dict.fromkeys(chosen, kind)])
+        module = clone_module(model.module)
+        only = ":".join(param_names(w)[0] for w in chosen)
+        passes = [p.replace("{", f"{{only={only},") for p in kind.passes()]
+        run_pipeline(",".join(passes), module, PassContext())
+        want = whole(module, model)
+        off = np.abs(got - want) / np.abs(want).max()  # large only where an activation's rounding fell the other way
+        assert np.median(off) < 1e-6 and off.max() < 2e-2
+        assert np.median(np.abs(plain - want)) > 1e-5 * np.abs(want).max()
+    assert np.allclose(plain, whole(model.module, model), atol=1e-5)
+
+
+def whole(module: object, model: Traced) -> np.ndarray:
+    """Each request in a step of its own."""
+    out = []
+    func = module.func("step")  # type: ignore[attr-defined]
+    for ids in IDS:
+        n = len(ids)
+        table = np.full((1, func.arg("table").shape[1].value), -1, np.int32)
+        table[0, :2] = [1, 0]
+        inputs = {
+            **{"ids": ids, "pos": np.arange(n, dtype=np.int32), "seq": np.zeros(n, np.int32), "table": table},
+            **{"start": np.array([0, n], np.int32), "sel": np.arange(n, dtype=np.int32)},
+            **{a.name: kv_zeros(a.type, {"P": 2}) for a in func.args if isinstance(a.type, Kv)},
+        }
+        out.append(run(module, "step", inputs, model.weights)[0])  # type: ignore[arg-type]
+    return np.concatenate(out)
+
+
+def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
+    bench = Bench(model.module, model.weights, IDS, "")
+    narrow = bench.losses(IDS, [dict.fromkeys(bench.weights, mixed.NARROW)])[0].kl
+    wide = bench.losses(IDS, [dict.fromkeys(bench.weights, mixed.WIDE)])[0].kl
+    assert wide < narrow / 10
+    assert set(mixed.choose(bench, narrow * 2)[0].values()) == {mixed.NARROW}
+    assert set(mixed.choose(bench, wide / 2)[0].values()) == {mixed.WIDE}
+    forms, layers = mixed.choose(bench, narrow / 2)
+    assert set(forms.values()) == {mixed.WIDE, mixed.NARROW}
+    assert bench.losses(IDS, [forms])[0].kl < narrow / 2
+    gains = {
+        form: [
+            layer.loss.kl / w.tensor.nbytes.value
+            for w, layer in zip(bench.weights, layers, strict=True)
+            if layer.form == str(form)
+        ]
+        for form in (mixed.WIDE, mixed.NARROW)
+    }
+    assert min(gains[mixed.WIDE]) >= max(gains[mixed.NARROW])
+    assert mixed.choose(bench, narrow / 2)[0] == forms
+
+
+def test_windows() -> None:
+    ids, text = windows(BUNDLED / "tokenizer.json", 4096, 2048)
+    assert text == "held-out text" and [len(each) for each in ids] == [128] * 16
+    cut = take(ids, 200)
+    assert [len(each) for each in cut] == [128, 72] and np.array_equal(cut[1], ids[1][:72])
+    for broken, vocab in ((None, 50), (BUNDLED / "tokenizer.json", 20)):
+        ids, text = windows(broken, vocab, 30)
+        assert text.startswith("random ids") and all(len(each) == 30 and each.max() < vocab for each in ids)
+        assert np.array_equal(ids[3], windows(broken, vocab, 30)[0][3])
+
+
+@pytest.mark.skipif(python_version() != "3.11.7", reason="the text is of the Python that the model was trained with")
+def test_the_text_was_held_out() -> None:
+    files = source_files()
+    for piece in pieces():
+        assert sum(piece in file.text for file in files if file.held_out) == 1
+        assert not any(piece in file.text for file in files if not file.held_out)

@@ -1,0 +1,46 @@
+"""Two models' logits at the same positions as figures. Owns KL divergence and agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Over `positions`: mean KL(reference || other) in nats, and the share at which both prefer the same token."""
+
+    kl: float
+    top1: float
+    positions: int
+
+
+def compare(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Loss:
+    """Of logits [positions, vocab]. Rows that are not finite on one side only lose infinitely much."""
+    kl = np.empty(len(reference))
+    for i, (p, q) in enumerate(zip(reference, other, strict=True)):  # a row at a time: a row of a vocabulary is large
+        log_p, log_q = _log_softmax(p), _log_softmax(q)
+        with np.errstate(invalid="ignore"):
+            kl[i] = np.sum(np.exp(log_p) * (log_p - log_q))
+    kl = np.where(np.isfinite(kl), np.maximum(kl, 0), np.inf)  # below 0 is rounding
+    agree = np.argmax(reference, axis=1) == np.argmax(other, axis=1)
+    return Loss(float(kl.mean()), float(agree.mean()), len(kl))
+
+
+def merge(parts: Sequence[Loss]) -> Loss:
+    """The loss over the positions of all parts."""
+    count = sum(part.positions for part in parts)
+    return Loss(
+        sum(part.kl * part.positions for part in parts) / count,
+        sum(part.top1 * part.positions for part in parts) / count,
+        count,
+    )
+
+
+def _log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = row.astype(np.float64)
+    wide -= wide.max()
+    return np.asarray(wide - np.log(np.exp(wide).sum()))

@@ -1,0 +1,67 @@
+"""The part of a compile that asks what quantization loses: before the passes for mixed, after lowering for all. Owns
+the refusal; how losses are found is `measure`'s, which weights mixed widens is `mixed`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xllm_compiler.artifact import Manifest
+from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.trace import Traced
+from xllm_compiler.ir.clone import clone_module
+from xllm_compiler.ir.core import Value
+from xllm_compiler.loss import mixed
+from xllm_compiler.loss.compare import Loss
+from xllm_compiler.loss.measure import Bench, layer_losses, total_loss
+from xllm_compiler.loss.report import LayerLoss, LossReport
+from xllm_compiler.passes.base import PassContext
+from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
+from xllm_compiler.passes.pipelines import UNQUANTIZED, quantized
+from xllm_compiler.passes.quantize.forms import MIXED, QuantForm, parse_form
+
+
+class Judge:
+    """Keeps a copy of the traced module in its unquantized form for as long as the compile takes."""
+
+    def __init__(self, form: str, limit: float | None, pipeline: str, traced: Traced, tokenizer: Path) -> None:
+        """`form` and `limit` as `options.Resolved` has them, `pipeline` what makes the form, `tokenizer` where the
+        model's tokenizer.json is if it has one."""
+        module = clone_module(traced.module)
+        run_pipeline(",".join(UNQUANTIZED), module, PassContext())
+        self._form, self._limit, self._pipeline = form, limit, pipeline
+        longest = module.func("step").arg("table").shape[1].value * 16
+        self._bench = Bench.of(
+            module,
+            traced.weights,
+            tokenizer if tokenizer.is_file() else None,
+            traced.facts.vocab_size,
+            min(longest, traced.facts.max_model_len),
+        )
+        self._layers: tuple[LayerLoss, ...] | None = None
+
+    def choose(self) -> str:
+        """The passes to run: those that were asked for, or what mixed makes of them."""
+        if self._form == MIXED:
+            assert self._limit is not None
+            forms, self._layers = mixed.choose(self._bench, self._limit)
+            self._pipeline = str(parse_pipeline(",".join(quantized(mixed.NARROW, mixed.names_of(forms)))))
+        return self._pipeline
+
+    def report(self, folder: Path, manifest: Manifest) -> LossReport:
+        """The losses of what lies in `folder`. Raises kind "option" when they are over the limit."""
+        total, isa = total_loss(self._bench, folder, manifest)
+        if self._limit is not None and not total.kl <= self._limit:
+            raise self._refusal(total)
+        if self._layers is None:
+            form = parse_form(self._form)
+            every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
+            self._layers = layer_losses(self._bench, every, form)
+        return LossReport(self._form, self._pipeline, self._bench.text, isa, self._limit, total, self._layers)
+
+    def _refusal(self, total: Loss) -> XllmError:
+        return XllmError(
+            "option",
+            f"--quantize {self._form} loses {total.kl:.3g} nats, more than the limit of {self._limit:g} "
+            f"({self._bench.text}; top-1 agreement {total.top1:.1%})",
+            help="more bits, smaller groups or mixed lose less; --max-kl sets the limit, --max-kl inf accepts any",
+        )

@@ -1,0 +1,124 @@
+"""Measures a quantized model: its compiled programs as they will be served, and each layer alone in the interpreter.
+
+The reference is the same checkpoint's module before the passes of the form, run in the interpreter with the model's own
+dtype: it costs one reading of the weights and no second compile. Owns how many positions a model's size affords.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xllm_compiler.analysis.weights import param_names
+from xllm_compiler.artifact import WEIGHTS, Manifest, choose_isa
+from xllm_compiler.ir.core import Module, Value
+from xllm_compiler.loss.compare import Loss, compare
+from xllm_compiler.loss.replay import Variant, replay
+from xllm_compiler.loss.report import LayerLoss
+from xllm_compiler.loss.text import take, windows
+from xllm_compiler.passes.quantize.forms import QuantForm
+from xllm_compiler.passes.quantize.weights import layer_weights
+
+_WHOLE: Final = 1 << 38  # multiplications that the reference may cost: seconds on two cores
+_ALONE: Final = 1 << 39  # and all layers' turns together
+_LEAST: Final = 16
+
+Params = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A module without quantization and the text for it: `text` says what that is."""
+
+    module: Module
+    params: Params
+    ids: list[NDArray[np.int32]]
+    text: str
+
+    @classmethod
+    def of(cls, module: Module, params: Params, tokenizer: Path | None, vocab: int, longest: int) -> Bench:
+        """With as many positions as the model affords. `tokenizer`: a tokenizer.json, None where there is none."""
+        ids, text = windows(tokenizer, vocab, longest)
+        return cls(module, params, take(ids, max(128, _WHOLE // _size(module))), text)
+
+    @property
+    def weights(self) -> list[Value]:
+        """The weights that a form is about."""
+        return list(layer_weights(self.module.func("step")))
+
+    @property
+    def few(self) -> list[NDArray[np.int32]]:
+        """The text for layers' turns, which are many: a multiple of 16 tokens."""
+        positions = _ALONE // (_size(self.module) * max(1, len(self.weights)))
+        return take(self.ids, min(256, max(_LEAST, positions // 16 * 16)))
+
+    def reference(self) -> NDArray[np.float32]:
+        """Logits [positions, vocab] of the module as it is."""
+        return next(replay(self.module, self.params, self.ids, []))
+
+    def losses(self, ids: list[NDArray[np.int32]], variants: Sequence[Variant]) -> list[Loss]:
+        """The loss of each variant."""
+        found: Iterator[NDArray[np.float32]] = replay(self.module, self.params, ids, variants)
+        reference = next(found)
+        return [compare(reference, logits) for logits in found]
+
+
+def layer_losses(bench: Bench, forms: Mapping[Value, QuantForm], alone: QuantForm) -> tuple[LayerLoss, ...]:
+    """Each weight alone in the form `alone`; `forms` is what each got."""
+    weights = bench.weights
+    losses = bench.losses(bench.few, [{w: alone} for w in weights])
+    return tuple(
+        LayerLoss(tuple(param_names(w)), str(alone), str(forms[w]), loss)
+        for w, loss in zip(weights, losses, strict=True)
+    )
+
+
+def total_loss(bench: Bench, folder: Path, manifest: Manifest) -> tuple[Loss, str]:
+    """The loss of the programs and weights that lie in `folder`, and the instruction set they were run with."""
+    isa = choose_isa(manifest.target.isas)
+    return compare(bench.reference(), served_logits(folder, manifest, isa, bench.ids)), isa
+
+
+def served_logits(folder: Path, manifest: Manifest, isa: str, ids: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+    """Logits [all tokens, vocab] from an artifact's programs, of which nothing but the files need exist; one request
+    after the other, prefilled in chunks where the limits ask for it."""
+    from xllm_compiler.runtime.cpu.executor import CpuExecutor
+    from xllm_compiler.runtime.cpu.team import load_library
+
+    library = load_library(folder / manifest.target.kind / f"{isa}.so")
+    weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
+    pages = max(-(-len(each) // manifest.target.page) for each in ids)
+    limits = manifest.limits
+    chunk = min(limits.max_num_batched_tokens, limits.max_num_logits)
+    out = np.empty((sum(map(len, ids)), manifest.model.vocab_size), np.float32)
+    executor = CpuExecutor(manifest, library, weights, pages=pages, threads=len(os.sched_getaffinity(0)))
+    row = 0
+    try:
+        batch = executor.new_batch()
+        batch.table[0, :pages] = np.arange(pages)
+        for each in ids:
+            for at in range(0, len(each), chunk):
+                count = len(each[at : at + chunk])
+                batch.n, batch.b, batch.s = count, 1, count
+                batch.ids[:count] = each[at : at + chunk]
+                batch.pos[:count] = np.arange(at, at + count)
+                batch.seq[:count] = 0
+                batch.start[:2] = (0, count)
+                batch.sel[:count] = np.arange(count)
+                out[row : row + count] = executor.execute(batch).rows
+                row += count
+    finally:
+        executor.close()
+    return out
+
+
+def _size(module: Module) -> int:
+    """Multiplications for one position."""
+    total = sum((w.tensor.shape[0] * w.tensor.shape[1]).value for w in layer_weights(module.func("step")))
+    return max(1, total)

@@ -1,0 +1,64 @@
+"""Which weights get 8 bits where 4 lose too much: those that save most loss per byte, until the limit is kept.
+
+Each weight's loss alone at 4 bits over the bytes that 8 bits cost more ranks them. Losses nearly add up, so their sum,
+scaled to what was measured, tells how many to take; then that choice is measured, and more are taken while it is over.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xllm_compiler.analysis.weights import param_names
+from xllm_compiler.ir.core import Value
+from xllm_compiler.loss.compare import Loss
+from xllm_compiler.loss.measure import Bench
+from xllm_compiler.loss.report import LayerLoss
+from xllm_compiler.passes.quantize.forms import QuantForm
+
+NARROW: Final = QuantForm(4, group=32)
+WIDE: Final = QuantForm(8)
+_SHARE: Final = 0.9  # of the limit: the compiled programs round in other places than the interpreter
+_TRIES: Final = 4
+
+
+def choose(bench: Bench, limit: float) -> tuple[dict[Value, QuantForm], tuple[LayerLoss, ...]]:
+    """The form of each weight so that the loss of all together is below `limit`, where 8 bits can do that, and the
+    losses it was decided by."""
+    weights = bench.weights
+    alone = bench.losses(bench.few, [{w: NARROW} for w in weights])
+    goal = limit * _SHARE
+    order = sorted(range(len(weights)), key=lambda i: (-alone[i].kl / _bytes(weights[i]), i))
+    saved = [alone[i].kl for i in order]
+    wide = 0
+    for _ in range(_TRIES):
+        measured = _measure(bench, weights, order[:wide]).kl
+        if measured <= goal or wide == len(weights):
+            break
+        left = sum(saved[wide:])
+        more = wide
+        while more < len(weights) and measured * sum(saved[more:]) > goal * left:
+            more += 1
+        wide = max(wide + 1, more)
+    else:
+        wide = len(weights)
+    taken = set(order[:wide])
+    forms = {w: WIDE if i in taken else NARROW for i, w in enumerate(weights)}
+    layers = tuple(
+        LayerLoss(tuple(param_names(w)), str(NARROW), str(forms[w]), loss)
+        for w, loss in zip(weights, alone, strict=True)
+    )
+    return forms, layers
+
+
+def names_of(forms: dict[Value, QuantForm]) -> list[str]:
+    """Checkpoint names by which the passes know the weights of 8 bits."""
+    return [param_names(w)[0] for w, form in forms.items() if form == WIDE]
+
+
+def _measure(bench: Bench, weights: list[Value], wide: list[int]) -> Loss:
+    return bench.losses(bench.ids, [{w: WIDE if i in wide else NARROW for i, w in enumerate(weights)}])[0]
+
+
+def _bytes(w: Value) -> int:
+    """What the weight takes more in 8 bits than in 4."""
+    return (w.tensor.shape[0] * w.tensor.shape[1]).value // 2

@@ -1,0 +1,161 @@
+"""A model in the interpreter beside variants of it in which some weights are quantized. Owns how they share work.
+
+All variants go through the function together, one op at a time: a weight is read once for all, and a variant costs
+nothing before the first op at which it differs. The last linear layer and what follows go one variant at a time, since
+its results, the logits, are large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xllm_compiler.analysis.weights import weight_exprs
+from xllm_compiler.interp.run import call_op, run_value
+from xllm_compiler.ir import quant
+from xllm_compiler.ir.core import Module, Op, Value
+from xllm_compiler.ir.ops import Linear, LinearGlu
+from xllm_compiler.ir.semantics import Array, EvalContext, kv_zeros
+from xllm_compiler.ir.types import Kv
+from xllm_compiler.passes.quantize.forms import QuantForm
+
+Variant = Mapping[Value, QuantForm]
+"""Weights of the module, each with the form in which the layers that read it compute."""
+
+
+@dataclass
+class _Run:
+    """One model on its way: what differs from the plain one, and its form of each weight."""
+
+    forms: Variant
+    env: dict[Value, Array] = field(default_factory=dict)
+
+
+class _Weights:
+    """Weight expressions, plain and in the forms of variants; only those of one op are held at a time."""
+
+    def __init__(self, params: Mapping[str, Array]) -> None:
+        self._params = params
+        self._held: dict[tuple[Value, QuantForm | None], Array] = {}
+
+    def get(self, value: Value, form: QuantForm | None) -> Array:
+        """The array of `value` as it is computed with: of the weights of layers in f32, once for all that ask."""
+        if (value, form) not in self._held:
+            plain = self._held.get((value, None))
+            if plain is None:
+                plain = run_value(value, self._params)
+                if any(isinstance(user, (Linear, LinearGlu)) for user in value.users):
+                    plain = plain.astype(np.float32)
+                self._held[value, None] = plain
+            if form is not None:
+                made, scales, zeros = quant.quantize_weight(plain, form.weights, form.group, form.zeros)
+                points = zeros if form.zeros else None
+                self._held[value, form] = quant.dequantize_weight(
+                    made, scales, points, form.weights, form.group, np.float32
+                )
+        return self._held[value, form]
+
+    def drop(self) -> None:
+        """Forget all."""
+        self._held.clear()
+
+
+def replay(
+    module: Module, params: Mapping[str, Array], ids: Sequence[NDArray[np.int32]], variants: Sequence[Variant]
+) -> Iterator[NDArray[np.float32]]:
+    """Logits [all tokens, vocab] of the module as it is, then of each variant; every array of `ids` is a request.
+
+    `module`: stage graph, with the function @step. A layer whose weight is quantized to 8-bit activations rounds its
+    input too; sums are in f32. Raises what reading `params` raises.
+    """
+    func = module.func("step")
+    sizes, inputs = _inputs(module, ids)
+    ctx = EvalContext(params, sizes)
+    fixed = weight_exprs(func)
+    logits = func.returns[0]
+    ops = [op for op in _needed(func.ops, logits) if not all(r in fixed for r in op.results)]
+    last_layer = max((i for i, op in enumerate(ops) if isinstance(op, (Linear, LinearGlu))), default=0)
+    weights = _Weights(params)
+    runs = [_Run({}, inputs), *(_Run(variant) for variant in variants)]
+    last = {v: i for i, op in enumerate(ops) for v in op.operands}
+    with np.errstate(all="ignore"):
+        for i, op in enumerate(ops[:last_layer]):
+            for run in runs:
+                _step(op, ctx, run, runs[0], weights)
+            weights.drop()
+            for v in op.operands:
+                if last[v] == i:
+                    for run in runs:
+                        run.env.pop(v, None)
+        for run in runs:
+            late = _Run(run.forms, dict(run.env))
+            base = late if run is runs[0] else runs[0]
+            for op in ops[last_layer:]:
+                _step(op, ctx, late, base, weights, whole=True)
+            yield np.asarray(late.env[logits], np.float32)
+
+
+def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, whole: bool = False) -> None:
+    """One op of one run. A variant in which nothing differs takes what the plain one has, unless `whole`."""
+    changed = any(v in run.env or v in run.forms for v in op.operands)
+    if run is not base and not changed and not whole:
+        return
+    env: dict[Value, Array] = {}
+    for v in op.operands:
+        if v in run.env:
+            env[v] = run.env[v]
+        elif v in base.env:
+            env[v] = base.env[v]
+        else:
+            env[v] = weights.get(v, run.forms.get(v))
+    if isinstance(op, (Linear, LinearGlu)):
+        form = run.forms.get(op.w)
+        if form is not None and form.activations == 8:
+            env[op.x] = _rounded(env[op.x])
+    for result, made in zip(op.results, call_op(op, ctx, env), strict=True):
+        if result.has_uses:
+            run.env[result] = ctx.store(made, result.type)
+
+
+def _rounded(x: Array) -> Array:
+    """A layer's input as what its rows of 8 bits stand for, f32."""
+    stored, scale, _ = quant.quantize_rows(x, 0)
+    return np.asarray(stored[..., : x.shape[-1]].astype(np.float32) * scale[..., None])
+
+
+def _needed(ops: Any, result: Value) -> list[Op]:
+    """The ops that `result` depends on, in order."""
+    wanted = {result}
+    out = []
+    for op in reversed(list(ops)):
+        if any(r in wanted for r in op.results):
+            wanted.update(op.operands)
+            out.append(op)
+    return out[::-1]
+
+
+def _inputs(module: Module, ids: Sequence[NDArray[np.int32]]) -> tuple[dict[str, int], dict[Value, Array]]:
+    """Sizes and arguments of one step that computes all requests whole and keeps every row."""
+    func = module.func("step")
+    lengths = [len(each) for each in ids]
+    width = func.arg("table").shape[1].value
+    table = np.full((len(ids), width), -1, np.int32)
+    pages = 0
+    for i, length in enumerate(lengths):
+        count = -(-length // 16)
+        table[i, :count] = np.arange(pages, pages + count)
+        pages += count
+    arrays = {
+        "ids": np.concatenate(ids),
+        "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "seq": np.repeat(np.arange(len(ids), dtype=np.int32), lengths),
+        "start": np.cumsum([0, *lengths]).astype(np.int32),
+        "table": table,
+        "sel": np.arange(sum(lengths), dtype=np.int32),
+    }
+    sizes = {"N": sum(lengths), "B": len(ids), "S": sum(lengths), "P": pages}
+    return sizes, {a: kv_zeros(a.type, sizes) if isinstance(a.type, Kv) else arrays[a.name] for a in func.args}

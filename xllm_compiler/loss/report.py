@@ -1,0 +1,98 @@
+"""What was lost, as a file of the artifact and as a table. Owns rounding and wording; must not measure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xllm_compiler.loss.compare import Loss
+
+FILE: Final = "quantization.json"
+_SHOWN: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoss:
+    """The loss when the weight made of the checkpoint tensors `names` is alone in `alone`; `form` is what it got."""
+
+    names: tuple[str, ...]
+    alone: str
+    form: str
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True)
+class LossReport:
+    """Losses against the unquantized form: of the compiled programs (`total`, run with instruction set `isa`), and of
+    each layer. `limit` is what was allowed of the total; None where anything was."""
+
+    form: str
+    pipeline: str
+    text: str
+    isa: str
+    limit: float | None
+    total: Loss
+    layers: tuple[LayerLoss, ...]
+
+    def to_json(self) -> str:
+        """Canonical text, the same for the same compile. KL in nats, to three digits; a loss beyond numbers is null."""
+        value = {
+            "form": self.form,
+            "pipeline": self.pipeline,
+            "text": self.text,
+            "isa": self.isa,
+            "max_kl": self.limit,
+            "total": _figures(self.total),
+            "layers": [
+                {"weights": list(layer.names), "form": layer.form, "alone": layer.alone, **_figures(layer.loss)}
+                for layer in self.layers
+            ],
+        }
+        return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def report_text(path: Path) -> str | None:
+    """The table of the artifact at `path`; None where nothing was quantized by name."""
+    file = path / FILE
+    return table_text(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def table_text(found: dict[str, object]) -> str:
+    """What `LossReport.to_json` wrote, for people: the total, then the layers that lose most."""
+    total, layers = found["total"], found["layers"]
+    assert isinstance(total, dict) and isinstance(layers, list)
+    limit = "none" if found["max_kl"] is None else f"{found['max_kl']:g}"
+    lines = [
+        f"loss of {found['form']} against the unquantized model, {found['text']}",
+        f"  {'total':<46} KL {_kl(total):>9}  top-1 {total['top1']:7.2%}  "
+        f"({total['positions']} positions on {found['isa']}, limit {limit})",
+    ]
+    worst = sorted(layers, key=lambda layer: -(layer["kl"] if layer["kl"] is not None else float("inf")))[:_SHOWN]
+    if worst:
+        count = f"the {len(worst)} of {len(layers)} that lose most" if len(layers) > len(worst) else "the worst first"
+        lines.append(f"  each layer alone, {worst[0]['positions']} positions; {count}")
+    for layer in worst:
+        kept = "" if layer["form"] == layer["alone"] else f"  made {layer['form']}"
+        lines.append(
+            f"  {_short(layer['weights']):<46} KL {_kl(layer):>9}  top-1 {layer['top1']:7.2%}  {layer['alone']}{kept}"
+        )
+    return "\n".join(lines)
+
+
+def _figures(loss: Loss) -> dict[str, object]:
+    kl = float(f"{loss.kl:.3g}") if loss.kl != float("inf") else None
+    return {"kl": kl, "top1": round(loss.top1, 4), "positions": loss.positions}
+
+
+def _kl(figures: dict[str, object]) -> str:
+    return "infinite" if figures["kl"] is None else f"{figures['kl']:.3g}"
+
+
+def _short(names: list[str]) -> str:
+    """The tensors of one weight in one word: model.layers.0.mlp.gate_proj+up_proj."""
+    first = names[0].removesuffix(".weight")
+    stem = first.rpartition(".")[0]
+    rest = [name.removesuffix(".weight").removeprefix(f"{stem}.") for name in names[1:]]
+    return "+".join([first, *rest])
