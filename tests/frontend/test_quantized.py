@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.frontend.conftest import Make
 from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 from xllm_compiler.interp import run_value
 from xllm_compiler.ir.ops import Dequantize, Linear
+from xllm_compiler.options import CompileOptions, resolve
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
 
@@ -342,3 +344,22 @@ def test_layers_that_are_not_linear(make: Make, limits: dict[str, Any]) -> None:
     with pytest.raises(XllmError, match="Conv1D") as e:
         trace_checkpoint(path, **limits)
     assert e.value.kind == "unsupported" and "c_fc" in e.value.message
+
+
+def test_the_checkpoint_says_what_becomes_of_inputs(make: Make) -> None:
+    path = make("llama")
+    settings = json.loads((path / "config.json").read_text())
+    wanted = {
+        "@cpu-rows": [CASES["w8a8"][1], compressed("pack-quantized", int4(32), TOKEN)],
+        "@cpu": [
+            CASES["w8a16"][1],
+            CASES["awq"][1],
+            CASES["fp8-block"][1],
+            compressed("int-quantized", INT8, {**TOKEN, "dynamic": False, "strategy": "tensor"}),
+            compressed("int-quantized", INT8, {**TOKEN, "symmetric": False}),
+        ],
+    }
+    for pipeline, configs in wanted.items():
+        for config in configs:
+            (path / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
+            assert resolve(CompileOptions(), Checkpoint.open(path)).pipeline == pipeline, config
