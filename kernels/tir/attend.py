@@ -85,7 +85,7 @@ class _Body:
     def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
         self.kernel = kernel
         self.env = env
-        matrix = isa.has_tiles and kernel.kv.dtype == "bf16"
+        matrix = isa.has_tiles and kernel.kv.dtype == "bf16" and not kernel.kv.quantized
         self.tiles = (MatrixTiles if matrix else Tiles)(kernel, isa, env)
         self.vectors = self.tiles.value_vectors
         self.part = (2 + self.vectors) * LANES  # f32 of one row's part of one chunk: its maximum, sums and values

@@ -14,6 +14,10 @@ does not see are masked, and values that it does not see are not looked at, so n
 token holds can leak, not even NaN; pages that no row of a tile sees are not touched. Blocks and tiles change nothing
 about how one row's numbers are added.
 
+Of a quantized cache, a block's integers are first widened to the elements that they were made of (8 bits are exact in
+bf16), once per query block, and worked on like any others: keys' scales multiply the scores, values' scales multiply p
+before it is rounded.
+
 Pages lie anywhere, and the processor's own prefetcher starts anew in each, so the loops ask ahead for what comes next:
 half again the bandwidth of a decode step.
 """
@@ -120,10 +124,12 @@ class Tiles:
         self.kernel = kernel
         self.isa = isa
         self.env = env
-        self.layout = kernel.kv
+        self.quantized = kernel.kv.quantized
+        self.layout = kernel.kv.opened if self.quantized else kernel.kv  # of what is worked on
         self.bf16 = kernel.kv.dtype == "bf16"
         self.group = kernel.q_heads // kernel.kv.heads
         self.pages = Pages(kernel.kv, env["table"], env["width"])
+        self.memory = env["kv"]  # what is worked on lies there
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
         self.height = tile_rows(partial(tile_width, isa, kernel.kv.dtype), _MAX_ROWS)
         self.steps = kernel.kv.k_dim // 2 if self.bf16 else kernel.kv.k_dim
@@ -135,6 +141,10 @@ class Tiles:
         self.state = State(self.value_vectors)
         self.values = local(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
         self.next_keys = local(_BLOCK_PAGES, "int64")  # and the keys of the next block's
+        if self.quantized:
+            self.memory = local(_BLOCK_PAGES * self.layout.head_bytes + _LINE, "uint8")
+            self.key_scales, self.value_scales = local(BLOCK, "float32"), local(BLOCK, "float32")
+            self.opened = Pages(self.layout, None, None)
 
     def release(self) -> None:
         """Emits what must be done when all blocks are."""
@@ -147,6 +157,8 @@ class Tiles:
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
         """Takes one KV block into the state at `shift` of all rows of a query block that see any of it."""
         self.shift = shift
+        if self.quantized:
+            self._open(item, head, block)
         tiles = T.truncdiv(item.rows + (self.height - 1), T.int32(self.height))
         with T.serial(0, tiles) as tile:
             row = T.bind(tile * self.height)
@@ -200,6 +212,11 @@ class Tiles:
         stop = T.bind(T.truncdiv(T.min(end - base, BLOCK) - 1, T.int32(PAGE)))
         # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
         numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(_BLOCK_PAGES)]
+        if self.quantized:
+            pages = [T.bind(T.Cast("int64", number) * self.layout.head_bytes) for number in numbers]
+            for i, page in enumerate(pages):
+                T.buffer_store(self.values, self.opened.values(page), [i])
+            return pages
         pages = [self.pages.page(request, block * _BLOCK_PAGES + number, head) for number in numbers]
         last = T.truncdiv(end - 1, T.int32(PAGE))
         for i, page in enumerate(pages):
@@ -207,6 +224,56 @@ class Tiles:
             after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), last)
             T.buffer_store(self.next_keys, self.pages.page(request, after, head), [i])
         return pages
+
+    # ---- quantized pages
+
+    def _open(self, item: Item, head: Expr, block: Expr) -> None:
+        """Widens the pages of a block that any row of the query block sees, and asks for the next block's."""
+        lowest, _ = self.seen(item.request, item.first)
+        _, highest = self.seen(item.request, item.first + item.rows - 1)
+        base = T.bind(block * BLOCK)
+        start = T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE))
+        stop = T.truncdiv(T.min(highest - base, BLOCK) - 1, T.int32(PAGE))
+        kv, stored, opened = self.env["kv"], self.kernel.kv, self.layout
+
+        def part(offset: Expr) -> Expr:
+            return address(kv, offset)
+
+        def widen(to: Expr, offset: Expr, next_row: int) -> None:
+            """16 integers, for bf16 in pairs with those `next_row` bytes further."""
+            where = address(self.memory, to)
+            if self.bf16:
+                pairs = T.call_extern("int32x16", "xllm_pairs_i8", part(offset), part(offset + next_row))
+                T.evaluate(T.call_extern("int32", "xllm_store_i32", where, pairs))
+            else:
+                T.evaluate(
+                    T.call_extern(
+                        "int32", "xllm_store_f32", where, T.call_extern("float32x16", "xllm_load_i8", part(offset))
+                    )
+                )
+
+        with T.serial(start, stop + 1) as i:
+            page = self.pages.page(item.request, block * _BLOCK_PAGES + i, head)
+            after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), T.truncdiv(highest - 1, T.int32(PAGE)))
+            ahead = self.pages.page(item.request, after, head)
+            to = T.bind(T.Cast("int64", i) * opened.head_bytes)
+            for scales, offset in ((self.key_scales, 0), (self.value_scales, PAGE * 4)):
+                scale = T.call_extern("float32x16", "xllm_load_f32", part(self.pages.scales(page) + offset))
+                store(scales, i * LANES, scale, "f32")
+            rows = 2 if self.bf16 else 1  # of K or V in one row of what is worked on
+            lines = -(-stored.head_bytes // _LINE)
+            with T.serial(0, self.steps) as step:
+                self._prefetch(ahead + step * _LINE)
+                widen(to + step * opened.k_row_bytes, page + step * (rows * PAGE), PAGE)
+            if lines > self.steps:
+                with T.serial(self.steps, lines) as line:
+                    self._prefetch(ahead + line * _LINE)
+            with T.serial(0, PAGE // rows) as step:
+                # past v_dim a row runs into the next one, which comes later
+                for vector in range(self.value_vectors):
+                    target = self.opened.values(to) + step * opened.v_row_bytes + vector * LANES * 4
+                    source = self.pages.values(page) + step * (rows * stored.v_dim) + vector * LANES
+                    widen(target, source, stored.v_dim)
 
     # ---- scores and values of one tile
 
@@ -227,7 +294,7 @@ class Tiles:
             totals[i] = splat(0.0)
         with T.serial(0, self.steps) as step:
             keys = [self._row(page + step * self.layout.k_row_bytes) for page in pages]
-            for page in pages:
+            for page in [] if self.quantized else pages:
                 self._prefetch(self.pages.values(page) + step * _LINE)
             for i, query in enumerate(queries):
                 operand = self._pair(self.env["q"], query, step)
@@ -252,7 +319,7 @@ class Tiles:
         with T.serial(0, steps) as step:
             at = self._value_row(step)
             values = [self._value(at, vector) for vector in vectors]
-            if vectors.start == 0:
+            if vectors.start == 0 and not self.quantized:
                 # the keys of the next block, spread over this loop
                 for page in range(_BLOCK_PAGES):
                     for line in range(lines):
@@ -300,6 +367,8 @@ class Tiles:
         scores = []
         for i in range(_BLOCK_PAGES):
             score = load(self.scores, tile_row * BLOCK + i * LANES, "f32")
+            if self.quantized:
+                score = score * load(self.key_scales, T.int32(i * LANES), "f32")
             if kernel.softcap:
                 score = tanh(score * splat(kernel.scale) * splat(1.0 / kernel.softcap))
             scores.append(T.bind(score))
@@ -326,6 +395,8 @@ class Tiles:
         for i, score in enumerate(scores):
             weight = T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0))
             weights.append(weight)
+            if self.quantized:  # what is not seen has any scale
+                weight = T.bind(only_seen(i, weight * load(self.value_scales, T.int32(i * LANES), "f32"), 0.0))
             store(self.weights, tile_row * BLOCK + i * LANES, weight, self.layout.dtype)
         added = (weights[0] + weights[1]) + (weights[2] + weights[3])
         store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") + added, "f32")
@@ -334,7 +405,7 @@ class Tiles:
 
     def _row(self, offset: Expr) -> Expr:
         """One vector of K."""
-        where = address(self.env["kv"], offset)
+        where = address(self.memory, offset)
         if self.bf16:
             return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
         return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
@@ -351,7 +422,7 @@ class Tiles:
     def _value(self, offset: Expr, vector: int) -> Expr:
         """One vector of V; lanes past v_dim are 0."""
         valid = min(self.layout.v_dim - vector * LANES, LANES)
-        where = address(self.env["kv"], offset + vector * LANES * 4)
+        where = address(self.memory, offset + vector * LANES * 4)
         kind, first = ("int32x16", "i32") if self.bf16 else ("float32x16", "f32")
         if valid == LANES:
             return T.bind(T.call_extern(kind, f"xllm_load_{first}", where))

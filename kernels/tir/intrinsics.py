@@ -33,6 +33,10 @@ define linkonce_odr <16 x i32> @xllm_load_i32(ptr %p) {
   %r = load <16 x i32>, ptr %p, align 4
   ret <16 x i32> %r
 }
+define linkonce_odr i32 @xllm_store_i32(ptr %p, <16 x i32> %v) {
+  store <16 x i32> %v, ptr %p, align 4
+  ret i32 0
+}
 define linkonce_odr <16 x i32> @xllm_load_first_i32(ptr %p, i32 %n) {
   %m = call <16 x i1> @xllm_first(i32 %n)
   %r = call <16 x i32> @llvm.masked.load.v16i32.p0(ptr align 4 %p, <16 x i1> %m, <16 x i32> zeroinitializer)
@@ -52,9 +56,25 @@ define linkonce_odr i32 @xllm_put_i16(ptr %p, i16 %v) {
   store i16 %v, ptr %p, align 2
   ret i32 0
 }
-define linkonce_odr i32 @xllm_store_i32(ptr %p, <16 x i32> %v) {
-  store <16 x i32> %v, ptr %p, align 4
+define linkonce_odr i32 @xllm_put_i8(ptr %p, i8 %v) {
+  store i8 %v, ptr %p, align 1
   ret i32 0
+}
+define linkonce_odr <16 x float> @xllm_load_i8(ptr %p) {
+  %v = load <16 x i8>, ptr %p, align 1
+  %w = sext <16 x i8> %v to <16 x i32>
+  %r = sitofp <16 x i32> %w to <16 x float>
+  ret <16 x float> %r
+}
+; 8-bit integers at p and at q as pairs of bf16, which holds them exactly: the upper halves of their f32
+define linkonce_odr <16 x i32> @xllm_pairs_i8(ptr %p, ptr %q) {
+  %a = call <16 x float> @xllm_load_i8(ptr %p)
+  %b = call <16 x float> @xllm_load_i8(ptr %q)
+  %x = bitcast <16 x float> %a to <16 x i32>
+  %y = bitcast <16 x float> %b to <16 x i32>
+  %low = lshr <16 x i32> %x, splat (i32 16)
+  %r = or <16 x i32> %low, %y
+  ret <16 x i32> %r
 }
 define linkonce_odr <16 x float> @xllm_load_f16(ptr %p) {
   %v = load <16 x half>, ptr %p, align 2

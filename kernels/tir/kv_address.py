@@ -5,6 +5,7 @@ head,
 
     bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
     f32     K [k_dim, 16]        then V [16, v_dim]
+    8 bits  K [k_dim, 16]        then V [16, v_dim]        integers, of either; then f32 scales of 16 keys, of 16 values
 
 so that one vector of K is 16 tokens of one k (or pair of k), and one vector of V is 16 columns of one token (or pair).
 Contiguous virtual ranges in place of a table would change `Pages.page` and nothing else.
@@ -24,12 +25,17 @@ Expr = Any
 
 @dataclass(frozen=True)
 class KvLayout:
-    """The KV cache of one layer: `heads` KV heads of k_dim and v_dim elements, both even."""
+    """The KV cache of one layer: `heads` KV heads of k_dim and v_dim elements, both even.
+
+    `quantized`: each head of a key or value is stored as 8-bit integers times a scale; `dtype` is what they are made of
+    and computed with.
+    """
 
     dtype: str
     heads: int
     k_dim: int
     v_dim: int
+    quantized: bool = False
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bf16", "f32"), f"KV cache in {self.dtype}", self)
@@ -39,12 +45,19 @@ class KvLayout:
 
     @property
     def element_bytes(self) -> int:
+        if self.quantized:
+            return 1
         return 2 if self.dtype == "bf16" else 4
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of one head in one page: its K, then its V."""
-        return PAGE * (self.k_dim + self.v_dim) * self.element_bytes
+        """Bytes of one head in one page: its K, its V, and scales where there are any."""
+        return PAGE * (self.k_dim + self.v_dim) * self.element_bytes + (2 * PAGE * 4 if self.quantized else 0)
+
+    @property
+    def opened(self) -> KvLayout:
+        """One head of a page as it is computed with: the same elements without scales."""
+        return KvLayout(self.dtype, 1, self.k_dim, self.v_dim)
 
     @property
     def page_bytes(self) -> int:
@@ -78,14 +91,22 @@ class Pages:
         """V of the head whose K is at `page`."""
         return page + PAGE * self.layout.k_dim * self.layout.element_bytes
 
+    def scales(self, page: Expr) -> Expr:
+        """The scales of the 16 keys of the head at `page` of a quantized cache; 16 f32 further, those of the values."""
+        return page + PAGE * (self.layout.k_dim + self.layout.v_dim)
+
     def k_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
         """Element `index` of the key in `slot`."""
+        if self.layout.quantized:
+            return page + index * PAGE + slot
         if self.layout.dtype == "f32":
             return page + (index * PAGE + slot) * 4
         return page + T.truncdiv(index, T.int32(2)) * (PAGE * 4) + slot * 4 + T.truncmod(index, T.int32(2)) * 2
 
     def v_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
         """Element `index` of the value in `slot`."""
+        if self.layout.quantized:
+            return self.values(page) + slot * self.layout.v_dim + index
         if self.layout.dtype == "f32":
             return self.values(page) + (slot * self.layout.v_dim + index) * 4
         pair = T.truncdiv(slot, T.int32(2))

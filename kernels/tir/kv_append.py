@@ -1,7 +1,8 @@
 """Kernels that write the KV cache: `KvAppend` (the fused form) and `KvWrite`. Owns the order of their steps.
 
 The unit of work is one head of one token, so that a decode step of one token still feeds a team. A token writes its own
-slot and nothing else: two tokens of one bf16 pair are two separate 2-byte stores.
+slot and nothing else: two tokens of one bf16 pair are two separate 2-byte stores. A quantized cache gets each head of a
+key or value as round(x / scale), to nearest, ties to even, with scale = max |x| / 127 (NaN if x is not all finite).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PAGE, Arg, Isa, K
 from xllm_compiler.kernels.tir.emit import address, build_function, load_part, share, splat, store_part
 from xllm_compiler.kernels.tir.kv_address import KvLayout, Pages
 from xllm_compiler.kernels.tir.norms import each_vector, gain, inverse_root, square_sum
+from xllm_compiler.kernels.tir.quantize import LARGEST, inverse_scale, largest_size
 from xllm_compiler.kernels.tir.rope import check_rotary, rotate
 
 Expr = Any
@@ -139,8 +141,11 @@ class KvAppend(Kernel):
                     write_work(env["q"], T.bind(T.Cast("int64", row * self.q_heads + head) * dim))
                 with T.If(T.And(head >= self.q_heads, head < self.q_heads + layout.heads)), T.Then():
                     prepare(T.bind(start + head * dim), row, env.get("kw"))
-                    write_work(rounded, T.int64(0))
-                    slots.write_key(rounded, T.int64(0), row, head - self.q_heads)
+                    if layout.quantized:  # one rounding, to 8 bits
+                        slots.write_key(work, T.int64(0), row, head - self.q_heads, "f32")
+                    else:
+                        write_work(rounded, T.int64(0))
+                        slots.write_key(rounded, T.int64(0), row, head - self.q_heads)
                 with T.If(head >= self.q_heads + layout.heads), T.Then():
                     value_head = T.bind(head - (self.q_heads + layout.heads))
                     base = start + (self.q_heads + layout.heads) * dim + value_head * layout.v_dim
@@ -163,21 +168,44 @@ class _Slots:
         page = self._pages.page(self._env["seq"][row], T.truncdiv(position, T.int32(PAGE)), head)
         return page, T.bind(T.truncmod(position, T.int32(PAGE)))
 
-    def write_key(self, source: Expr, base: Expr, row: Expr, head: Expr) -> None:
-        """K of `row`'s slot = source[base : base + k_dim], elements of the model's type."""
+    def write_key(self, source: Expr, base: Expr, row: Expr, head: Expr, dtype: str = "") -> None:
+        """K of `row`'s slot = source[base : base + k_dim], elements of the model's type (`dtype`: of another)."""
         page, slot = self._slot(row, head)
+        if self._layout.quantized:
+            source, base = self._quantize(source, base, self._layout.k_dim, dtype, self._pages.scales(page) + slot * 4)
         with T.serial(0, self._layout.k_dim) as i:
             self._put(self._pages.k_element(page, slot, i), source[base + i])
 
     def write_value(self, source: Expr, base: Expr, row: Expr, head: Expr) -> None:
         """V of `row`'s slot = source[base : base + v_dim]."""
         page, slot = self._slot(row, head)
+        if self._layout.quantized:
+            scale = self._pages.scales(page) + (slot + PAGE) * 4
+            source, base = self._quantize(source, base, self._layout.v_dim, "", scale)
         with T.serial(0, self._layout.v_dim) as i:
             self._put(self._pages.v_element(page, slot, i), source[base + i])
 
+    def _quantize(self, source: Expr, base: Expr, count: int, dtype: str, scale: Expr) -> tuple[Expr, Expr]:
+        """Writes the scale of `count` elements, and returns where their integers are."""
+        dtype = dtype or self._layout.dtype
+        largest = largest_size(source, base, count, dtype)
+        where = address(self._env["kv"], scale)
+        T.evaluate(T.call_extern("int32", "xllm_put_f32", where, largest * T.float32(1 / LARGEST)))
+        factor = T.bind(splat(inverse_scale(largest)))
+        integers = T.alloc_buffer((count + LANES,), "int8", scope="local")
+
+        def round_part(at: Expr, valid: int) -> None:
+            value = load_part(source, base + at, valid, dtype) * factor
+            T.evaluate(T.call_extern("int32", "xllm_store_i8", address(integers, at), value, T.int32(valid)))
+
+        each_vector(count, round_part)
+        return integers, T.int64(0)
+
     def _put(self, offset: Expr, value: Expr) -> None:
         where = address(self._env["kv"], offset)
-        if self._layout.dtype == "f32":
+        if self._layout.quantized:
+            T.evaluate(T.call_extern("int32", "xllm_put_i8", where, value))
+        elif self._layout.dtype == "f32":
             T.evaluate(T.call_extern("int32", "xllm_put_f32", where, value))
         else:
             T.evaluate(T.call_extern("int32", "xllm_put_i16", where, value))

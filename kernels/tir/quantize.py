@@ -70,9 +70,9 @@ class QuantizeRows(Kernel):
             first, last = share(rows, member, team)
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
-                largest = self._largest(x, source)
+                largest = largest_size(x, source, self.k, self.dtype)
                 T.buffer_store(scale, largest * T.float32(1 / LARGEST), [row])
-                factor = T.bind(T.Select(largest > T.float32(0), T.float32(LARGEST) / largest, T.float32(0)))
+                factor = inverse_scale(largest)
                 target = T.bind(T.Cast("int64", row) * padded)
 
                 def quantize(group: Expr, valid: int) -> None:
@@ -101,15 +101,21 @@ class QuantizeRows(Kernel):
 
         return build_function(self, isa, body)
 
-    def _largest(self, x: Expr, source: Expr) -> Expr:
-        """The largest |x| of a row, NaN where not all are finite."""
-        top, bad = Vectors(1), Vectors(1)
-        top[0], bad[0] = splat(0.0), splat(0.0)
 
-        def see(at: Expr, valid: int) -> None:
-            value = T.bind(load_part(x, source + at, valid, self.dtype))
-            top[0] = maximum(top[0], tirx.call_llvm_pure_intrin("float32x16", "llvm.fabs", value))
-            bad[0] = fma(value, splat(0.0), bad[0])
+def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:
+    """The largest |x| of `count` elements from `source` on, NaN where not all are finite."""
+    top, bad = Vectors(1), Vectors(1)
+    top[0], bad[0] = splat(0.0), splat(0.0)
 
-        each_vector(self.k, see)
-        return T.bind(horizontal_max(top[0]) + horizontal_sum(bad[0]))
+    def see(at: Expr, valid: int) -> None:
+        value = T.bind(load_part(x, source + at, valid, dtype))
+        top[0] = maximum(top[0], tirx.call_llvm_pure_intrin("float32x16", "llvm.fabs", value))
+        bad[0] = fma(value, splat(0.0), bad[0])
+
+    each_vector(count, see)
+    return T.bind(horizontal_max(top[0]) + horizontal_sum(bad[0]))
+
+
+def inverse_scale(largest: Expr) -> Expr:
+    """What values of this largest size are multiplied by to be rounded; 0 for a row of zeros, or one not all finite."""
+    return T.bind(T.Select(largest > T.float32(0), T.float32(LARGEST) / largest, T.float32(0)))

@@ -32,6 +32,14 @@ ISA_TYPES = [
 Part = tuple[int, int, int]  # request, first token, last token + 1
 
 
+def eight_bits(x: np.ndarray) -> np.ndarray:
+    """The last axis as integers from -127 to 127 with a scale, and back."""
+    wide = x.astype(np.float32)
+    top = np.abs(wide).max(axis=-1, keepdims=True)
+    back: np.ndarray = np.rint(wide * (np.float32(127) / top)).astype(np.float64) * (top * np.float32(1 / 127))
+    return back
+
+
 class Case:
     """Requests of some lengths. `room`: f32 for parts of divided work."""
 
@@ -45,11 +53,12 @@ class Case:
         k_dim: int,
         v_dim: int,
         room: int = 1 << 16,
+        quantized: bool = False,
         **options: Any,
     ) -> None:
         rng = np.random.default_rng(q_heads)
         self.dtype, self.group, self.v_dim, self.options = NUMPY[dtype], q_heads // heads, v_dim, options
-        layout = KvLayout(dtype, heads, k_dim, v_dim)
+        layout = KvLayout(dtype, heads, k_dim, v_dim, quantized)
         self.width = -(-max(lengths) // 16)
         pages = len(lengths) * self.width + 2
         self.table = rng.permutation(pages)[: len(lengths) * self.width].reshape(-1, self.width).astype(np.int32)
@@ -63,6 +72,8 @@ class Case:
         for request, n in enumerate(lengths):
             pos, seq = np.arange(n, dtype=np.int32), np.full(n, request, np.int32)
             write(self.pool, self.k[request], self.v[request], pos, seq, self.table, n, self.width)
+        if quantized:
+            self.k, self.v = ([eight_bits(x) for x in xs] for xs in (self.k, self.v))
         self.kernel = Standalone(Attend(layout, q_heads, self.scale, **options), ISAS[isa])
 
     def run(self, parts: Sequence[Part], team: int = 1) -> list[np.ndarray]:

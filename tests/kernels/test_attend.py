@@ -28,8 +28,14 @@ CHUNKS: list[list[Part]] = [
         (6, 1, 20, 34, {"window": 37, "sinks": True}),
         (7, 1, 32, 64, {"softcap": 5.0}),
         (4, 4, 16, 48, {"window": 64}),
+        (4, 2, 64, 64, {"quantized": True}),
+        (6, 1, 20, 34, {"quantized": True, "window": 37, "sinks": True}),
+        (7, 1, 32, 66, {"quantized": True, "softcap": 5.0}),
     ],
-    ids=["grouped", "window-sinks-tails", "softcap-group-of-7", "window-is-a-block"],
+    ids=[
+        *("grouped", "window-sinks-tails", "softcap-group-of-7", "window-is-a-block"),
+        *("8-bit", "8-bit-window-sinks-tails", "8-bit-softcap"),
+    ],
 )
 def test_attend(
     isa: str, dtype: str, q_heads: int, heads: int, k_dim: int, v_dim: int, options: dict[str, Any]
