@@ -35,6 +35,7 @@ from xllm_compiler.kernels.tir.emit import (
 from xllm_compiler.kernels.tir.grouped_tiles import GroupedTiles
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, ByteTiles, DenseTiles, TileSums
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
+from xllm_compiler.kernels.tir.weight_only import WeightOnly
 from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFormat
 
 Expr = Any
@@ -47,8 +48,8 @@ _LINE = 64  # bytes that memory gives at once
 class Linear(Kernel):
     """y[rows, n] = act(x[rows, k] @ w.T + bias) + residual, rounded once to `out`.
 
-    `dtype` is the type of bias and residual, and of x and w where `weights` names no quantized form (weights.py); w is
-    in `panel` layout, or in that form's.
+    `dtype` is the type of bias and residual, and of x and w where `weights` names no quantized form; w is in `panel`
+    layout, or in that form's. "q8", "q4g32" ..: x is quantized too (weights.py); "wq8" ..: it is not (weight_only.py).
     """
 
     k: int
@@ -141,8 +142,11 @@ class LinearGlu(Kernel):
 
 
 def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
-    """How a kernel reads its weight."""
-    return Quantized(Quantization.parse(kernel.weights)) if kernel.weights else Dense(kernel.dtype)
+    """How a kernel reads its weight; "w" before the name of a quantized form says that x is not quantized."""
+    if not kernel.weights:
+        return Dense(kernel.dtype)
+    form = Quantization.parse(kernel.weights.removeprefix("w"))
+    return WeightOnly(kernel.dtype, form) if kernel.weights.startswith("w") else Quantized(form)
 
 
 Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]

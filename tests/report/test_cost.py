@@ -13,7 +13,7 @@ from xllm_compiler.analysis.cost import MACHINES, Amounts, Costs, Machine, estim
 from xllm_compiler.analysis.weights import weight_roots
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op
-from xllm_compiler.ir.ops import Embedding, Take
+from xllm_compiler.ir.ops import Dequantize, Embedding, Linear, LinearGlu, Take
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.report.sizes import complete
 from xllm_compiler.testing.graphs import random_module
@@ -99,6 +99,22 @@ def test_quantized_layers_read_what_is_stored(bits: int) -> None:
     rows = numbers("rows", {"N": 6}, text)
     assert (rows.read, rows.written, rows.flops) == (6 * 64 * 2, activations, 4 * 6 * 64)
     assert numbers("stored", {"N": 6}, text) == numbers("back", {"N": 6}, text) == Amounts()
+
+
+def test_a_widened_weight_is_read_as_it_is_stored() -> None:
+    text = """xir 1 stage=graph
+dim N in [1, 512]
+
+func @step(%x: bf16[N, 64]) -> (bf16[N, 40]) {
+  %w = param(name="w") : bf16[40, 64]
+  %stored, %scales, %zeros = quant.weight(%w, bits=4, group=32, zeros=true) : u8[40, 64], f16[40, 2], u8[40, 2]
+  %back = quant.dequantize(%stored, %scales, zeros=%zeros, bits=4, group=32) : bf16[40, 64]
+  %y = nn.linear(%x, %back) : bf16[N, 40]
+  return %y
+}
+"""
+    got = numbers("y", {"N": 6}, text)
+    assert (got.weights, got.read, got.flops) == (40 * 64 // 2 + 40 * 2 * (2 + 1), 6 * 64 * 2, 2 * 6 * 40 * 64)
 
 
 def test_rows_of_a_quantized_table() -> None:
@@ -219,5 +235,11 @@ def test_of_any_graph(seed: int, tokens: int) -> None:
         # two values of 4 bits are a byte, though their type says u8
         part = {v: 1 + any(u.attrs.get("bits") == 4 and v.dtype == "u8" for u in v.users) for v in read}
         whole_read = [v for v in read if all(u.name not in ("t.slice", "t.reshape") for u in v.users)]
-        whole = sum(v.tensor.nbytes.value // part[v] for v in whole_read)
+        # a linear layer widens a quantized weight as it reads it; whoever else reads it has it stored whole
+        whole = sum(
+            v.op.values.tensor.nbytes.value * v.op.bits // 8 + v.op.scales.tensor.nbytes.value
+            if isinstance(v.op, Dequantize) and any(isinstance(u, (Linear, LinearGlu)) for u in v.users)
+            else v.tensor.nbytes.value // part[v]
+            for v in whole_read
+        )
         assert costs.total(small).weights >= whole

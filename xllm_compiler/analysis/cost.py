@@ -276,18 +276,28 @@ def _take(costs: Costs, op: Op, cost: Cost) -> Cost:
     return costs.rows(op, op.x, op.idx, cost)
 
 
+def _widened_weight(costs: Costs, w: Value, cost: Cost) -> Cost:
+    """`cost` where a quantized weight is read as it is stored, and widened in registers."""
+    made = w.op
+    if not isinstance(made, Dequantize) or w not in costs.weights:
+        return cost
+    table = made.scales.tensor.nbytes + (made.zeros.tensor.nbytes if made.zeros else _ZERO)
+    stored = _quant_weight_bytes(made.values, made.bits) + table
+    return replace(cost, weights=cost.weights - w.tensor.nbytes + stored)
+
+
 def _linear(costs: Costs, op: Op, cost: Cost) -> Cost:
     assert isinstance(op, Linear)
     out = op.result.tensor.elements
     extras = sum((op.bias is not None, op.residual is not None, op.act != "none"))
-    return replace(cost, flops=2 * out * op.w.shape[1] + extras * out)
+    return replace(_widened_weight(costs, op.w, cost), flops=2 * out * op.w.shape[1] + extras * out)
 
 
 def _linear_glu(costs: Costs, op: Op, cost: Cost) -> Cost:
     assert isinstance(op, LinearGlu)
     out = op.result.tensor.elements
     extras = 2 + 2 * (op.bias is not None)  # activation and product, biases of both halves
-    return replace(cost, flops=4 * out * op.w.shape[1] + extras * out)
+    return replace(_widened_weight(costs, op.w, cost), flops=4 * out * op.w.shape[1] + extras * out)
 
 
 def _quant_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
@@ -351,7 +361,7 @@ def _kv_write(costs: Costs, op: Op, cost: Cost) -> Cost:
     return replace(
         cost,
         read=cost.read - _unread_pages(op.table, op.k.shape[0]),
-        kv_written=op.k.tensor.nbytes + op.v.tensor.nbytes,
+        kv_written=op.k.shape[0] * _token_bytes(op.kv.kv),
         flops=_ZERO,
     )
 
@@ -372,7 +382,7 @@ def _unread_pages(table: Value, entries: Dim) -> Dim:
 
 
 def _token_bytes(kv: Kv) -> int:
-    return kv.heads * (kv.k_dim + kv.v_dim) * DTYPE_BYTES[kv.dtype]
+    return kv.token_bytes
 
 
 def _kv_attend(costs: Costs, op: Op, cost: Cost) -> Cost:

@@ -66,19 +66,26 @@ def _operand(op: Op, name: str) -> Value:
 # --------------------------------------------------------------------------------------------------------------- linear
 
 
-def _packed(s: Selection, op: Op, layout: str) -> tuple[Value, Ref]:
+def _packed(s: Selection, op: Op, layout: str) -> tuple[Value, Ref, str]:
+    """The weight, its place and the name of the kernel's weight format: "" where it is stored in its own dtype.
+
+    A quantized weight stays as it is stored, and the kernel widens it.
+    """
     w = _operand(op, "w")
     if w not in s.storage.weights:
         raise XllmError(
             "unsupported", f"{op.name} with a weight that is computed in the step", where=where(op), help="use t.matmul"
         )
-    return w, s.weight(w, layout)
+    if w.op is not None and w.op.name == "quant.dequantize":
+        form = _form(w.op)
+        return w, _quantized(s, w.op, f"glu_{form}" if layout == "glu" else str(form)), f"w{form}"
+    return w, s.weight(w, layout), ""
 
 
 @CPU.register(_keys("nn.linear", weight=True))
 def _linear(s: Selection, op: Op) -> None:
     x, bias, residual = _operand(op, "x"), _one(op, "bias"), _one(op, "residual")
-    w, packed = _packed(s, op, "panel")
+    w, packed, weights = _packed(s, op, "panel")
     out = _widened(s, op)
     n, k = (const_dim(d, op, "the weight's shape") for d in w.shape)
     kernel = Linear(
@@ -89,6 +96,7 @@ def _linear(s: Selection, op: Op) -> None:
         bias=bias is not None,
         residual=residual is not None,
         act=_text(op, "act"),
+        weights=weights,
     )
     args: list[Ref | Dim] = [s.ref(x), packed]
     args += [s.ref(v, x.dtype) for v in (bias, residual) if v is not None]
@@ -125,9 +133,9 @@ def _widened(s: Selection, op: Op) -> Value:
 @CPU.register(_keys("nn.linear_glu", weight=True))
 def _linear_glu(s: Selection, op: Op) -> None:
     x, bias = _operand(op, "x"), _one(op, "bias")
-    w, packed = _packed(s, op, "glu")
+    w, packed, weights = _packed(s, op, "glu")
     n, k = (const_dim(d, op, "the weight's shape") for d in w.shape)
-    kernel = LinearGlu(k=k, f=n // 2, dtype=x.dtype, bias=bias is not None, act=_text(op, "act"))
+    kernel = LinearGlu(k=k, f=n // 2, dtype=x.dtype, bias=bias is not None, act=_text(op, "act"), weights=weights)
     args: list[Ref | Dim] = [s.ref(x), packed]
     args += [s.ref(v, x.dtype) for v in (bias,) if v is not None]
     s.call(op, kernel, [*args, s.ref(op.result), rows(x)])
@@ -255,7 +263,8 @@ def _embedding(s: Selection, op: Op) -> None:
 
 def _kv(op: Op) -> tuple[Kv, KvLayout]:
     kv = _operand(op, "kv").kv
-    return kv, KvLayout(dtype=kv.dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim)
+    dtype = op.operands[1].dtype  # q, k or qkv
+    return kv, KvLayout(dtype=dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim, quantized=kv.quantized)
 
 
 def _width(op: Op) -> Dim:
@@ -294,7 +303,7 @@ def _kv_write(s: Selection, op: Op) -> None:
 
 @CPU.register(_keys("kv.append"))
 def _kv_append(s: Selection, op: Op) -> None:
-    kv, layout = _kv(op)
+    _, layout = _kv(op)
     n = _operand(op, "qkv").shape[0]
     qw, kw = _one(op, "qw"), _one(op, "kw")
     rotary, tables = _rotary(s, op, n)
@@ -309,7 +318,7 @@ def _kv_append(s: Selection, op: Op) -> None:
         offset=_float(op, "offset"),
     )
     places = [s.ref(_operand(op, name)) for name in ("kv", "qkv", "pos", "seq", "table")]
-    places += [*tables, *(s.ref(w, kv.dtype) for w in (qw, kw) if w is not None)]
+    places += [*tables, *(s.ref(w, layout.dtype) for w in (qw, kw) if w is not None)]
     s.call(op, kernel, [*places, s.ref(op.results[1]), n, _width(op)])
 
 
@@ -341,7 +350,7 @@ def _kv_attend(s: Selection, op: Op) -> None:
 
 def _key(op: Op) -> Key:
     first = op.operands[0]
-    dtype = first.kv.dtype if isinstance(first.type, Kv) else first.dtype
+    dtype = op.operands[1].dtype if isinstance(first.type, Kv) else first.dtype
     if op.name == "nn.embedding":
         dtype = op.operands[1].dtype
     return Key(op.name, dtype, op.operands[1].dtype if op.name in ("nn.linear", "nn.linear_glu") else "")

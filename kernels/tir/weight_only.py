@@ -1,0 +1,160 @@
+"""Quantized weights by float activations: `WeightOnly`, the third weight format. Owns its inner loops over k.
+
+A stored integer less its zero point is exact in bf16 and f32, so weights are widened in registers and multiplied as
+those of `Dense` are: one f32 sum over each group of k in order (pairs of k for bf16), and the groups' sums, each times
+its scale, added in order. Nothing is rounded that the dequantized matrix would not round as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.layouts import QUAD, Quantization
+from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
+from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat
+from xllm_compiler.kernels.tir.weights import Ahead, WeightFormat, in_blocks
+
+Expr = Any
+_STEP_BYTES = PANEL * QUAD
+_LARGE = 1 << 23  # f32 at and above it are whole numbers: the bits of 2^23 + n are those of 2^23 plus n
+
+
+@dataclass(frozen=True)
+class WeightOnly(WeightFormat):
+    """8- or 4-bit weights by activations in `dtype`, bf16 or f32."""
+
+    dtype: str
+    q: Quantization
+
+    @property
+    def element_bytes(self) -> int:
+        return 1
+
+    def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
+        return (Arg("x", self.dtype, f"rows, {k}"), Arg("w", "u8", f"{rows_of}, {k} in {self.q}"))
+
+    def panel_bytes(self, k: int) -> int:
+        return self.q.panel_bytes(k)
+
+    def width(self, isa: Isa, rows: int) -> int:
+        each = LANES // isa.register_lanes
+        for width in (4, 2, 1):  # beside the sums: what was loaded, its zero points, and two values of each
+            if each * (rows * width + 3 * width + 2) <= isa.vector_registers:
+                return width
+        return 0
+
+    def tile(
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+    ) -> list[Expr]:
+        length = self.q.group or self.q.padded(k)
+        base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
+        origin = T.bind(T.Cast("int64", row) * k)
+        totals = Vectors(count * len(at))
+        for index in range(count * len(at)):
+            totals[index] = splat(0.0)
+
+        def group(number: Expr, valid: int, ahead: Ahead | None) -> None:
+            start = T.bind(base + T.Cast("int64", number) * self.q.group_bytes(k))
+            x_at = T.bind(origin + T.Cast("int64", number) * length)
+            parts = self._group(env, start, x_at, k, count, at, valid, ahead)
+            scales = [self._header(env["w"], start, vector) for vector in at]
+            for index, part in enumerate(parts):
+                totals[index] = fma(part, scales[index % len(at)], totals[index])
+
+        whole, rest = divmod(k, length)
+        if self.q.group == 0:
+            group(T.int32(0), k, ahead)
+            return [totals[index] for index in range(count * len(at))]
+        if whole:
+            with T.serial(0, whole) as number:
+                ahead(number, whole)
+                group(number, length, None)
+        if rest:
+            group(T.int32(whole), rest, None)
+        return [totals[index] for index in range(count * len(at))]
+
+    def _header(self, w: Expr, start: Expr, vector: int) -> Expr:
+        return T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype))
+
+    def _group(
+        self, env: dict[str, Expr], start: Expr, x_at: Expr, k: int, count: int, at: range, valid: int, ahead: Any
+    ) -> list[Expr]:
+        """Sums over the first `valid` values of a group, not scaled; x has nothing beyond them that may be read."""
+        w, x = env["w"], env["x"]
+        parts = Vectors(count * len(at))
+        for index in range(count * len(at)):
+            parts[index] = splat(0.0)
+        points = [self._point(w, start, vector) for vector in at]
+        values = T.bind(start + self.q.header_bytes)
+        halves = 8 // self.q.bits
+
+        def step(number: Expr, here: int) -> None:
+            where = values + number * _STEP_BYTES
+            loaded = [
+                T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, where + vector * LANES * QUAD)))
+                for vector in at
+            ]
+            for first in range(0, here, 2):
+                pair = min(2, here - first)
+                wide = [
+                    [self._widened(v, first + i, point) for i in range(pair)]
+                    for v, point in zip(loaded, points, strict=True)
+                ]
+                if self.dtype == "bf16":
+                    both = [_as_pair(values) for values in wide]
+                for i in range(count):
+                    element = x_at + number * (QUAD * halves) + first + i * k
+                    if self.dtype == "bf16":
+                        operand = _bf16_operand(x, element, pair)
+                        for j, weight in enumerate(both):
+                            index = i * len(at) + j
+                            parts[index] = T.call_pure_extern(
+                                "float32x16", "xllm_dot_bf16", parts[index], operand, weight
+                            )
+                        continue
+                    for p in range(pair):
+                        single = T.bind(splat(x[element + p]))
+                        for j in range(len(at)):
+                            index = i * len(at) + j
+                            parts[index] = fma(single, wide[j][p], parts[index])
+
+        steps, rest = divmod(valid, QUAD * halves)
+        if steps and ahead is not None:
+            in_blocks(steps, ahead, lambda number: step(number, QUAD * halves))
+        elif steps:
+            with T.serial(0, steps) as number:
+                step(number, QUAD * halves)
+        if rest:
+            step(T.int32(steps), rest)
+        return [parts[index] for index in range(count * len(at))]
+
+    def _point(self, w: Expr, start: Expr, vector: int) -> Expr:
+        """2^23 plus the zero points, as f32."""
+        if not self.q.zeros:
+            return T.bind(splat(float(_LARGE + self.q.middle)))
+        where = start + PANEL * self.q.scale_bytes + vector * LANES
+        zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, where))
+        return T.bind(T.Cast("float32x16", zeros) + splat(float(_LARGE)))
+
+    def _widened(self, loaded: Expr, element: int, point: Expr) -> Expr:
+        """Value `element` of each lane's quad, or pair of quads, less its zero point."""
+        shift = 8 * (element % QUAD) + 4 * (element // QUAD)
+        bits = T.shift_right(loaded, T.broadcast(T.int32(shift), LANES)) if shift else loaded
+        stored = T.bitwise_and(bits, T.broadcast(T.int32((1 << self.q.bits) - 1), LANES))
+        large = T.bitwise_or(stored, T.broadcast(T.int32(0x4B000000), LANES))
+        return T.bind(T.reinterpret("float32x16", large) - point)
+
+
+def _as_pair(values: list[Expr]) -> Expr:
+    """One or two f32 that bf16 holds exactly, as a pair of bf16: their upper halves, the first one below."""
+    bits = [T.reinterpret("int32x16", value) for value in values]
+    low = T.bitwise_and(T.shift_right(bits[0], T.broadcast(T.int32(16), LANES)), T.broadcast(T.int32(0xFFFF), LANES))
+    return T.bind(low if len(bits) == 1 else T.bitwise_or(low, bits[1]))
+
+
+def _bf16_operand(x: Expr, element: Expr, pair: int) -> Expr:
+    both = T.call_extern("int32", "xllm_load_pair", address(x, element))
+    return T.bind(T.broadcast(both if pair == 2 else T.Cast("int32", x[element]), LANES))

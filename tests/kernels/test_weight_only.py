@@ -1,0 +1,72 @@
+"""Linear layers of float activations by quantized weights: against numpy in double precision, and bit for bit."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from xllm_compiler.artifact.cpu_isa import machine_isas
+from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
+from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.standalone import Standalone
+
+NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def random_weight(rng: np.random.Generator, q: Quantization, n: int, k: int) -> Parts:
+    values = rng.integers(0, 1 << q.bits, (n, k)).astype(np.uint8)
+    scales = rng.uniform(0.01, 0.1, (n, q.groups(k))).astype(np.float16 if q.group else np.float32)
+    zeros = rng.integers(0, 1 << q.bits, scales.shape).astype(np.uint8) if q.zeros else None
+    return values, scales, zeros
+
+
+def meaning(q: Quantization, values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+    """What the parts of a weight stand for, element by element."""
+    n, k = values.shape
+    out = np.empty((n, k))
+    for i in range(k):
+        group = i // q.group if q.group else 0
+        zero = q.middle if zeros is None else zeros[:, group].astype(np.float64)
+        out[:, i] = (values[:, i].astype(np.float64) - zero) * scales[:, group].astype(np.float64)
+    return out
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("form, dtype", [("q8", "bf16"), ("q4g32z", "bf16"), ("q4g64", "f32"), ("q8g32z", "f32")])
+@pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (1, 1)])
+def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
+    rng = np.random.default_rng(n)
+    q, most = Quantization.parse(form), 11
+    parts = random_weight(rng, q, n, k)
+    packed = pack_quantized(q, *parts)
+    kernel = Standalone(Linear(k, n, dtype, "f32", bias=True, residual=True, weights=f"w{form}"), ISAS[isa])
+    x, bias = rng.standard_normal((most, k)).astype(NUMPY[dtype]), rng.standard_normal(n).astype(NUMPY[dtype])
+    residual = rng.standard_normal((most, n)).astype(NUMPY[dtype])
+
+    def run(rows: int, team: int) -> np.ndarray:
+        y = np.full((rows + 1, n), 7, np.float32)
+        kernel(x, packed, bias, residual, y, rows, team=team)
+        assert (y[rows] == 7).all()
+        return y[:rows]
+
+    whole = run(most, 1)
+    expected = x.astype(np.float64) @ meaning(q, *parts).T + bias.astype(np.float64) + residual.astype(np.float64)
+    assert np.abs(whole - expected).max() <= 2e-6 * np.abs(expected).max()
+    for rows in range(most):
+        for team in (1, 2, 3):
+            assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+def test_linear_glu(isa: str) -> None:
+    k, f, rng, q = 96, 40, np.random.default_rng(1), Quantization.parse("q4g32")
+    values, scales, zeros = random_weight(rng, q, 2 * f, k)
+    kernel = Standalone(LinearGlu(k, f, "bf16", weights="wq4g32"), ISAS[isa])
+    x, y = rng.standard_normal((9, k)).astype(NUMPY["bf16"]), np.zeros((9, f), NUMPY["bf16"])
+    kernel(x, pack_quantized(q, interleave_glu(values), interleave_glu(scales)), y, 9, team=2)
+    both = x.astype(np.float64) @ meaning(q, values, scales, zeros).T
+    expected = both[:, :f] / (1 + np.exp(-both[:, :f])) * both[:, f:]
+    assert np.abs(y.astype(np.float64) - expected).max() <= 5e-3 * np.abs(expected).max()
