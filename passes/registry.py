@@ -41,6 +41,7 @@ BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "fuse-qkv": "fusion.fuse_qkv",
     "import-clean": "canonical.import_clean",
     "plan-memory": "memory.plan",
+    "quantize-kv": "quantize.kv",
     "quantize-rows": "quantize.rows",
     "quantize-weights": "quantize.weights",
     "return-block-max": "fusion.return_block_max",

@@ -105,7 +105,7 @@ def _misfit(op: KvWrite, query: Value, q: _Head, k: _Head, v: _Head) -> str:
         return "q, k and v are not the consecutive columns of one linear"
     if v.norm is not None or v.rope is not None:
         return "values are normalised or rotated"
-    if q.qkv.dtype != kv.dtype or query.shape[2] != kv.k_dim or not query.shape[1].is_const:
+    if (q.qkv.dtype != kv.dtype and not kv.quantized) or query.shape[2] != kv.k_dim or not query.shape[1].is_const:
         return f"q is {query.type} and the cache holds {kv}"
     norms = [h.norm for h in (q, k) if h.norm is not None]
     if any(n.w is None or not is_weight_expr(n.w) for n in norms):

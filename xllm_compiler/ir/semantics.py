@@ -74,6 +74,8 @@ def stored_dtype(ty: Type) -> str:
             return ty.of.dtype
         case Event():
             return "bool"
+        case Kv() if ty.quantized:
+            return "f32"  # the numbers that the integers stand for
         case _:
             return ty.dtype
 
@@ -81,7 +83,7 @@ def stored_dtype(ty: Type) -> str:
 def kv_zeros(ty: Kv, dims: Mapping[str, int], precise: bool = False) -> Array:
     """An empty cache of type `ty`: zeros [pages * page, heads, k_dim + v_dim]."""
     ctx = EvalContext({}, dims, precise)
-    return np.zeros((ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim), ctx.dtype(ty.dtype))
+    return np.zeros((ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim), ctx.dtype(stored_dtype(ty)))
 
 
 def array_shape(ctx: EvalContext, ty: Type) -> tuple[int, ...]:
@@ -166,6 +168,18 @@ def rope(x: Array, cos: Array, sin: Array, style: str) -> Array:
         out[..., 0 : 2 * half : 2] = a * c - b * s
         out[..., 1 : 2 * half : 2] = b * c + a * s
     return out
+
+
+def kv_stored(ty: Kv, x: Array, dtype: np.dtype[Any]) -> Array:
+    """Keys or values [.., dim] as a cache of type `ty`, kept as `dtype`, holds them: rounded by head to 8 bits
+    (scale = max |x| / 127, NaN where not all are finite), or just to the dtype."""
+    if not ty.quantized:
+        return x.astype(dtype, copy=False)
+    top = np.abs(x).max(axis=-1, keepdims=True, initial=0)
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    factor = np.divide(x.dtype.type(127), top, out=np.zeros_like(top), where=finite & (top > 0))
+    stored = np.rint(np.where(finite, x, 0) * factor) * (top * x.dtype.type(1 / 127))
+    return np.asarray(np.where(finite, stored, np.nan), dtype)
 
 
 def kv_rows(ty: Kv, pos: Array, seq: Array, table: Array) -> Array:

@@ -80,7 +80,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Kv:
-    """The paged key/value cache of one layer: `pages` pages of `page` tokens, `heads` KV heads."""
+    """The paged key/value cache of one layer: `pages` pages of `page` tokens, `heads` KV heads.
+
+    dtype "i8": each head of a key or value is stored as 8-bit integers times an f32 scale. What the cache then holds
+    are the numbers that these stand for; a write rounds floats of any dtype to them.
+    """
 
     dtype: str
     heads: int
@@ -100,7 +104,17 @@ class Kv:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, keys and values of all heads."""
-        return self.heads * self.page * (self.k_dim + self.v_dim) * DTYPE_BYTES[self.dtype]
+        return self.page * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token, keys and values of all heads, with their scales where there are any."""
+        scales = 2 * DTYPE_BYTES["f32"] if self.quantized else 0
+        return self.heads * ((self.k_dim + self.v_dim) * DTYPE_BYTES[self.dtype] + scales)
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype == "i8"
 
     def __str__(self) -> str:
         return f"kv<{self.dtype}, heads={self.heads}, k={self.k_dim}, v={self.v_dim}, page={self.page}>[{self.pages}]"

@@ -13,7 +13,7 @@ from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.opdef import Operand, OptOperand, op
-from xllm_compiler.ir.semantics import Array, EvalContext, kv_rows, rms_norm, rope
+from xllm_compiler.ir.semantics import Array, EvalContext, kv_rows, kv_stored, rms_norm, rope
 from xllm_compiler.ir.shapes import no_partial, require_float, require_le, require_rank, require_shape
 from xllm_compiler.ir.types import Kv, Tensor, Type
 
@@ -28,6 +28,9 @@ def _tokens(op: Op, n: Dim, pos: Value, seq: Value, table: Value) -> None:
 
 
 def _same_float(op: Op, kv: Kv, *values: Value) -> None:
+    if kv.quantized:
+        require_float(op, *values)
+        return
     for v in values:
         if v.dtype != kv.dtype:
             raise IrError(f"{op.name}: %{v.name} is {v.type}, the cache holds {kv.dtype}", help="insert t.cast")
@@ -58,7 +61,7 @@ class KvWrite(Op):
     def interp(self, ctx: EvalContext, kv: Array, k: Array, v: Array, pos: Array, seq: Array, table: Array) -> Array:
         out = kv.copy()
         rows = kv_rows(self.kv.kv, pos, seq, table)
-        out[rows] = np.concatenate([k, v], axis=-1).astype(kv.dtype, copy=False)
+        out[rows] = np.concatenate([kv_stored(self.kv.kv, ctx.up(x), kv.dtype) for x in (k, v)], axis=-1)
         return out
 
     def default_hint(self, index: int) -> str:
@@ -227,7 +230,8 @@ class KvAppend(Op):
             q = rope(q, ctx.up(cos), ctx.up(sin), self.style)
             k = rope(k, ctx.up(cos), ctx.up(sin), self.style)
         out = kv.copy()
-        out[kv_rows(ty, pos, seq, table)] = np.concatenate([k, v], axis=-1).astype(kv.dtype, copy=False)
+        parts = [kv_stored(ty, x, kv.dtype) for x in (k, v)]
+        out[kv_rows(ty, pos, seq, table)] = np.concatenate(parts, axis=-1)
         return out, q
 
     def default_hint(self, index: int) -> str:
