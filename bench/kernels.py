@@ -32,19 +32,21 @@ from xllm_compiler.kernels.tir.standalone import Standalone, Team, aligned
 
 BF16 = ml_dtypes.bfloat16
 ROTATION_BYTES = 200 << 20
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 HIDDEN, FFN, Q_HEADS, KV = 1024, 3072, 16, KvLayout("bf16", 8, 128, 128)
 QKV = (Q_HEADS + KV.heads) * KV.k_dim + KV.heads * KV.v_dim
 
 
 @dataclass
 class Case:
-    """`calls` are argument lists to take in turn; `bytes` and `flops` are of one call."""
+    """`calls` are argument lists to take in turn; `bytes` and `flops` are of one call, `integers` says of which kind."""
 
     name: str
     kernel: Standalone
     calls: list[tuple[Any, ...]]
     bytes: float
     flops: float
+    integers: bool = False
 
 
 def filled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -73,16 +75,16 @@ def matrix_cases(
 ) -> Iterator[Case]:
     size = int(np.prod(packed)) * 2
     weights = [filled(packed, BF16) for _ in range(-(-ROTATION_BYTES // size))]
-    for rows in (1, 8, 32, 512):
+    for rows in ROWS:
         x, y = filled((rows, k), BF16), aligned((rows, columns), BF16)
         calls = [(x, w, y, rows) for w in (weights if rows < 512 else weights[:4])]
         yield Case(f"{name} rows={rows}", kernel, calls, size, 2 * rows * k * n)
 
 
 def quantized_cases(isa: Isa) -> Iterator[Case]:
-    """Linear layers on quantized weights; "of peak" is of the integer dot product's."""
-    for form in ("q8", "q4g32", "q4g128"):
-        q = layouts.Quantization.parse(form)
+    """Linear layers on quantized weights; "w" before a form: by bf16 activations, widened in registers."""
+    for form in ("q8", "q4g32", "q4g128", "wq8", "wq4g32", "wq4g128"):
+        q = layouts.Quantization.parse(form.removeprefix("w"))
         for name, k, n in (("qkv", HIDDEN, QKV), ("down", FFN, HIDDEN)):
             kernel = Standalone(Linear(k, n, "bf16", "bf16", weights=form), isa)
             shape = q.shape(n, k)
@@ -90,12 +92,15 @@ def quantized_cases(isa: Isa) -> Iterator[Case]:
             weights = [aligned(shape, np.uint8) for _ in range(-(-ROTATION_BYTES // size))]
             for w in weights:
                 w[:] = np.random.default_rng(0).integers(0, 32, shape[1], np.uint8)
-            for rows in (1, 8, 32, 512):
-                x = np.random.default_rng(1).integers(-127, 128, (rows, q.padded(k)), np.int8)
-                xs, sums = filled((rows,), np.float32), np.zeros((rows, q.groups(k)), np.int32)
+            for rows in ROWS:
+                x: tuple[np.ndarray, ...] = (filled((rows, k), BF16),)
+                if not form.startswith("w"):
+                    integers = np.random.default_rng(1).integers(-127, 128, (rows, q.padded(k)), np.int8)
+                    x = (integers, filled((rows,), np.float32), np.zeros((rows, q.groups(k)), np.int32))
                 y = aligned((rows, n), BF16)
-                calls = [(x, xs, sums, w, y, rows) for w in (weights if rows < 512 else weights[:4])]
-                yield Case(f"linear {name} {k}x{n} {form} rows={rows}", kernel, calls, size, 2 * rows * k * n)
+                calls = [(*x, w, y, rows) for w in (weights if rows < 512 else weights[:4])]
+                case = f"linear {name} {k}x{n} {form} rows={rows}"
+                yield Case(case, kernel, calls, size, 2 * rows * k * n, integers=len(x) > 1)
 
 
 def attend_cases(isa: Isa) -> Iterator[Case]:
@@ -180,7 +185,8 @@ def main() -> None:
             best = float("inf")
             for _ in range(options.rounds):
                 read = max(read, probe.read_bandwidth())
-                peak = max(peak, probe.arithmetic(dots, 500_000))
+                kind = "int8_dots" if case.integers and ISAS[options.isa].has_int8_dot else dots
+                peak = max(peak, probe.arithmetic(kind, 500_000))
                 best = min(best, quiet_seconds(case, options.threads, 0.2))
             line = f"{case.name:44} {best * 1e6:9.1f}"
             if case.bytes:
