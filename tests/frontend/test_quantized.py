@@ -363,3 +363,13 @@ def test_the_checkpoint_says_what_becomes_of_inputs(make: Make) -> None:
         for config in configs:
             (path / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
             assert resolve(CompileOptions(), Checkpoint.open(path)).pipeline == pipeline, config
+
+
+def test_a_damaged_pattern(make: Make, limits: dict[str, Any]) -> None:
+    path = make("llama")
+    config = compressed("pack-quantized", int4(32))
+    config["config_groups"]["group_0"]["targets"] = ["re:("]
+    quantize(path, compressed_int4(32), config)
+    with pytest.raises(XllmError, match=r"pattern '\(' is damaged") as e:
+        trace_checkpoint(path, **limits)
+    assert e.value.kind == "checkpoint"

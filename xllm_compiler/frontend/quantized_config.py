@@ -47,10 +47,15 @@ class QuantizedConfig:
 
     def of(self, module: str, kind: str = "Linear") -> Scheme:
         """The scheme of a module of the class `kind`; an exact name wins over a pattern, a pattern over a class."""
-        for pattern, scheme in self.overrides:
-            if re.match(pattern, module):
-                return scheme
-        found = [(_closeness(target, module, kind), scheme) for target, scheme in self.targets]
+        try:
+            for pattern, scheme in self.overrides:
+                if re.match(pattern, module):
+                    return scheme
+            found = [(_closeness(target, module, kind), scheme) for target, scheme in self.targets]
+        except re.error as e:
+            raise XllmError(
+                "checkpoint", f"quantization_config: the pattern {e.pattern!r} is damaged: {e.msg}", where=self.where
+            ) from None
         best = max(found, key=lambda pair: pair[0], default=(0, self.scheme))
         if self.targets and not best[0]:
             raise XllmError(
