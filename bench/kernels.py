@@ -39,7 +39,7 @@ QKV = (Q_HEADS + KV.heads) * KV.k_dim + KV.heads * KV.v_dim
 
 @dataclass
 class Case:
-    """`calls` are argument lists to take in turn; `bytes` and `flops` are of one call, `integers` says of which kind."""
+    """`calls` are argument lists to take in turn; `bytes` and `flops` are of one call, `integers`: their kind."""
 
     name: str
     kernel: Standalone
