@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from stepper import Stepper
 
+from xllm_compiler.passes.pipelines import PRESETS
+
+EIGHT_BIT_KV = ",".join(PRESETS["cpu"]).replace("split-attention", "quantize-kv,split-attention")
 CASES = [
     *(("bundled", "bfloat16"), ("bundled", "float32"), ("mistral", "bfloat16"), ("qwen2", "float32")),
     *(("bundled", "bfloat16", "@cpu-int8"), ("qwen3", "float32", "@cpu-int4"), ("llama", "bfloat16", "@cpu-int4")),
+    *(("bundled", "bfloat16", EIGHT_BIT_KV), ("mistral", "float32", EIGHT_BIT_KV)),
 ]
 LENGTH = 120
 
@@ -24,7 +28,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case)[-40:])
 def path(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Path:
     return artifact(*request.param)
 
