@@ -104,10 +104,10 @@ class _Body:
         cost[0] = T.int64(0)
         heads = self.kernel.kv.heads
 
-        def count(item: Item) -> None:
+        def count(item: Item, head: Expr) -> None:
             cost[0] = cost[0] + self._cost(item, item.first_block, item.last_block) * heads
 
-        self._query_blocks(count)
+        self._query_blocks(1, count)
         self.total = T.bind(T.max(cost[0], T.int64(1)))
         divided = self._each_item(self._work)
         self.tiles.release()
@@ -116,20 +116,22 @@ class _Body:
                 T.evaluate(T.call_extern("int32", "xllm_team_barrier", self.env["barrier"].data, self.env["team"]))
                 self._each_item(self._merge_parts)
 
-    def _query_blocks(self, body: Callable[[Item], None]) -> None:
-        """Emits body(item) for all query blocks of one KV head."""
+    def _query_blocks(self, heads: int, body: Callable[[Item, Expr], None]) -> None:
+        """Emits body(item, head) for all query blocks of the first `heads` KV heads. A request's query blocks of one
+        head come one after the other: what they see is then in the second-level cache."""
         start, group = self.env["start"], self.tiles.group
         with T.serial(0, self.env["requests"]) as request:
             begin = T.bind(start[request])
             rows = T.bind((start[request + 1] - begin) * group)
-            with T.serial(0, T.truncdiv(rows + (QUERY_ROWS - 1), T.int32(QUERY_ROWS))) as block:
+            blocks = T.bind(T.truncdiv(rows + (QUERY_ROWS - 1), T.int32(QUERY_ROWS)))
+            with T.serial(0, heads) as head, T.serial(0, blocks) as block:
                 first = T.bind(block * QUERY_ROWS)
                 count = T.bind(T.min(rows - first, QUERY_ROWS))
                 lowest, _ = self.tiles.seen(request, first)
                 _, highest = self.tiles.seen(request, first + count - 1)
                 first_block = T.bind(T.truncdiv(lowest, T.int32(BLOCK)))
                 last_block = T.bind(T.truncdiv(highest - 1, T.int32(BLOCK)))
-                body(Item(request, first, count, first_block, last_block))
+                body(Item(request, first, count, first_block, last_block), head)
 
     def _cost(self, item: Item, first_block: Expr, last_block: Expr) -> Expr:
         return T.bind(T.Cast("int64", (last_block - first_block + 1) * item.rows))
@@ -141,27 +143,24 @@ class _Body:
         used[0] = T.int32(0)
         self.passed[0] = T.int64(0)
 
-        def each(item: Item) -> None:
+        def each(item: Item, head: Expr) -> None:
             cost = self._cost(item, item.first_block, item.last_block)
             chunks = T.bind(self._chunk(item.last_block) - self._chunk(item.first_block) + 1)
             needed = T.bind(chunks * item.rows * self.part)
-            with T.serial(0, self.kernel.kv.heads) as head:
-                owner = Scalars(1, "int64")
-                owner[0] = self._owner(self.passed[0], cost)
-                at = T.bind(used[0])
-                if self.kernel.divide:
-                    worth = T.And(item.rows <= _DIVIDED_ROWS, cost * self.team * _NOTABLE > self.total)
-                    apart = self._owner(self.passed[0], T.int64(0)) != self._owner(
-                        self.passed[0] + cost - 1, T.int64(0)
-                    )
-                    fits = T.And(needed <= self.env["room"] - at, chunks > 1)
-                    with T.If(T.And(T.And(worth, fits), apart)), T.Then():
-                        owner[0] = T.int64(-1)
-                        used[0] = at + needed
-                body(item, head, T.bind(owner[0]), at)
-                self.passed[0] = self.passed[0] + cost
+            owner = Scalars(1, "int64")
+            owner[0] = self._owner(self.passed[0], cost)
+            at = T.bind(used[0])
+            if self.kernel.divide:
+                worth = T.And(item.rows <= _DIVIDED_ROWS, cost * self.team * _NOTABLE > self.total)
+                apart = self._owner(self.passed[0], T.int64(0)) != self._owner(self.passed[0] + cost - 1, T.int64(0))
+                fits = T.And(needed <= self.env["room"] - at, chunks > 1)
+                with T.If(T.And(T.And(worth, fits), apart)), T.Then():
+                    owner[0] = T.int64(-1)
+                    used[0] = at + needed
+            body(item, head, T.bind(owner[0]), at)
+            self.passed[0] = self.passed[0] + cost
 
-        self._query_blocks(each)
+        self._query_blocks(self.kernel.kv.heads, each)
         return used
 
     def _owner(self, passed: Expr, cost: Expr) -> Expr:

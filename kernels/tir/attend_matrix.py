@@ -4,13 +4,16 @@ Owns what differs from attend_tiles.py, whose online softmax, scratch and addres
 of 16. A page of K is, 32 elements at a time, what the instruction takes for its second operand; its first is 16 rows of
 q, which `fresh` lays out. Values lie in pairs of tokens, 8 rows of a page at a time, and the instruction takes as long
 for 8 as for 16: so a block of V is copied once for all rows, two pages to a tile. acc is loaded into a tile, has p @ v
-added and is stored; bits are those of the instruction, which adds 32 products in an order of its own, flushes denormals
-and works on each row alone: so one row or sixteen, all rows take this way, and which of a tile they are is immaterial.
+added and is stored. Bits are the instruction's (tiles.py), which works on each row alone: as one row or sixteen, all
+take this way.
 
-A row may see less of a block than others of its tile. Its p is 0 for the rest, and the copy has zeros for what no row
-sees; but 0 times what a later token holds is not 0 where that is infinite or NaN. So a block of which any row sees only
-a part is looked at while it is copied, and where it has such values each row gets a copy of its own, with zeros for all
-that it does not see. A row that sees nothing of the block keeps its acc untouched, denormals and all.
+A row may see less of a block than others. Its p is 0 for the rest, and the copy has zeros for what no row of the query
+block sees; but 0 times what a later token holds is not 0 where that is infinite or NaN. So a block that is seen in part
+is looked at while it is copied, and where it has such values each row gets a copy of its own, with zeros for all that
+it does not see. A row that sees nothing of the block keeps its acc untouched, as the instruction would flush denormals.
+
+While a block is multiplied the next one's values are asked for, and while it is copied the next one's keys: memory has
+work at all times.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, QUERY_ROWS, Item, State, Tiles, local
+from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, State, Tiles, local
 from xllm_compiler.kernels.tir.base import LANES, PAGE
 from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, store
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
@@ -44,8 +47,8 @@ class MatrixTiles(Tiles):
         k_dim = self.layout.k_dim
         self.full_steps, self.tail = k_dim // _ELEMENTS, k_dim % _ELEMENTS // 2
         self.all_steps = self.full_steps + (1 if self.tail else 0)
-        self.scores = local(TILE_ROWS * BLOCK, "float32")
-        self.weights = local(TILE_ROWS * BLOCK, "uint16")
+        self.scores = local(QUERY_ROWS * BLOCK, "float32")
+        self.weights = local(QUERY_ROWS * BLOCK, "uint16")
         self.queries = local(QUERY_ROWS // TILE_ROWS * self.all_steps * _TILE, "int32")
         self.copied = local(2 * self.value_vectors * _TILE, "int32")  # [32 tokens, 16 columns] each
         self.part = local(TILE_ROWS * self.value_vectors * LANES, "float32")
@@ -57,9 +60,12 @@ class MatrixTiles(Tiles):
     def fresh(self, item: Item, head: Expr, shift: Expr) -> None:
         """Lays out q, 16 rows by 32 elements at a time; what is missing of the last 32 is 0."""
         super().fresh(item, head, shift)
-        whole = (T.int32(TILE_ROWS), TILE_BYTES)
-        tails = {_TAIL_A: (whole[0], self.tail * 4), _TAIL_B: (T.int32(self.tail), TILE_BYTES)} if self.tail else {}
-        self.shapes.set(T.int32(0), [tails.get(i, whole) for i in range(8)])
+        rows = T.bind(T.min(item.rows, TILE_ROWS))
+        shapes = [(rows, TILE_BYTES)] * 8
+        shapes[_B] = (T.int32(TILE_ROWS), TILE_BYTES)
+        if self.tail:
+            shapes[_TAIL_A], shapes[_TAIL_B] = (rows, self.tail * 4), (T.int32(self.tail), TILE_BYTES)
+        self.shapes.set(rows, shapes)
         with T.serial(0, item.rows) as row:
             query = self.query(item.request, item.first + row, head=head, width=self.layout.k_dim)
             tile = T.truncdiv(row, T.int32(TILE_ROWS)) * self.all_steps
@@ -78,73 +84,68 @@ class MatrixTiles(Tiles):
         high_start, high_end = self.seen(item.request, item.first + item.rows - 1)
         with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
             pages = self.find_pages(item.request, head, block, lowest, high_end)
-            copied, odd = Scalars(1, "int32"), Scalars(1, "int32")
-            copied[0] = T.int32(0)
-            odd[0] = T.int32(0)
-            with T.serial(0, T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS))) as tile:
-                row = T.bind(tile * TILE_ROWS)
-                here = T.bind(T.min(item.rows - row, TILE_ROWS))
-                tile_lowest, tile_low_end = self.seen(item.request, item.first + row)
-                tile_high_start, tile_high_end = self.seen(item.request, item.first + row + here - 1)
-                with T.If(T.And(tile_lowest < base + BLOCK, tile_high_end > base)), T.Then():
-                    self._multiply_keys(tile, pages, copied[0] == 0)
-                    with T.If(copied[0] == 0), T.Then():
-                        copied[0] = T.int32(1)
-                        with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
-                            with T.Then():
-                                self._copy_values()
-                            with T.Else():
-                                first, last = T.max(lowest - base, 0), T.min(high_end - base, BLOCK)
-                                odd[0] = self._copy_seen_values(T.bind(first), T.bind(last))
-                    all_seen = T.And(tile_high_start <= base, tile_low_end >= base + BLOCK)
-                    with T.If(T.And(all_seen, odd[0] == 0)):
-                        with T.Then():
-                            with T.serial(0, here) as i:
-                                self._weigh(i, shift + row + i, None)
-                            state_row = T.bind(shift + row)
-                            self._multiply_values(state_row, self.state.totals, self.state.total(state_row, 0))
-                        with T.Else():
-                            self._partly_seen(item, row, here, base, shift, odd[0])
+            tiles = T.bind(T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS)))
+            with T.serial(0, tiles) as tile:
+                self._multiply_keys(tile, pages, T.And(tile == 0, self._first(item, block)))
+            with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
+                with T.Then():
+                    self._copy_values()
+                    with T.serial(0, item.rows) as row:
+                        self._weigh(row, shift + row, None)
+                    with T.serial(0, tiles) as tile:
+                        at = T.bind(shift + tile * TILE_ROWS)
+                        self._multiply_values(tile, at, self.state.totals, self.state.total(at, 0))
+                with T.Else():
+                    lo, hi = T.bind(T.max(lowest - base, 0)), T.bind(T.min(high_end - base, BLOCK))
+                    odd = T.bind(self._copy_seen_values(lo, hi))
+                    with T.serial(0, tiles) as tile:
+                        self._partly_seen(item, tile, base, shift, odd)
 
-    def _partly_seen(self, item: Item, row: Expr, here: Expr, base: Expr, shift: Expr, odd: Expr) -> None:
-        state_row = T.bind(shift + row)
+    @staticmethod
+    def _first(item: Item, block: Expr) -> Expr:
+        """Whether a member may begin with this block, whose values nobody has asked for."""
+        return T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0)
 
-        def each_row(body: Any) -> None:
-            with T.serial(0, here) as i:
-                begin, end = self.seen(item.request, item.first + row + i)
+    def _partly_seen(self, item: Item, tile: Expr, base: Expr, shift: Expr, odd: Expr) -> None:
+        """The rows of one tile, of which some see nothing of the block, or not all of it."""
+        first = T.bind(tile * TILE_ROWS)
+
+        def each_row(body: Callable[[Expr, Expr, Expr], None]) -> None:
+            with T.serial(first, T.min(item.rows, first + TILE_ROWS)) as row:
+                begin, end = self.seen(item.request, item.first + row)
                 lo, hi = T.bind(T.max(begin - base, 0)), T.bind(T.min(end - base, BLOCK))
                 with T.If(lo < hi), T.Then():
-                    body(i, lo, hi)
+                    body(row, lo, hi)
 
-        def take(i: Expr) -> None:
+        def take(row: Expr) -> None:
             for vector in range(self.value_vectors):
-                value = load(self.part, (i * self.value_vectors + vector) * LANES, "f32")
-                store(self.state.totals, self.state.total(state_row + i, vector), value, "f32")
+                value = load(self.part, ((row - first) * self.value_vectors + vector) * LANES, "f32")
+                store(self.state.totals, self.state.total(shift + row, vector), value, "f32")
 
-        def alone(i: Expr, lo: Expr, hi: Expr) -> None:
+        def alone(row: Expr, lo: Expr, hi: Expr) -> None:
             T.evaluate(self._copy_seen_values(lo, hi))
-            self._multiply_values(state_row, self.part, T.int32(0))
-            take(i)
+            self._multiply_values(tile, T.bind(shift + first), self.part, T.int32(0))
+            take(row)
 
-        each_row(lambda i, lo, hi: self._weigh(i, state_row + i, (lo, hi)))
+        each_row(lambda row, lo, hi: self._weigh(row, shift + row, (lo, hi)))
         with T.If(odd == 0):
             with T.Then():
-                self._multiply_values(state_row, self.part, T.int32(0))
-                each_row(lambda i, lo, hi: take(i))
+                self._multiply_values(tile, T.bind(shift + first), self.part, T.int32(0))
+                each_row(lambda row, lo, hi: take(row))
             with T.Else():
                 each_row(alone)
 
     # ---- products
 
-    def _multiply_keys(self, tile: Expr, pages: list[Expr], ahead: Expr) -> None:
-        """scores = q . k for the 16 rows of a tile; if `ahead`, the block's values are asked for meanwhile."""
+    def _multiply_keys(self, tile: Expr, pages: list[Expr], first: Expr) -> None:
+        """scores = q . k for the rows of a tile; if `first`, the block's values are asked for meanwhile."""
         lines = -(-PAGE * self.layout.v_row_bytes // 2 // _LINE)
         each = -(-lines // self.all_steps)
         for i in range(_PAGES):
             zero(i)
 
         def step_of(step: Expr, a: int, b: int) -> None:
-            with T.If(ahead), T.Then():
+            with T.If(first), T.Then():
                 for page in range(_PAGES):
                     for line in range(each):
                         self._prefetch(self.values[page] + (step * each + line) * _LINE)
@@ -159,22 +160,32 @@ class MatrixTiles(Tiles):
         if self.tail:
             step_of(T.int32(self.full_steps), _TAIL_A, _TAIL_B)
         for i in range(_PAGES):
-            store_tile(i, address(self.scores, i * LANES), BLOCK * 4)
+            store_tile(i, address(self.scores, tile * (TILE_ROWS * BLOCK) + i * LANES), BLOCK * 4)
 
-    def _multiply_values(self, row: Expr, to: Expr, at: Expr) -> None:
-        """to[at ..] = acc + p @ v for the 16 rows of the state from `row` on."""
+    def _multiply_values(self, tile: Expr, row: Expr, to: Expr, at: Expr) -> None:
+        """to[at ..] = acc + p @ v for the rows of a tile; acc: from `row` of the state on."""
         stride = self.value_vectors * LANES * 4
         for start in range(0, self.value_vectors, _SUMS):
             vectors = range(start, min(start + _SUMS, self.value_vectors))
             for i, vector in enumerate(vectors):
                 load_tile(i, address(self.state.totals, self.state.total(row, vector)), stride)
             for half in range(2):
-                load_tile(_A, address(self.weights, half * _ELEMENTS), BLOCK * 2)
+                with T.If(tile == 0), T.Then():
+                    self._ask_values(start // _SUMS * 2 + half)
+                load_tile(_A, address(self.weights, tile * (TILE_ROWS * BLOCK) + half * _ELEMENTS), BLOCK * 2)
                 for i, vector in enumerate(vectors):
                     load_tile(_B, address(self.copied, (half * self.value_vectors + vector) * _TILE), TILE_BYTES)
                     dot("bf16", i, _A, _B)
             for i, vector in enumerate(vectors):
                 store_tile(i, address(to, at + vector * LANES), stride)
+
+    def _ask_values(self, part: int) -> None:
+        """Asks for a part of the next block's values; there are two for every _SUMS vectors."""
+        lines = -(-PAGE * self.layout.v_dim * 2 // _LINE)
+        each = -(-lines // (2 * -(-self.value_vectors // _SUMS)))
+        for page in range(_PAGES):
+            for line in range(part * each, min((part + 1) * each, lines)):
+                self._prefetch(self.pages.values(self.next_keys[page]) + line * _LINE)
 
     def _each_pair(self, body: Callable[[Expr, Expr, Expr], None]) -> None:
         """Emits body(pair, where the values of the pair of tokens lie, where their copy does) for all of the block;
