@@ -178,7 +178,7 @@ class _Loop:
         panels = -(-self.n // self.columns)
         rows = env["rows"]
         tiles = T.bind(T.max(T.truncdiv(rows + (height - 1), T.int32(height)), 1))
-        first, last = share(tiles * panels, env["member"], env["team"])
+        first, last = share(tiles * panels * T.min(rows, 1), env["member"], env["team"])
         sums = stack_array(height * PANEL, "float32")
         with T.If(first < last), T.Then():
             start = T.bind(T.truncdiv(first, tiles))
