@@ -23,9 +23,9 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, State, Tiles, local
+from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, State, Tiles
 from xllm_compiler.kernels.tir.base import LANES, PAGE
-from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, store
+from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, stack_array, store
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 
 Expr = Any
@@ -43,15 +43,15 @@ class MatrixTiles(Tiles):
 
     def allocate(self) -> None:
         self.state = State(self.value_vectors)
-        self.values, self.next_keys = local(_PAGES, "int64"), local(_PAGES, "int64")
+        self.values, self.next_keys = stack_array(_PAGES, "int64"), stack_array(_PAGES, "int64")
         k_dim = self.layout.k_dim
         self.full_steps, self.tail = k_dim // _ELEMENTS, k_dim % _ELEMENTS // 2
         self.all_steps = self.full_steps + (1 if self.tail else 0)
-        self.scores = local(QUERY_ROWS * BLOCK, "float32")
-        self.weights = local(QUERY_ROWS * BLOCK, "uint16")
-        self.queries = local(QUERY_ROWS // TILE_ROWS * self.all_steps * _TILE, "int32")
-        self.copied = local(2 * self.value_vectors * _TILE, "int32")  # [32 tokens, 16 columns] each
-        self.part = local(TILE_ROWS * self.value_vectors * LANES, "float32")
+        self.scores = stack_array(QUERY_ROWS * BLOCK, "float32")
+        self.weights = stack_array(QUERY_ROWS * BLOCK, "uint16")
+        self.queries = stack_array(QUERY_ROWS // TILE_ROWS * self.all_steps * _TILE, "int32")
+        self.copied = stack_array(2 * self.value_vectors * _TILE, "int32")  # [32 tokens, 16 columns] each
+        self.part = stack_array(TILE_ROWS * self.value_vectors * LANES, "float32")
         self.shapes = TileShapes()
 
     def release(self) -> None:
@@ -233,7 +233,7 @@ class MatrixTiles(Tiles):
                             worst[0] = T.max(worst[0], T.bitwise_and(half, exponent))
 
         self._each_pair(copy)
-        lanes = local(LANES, "int32")
+        lanes = stack_array(LANES, "int32")
         _put(lanes, T.int32(0), worst[0])
         found = Scalars(1, "int32")
         found[0] = T.int32(0)

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tvm.ir import Call
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import LANES, PAGE, Isa
@@ -43,6 +42,7 @@ from xllm_compiler.kernels.tir.emit import (
     keep_between,
     load,
     splat,
+    stack_array,
     store,
     tile_rows,
     tile_width,
@@ -81,9 +81,9 @@ class State:
 
     def __init__(self, value_vectors: int) -> None:
         self.value_vectors = value_vectors
-        self.maxima = local(2 * QUERY_ROWS, "float32")
-        self.sums = local(2 * QUERY_ROWS * LANES, "float32")
-        self.totals = local(2 * QUERY_ROWS * value_vectors * LANES, "float32")
+        self.maxima = stack_array(2 * QUERY_ROWS, "float32")
+        self.sums = stack_array(2 * QUERY_ROWS * LANES, "float32")
+        self.totals = stack_array(2 * QUERY_ROWS * value_vectors * LANES, "float32")
 
     def begin(self, row: Expr) -> None:
         """Nothing seen yet. Values are -0, to which anything may be added without a change, so that merging a first
@@ -106,17 +106,6 @@ class State:
         return lambda: self.maxima[row], lambda i: load(*self.place(row, i), "f32")
 
 
-def local(count: int, dtype: str) -> Expr:
-    """An array on the stack that begins at a cache line: LLVM aligns a stack slot to 16 bytes, and a vector that lies
-    across two lines takes twice as long."""
-    size = {"uint8": 1, "uint16": 2, "int32": 4, "float32": 4, "int64": 8}[dtype]
-    slot = T.alloc_buffer((count * size + _LINE,), "uint8", scope="local")
-    begin = T.bitwise_and(T.reinterpret("int64", T.address_of(slot[0])) + (_LINE - 1), T.int64(-_LINE))
-    cast = T.reinterpret("handle", T.bind(begin)).op
-    data = T.bind(Call(cast, [T.bind(begin)], ret_ty=T.handle(dtype).ty))
-    return T.decl_buffer((count,), dtype, data=data)
-
-
 class Tiles:
     """Emits the work on one KV block. Names: `token` is a row of q, `row` a row of the request and KV head at hand."""
 
@@ -136,14 +125,14 @@ class Tiles:
 
     def allocate(self) -> None:
         """Emits the arrays that blocks are worked on with."""
-        self.scores = local(_MAX_ROWS * BLOCK, "float32")
-        self.weights = local(_MAX_ROWS * BLOCK, "uint16" if self.bf16 else "float32")
+        self.scores = stack_array(_MAX_ROWS * BLOCK, "float32")
+        self.weights = stack_array(_MAX_ROWS * BLOCK, "uint16" if self.bf16 else "float32")
         self.state = State(self.value_vectors)
-        self.values = local(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
-        self.next_keys = local(_BLOCK_PAGES, "int64")  # and the keys of the next block's
+        self.values = stack_array(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
+        self.next_keys = stack_array(_BLOCK_PAGES, "int64")  # and the keys of the next block's
         if self.quantized:
-            self.memory = local(_BLOCK_PAGES * self.layout.head_bytes + _LINE, "uint8")
-            self.key_scales, self.value_scales = local(BLOCK, "float32"), local(BLOCK, "float32")
+            self.memory = stack_array(_BLOCK_PAGES * self.layout.head_bytes + _LINE, "uint8")
+            self.key_scales, self.value_scales = stack_array(BLOCK, "float32"), stack_array(BLOCK, "float32")
             self.opened = Pages(self.layout, None, None)
 
     def release(self) -> None:

@@ -1,12 +1,14 @@
-"""The sums of a linear layer with 4-bit weights in groups, by AMX tiles. Owns how groups meet tiles.
+"""The sums of a linear layer with weights that tiles cannot take as they are stored, by AMX tiles: 4-bit weights in
+groups by 8-bit rows, and quantized weights by bf16 rows. Owns how groups meet tiles.
 
-A panel is taken apart once into signed bytes, which then meet all rows. The tiles' sums of one group are exact; they
-become f32, are multiplied by the group's scales and added up in the order of the groups, exactly as without tiles. The
-tiles go one group ahead of that arithmetic, into the other half of a buffer.
+A panel is taken apart once, into signed bytes or bf16, which then meet all rows. The tiles' sums of one group become
+f32, are multiplied by the group's scales and added up in the order of the groups. The tiles go one group ahead of that
+arithmetic, into the other half of a buffer.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -16,59 +18,45 @@ from xllm_compiler.kernels.tir.base import LANES, PANEL
 from xllm_compiler.kernels.tir.emit import address, fma, load, splat, stack_array, store
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, STEP_BYTES, TileSums
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
+from xllm_compiler.kernels.tir.weight_only import as_pair, widened, zero_point
 
 Expr = Any
 _MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
 _PART = BLOCK_ROWS * PANEL
 
 
-class GroupedTiles(TileSums):
-    """4-bit weights in groups by 8-bit rows."""
+class _Groups(TileSums):
+    """What both kinds of rows share. `row_bytes`: of a row of x; `length`: of those in one group."""
 
-    @staticmethod
-    def can(q: Quantization, k: int) -> bool:
-        """Whether groups are whole tiles or fit one, and the panel fits the stack."""
-        fits = q.group <= TILE_BYTES or q.group % TILE_BYTES == 0
-        return q.bits == 4 and q.group > 0 and fits and PANEL * q.padded(k) <= _MOST_BYTES
+    kind: str
+    element_bytes: int
 
-    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
+    def __init__(self, q: Quantization, k: int, env: dict[str, Expr], row_bytes: int, length: int) -> None:
         self._q = q
         self._env = env
-        self._padded, self._groups = q.padded(k), q.groups(k)
+        self._row_bytes, self._length = row_bytes, length
+        self._groups = row_bytes // length
         self._panel_bytes, self._group_bytes = q.panel_bytes(k), q.group_bytes(k)
-        self._bytes = stack_array(PANEL * self._padded, "int8")
+        self._bytes = stack_array(PANEL * row_bytes, "int8")
         self._parts = stack_array(2 * _PART, "int32")
         self._shapes = TileShapes()
 
+    @abstractmethod
+    def take_apart(self, start: Expr, target: Expr) -> None:
+        """Writes the group that begins at byte `start` of the weight, less its zero points, as tiles read it: for each
+        4 bytes along k those of the 64 columns."""
+
+    @abstractmethod
+    def as_float(self, part: Expr) -> Expr:
+        """16 sums of a tile, as f32."""
+
     def begin(self, panel: Expr) -> None:
-        """Takes the panel apart: for each quad along k the 4 bytes of its 64 columns, less their zero points."""
-        q, w = self._q, self._env["w"]
         with T.serial(0, self._groups) as group:
             start = T.bind(self._group_at(panel, group))
-            zeros = [self._zeros(start, vector) for vector in range(PANEL // LANES)]
-            values = T.bind(start + q.header_bytes)
-            target = T.bind(T.Cast("int64", group) * (q.group * PANEL))
-            with T.serial(0, q.group // (2 * QUAD)) as step:
-                for vector, zero_points in enumerate(zeros):
-                    at = values + step * STEP_BYTES + vector * TILE_BYTES
-                    both = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, at)))
-                    for half in range(2):
-                        to = target + (step * 2 + half) * STEP_BYTES + vector * TILE_BYTES
-                        part = T.shift_right(both, T.broadcast(T.int32(4), LANES)) if half else both
-                        low = T.bitwise_and(part, T.broadcast(T.int32(0x0F0F0F0F), LANES))
-                        name = "xllm_store_bytes_less"
-                        T.evaluate(T.call_extern("int32", name, address(self._bytes, to), low, zero_points))
-
-    def _zeros(self, start: Expr, vector: int) -> Expr:
-        """Four times the zero point of each of 16 columns."""
-        if not self._q.zeros:
-            return T.broadcast(T.int32(self._q.middle * 0x01010101), LANES)
-        at = start + PANEL * self._q.scale_bytes + vector * LANES
-        points = T.call_extern("int32x16", "xllm_load_u8", address(self._env["w"], at))
-        return T.bind(points * T.broadcast(T.int32(0x01010101), LANES))
+            self.take_apart(start, T.bind(T.Cast("int64", group) * (self._length * PANEL)))
 
     def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
-        rows = T.bind(T.Cast("int64", row) * self._padded)
+        rows = T.bind(T.Cast("int64", row) * self._row_bytes)
         with T.serial(0, here * (PANEL // LANES)) as vector:
             store(sums, vector * LANES, splat(0.0), "f32")
         self._tiles(rows, here, T.int32(0))
@@ -76,10 +64,6 @@ class GroupedTiles(TileSums):
             with T.If(group < self._groups - 1), T.Then():
                 self._tiles(rows, here, T.bind(group + 1))
             self._add(here, panel, group, sums)
-
-    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        scale = T.bind(splat(self._env["xs"][row]))
-        return [total * scale for total in sums]
 
     def release(self) -> None:
         self._shapes.release()
@@ -90,19 +74,19 @@ class GroupedTiles(TileSums):
     def _tiles(self, rows: Expr, here: Expr, group: Expr) -> None:
         """The sums of one group into the half of the buffer that is its turn."""
         part = T.bind(T.bitwise_and(group, T.int32(1)) * _PART)
-        width = min(self._q.group, TILE_BYTES)
-        pieces = T.int32(width // QUAD)
+        width = min(self._length, TILE_BYTES)
+        steps, pieces = self._length // width, T.int32(width // 4)
         with T.If(here <= TILE_ROWS):
             with T.Then():
                 shape = [(here, TILE_BYTES)] * 4 + [(here, width)] + [(pieces, TILE_BYTES)] * 3
                 self._shapes.set(here * 2, shape)
                 for tile in range(4):
                     zero(tile)
-                with T.serial(0, self._q.group // width) as step:
-                    load_tile(4, self._row(rows, group, step, 0), self._padded)
+                with T.serial(0, steps) as step:
+                    load_tile(4, self._row(rows, group, step, 0), self._row_bytes)
                     for column in range(4):
                         load_tile(5 + column % 3, self._weight(group, step, column), STEP_BYTES)
-                        dot("i8i8", column, 4, 5 + column % 3)
+                        dot(self.kind, column, 4, 5 + column % 3)
                 for tile in range(4):
                     store_tile(tile, address(self._parts, part + tile * LANES), PANEL * 4)
             with T.Else():
@@ -113,28 +97,28 @@ class GroupedTiles(TileSums):
                 for first in (0, 2):
                     for tile in range(4):
                         zero(tile)
-                    with T.serial(0, self._q.group // width) as step:
+                    with T.serial(0, steps) as step:
                         for j in range(2):
                             load_tile(6 + j, self._weight(group, step, first + j), STEP_BYTES)
                         for i in range(2):
-                            load_tile(4 + i, self._row(rows, group, step, i * TILE_ROWS), self._padded)
+                            load_tile(4 + i, self._row(rows, group, step, i * TILE_ROWS), self._row_bytes)
                             for j in range(2):
-                                dot("i8i8", 2 * i + j, 4 + i, 6 + j)
+                                dot(self.kind, 2 * i + j, 4 + i, 6 + j)
                     for i in range(2):
                         for j in range(2):
                             at = part + (i * TILE_ROWS * PANEL + (first + j) * LANES)
                             store_tile(2 * i + j, address(self._parts, at), PANEL * 4)
 
     def _row(self, rows: Expr, group: Expr, step: Expr, below: int) -> Expr:
-        at = rows + T.Cast("int64", group) * self._q.group + step * TILE_BYTES + below * self._padded
-        return address(self._env["x"], at)
+        at = rows + T.Cast("int64", group) * self._length + step * TILE_BYTES + below * self._row_bytes
+        return address(self._env["x"], T.truncdiv(at, T.int64(self.element_bytes)))
 
     def _weight(self, group: Expr, step: Expr, column: int) -> Expr:
-        at = T.Cast("int64", group) * (self._q.group * PANEL) + step * (PANEL * TILE_BYTES) + column * TILE_BYTES
+        at = T.Cast("int64", group) * (self._length * PANEL) + step * (PANEL * TILE_BYTES) + column * TILE_BYTES
         return address(self._bytes, at)
 
     def _add(self, here: Expr, panel: Expr, group: Expr, sums: Expr) -> None:
-        """sums += the group's integers * its scales."""
+        """sums += the group's sums * its scales."""
         w, q = self._env["w"], self._q
         start = T.bind(self._group_at(panel, group))
         scales = [T.bind(load(w, start + v * LANES * q.scale_bytes, q.scale_dtype)) for v in range(PANEL // LANES)]
@@ -143,4 +127,89 @@ class GroupedTiles(TileSums):
             for vector, scale in enumerate(scales):
                 at = T.bind(i * PANEL + vector * LANES)
                 whole = T.call_extern("int32x16", "xllm_load_i32", address(self._parts, part + at))
-                store(sums, at, fma(T.Cast("float32x16", whole), scale, load(sums, at, "f32")), "f32")
+                store(sums, at, fma(self.as_float(whole), scale, load(sums, at, "f32")), "f32")
+
+
+def _fits(length: int, row_bytes: int) -> bool:
+    """Whether a group fits a tile or is whole tiles, rows are whole groups, and a panel taken apart fits the stack."""
+    tiles = length <= TILE_BYTES or length % TILE_BYTES == 0
+    return tiles and row_bytes % length == 0 and PANEL * row_bytes <= _MOST_BYTES
+
+
+class RoundedRows(_Groups):
+    """4-bit weights in groups by 8-bit rows: the tiles' sums are exact, and what follows is as without tiles."""
+
+    kind = "i8i8"
+    element_bytes = 1
+
+    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
+        super().__init__(q, k, env, q.padded(k), q.group)
+
+    @staticmethod
+    def can(q: Quantization, k: int) -> bool:
+        return q.bits == 4 and q.group > 0 and _fits(q.group, q.padded(k))
+
+    def take_apart(self, start: Expr, target: Expr) -> None:
+        q, w = self._q, self._env["w"]
+        zeros = [self._zeros(start, vector) for vector in range(PANEL // LANES)]
+        values = T.bind(start + q.header_bytes)
+        with T.serial(0, q.group // (2 * QUAD)) as step:
+            for vector, zero_points in enumerate(zeros):
+                at = values + step * STEP_BYTES + vector * TILE_BYTES
+                both = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, at)))
+                for half in range(2):
+                    to = target + (step * 2 + half) * STEP_BYTES + vector * TILE_BYTES
+                    part = T.shift_right(both, T.broadcast(T.int32(4), LANES)) if half else both
+                    low = T.bitwise_and(part, T.broadcast(T.int32(0x0F0F0F0F), LANES))
+                    name = "xllm_store_bytes_less"
+                    T.evaluate(T.call_extern("int32", name, address(self._bytes, to), low, zero_points))
+
+    def _zeros(self, start: Expr, vector: int) -> Expr:
+        """Four times the zero point of each of 16 columns."""
+        if not self._q.zeros:
+            return T.broadcast(T.int32(self._q.middle * 0x01010101), LANES)
+        at = start + PANEL * self._q.scale_bytes + vector * LANES
+        points = T.call_extern("int32x16", "xllm_load_u8", address(self._env["w"], at))
+        return T.bind(points * T.broadcast(T.int32(0x01010101), LANES))
+
+    def as_float(self, part: Expr) -> Expr:
+        return T.Cast("float32x16", part)
+
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        scale = T.bind(splat(self._env["xs"][row]))
+        return [total * scale for total in sums]
+
+
+class FloatRows(_Groups):
+    """8- or 4-bit weights, in groups or not, by bf16 rows."""
+
+    kind = "bf16"
+    element_bytes = 2
+
+    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
+        super().__init__(q, k, env, 2 * k, 2 * (q.group or k))
+        self._steps = (q.group or k) // (QUAD * 8 // q.bits)
+
+    @staticmethod
+    def can(q: Quantization, k: int) -> bool:
+        return k % (QUAD * 8 // q.bits) == 0 and _fits(2 * (q.group or k), 2 * k)
+
+    def take_apart(self, start: Expr, target: Expr) -> None:
+        q, w = self._q, self._env["w"]
+        points = [zero_point(q, w, start, vector) for vector in range(PANEL // LANES)]
+        values = T.bind(start + q.header_bytes)
+        elements = QUAD * 8 // q.bits
+        with T.serial(0, self._steps) as step:
+            for vector, point in enumerate(points):
+                at = values + step * STEP_BYTES + vector * TILE_BYTES
+                loaded = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, at)))
+                for first in range(0, elements, 2):
+                    pair = as_pair([widened(q, loaded, first + i, point) for i in range(2)])
+                    to = target + step * (elements * 2 * PANEL) + (first // 2 * STEP_BYTES + vector * TILE_BYTES)
+                    T.evaluate(T.call_extern("int32", "xllm_store_i32", address(self._bytes, to), pair))
+
+    def as_float(self, part: Expr) -> Expr:
+        return T.reinterpret("float32x16", part)
+
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        return sums

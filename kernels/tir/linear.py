@@ -32,7 +32,7 @@ from xllm_compiler.kernels.tir.emit import (
     store_part,
     tile_rows,
 )
-from xllm_compiler.kernels.tir.grouped_tiles import GroupedTiles
+from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, ByteTiles, DenseTiles, TileSums
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
@@ -212,8 +212,10 @@ class _Loop:
             return DenseTiles(self.k, env)
         if isinstance(form, Quantized) and form.q.bits == 8 and form.q.group == 0:
             return ByteTiles(form.q, self.k, env)
-        if isinstance(form, Quantized) and GroupedTiles.can(form.q, self.k):
-            return GroupedTiles(form.q, self.k, env)
+        if isinstance(form, Quantized) and RoundedRows.can(form.q, self.k):
+            return RoundedRows(form.q, self.k, env)
+        if isinstance(form, WeightOnly) and form.dtype == "bf16" and FloatRows.can(form.q, self.k):
+            return FloatRows(form.q, self.k, env)
         return None
 
     def _finish(

@@ -87,7 +87,7 @@ class WeightOnly(WeightFormat):
         parts = Vectors(count * len(at))
         for index in range(count * len(at)):
             parts[index] = splat(0.0)
-        points = [self._point(w, start, vector) for vector in at]
+        points = [zero_point(self.q, w, start, vector) for vector in at]
         values = T.bind(start + self.q.header_bytes)
         halves = 8 // self.q.bits
 
@@ -100,11 +100,11 @@ class WeightOnly(WeightFormat):
             for first in range(0, here, 2):
                 pair = min(2, here - first)
                 wide = [
-                    [self._widened(v, first + i, point) for i in range(pair)]
+                    [widened(self.q, v, first + i, point) for i in range(pair)]
                     for v, point in zip(loaded, points, strict=True)
                 ]
                 if self.dtype == "bf16":
-                    both = [_as_pair(values) for values in wide]
+                    both = [as_pair(values) for values in wide]
                 for i in range(count):
                     element = x_at + number * (QUAD * halves) + first + i * k
                     if self.dtype == "bf16":
@@ -131,24 +131,26 @@ class WeightOnly(WeightFormat):
             step(T.int32(steps), rest)
         return [parts[index] for index in range(count * len(at))]
 
-    def _point(self, w: Expr, start: Expr, vector: int) -> Expr:
-        """2^23 plus the zero points, as f32."""
-        if not self.q.zeros:
-            return T.bind(splat(float(_LARGE + self.q.middle)))
-        where = start + PANEL * self.q.scale_bytes + vector * LANES
-        zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, where))
-        return T.bind(T.Cast("float32x16", zeros) + splat(float(_LARGE)))
 
-    def _widened(self, loaded: Expr, element: int, point: Expr) -> Expr:
-        """Value `element` of each lane's quad, or pair of quads, less its zero point."""
-        shift = 8 * (element % QUAD) + 4 * (element // QUAD)
-        bits = T.shift_right(loaded, T.broadcast(T.int32(shift), LANES)) if shift else loaded
-        stored = T.bitwise_and(bits, T.broadcast(T.int32((1 << self.q.bits) - 1), LANES))
-        large = T.bitwise_or(stored, T.broadcast(T.int32(0x4B000000), LANES))
-        return T.bind(T.reinterpret("float32x16", large) - point)
+def zero_point(q: Quantization, w: Expr, start: Expr, vector: int) -> Expr:
+    """2^23 plus the zero points of 16 columns of the group at byte `start`, as f32."""
+    if not q.zeros:
+        return T.bind(splat(float(_LARGE + q.middle)))
+    where = start + PANEL * q.scale_bytes + vector * LANES
+    zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, where))
+    return T.bind(T.Cast("float32x16", zeros) + splat(float(_LARGE)))
 
 
-def _as_pair(values: list[Expr]) -> Expr:
+def widened(q: Quantization, loaded: Expr, element: int, point: Expr) -> Expr:
+    """Value `element` of each lane's quad, or pair of quads, less its zero point, as f32."""
+    shift = 8 * (element % QUAD) + 4 * (element // QUAD)
+    bits = T.shift_right(loaded, T.broadcast(T.int32(shift), LANES)) if shift else loaded
+    stored = T.bitwise_and(bits, T.broadcast(T.int32((1 << q.bits) - 1), LANES))
+    large = T.bitwise_or(stored, T.broadcast(T.int32(0x4B000000), LANES))
+    return T.bind(T.reinterpret("float32x16", large) - point)
+
+
+def as_pair(values: list[Expr]) -> Expr:
     """One or two f32 that bf16 holds exactly, as a pair of bf16: their upper halves, the first one below."""
     bits = [T.reinterpret("int32x16", value) for value in values]
     low = T.bitwise_and(T.shift_right(bits[0], T.broadcast(T.int32(16), LANES)), T.broadcast(T.int32(0xFFFF), LANES))

@@ -168,4 +168,5 @@ def test_the_library_needs_nothing_but_libm(build: Any) -> None:
     assert "libm" in needed or "NEEDED" not in needed
     exported = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].split("@")[0] for line in exported.splitlines()}
-    assert names == {"xllm_step_decode", "xllm_step_prefill", "xllm_team_join", "xllm_team_run", "xllm_team_stop"}
+    team = {f"xllm_team_{name}" for name in ("join", "run", "stop", "ticks")}
+    assert names == {"xllm_step_decode", "xllm_step_prefill", *team}
