@@ -95,6 +95,15 @@ def build_llama(place: Place) -> None:
         tar.extractall(sources, filter="data")
     (vendored,) = sources.glob("llama_cpp_python-*/vendor/llama.cpp")
     (sources / "llama.cpp").symlink_to(vendored.relative_to(sources))
+    # GCC before 15 tells the optimizer that ldtilecfg reads 8 of its 64 bytes, so the tiles' shapes are never stored
+    # and every quantized form dies in its first AMX kernel; a barrier before the instruction keeps the stores
+    tiles, load = vendored / "ggml/src/ggml-cpu/amx/mmq.cpp", "    _tile_loadconfig(&tc);\n"
+    text = tiles.read_text()
+    if text.count(load) != 1:
+        raise SetupError(
+            f"{tiles.name} loads its tile configuration in another way now; see whether AMX still needs help"
+        )
+    tiles.write_text(text.replace(load, '    __asm__ volatile("" : : "r"(&tc) : "memory");\n' + load))
     options = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "GGML_NATIVE=ON", "LLAMA_BUILD_APP=OFF"]
     options += [f"LLAMA_BUILD_{part}=OFF" for part in ("SERVER", "UI", "EXAMPLES", "TESTS")] + ["LLAMA_OPENSSL=OFF"]
     build = place.folder / "build"
