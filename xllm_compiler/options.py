@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
+from xllm_compiler.artifact.cpu_isa import LEVELS, machine_levels
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.quantized_config import quantized_config
@@ -31,7 +31,7 @@ LOGIT_ROWS = (
     128  # a prompt's log-probabilities are computed this many rows at a time; a row is 4 bytes a vocabulary item
 )
 
-MAX_KL = {"w8": 0.01, "w4": 0.1, MIXED: 0.03}
+MAX_KL = {"kv": 0.01, "w8": 0.01, "w4": 0.1, MIXED: 0.03}
 """What a form may lose unless told otherwise: mean KL divergence in nats. Some ten times and more of what the bundled
 model loses (bench/RESULTS.md): beyond it something is wrong besides rounding, or the model does not bear this form.
 Mixed is for those who want less than 4 bits lose."""
@@ -119,11 +119,11 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
             f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}",
             help="every running request needs a token in each step",
         )
-    isas = tuple(CPU_FLAGS) if options.isas is None else options.isas
+    isas = machine_levels() if options.isas is None else options.isas
     for isa in isas:
-        _one_of("--isas", isa, tuple(CPU_FLAGS))
+        _one_of("--isas", isa, LEVELS)
     if not isas:
-        raise XllmError("option", "--isas is empty", help=f"name some of {', '.join(CPU_FLAGS)}")
+        raise XllmError("option", "--isas is empty", help=f"name some of {', '.join(LEVELS)}")
     name = options.name if options.name is not None else checkpoint.path.resolve().name
     if not name or re.search(r"[\x00-\x1f\x7f]", name) or len(name) > 256:
         raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
@@ -139,7 +139,7 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         pipeline=pipeline,
         quantize=form,
         max_kl=max_kl,
-        isas=tuple(isa for isa in CPU_FLAGS if isa in isas),
+        isas=tuple(isa for isa in LEVELS if isa in isas),
         name=name,
         notes=tuple(notes),
     )

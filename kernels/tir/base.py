@@ -38,10 +38,12 @@ FloatType = Literal["bf16", "f32"]
 class Isa:
     """An instruction set level that code is compiled for.
 
-    `mcpu` and `features` are LLVM's names; `vector_registers` counts registers of `register_lanes` f32 each.
+    `machine` is the kernel's name of the architecture, as in `platform.machine()`; `mcpu` and `features` are LLVM's
+    names; `vector_registers` counts registers of `register_lanes` f32 each.
     """
 
     name: str
+    machine: str
     mcpu: str
     features: tuple[str, ...]
     register_lanes: int
@@ -54,7 +56,7 @@ class Isa:
         """The TVM target description: nothing in it depends on the machine that compiles."""
         return {
             "kind": "llvm",
-            "mtriple": "x86_64-unknown-linux-gnu",
+            "mtriple": f"{self.machine}-unknown-linux-gnu",
             "mcpu": self.mcpu,
             "mattr": list(self.features),
             "num-cores": 1,
@@ -64,20 +66,20 @@ class Isa:
         }
 
 
+_DOTS = ("+avx512bf16", "+avx512vnni")
+_TILES = ("+amx-tile", "+amx-bf16", "+amx-int8")
+_ARM = ("+v8.2a", "+dotprod")
+
 ISAS: dict[str, Isa] = {
-    "avx2": Isa("avx2", "x86-64-v3", (), 8, 16, False, False),
-    "avx512": Isa("avx512", "x86-64-v4", (), 16, 32, False, False),
-    "avx512_bf16": Isa("avx512_bf16", "x86-64-v4", ("+avx512bf16", "+avx512vnni"), 16, 32, True, True),
-    "amx": Isa(
-        "amx",
-        "x86-64-v4",
-        ("+avx512bf16", "+avx512vnni", "+amx-tile", "+amx-bf16", "+amx-int8"),
-        16,
-        32,
-        True,
-        True,
-        has_tiles=True,
-    ),
+    isa.name: isa
+    for isa in (
+        Isa("avx2", "x86_64", "x86-64-v3", (), 8, 16, False, False),
+        Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False),
+        Isa("avx512_bf16", "x86_64", "x86-64-v4", _DOTS, 16, 32, True, True),
+        Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_tiles=True),
+        Isa("neon", "aarch64", "generic", _ARM, 4, 32, False, True),
+        Isa("neon_bf16", "aarch64", "generic", (*_ARM, "+bf16", "+i8mm"), 4, 32, True, True),
+    )
 }
 
 _TIR_TYPE = {

@@ -25,7 +25,8 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.base import Isa, Kernel
-from xllm_compiler.kernels.tir.team import TEAM_LLVM
+from xllm_compiler.kernels.tir.linker import find_linker
+from xllm_compiler.kernels.tir.team import team_llvm
 
 _C_CALL = 1  # TVM's "kCPackedFunc": such a function keeps the signature it has and is exported under its own name
 
@@ -106,33 +107,37 @@ class NativeModule:
     def write_shared(self, path: Path) -> None:
         """Writes a stripped shared library that needs no other library but libm, the team runtime included.
 
-        Raises XllmError("io") without a linker.
+        Raises XllmError("io") without a linker for the level's architecture.
         """
+        linker = find_linker(self.isa.machine)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self.write_object(folder / "step.o")
             _write_team_object(folder, self.isa)
             (folder / "exports").write_text("{ global: xllm_step_*; xllm_team_*; local: *; };")
-            command = ["cc", "-shared", "-nostdlib", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,defs", "-s"]
+            command = [
+                *linker,
+                "-shared",
+                "-nostdlib",
+                "-Wl,--build-id=none",
+                "-Wl,-z,noexecstack",
+                "-Wl,-z,defs",
+                "-s",
+            ]
             # Relative names in a fixed order: nothing of this machine or this run goes into the library.
             command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), "step.o", "team.o"]
             command += [
                 "-Wl,--as-needed",
                 "-lm",
             ]  # rare functions only (pow, sin, ...): the kernels of the spine need none
-            try:
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            except FileNotFoundError as error:
-                raise XllmError(
-                    "io", "no linker: `cc` was not found", help="install gcc or clang to compile for the CPU"
-                ) from error
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 raise XllmError("internal", f"linking failed: {done.stderr.strip()}", where=os.fspath(path))
 
 
 def _write_team_object(folder: Path, isa: Isa) -> None:
-    target = json.dumps({key: isa.target()[key] for key in ("kind", "mtriple", "mcpu")}).replace('"', "\\22")
-    text = f'target triple = "{isa.target()["mtriple"]}"\n{TEAM_LLVM}\n'
+    target = json.dumps({key: isa.target()[key] for key in ("kind", "mtriple", "mcpu", "mattr")}).replace('"', "\\22")
+    text = f'target triple = "{isa.target()["mtriple"]}"\n{team_llvm(isa.machine)}\n'
     text += f'!llvm.module.flags = !{{!0}}\n!0 = !{{i32 2, !"tvm_target", !"{target}"}}\n'
     (folder / "team.ll").write_text(text)
     load = tvm.get_global_func("ffi.Module.load_from_file.ll")

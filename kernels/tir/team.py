@@ -1,4 +1,5 @@
-"""The native team of threads: one call runs one step on all members, which meet at barriers. Owns the LLVM text of it.
+"""The native team of threads: one call runs one step on all members, which meet at barriers. Owns the LLVM text of it,
+but for the handful of functions that are instructions of one architecture (`team_machine`).
 
 It must not know steps or kernels: it runs any `int32_t step(const int64_t *args, int32_t member, int32_t team)`. Every
 library built by `NativeModule` with an entry function exports, with the C calling convention:
@@ -33,65 +34,58 @@ From Python (the GIL is released inside a `ctypes.CDLL` call, so a `threading.Th
 
 A run may start before all members have joined: it waits for them. `team` 1 calls the step directly.
 
-Waiting: some 10 us of `pause`, then sched_yield up to some 80 us, so that a team larger than the free cores still
-moves, then a futex. (Drepper, "Futexes Are Tricky": the sleeper announces itself before the kernel compares the word;
-the waker changes the word before it looks for sleepers; so no wake-up is lost.) Time is the time stamp counter, 2 to 4
-GHz.
+Waiting: some 10 us of the processor's pause, then sched_yield up to some 80 us, so that a team larger than the free
+cores still moves, then a futex. (Drepper, "Futexes Are Tricky": the sleeper announces itself before the kernel
+compares the word; the waker changes the word before it looks for sleepers; so no wake-up is lost.)
 """
 
 from __future__ import annotations
+
+from xllm_compiler.kernels.tir.team_machine import MACHINES
 
 CTX_BYTES = 192
 CTX_TEAM_OFFSET = 140
 BARRIER_BYTES = 64
 
-_PAUSE_TICKS = 30_000
-_YIELD_TICKS = 240_000
-
-TEAM_LLVM = f"""
-define internal i64 @xllm_syscall(i64 %number, i64 %a, i64 %b, i64 %c) noinline nounwind {{
-  %r = call i64 asm sideeffect "xorl %r10d, %r10d\\0Asyscall",
-    "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},~{{rcx}},~{{r10}},~{{r11}},~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(
-    i64 %number, i64 %a, i64 %b, i64 %c)
-  ret i64 %r
-}}
-
+_TEAM = """
 ; returns when *word is no longer value
-define internal void @xllm_team_wait(ptr %word, i32 %value, ptr %sleepers) noinline nounwind {{
+define internal void @xllm_team_wait(ptr %word, i32 %value, ptr %sleepers) noinline nounwind {
 entry:
-  %start = call i64 @llvm.readcyclecounter()
+  %start = call i64 @xllm_team_ticks()
+  %limit = call i64 @xllm_pause_ticks()
+  %yield_limit = shl i64 %limit, 3
   br label %look
 look:
   %now = load atomic i32, ptr %word acquire, align 4
   %same = icmp eq i32 %now, %value
   br i1 %same, label %wait, label %done
 wait:
-  %tick = call i64 @llvm.readcyclecounter()
+  %tick = call i64 @xllm_team_ticks()
   %waited = sub i64 %tick, %start
-  %short = icmp ult i64 %waited, {_PAUSE_TICKS}
+  %short = icmp ult i64 %waited, %limit
   br i1 %short, label %pause, label %longer
 pause:
-  call void asm sideeffect "pause", ""()
+  call void @xllm_pause()
   br label %look
 longer:
-  %medium = icmp ult i64 %waited, {_YIELD_TICKS}
+  %medium = icmp ult i64 %waited, %yield_limit
   br i1 %medium, label %yield, label %sleep
 yield:
-  %ignored = call i64 @xllm_syscall(i64 24, i64 0, i64 0, i64 0)
+  %ignored = call i64 @xllm_yield()
   br label %look
 sleep:
   %address = ptrtoint ptr %word to i64
   %wide = zext i32 %value to i64
   %before = atomicrmw add ptr %sleepers, i32 1 seq_cst
-  %woken = call i64 @xllm_syscall(i64 202, i64 %address, i64 128, i64 %wide)
+  %woken = call i64 @xllm_futex(i64 %address, i64 128, i64 %wide)
   %after = atomicrmw sub ptr %sleepers, i32 1 seq_cst
   br label %look
 done:
   ret void
-}}
+}
 
 ; *word = value, and whoever sleeps on it wakes
-define internal void @xllm_team_signal(ptr %word, i32 %value, ptr %sleepers) nounwind {{
+define internal void @xllm_team_signal(ptr %word, i32 %value, ptr %sleepers) nounwind {
 entry:
   %old = atomicrmw xchg ptr %word, i32 %value seq_cst
   %count = load atomic i32, ptr %sleepers seq_cst, align 4
@@ -99,13 +93,13 @@ entry:
   br i1 %none, label %done, label %wake
 wake:
   %address = ptrtoint ptr %word to i64
-  %woken = call i64 @xllm_syscall(i64 202, i64 %address, i64 129, i64 2147483647)
+  %woken = call i64 @xllm_futex(i64 %address, i64 129, i64 2147483647)
   br label %done
 done:
   ret void
-}}
+}
 
-define hidden i32 @xllm_team_barrier(ptr %barrier, i32 %team) noinline nounwind {{
+define hidden i32 @xllm_team_barrier(ptr %barrier, i32 %team) noinline nounwind {
 entry:
   %alone = icmp sle i32 %team, 1
   br i1 %alone, label %done, label %arrive
@@ -127,9 +121,9 @@ wait:
   br label %done
 done:
   ret i32 0
-}}
+}
 
-define i32 @xllm_team_join(ptr %ctx, i32 %member) noinline nounwind {{
+define i32 @xllm_team_join(ptr %ctx, i32 %member) noinline nounwind {
 entry:
   %epoch_sleepers = getelementptr i8, ptr %ctx, i64 4
   %finished = getelementptr i8, ptr %ctx, i64 64
@@ -169,9 +163,9 @@ signal:
   br label %next
 home:
   ret i32 0
-}}
+}
 
-define i32 @xllm_team_run(ptr %ctx, ptr %step, ptr %args) noinline nounwind {{
+define i32 @xllm_team_run(ptr %ctx, ptr %step, ptr %args) noinline nounwind {
 entry:
   %team_at = getelementptr i8, ptr %ctx, i64 140
   %team = load i32, ptr %team_at, align 4
@@ -201,9 +195,9 @@ many:
   %good = icmp eq i32 %mine, 0
   %status = select i1 %good, i32 %theirs, i32 %mine
   ret i32 %status
-}}
+}
 
-define i32 @xllm_team_stop(ptr %ctx) noinline nounwind {{
+define i32 @xllm_team_stop(ptr %ctx) noinline nounwind {
   %stop_at = getelementptr i8, ptr %ctx, i64 136
   %epoch_sleepers = getelementptr i8, ptr %ctx, i64 4
   store atomic i32 1, ptr %stop_at release, align 4
@@ -211,14 +205,9 @@ define i32 @xllm_team_stop(ptr %ctx) noinline nounwind {{
   %next = add i32 %epoch, 1
   call void @xllm_team_signal(ptr %ctx, i32 %next, ptr %epoch_sleepers)
   ret i32 0
-}}
+}
 
-define i64 @xllm_team_ticks() noinline nounwind {{
-  %ticks = call i64 @llvm.readcyclecounter()
-  ret i64 %ticks
-}}
-
-define hidden i32 @xllm_team_stamp(ptr %stamps, i32 %index) noinline nounwind {{
+define hidden i32 @xllm_team_stamp(ptr %stamps, i32 %index) noinline nounwind {
 entry:
   %off = icmp eq ptr %stamps, null
   br i1 %off, label %done, label %write
@@ -230,39 +219,10 @@ write:
   br label %done
 done:
   ret i32 0
-}}
-
-declare i64 @llvm.readcyclecounter()
-
-; LLVM turns loops that copy or fill into calls of these; the library is linked without libc
-define hidden ptr @memcpy(ptr %to, ptr %from, i64 %count) noinline nounwind {{
-  %r = call {{ i64, i64, i64 }} asm sideeffect "rep movsb",
-    "={{rdi}},={{rsi}},={{rcx}},0,1,2,~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(ptr %to, ptr %from, i64 %count)
-  ret ptr %to
-}}
-define hidden ptr @memmove(ptr %to, ptr %from, i64 %count) noinline nounwind {{
-entry:
-  %a = ptrtoint ptr %to to i64
-  %b = ptrtoint ptr %from to i64
-  %distance = sub i64 %a, %b
-  %clear = icmp uge i64 %distance, %count
-  br i1 %clear, label %forward, label %backward
-forward:
-  %f = call ptr @memcpy(ptr %to, ptr %from, i64 %count)
-  ret ptr %to
-backward:
-  %last = sub i64 %count, 1
-  %to_end = getelementptr i8, ptr %to, i64 %last
-  %from_end = getelementptr i8, ptr %from, i64 %last
-  %r = call {{ i64, i64, i64 }} asm sideeffect "std\0Arep movsb\0Acld",
-    "={{rdi}},={{rsi}},={{rcx}},0,1,2,~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(
-    ptr %to_end, ptr %from_end, i64 %count)
-  ret ptr %to
-}}
-define hidden ptr @memset(ptr %to, i32 %value, i64 %count) noinline nounwind {{
-  %r = call {{ i64, i64 }} asm sideeffect "rep stosb",
-    "={{rdi}},={{rcx}},0,1,{{eax}},~{{memory}},~{{dirflag}},~{{fpsr}},~{{flags}}"(ptr %to, i64 %count, i32 %value)
-  ret ptr %to
-}}
+}
 """
-"""The whole runtime as one LLVM module, without a target."""
+
+
+def team_llvm(machine: str) -> str:
+    """The whole runtime as one LLVM module for `machine`, without a target."""
+    return _TEAM + MACHINES[machine]

@@ -3,54 +3,70 @@
 from __future__ import annotations
 
 import itertools
+import platform
 
 import pytest
 
-from xllm_compiler.artifact.cpu_isa import CPU_FLAGS, choose_isa, machine_isas
+from xllm_compiler.artifact.cpu_isa import CPU_FLAGS, LEVELS, choose_isa, machine_isas
 from xllm_compiler.errors import XllmError
 
-ALL = tuple(CPU_FLAGS)
+X86, ARM = CPU_FLAGS["x86_64"], CPU_FLAGS["aarch64"]
+ALL = [(machine, isa) for machine, levels in CPU_FLAGS.items() for isa in levels]
 
 
-def cpuinfo(*cores: tuple[str, ...]) -> str:
-    return "\n".join(f"processor\t: {i}\nflags\t\t: fpu sse {' '.join(core)}\n" for i, core in enumerate(cores))
+def cpuinfo(*cores: tuple[str, ...], name: str = "flags") -> str:
+    return "\n".join(f"processor\t: {i}\n{name}\t\t: fpu sse {' '.join(core)}\n" for i, core in enumerate(cores))
 
 
-def test_levels_are_nested() -> None:
-    sets = [set(flags) for flags in CPU_FLAGS.values()]
+@pytest.mark.parametrize("machine", CPU_FLAGS)
+def test_levels_are_nested(machine: str) -> None:
+    sets = [set(flags) for flags in CPU_FLAGS[machine].values()]
     assert all(low < high for low, high in itertools.pairwise(sets))
 
 
-@pytest.mark.parametrize("index", range(len(ALL)))
-def test_best_level_of_a_machine(index: int) -> None:
-    text = cpuinfo(CPU_FLAGS[ALL[index]])
-    assert machine_isas(text, "x86_64") == ALL[: index + 1]
-    assert choose_isa(ALL, text, "x86_64") == ALL[index]
-    assert choose_isa(("avx2",), text, "x86_64") == "avx2"
+@pytest.mark.parametrize(("machine", "isa"), ALL)
+def test_best_level_of_a_machine(machine: str, isa: str) -> None:
+    levels = tuple(CPU_FLAGS[machine])
+    text = cpuinfo(CPU_FLAGS[machine][isa], name={"x86_64": "flags", "aarch64": "Features"}[machine])
+    assert machine_isas(text, machine) == levels[: levels.index(isa) + 1]
+    assert choose_isa(LEVELS, text, machine) == isa
+    assert choose_isa(levels[:1], text, machine) == levels[0]
 
 
 def test_one_missing_flag_drops_a_level() -> None:
-    for flag in CPU_FLAGS["avx512_bf16"]:
-        text = cpuinfo(tuple(f for f in CPU_FLAGS["avx512_bf16"] if f != flag))
+    for flag in X86["avx512_bf16"]:
+        text = cpuinfo(tuple(f for f in X86["avx512_bf16"] if f != flag))
         assert "avx512_bf16" not in machine_isas(text, "x86_64")
 
 
 def test_the_weakest_core_decides() -> None:
-    assert machine_isas(cpuinfo(CPU_FLAGS["avx512"], CPU_FLAGS["avx2"]), "x86_64") == ("avx2",)
+    assert machine_isas(cpuinfo(X86["avx512"], X86["avx2"]), "x86_64") == ("avx2",)
+    assert machine_isas(cpuinfo(ARM["neon_bf16"], ARM["neon"], name="Features"), "aarch64") == ("neon",)
+
+
+def test_a_neoverse_n1() -> None:
+    """As the kernel prints it on Ampere's Altra and AWS's Graviton 2."""
+    text = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp "
+    text += "asimdhp cpuid asimdrdm lrcpc dcpop asimddp\nCPU implementer\t: 0x41\n"
+    assert machine_isas(text, "aarch64") == ("neon",)
 
 
 def test_nothing_fits() -> None:
     with pytest.raises(XllmError, match="avx512 only, and this CPU has avx2") as caught:
-        choose_isa(("avx512",), cpuinfo(CPU_FLAGS["avx2"]), "x86_64")
+        choose_isa(("avx512",), cpuinfo(X86["avx2"]), "x86_64")
     assert caught.value.kind == "artifact"
     with pytest.raises(XllmError, match=r"lacks .*avx2"):
-        choose_isa(ALL, cpuinfo(()), "x86_64")
-    with pytest.raises(XllmError, match="this machine is aarch64"):
-        choose_isa(ALL, cpuinfo(CPU_FLAGS["avx2"]), "aarch64")
+        choose_isa(tuple(X86), cpuinfo(()), "x86_64")
+    with pytest.raises(XllmError, match=r"lacks asimddp"):
+        choose_isa(LEVELS, cpuinfo(("asimd", "atomics", "asimdrdm", "crc32"), name="Features"), "aarch64")
+    with pytest.raises(XllmError, match=r"code for x86_64 \(avx2, .*this machine is aarch64"):
+        choose_isa(tuple(X86), cpuinfo(ARM["neon"], name="Features"), "aarch64")
+    with pytest.raises(XllmError, match=r"code for x86_64 and aarch64 \(.*this machine is riscv64"):
+        choose_isa(LEVELS, "", "riscv64")
     with pytest.raises(XllmError):
-        choose_isa((), cpuinfo(CPU_FLAGS["avx2"]), "x86_64")
+        choose_isa((), cpuinfo(X86["avx2"]), "x86_64")
 
 
 def test_this_machine() -> None:
     here = machine_isas()
-    assert here == ALL[: len(here)]
+    assert here == tuple(CPU_FLAGS[platform.machine()])[: len(here)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from xllm_compiler.artifact.cpu_isa import machine_levels
 from xllm_compiler.driver import prepare
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def test_defaults(tmp_path: Path) -> None:
     got = resolved(write(tmp_path / "model-x"))
     assert (got.target, got.dtype, got.max_model_len, got.name) == ("cpu", "f32", 512, "model-x")
     assert (got.max_num_seqs, got.max_num_batched_tokens, got.max_num_logits) == (64, 2048, 128)
-    assert got.pipeline == "@cpu" and got.isas == ("avx2", "avx512", "avx512_bf16", "amx") and got.notes == ()
+    assert got.pipeline == "@cpu" and got.isas == machine_levels() and got.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
     assert resolved(root, max_num_seqs=3000).max_num_logits == 3000
     assert resolved(root, max_num_seqs=2, max_num_batched_tokens=8).max_num_logits == 8
     assert resolved(root, isas=("avx512", "avx2")).isas == ("avx2", "avx512")
+    assert resolved(root, isas=("neon", "avx2")).isas == ("avx2", "neon")  # also of other machines
 
 
 @pytest.mark.parametrize(

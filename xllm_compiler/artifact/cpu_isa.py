@@ -13,20 +13,31 @@ from pathlib import Path
 
 from xllm_compiler.errors import XllmError
 
-ARCHITECTURE = "x86_64"
-
 _AVX2 = ("avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_NEON = ("asimd", "atomics", "asimdrdm", "crc32", "asimddp")
 
-CPU_FLAGS: dict[str, tuple[str, ...]] = {
-    "avx2": _AVX2,
-    "avx512": _AVX512,
-    "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
-    "amx": (*_AVX512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
+CPU_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
+        "amx": (*_AVX512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
+    },
+    "aarch64": {
+        "neon": _NEON,
+        "neon_bf16": (*_NEON, "bf16", "i8mm"),
+    },
 }
-"""Levels from the widest spread to the best, with the /proc/cpuinfo flags that the code of each may use (x86-64-v3,
-x86-64-v4, v4 with the bf16 and 8-bit dot products, and that with Intel's matrix tiles). Linux lists a flag only where
-it also saves the registers."""
+"""By `platform.machine()`, levels from the widest spread to the best, with the /proc/cpuinfo flags that the code of
+each may use: x86-64-v3, x86-64-v4, v4 with the bf16 and 8-bit dot products, and that with Intel's matrix tiles; Armv8.2
+with the 8-bit dot product (Neoverse N1 and later), and that with those of bf16 and of mixed signs (Armv8.6, Neoverse
+V1). Linux lists a flag only where it also saves the registers."""
+
+LEVELS: tuple[str, ...] = tuple(isa for levels in CPU_FLAGS.values() for isa in levels)
+"""All of them."""
+
+_FLAG_LINES = {"x86_64": "flags", "aarch64": "Features"}  # what /proc/cpuinfo calls them
 
 _ARCH_REQ_XCOMP_PERM = 0x1023  # asm/prctl.h, Linux 5.16
 _XFEATURE_TILE_DATA = 18
@@ -46,24 +57,30 @@ def tiles_allowed() -> bool:
     return False
 
 
-def machine_flags(cpuinfo: str | None = None) -> frozenset[str]:
+def machine_flags(cpuinfo: str | None = None, machine: str | None = None) -> frozenset[str]:
     """The CPU feature flags that every core of this machine has; `cpuinfo` stands in for /proc/cpuinfo in tests."""
     if cpuinfo is None:
         try:
             cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise XllmError("io", f"cannot read this CPU's features: {error.strerror}", where="/proc/cpuinfo") from None
-    cores = [frozenset(line.partition(":")[2].split()) for line in cpuinfo.splitlines() if line.startswith("flags")]
+    name = _FLAG_LINES.get(machine or platform.machine())
+    lines = [line.partition(":") for line in cpuinfo.splitlines()]
+    cores = [frozenset(flags.split()) for key, _, flags in lines if key.strip() == name]
     return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def machine_levels(machine: str | None = None) -> tuple[str, ...]:
+    """The levels of this machine's architecture, whether or not it has them itself."""
+    return tuple(CPU_FLAGS.get(machine or platform.machine(), {}))
 
 
 def machine_isas(cpuinfo: str | None = None, machine: str | None = None) -> tuple[str, ...]:
     """The levels that this machine can run, best last. Of the machine itself, no given text, permission to use tiles
     is asked for where it has any."""
-    if (machine or platform.machine()) != ARCHITECTURE:
-        return ()
-    flags = machine_flags(cpuinfo)
-    levels = [isa for isa, needs in CPU_FLAGS.items() if flags.issuperset(needs)]
+    machine = machine or platform.machine()
+    flags = machine_flags(cpuinfo, machine)
+    levels = [isa for isa, needs in CPU_FLAGS.get(machine, {}).items() if flags.issuperset(needs)]
     if cpuinfo is None and "amx" in levels and not tiles_allowed():
         levels.remove("amx")
     return tuple(levels)
@@ -78,11 +95,14 @@ def choose_isa(isas: Iterable[str], cpuinfo: str | None = None, machine: str | N
     if fitting:
         return fitting[-1]
     name = machine or platform.machine()
-    if name != ARCHITECTURE:
-        message = f"the artifact has code for {ARCHITECTURE} ({', '.join(offered)}) and this machine is {name}"
+    if not set(offered) & set(machine_levels(name)):
+        others = " and ".join(other for other, levels in CPU_FLAGS.items() if set(offered) & set(levels))
+        message = f"the artifact has code for {others} ({', '.join(offered)}) and this machine is {name}"
     else:
-        has = f"has {', '.join(here)}" if here else f"lacks {', '.join(sorted(set(_AVX2) - machine_flags(cpuinfo)))}"
-        message = f"the artifact has code for {', '.join(offered)} only, and this CPU {has}"
+        lowest = next(iter(CPU_FLAGS[name].values()))
+        missing = ", ".join(sorted(set(lowest) - machine_flags(cpuinfo, name)))
+        message = f"the artifact has code for {', '.join(offered)} only, and this CPU "
+        message += f"has {', '.join(here)}" if here else f"lacks {missing}"
     raise XllmError(
         "artifact", message, where="manifest.json: $.target.isas", help="compile the checkpoint for this machine"
     )

@@ -58,7 +58,8 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="int8: weights of 8 bits, a scale per row, by activations of 8 bits (w8a8). int4: weights of 4 bits, a "
         "scale for each 32, by activations of 8 (w4a8-g32). In general w4a8, w4a16, w8a8 or w8a16 (a16: activations as "
-        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points). "
+        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points), then -kv8 (keys and values cached as 8 bits; kv8 alone: nothing "
+        "else). "
         "mixed: int4, and 8 bits for the weights where that saves most loss per byte, until --max-kl is kept. The loss "
         "is measured, and stored in the artifact",
     )
@@ -67,12 +68,15 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="NATS",
         help="refuse a quantized model whose KL divergence from the unquantized one is larger; inf accepts any; "
-        "default 0.01 for weights of 8 bits, 0.1 for 4, 0.03 for mixed",
+        "default 0.01 for weights of 8 bits and for kv8, 0.1 for 4, 0.03 for mixed",
     )
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
     add_load(parser)
     parser.add_argument(
-        "--isas", metavar="LIST", help="instruction sets to make code for; default avx2,avx512,avx512_bf16,amx"
+        "--isas",
+        metavar="LIST",
+        help="instruction sets to make code for; default all of this machine's architecture: "
+        "avx2,avx512,avx512_bf16,amx or neon,neon_bf16",
     )
     parser.add_argument("--name", help="the model's name for clients; default: the checkpoint directory's name")
     parser.add_argument(

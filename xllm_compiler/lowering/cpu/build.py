@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy.typing as npt
 
 from xllm_compiler.artifact.calls import CallTable
+from xllm_compiler.artifact.cpu_isa import machine_levels
 from xllm_compiler.dims import Dim, as_dim, sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
@@ -74,7 +75,7 @@ def lower_cpu(
     weights: Mapping[str, npt.NDArray[Any]],
     out_dir: Path,
     *,
-    isas: Sequence[str] = tuple(ISAS),
+    isas: Sequence[str] = machine_levels(),
     progress: Progress = lambda what, done: None,
 ) -> CpuLowering:
     """Lowers `@step` of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` below `out_dir`.

@@ -1,0 +1,151 @@
+"""The LLVM text of small functions that x86 has instructions for: masked access, bf16 and 8-bit dot products.
+
+Owns what differs between the x86 levels; `intrinsics` has what all architectures share, `tile_intrinsics` AMX."""
+
+from __future__ import annotations
+
+from xllm_compiler.kernels.tir.base import LANES, Isa
+from xllm_compiler.kernels.tir.intrinsics_without import DOT_WITH_FMA, LOOPED_16, ROUND_BF16
+from xllm_compiler.kernels.tir.tile_intrinsics import tile_intrinsics
+
+_MASKED_32 = """
+declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, <16 x i1>, <16 x float>)
+declare <16 x i32> @llvm.masked.load.v16i32.p0(ptr, <16 x i1>, <16 x i32>)
+declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, <16 x i1>)
+define linkonce_odr <16 x i32> @xllm_load_first_i32(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x i32> @llvm.masked.load.v16i32.p0(ptr align 4 %p, <16 x i1> %m, <16 x i32> zeroinitializer)
+  ret <16 x i32> %r
+}
+define linkonce_odr <16 x float> @xllm_load_first_f32(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x float> @llvm.masked.load.v16f32.p0(ptr align 4 %p, <16 x i1> %m, <16 x float> zeroinitializer)
+  ret <16 x float> %r
+}
+define linkonce_odr i32 @xllm_store_first_f32(ptr %p, <16 x float> %v, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  call void @llvm.masked.store.v16f32.p0(<16 x float> %v, ptr align 4 %p, <16 x i1> %m)
+  ret i32 0
+}
+"""
+
+_MASKED_16 = """
+declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, <16 x i1>, <16 x i16>)
+declare void @llvm.masked.store.v16i16.p0(<16 x i16>, ptr, <16 x i1>)
+define linkonce_odr <16 x float> @xllm_load_first_bf16(ptr %p, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %v = call <16 x i16> @llvm.masked.load.v16i16.p0(ptr align 2 %p, <16 x i1> %m, <16 x i16> zeroinitializer)
+  %r = call <16 x float> @xllm_widen(<16 x i16> %v)
+  ret <16 x float> %r
+}
+define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) {
+  %m = call <16 x i1> @xllm_first(i32 %n)
+  %r = call <16 x i16> @xllm_round_bf16(<16 x float> %v)
+  call void @llvm.masked.store.v16i16.p0(<16 x i16> %r, ptr align 2 %p, <16 x i1> %m)
+  ret i32 0
+}
+"""
+
+_DOT_INSTRUCTION = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+define linkonce_odr <16 x float> @xllm_dot_bf16(<16 x float> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+define linkonce_odr <16 x i16> @xllm_round_bf16(<16 x float> %v) {
+  %c = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %v)
+  %r = bitcast <16 x bfloat> %c to <16 x i16>
+  ret <16 x i16> %r
+}
+"""
+
+_INT8_INSTRUCTION = """
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+define linkonce_odr <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %acc, <64 x i8> %x, <64 x i8> %y)
+  ret <16 x i32> %r
+}
+define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %r = call <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b)
+  ret <16 x i32> %r
+}
+"""
+
+# Bytes at even and at odd places as 16-bit pairs, which the instruction for pairs multiplies and adds without loss.
+_INT8_WITH_PAIRS = """
+define linkonce_odr <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %a16 = bitcast <16 x i32> %a to <32 x i16>
+  %b16 = bitcast <16 x i32> %b to <32 x i16>
+  %ae = and <32 x i16> %a16, splat (i16 255)
+  %ao = lshr <32 x i16> %a16, splat (i16 8)
+  %bl = shl <32 x i16> %b16, splat (i16 8)
+  %be = ashr <32 x i16> %bl, splat (i16 8)
+  %bo = ashr <32 x i16> %b16, splat (i16 8)
+  %even = call <16 x i32> @xllm_pairs(<32 x i16> %ae, <32 x i16> %be)
+  %odd = call <16 x i32> @xllm_pairs(<32 x i16> %ao, <32 x i16> %bo)
+  %both = add <16 x i32> %even, %odd
+  %r = add <16 x i32> %acc, %both
+  ret <16 x i32> %r
+}
+; 4 times 15 * 127 stays within 16 bits, so the instruction that adds bytes in 16 bits loses nothing
+define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %a8 = bitcast <16 x i32> %a to <64 x i8>
+  %b8 = bitcast <16 x i32> %b to <64 x i8>
+  %pairs = call <32 x i16> @xllm_bytes(<64 x i8> %a8, <64 x i8> %b8)
+  %quads = call <16 x i32> @xllm_pairs(<32 x i16> %pairs, <32 x i16> splat (i16 1))
+  %r = add <16 x i32> %acc, %quads
+  ret <16 x i32> %r
+}
+"""
+
+_PAIRS_512 = """
+declare <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16>, <32 x i16>)
+declare <32 x i16> @llvm.x86.avx512.pmaddubs.w.512(<64 x i8>, <64 x i8>)
+define linkonce_odr <16 x i32> @xllm_pairs(<32 x i16> %a, <32 x i16> %b) {
+  %r = call <16 x i32> @llvm.x86.avx512.pmaddw.d.512(<32 x i16> %a, <32 x i16> %b)
+  ret <16 x i32> %r
+}
+define linkonce_odr <32 x i16> @xllm_bytes(<64 x i8> %a, <64 x i8> %b) {
+  %r = call <32 x i16> @llvm.x86.avx512.pmaddubs.w.512(<64 x i8> %a, <64 x i8> %b)
+  ret <32 x i16> %r
+}
+"""
+
+
+def _halves(name: str, intrinsic: str, of: tuple[str, int], to: tuple[str, int]) -> str:
+    """A function on vectors of 512 bits that calls an instruction for 256 bits on each half."""
+    lo, hi = (", ".join(f"i32 {i}" for i in range(s, s + of[1] // 2)) for s in (0, of[1] // 2))
+    whole, half = f"<{of[1]} x {of[0]}>", f"<{of[1] // 2} x {of[0]}>"
+    result, part = f"<{to[1]} x {to[0]}>", f"<{to[1] // 2} x {to[0]}>"
+    mask = f"<{of[1] // 2} x i32>"
+    lines = [
+        f"declare {part} @{intrinsic}({half}, {half})",
+        f"define linkonce_odr {result} @{name}({whole} %a, {whole} %b) {{",
+    ]
+    for v in "ab":
+        for end, places in (("0", lo), ("1", hi)):
+            lines.append(f"  %{v}{end} = shufflevector {whole} %{v}, {whole} poison, {mask} <{places}>")
+    for end in "01":
+        lines.append(f"  %r{end} = call {part} @{intrinsic}({half} %a{end}, {half} %b{end})")
+    places = ", ".join(f"i32 {i}" for i in range(to[1]))
+    lines.append(f"  %r = shufflevector {part} %r0, {part} %r1, <{to[1]} x i32> <{places}>")
+    return "\n".join([*lines, f"  ret {result} %r", "}", ""])
+
+
+_PAIRS_256 = _halves("xllm_pairs", "llvm.x86.avx2.pmadd.wd", ("i16", 32), ("i32", 16)) + _halves(
+    "xllm_bytes", "llvm.x86.avx2.pmadd.ub.sw", ("i8", 64), ("i16", 32)
+)
+
+
+def x86_intrinsics(isa: Isa) -> str:
+    """The LLVM text for one x86 level."""
+    wide = isa.register_lanes == LANES
+    masks = _MASKED_32 + (_MASKED_16 if wide else LOOPED_16)
+    bf16 = _DOT_INSTRUCTION if isa.has_bf16_dot else DOT_WITH_FMA + ROUND_BF16
+    int8 = _INT8_INSTRUCTION if isa.has_int8_dot else _INT8_WITH_PAIRS + (_PAIRS_512 if wide else _PAIRS_256)
+    return masks + bf16 + int8 + (tile_intrinsics() if isa.has_tiles else "")

@@ -1,0 +1,30 @@
+"""Which program links for an architecture. Owns the search and what to install where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+
+from xllm_compiler.errors import XllmError
+
+
+def find_linker(machine: str) -> list[str]:
+    """The command that links for `machine`, an architecture as `platform.machine()` names it: this machine's `cc`; for
+    another the C compiler of the package ziglang, else GNU's cross compiler. Raises XllmError("io") without any."""
+    here = platform.machine()
+    if machine == here:
+        if shutil.which("cc"):
+            return ["cc"]
+        raise XllmError("io", "no linker: `cc` was not found", help="install gcc or clang to compile for the CPU")
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu"]
+    cross = f"{machine}-linux-gnu-gcc"
+    if shutil.which(cross):
+        return [cross]
+    raise XllmError(
+        "io",
+        f"no linker: nothing on this {here} links for {machine}",
+        help=f"pip install 'xllm-compiler[cross]', or install Debian's gcc-{machine.replace('_', '-')}-linux-gnu",
+    )
