@@ -83,19 +83,30 @@ def test_zero_stays_zero_and_rows_do_not_see_each_other(bits: int, group: int, z
             assert np.array_equal(a[row : row + 1], b)
 
 
-def test_clipping_is_worth_it_only_where_it_lowers_the_error() -> None:
-    """One outlier among small weights: the best of twelve scales, tried one by one here."""
-    w = matrix(1, 1, 32)
-    w[0, 3] = 4 * np.abs(w).max()
-    stored, scales, _ = quant.quantize_weight(w, 4, 32, False)
-    errors = {}
-    for i in range(12):
-        scale = np.float16(w[0, 3] / -8 * (1 - 0.04 * i)).astype(np.float64)
-        q = np.clip(np.rint(w[0] / scale), -8, 7)
-        errors[scale] = np.square(q * scale - w[0]).sum()
-    best = min(errors, key=lambda s: errors[s])
-    assert scales[0, 0] == best and len(set(errors)) == 12
-    assert (stored[0].astype(int) - 8 == np.clip(np.rint(w[0] / best), -8, 7)).all()
+@pytest.mark.parametrize("outlier", [1, 4])
+def test_no_scale_is_much_better_than_the_one_chosen(outlier: int) -> None:
+    """A thousand scales of either sign, tried one by one here on groups of 32, with an outlier or without."""
+    w = matrix(1, 60, 32).astype(np.float64)
+    w[:, 3] = outlier * np.abs(w).max(axis=1)
+    stored, scales, _ = quant.quantize_weight(w.astype(np.float32), 4, 32, False)
+    scale = scales.astype(np.float64)
+    assert (stored.astype(int) - 8 == np.clip(np.rint(w / scale), -8, 7)).all()
+    got = np.square((stored.astype(int) - 8) * scale - w).sum(axis=1)
+    best = np.full(60, np.inf)
+    for step in np.abs(w).max(axis=1, keepdims=True) / 8 * np.linspace(-1.4, 1.4, 1000)[:, None, None]:
+        best = np.minimum(best, np.square(np.clip(np.rint(w / step), -8, 7) * step - w).sum(axis=1))
+    assert (got < best * 1.15).all() and np.median(got / best) < 1.01
+
+
+def test_scales_of_tiny_and_huge_weights() -> None:
+    """Nothing overflows on the way to a scale, whatever the magnitude; beyond f16 the scale is its largest or 0."""
+    shape = matrix(2, 1, 32)
+    plain = quant.quantize_weight(shape, 4, 0, False)
+    for power in (-80, 90):
+        stored, scales, _ = quant.quantize_weight(shape * np.float32(2.0**power), 4, 0, False)
+        assert (stored == plain[0]).all() and (scales == plain[1] * np.float32(2.0**power)).all()
+    assert np.abs(quant.quantize_weight(shape * np.float32(1e30), 4, 32, False)[1]) == 65504
+    assert (quant.quantize_weight(shape * np.float32(1e-41), 4, 32, False)[1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -8,6 +8,7 @@ whole rows. Activations are stored by row as integers in -127 .. 127 with an f32
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -17,7 +18,10 @@ from xllm_compiler.ir.semantics import Array
 
 STEP: Final = 16  # rows of quantized activations are padded to a multiple of so many values, or to whole groups
 LARGEST: Final = 127  # of a quantized activation
-_CANDIDATES: Final = 12  # scales tried for a group of 4 bits
+_CANDIDATES: Final = 12  # scales tried for a group of 4 bits with a zero point
+_STARTS: Final = (*(1.1 - 0.05 * i for i in range(10)), *(-8 / 7 * (1 - 0.06 * i) for i in range(6)))
+"""Of a group of 4 bits without one: scales from which a fit starts, as multiples of the one that gives the largest
+weight the integer -8. The negative ones give it 7, which has the finer steps on the other side."""
 _BLOCK: Final = 1 << 17  # weights looked at in one go: what is computed of them stays near a core
 _SHORT: Final = 256  # longest group for which numpy is faster across groups than along them
 
@@ -42,8 +46,10 @@ def quantize_weight(w: Array, bits: int, group: int, zeros: bool) -> tuple[Array
     """Stored values u8 [out, in], scales [out, groups], zero points u8 [out, groups].
 
     Without `zeros` the zero point is the middle of the range. At 8 bits the largest weight of a group becomes the
-    largest integer. At 4 bits, where clipping an outlier often pays, the scale is the one of twelve that leaves the
-    smallest sum of squared errors (as the clipping search of AWQ does); ties take the largest scale.
+    largest integer. At 4 bits, where clipping an outlier often pays, several scales are tried, and the one is taken
+    that leaves the smallest sum of squared errors: with zero points of twelve (as the clipping search of AWQ does),
+    without them of sixteen, each of which is first replaced by the least-squares fit for the integers that it leads to
+    (as in llama.cpp's make_qx_quants). Of ties the first is taken.
 
     Blocks of rows are done side by side on all processors; a group's result depends on nothing but the group.
     """
@@ -105,11 +111,14 @@ def _quantize_groups(
         np.clip(out, first, last, out=out)
 
     exact, work = np.empty_like(w), np.empty_like(w)
+    search = bits == 4 and zeros
+    if bits == 4 and not zeros:
+        full = _fitted(w, axis, full, nearest, exact, work)
     best_scale, best_zero, best_error = np.zeros_like(low, dtype), np.full_like(low, middle), np.full_like(low, np.inf)
-    for step in range(_CANDIDATES if bits == 4 else 1):
+    for step in range(_CANDIDATES if search else 1):
         scale, inverse, wide = _scale(full * np.float32(1 - 0.04 * step), dtype)
         zero = np.clip(np.rint(-low * inverse), 0, top) if zeros else best_zero
-        if bits != 4:
+        if not search:
             best_scale, best_zero = scale, zero
             break
         units(inverse, zero, exact)
@@ -125,6 +134,29 @@ def _quantize_groups(
     nearest(exact, work)
     work -= first
     return work.astype(np.uint8), best_scale, best_zero.astype(np.uint8)
+
+
+def _fitted(
+    w: Array, axis: int, full: Array, nearest: Callable[[Array, Array], None], units: Array, work: Array
+) -> Array:
+    """The best least-squares scale of each group; `units` and `work` are room of w's shape.
+
+    For integers n, the scale sum(w n) / sum(n n) leaves sum(w w) - sum(w n)^2 / sum(n n): the subtrahend decides.
+    """
+    usable = np.abs(full) >= np.finfo(np.float32).tiny
+    np.multiply(w, np.divide(np.float32(1), full, out=np.zeros_like(full), where=usable), out=units)
+    best_fit, best_gain = np.zeros_like(full), np.zeros_like(full)
+    for start in _STARTS:
+        np.multiply(units, np.float32(1 / start), out=work)
+        nearest(work, work)
+        along = np.add.reduce(units * work, axis=axis, keepdims=True)
+        np.square(work, out=work)
+        own = np.add.reduce(work, axis=axis, keepdims=True)
+        fit = np.divide(along, own, out=np.zeros_like(own), where=own > 0)
+        better = along * fit > best_gain
+        np.copyto(best_fit, fit, where=better)
+        np.copyto(best_gain, along * fit, where=better)
+    return np.asarray(full * best_fit)
 
 
 def _scale(scale: Array, dtype: np.dtype[np.generic]) -> tuple[Array, Array, Array]:
