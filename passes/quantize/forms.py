@@ -15,24 +15,30 @@ _DEFAULT_GROUP: Final = {8: 0, 4: 32}
 _ALIASES: Final = {"int8": "w8a8", "int4": "w4a8"}
 MIXED: Final = "mixed"
 """A choice among forms by what they lose: 4 bits, and 8 where that pays most (`xllm_compiler.loss.mixed`)."""
-_HEADS: Final = (*_ALIASES, "w8a8", "w8a16", "w4a8", "w4a16")
-_HELP: Final = "int8, int4, mixed, or wNaM[-gG][-asym] such as w4a8-g64, w4a16-g128-asym, w8a16"
+_KV: Final = "kv8"
+_HEADS: Final = (*_ALIASES, "w8a8", "w8a16", "w4a8", "w4a16", _KV)
+_HELP: Final = "int8, int4, mixed, kv8, or wNaM[-gG][-asym][-kv8] such as w4a8-g64, w4a16-g128-asym, int8-kv8"
 
 
 @dataclass(frozen=True, slots=True)
 class QuantForm:
     """Linear layers on weights of `weights` bits, with a scale per `group` values (0: per row), and zero points where
-    `zeros`; their inputs rounded to 8 bits by row, or (activations=16) as they are."""
+    `zeros`; their inputs rounded to 8 bits by row, or (activations=16) as they are; and a cache of `kv` bits. 16 bits
+    stand for what the model has."""
 
     weights: int
     activations: int = 8
     group: int = 0
     zeros: bool = False
+    kv: int = 16
 
     def __str__(self) -> str:
-        """The canonical spelling, which says everything: w8a8, w4a8-g32, w4a16-g128-asym."""
+        """The canonical spelling, which says everything: w8a8, w4a8-g32, w4a16-g128-asym-kv8, kv8."""
+        if self.weights == 16:
+            return _KV
         group = f"-g{self.group}" if self.group else ""
-        return f"w{self.weights}a{self.activations}{group}{'-asym' if self.zeros else ''}"
+        zeros, kv = "-asym" if self.zeros else "", f"-{_KV}" if self.kv == 8 else ""
+        return f"w{self.weights}a{self.activations}{group}{zeros}{kv}"
 
     @property
     def options(self) -> str:
@@ -42,13 +48,16 @@ class QuantForm:
 
     def passes(self) -> tuple[str, ...]:
         """The passes that make it of a module of plain linear layers."""
-        weights = f"quantize-weights{{{self.options}}}"
-        return (weights, "quantize-rows") if self.activations == 8 else (weights,)
+        weights = (f"quantize-weights{{{self.options}}}",) if self.weights < 16 else ()
+        rows = ("quantize-rows",) if self.activations == 8 else ()
+        return (*weights, *rows, *(("quantize-kv",) if self.kv == 8 else ()))
 
 
 def parse_form(text: str) -> QuantForm:
     """The form that `text` names: `int8` is w8a8, `int4` is w4a8-g32; any case. Raises kind "option"."""
     head, *suffixes = text.strip().lower().split("-")
+    if head == _KV and not suffixes:
+        return QuantForm(16, 16, kv=8)
     found = re.fullmatch(r"w(\d+)a(\d+)", _ALIASES.get(head, head))
     if found is None:
         near = get_close_matches(head, (*_HEADS, MIXED), 1)
@@ -66,9 +75,9 @@ def parse_form(text: str) -> QuantForm:
         )
     given = [suffix for suffix in suffixes if re.fullmatch(r"g\d+", suffix)]
     for suffix in suffixes:
-        if suffix not in given and suffix != "asym":
+        if suffix not in given and suffix not in ("asym", _KV):
             raise XllmError("option", f"--quantize {text!r}: {suffix!r} is not known", help=_HELP)
-    if len(given) > 1 or suffixes.count("asym") > 1:
+    if len(given) > 1 or len(set(suffixes)) < len(suffixes):
         raise XllmError("option", f"--quantize {text!r} says twice what it wants", help=_HELP)
     group = int(given[0][1:]) if given else _DEFAULT_GROUP[weights]
     if given and group not in GROUPS:
@@ -83,4 +92,4 @@ def parse_form(text: str) -> QuantForm:
             f"--quantize {text!r}: zero points are for weights of 4 bits",
             help="at 8 bits they gain next to nothing; leave out -asym",
         )
-    return QuantForm(weights, activations, group, "asym" in suffixes)
+    return QuantForm(weights, activations, group, "asym" in suffixes, 8 if _KV in suffixes else 16)

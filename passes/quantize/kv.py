@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from xllm_compiler.ir.clone import clone_op
 from xllm_compiler.ir.core import Builder, Func, Op, Value
@@ -11,9 +11,6 @@ from xllm_compiler.ir.ops import KvAppend, KvAttend, KvWrite
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
-
-QUANTIZE_KV: Final = "quantize-kv"
-"""What a pipeline says for a cache of 8-bit integers: after fuse-kv-append, before plan-memory."""
 
 
 @register_pass("quantize-kv")

@@ -24,6 +24,8 @@ from xllm_compiler.passes.quantize.forms import GROUPS, QuantForm, parse_form
         ("int4-g128", QuantForm(4, 8, 128), "w4a8-g128"),
         ("w4a16-g64-asym", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
         ("w4a16-asym-g64", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
+        ("kv8", QuantForm(16, 16, kv=8), "kv8"),
+        ("int4-kv8-g64", QuantForm(4, 8, 64, kv=8), "w4a8-g64-kv8"),
     ],
 )
 def test_what_it_means(text: str, form: QuantForm, name: str) -> None:
@@ -31,13 +33,13 @@ def test_what_it_means(text: str, form: QuantForm, name: str) -> None:
 
 
 def test_every_form_survives_its_name_and_makes_a_pipeline() -> None:
-    for bits, acts, group, zeros in itertools.product((8, 4), (8, 16), (0, *GROUPS), (False, True)):
+    for bits, acts, group, zeros, kv in itertools.product((8, 4), (8, 16), (0, *GROUPS), (False, True), (8, 16)):
         if (bits == 4 and not group) or (bits == 8 and zeros):
             continue
-        form = QuantForm(bits, acts, group, zeros)
+        form = QuantForm(bits, acts, group, zeros, kv)
         assert parse_form(str(form)) == form
         text = str(parse_pipeline(",".join(quantized(form))))
-        assert ("quantize-rows" in text) == (acts == 8)
+        assert ("quantize-rows" in text) == (acts == 8) and ("quantize-kv" in text) == (kv == 8)
         assert f"bits={bits}" in text or bits == 8  # the default is not printed
         assert (f"group={group}" in text) == bool(group) and ("zeros=true" in text) == zeros
 

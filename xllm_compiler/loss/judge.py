@@ -3,6 +3,7 @@ the refusal; how losses are found is `measure`'s, which weights mixed widens is 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from xllm_compiler.artifact import Manifest
@@ -53,9 +54,9 @@ class Judge:
         if self._limit is not None and not total.kl <= self._limit:
             raise self._refusal(total)
         if self._layers is None:
-            form = parse_form(self._form)
+            form = replace(parse_form(self._form), kv=16)  # a layer has no cache
             every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
-            self._layers = layer_losses(self._bench, every, form)
+            self._layers = layer_losses(self._bench, every, form) if form.weights < 16 else ()
         return LossReport(self._form, self._pipeline, self._bench.text, isa, self._limit, total, self._layers)
 
     def _refusal(self, total: Loss) -> XllmError:

@@ -58,8 +58,8 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="int8: weights of 8 bits, a scale per row, by activations of 8 bits (w8a8). int4: weights of 4 bits, a "
         "scale for each 32, by activations of 8 (w4a8-g32). In general w4a8, w4a16, w8a8 or w8a16 (a16: activations as "
-        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points), then -kv8 (keys and values cached as 8 bits; kv8 alone: nothing "
-        "else). "
+        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points), "
+        "then -kv8 (keys and values are cached in 8 bits; kv8 alone quantizes nothing else). "
         "mixed: int4, and 8 bits for the weights where that saves most loss per byte, until --max-kl is kept. The loss "
         "is measured, and stored in the artifact",
     )
