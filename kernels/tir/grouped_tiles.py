@@ -34,7 +34,7 @@ class _Groups(TileSums):
     def __init__(self, q: Quantization, k: int, env: dict[str, Expr], row_bytes: int, length: int) -> None:
         self._q = q
         self._env = env
-        self._row_bytes, self._length = row_bytes, length
+        self.row_bytes, self._length = row_bytes, length
         self._groups = row_bytes // length
         self._panel_bytes, self._group_bytes = q.panel_bytes(k), q.group_bytes(k)
         self._bytes = stack_array(PANEL * row_bytes, "int8")
@@ -56,7 +56,7 @@ class _Groups(TileSums):
             self.take_apart(start, T.bind(T.Cast("int64", group) * (self._length * PANEL)))
 
     def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
-        rows = T.bind(T.Cast("int64", row) * self._row_bytes)
+        rows = T.bind(T.Cast("int64", row) * self.row_bytes)
         with T.serial(0, here * (PANEL // LANES)) as vector:
             store(sums, vector * LANES, splat(0.0), "f32")
         self._tiles(rows, here, T.int32(0))
@@ -83,7 +83,7 @@ class _Groups(TileSums):
                 for tile in range(4):
                     zero(tile)
                 with T.serial(0, steps) as step:
-                    load_tile(4, self._row(rows, group, step, 0), self._row_bytes)
+                    load_tile(4, self._row(rows, group, step, 0), self.row_bytes)
                     for column in range(4):
                         load_tile(5 + column % 3, self._weight(group, step, column), STEP_BYTES)
                         dot(self.kind, column, 4, 5 + column % 3)
@@ -101,7 +101,7 @@ class _Groups(TileSums):
                         for j in range(2):
                             load_tile(6 + j, self._weight(group, step, first + j), STEP_BYTES)
                         for i in range(2):
-                            load_tile(4 + i, self._row(rows, group, step, i * TILE_ROWS), self._row_bytes)
+                            load_tile(4 + i, self._row(rows, group, step, i * TILE_ROWS), self.row_bytes)
                             for j in range(2):
                                 dot(self.kind, 2 * i + j, 4 + i, 6 + j)
                     for i in range(2):
@@ -110,7 +110,7 @@ class _Groups(TileSums):
                             store_tile(2 * i + j, address(self._parts, at), PANEL * 4)
 
     def _row(self, rows: Expr, group: Expr, step: Expr, below: int) -> Expr:
-        at = rows + T.Cast("int64", group) * self._length + step * TILE_BYTES + below * self._row_bytes
+        at = rows + T.Cast("int64", group) * self._length + step * TILE_BYTES + below * self.row_bytes
         return address(self._env["x"], T.truncdiv(at, T.int64(self.element_bytes)))
 
     def _weight(self, group: Expr, step: Expr, column: int) -> Expr:

@@ -41,6 +41,7 @@ from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFor
 Expr = Any
 _DTYPES = ("bf16", "f32")
 _MAX_ROWS = 8
+_CACHED_BYTES = 1 << 20  # of rows that meet one panel after the other: half of a second-level cache
 _LINE = 64  # bytes that memory gives at once
 
 
@@ -175,11 +176,25 @@ class _Loop:
     def emit(self, **env: Expr) -> None:
         by_tiles = self._tiles(env) if self.isa.has_tiles else None
         height = BLOCK_ROWS if by_tiles else tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
-        panels = -(-self.n // self.columns)
+        sums = stack_array(height * PANEL, "float32")
+        if by_tiles is None:
+            self._panels(env, T.int32(0), env["rows"], height, sums, None)
+            return
+        # Tiles are so fast that rows must come from the second-level cache: as many at a time as it holds.
+        most = max(1, _CACHED_BYTES // (by_tiles.row_bytes * height)) * height
         rows = env["rows"]
+        with T.serial(0, T.truncdiv(rows + (most - 1), T.int32(most))) as chunk:
+            top = T.bind(chunk * most)
+            self._panels(env, top, T.bind(T.min(rows - top, most)), height, sums, by_tiles)
+        by_tiles.release()
+
+    def _panels(
+        self, env: dict[str, Expr], top: Expr, rows: Expr, height: int, sums: Expr, by_tiles: TileSums | None
+    ) -> None:
+        """The member's share of `rows` rows from row `top` on."""
+        panels = -(-self.n // self.columns)
         tiles = T.bind(T.max(T.truncdiv(rows + (height - 1), T.int32(height)), 1))
         first, last = share(tiles * panels * T.min(rows, 1), env["member"], env["team"])
-        sums = stack_array(height * PANEL, "float32")
         with T.If(first < last), T.Then():
             start = T.bind(T.truncdiv(first, tiles))
             stop = T.bind(T.truncdiv(last - 1, tiles) + 1)
@@ -190,20 +205,18 @@ class _Loop:
                     by_tiles.begin(panel)
                 with T.serial(lo, hi) as tile:
                     if by_tiles:
-                        row = T.bind(tile * height)
-                        here = T.bind(T.min(rows - row, height))
+                        row = T.bind(top + tile * height)
+                        here = T.bind(T.min(rows - tile * height, height))
                         by_tiles.emit(row, here, panel, sums)
                     else:
                         # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
-                        row = T.bind(T.truncdiv(rows * tile, tiles))
-                        here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - row)
+                        row = T.bind(top + T.truncdiv(rows * tile, tiles))
+                        here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - (row - top))
                         place, sizes = (tile, tiles), range(1, height + 1)
                         choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
                     # After the tile and not in it: the code of an activation once, and not once per row and tile size.
                     with T.serial(0, here) as i:
                         self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_tiles)
-        if by_tiles:
-            by_tiles.release()
 
     def _tiles(self, env: dict[str, Expr]) -> TileSums | None:
         """How matrix tiles make the sums; None where they cannot, and vectors do."""

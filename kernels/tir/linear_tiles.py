@@ -26,7 +26,9 @@ _SUMS_STRIDE = PANEL * 4
 
 
 class TileSums(ABC):
-    """Sums of up to 32 rows of x by one panel, made with tiles."""
+    """Sums of up to 32 rows of x by one panel, made with tiles. `row_bytes`: of a row of x."""
+
+    row_bytes: int
 
     def begin(self, panel: Expr) -> None:
         """Emitted before the rows that meet `panel`; most have nothing to prepare."""
@@ -51,7 +53,7 @@ class WholeRows(TileSums):
     def __init__(self, kind: str, row_bytes: int, env: dict[str, Expr]) -> None:
         """`row_bytes`: of a row of x, a multiple of 4."""
         self._kind = kind
-        self._row_bytes = row_bytes
+        self.row_bytes = row_bytes
         self._env = env
         self._x, self._w = env["x"], env["w"]
         self._element = 2 if kind == "bf16" else 1
@@ -63,7 +65,7 @@ class WholeRows(TileSums):
         """Where the values of a panel begin, in bytes."""
 
     def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
-        rows = T.bind(T.Cast("int64", row) * self._row_bytes)
+        rows = T.bind(T.Cast("int64", row) * self.row_bytes)
         weights = T.bind(self.values_at(panel))
         with T.If(here <= TILE_ROWS):
             with T.Then():
@@ -84,7 +86,7 @@ class WholeRows(TileSums):
             return [(here, TILE_BYTES)] * 4 + [(here, width)] + [(pieces, TILE_BYTES)] * 3
 
         def add(step: Expr) -> None:
-            load_tile(4, self._row(rows, step), self._row_bytes)
+            load_tile(4, self._row(rows, step), self.row_bytes)
             for column in columns:
                 load_tile(5 + column % 3, self._weight(weights, step, column * LANES), STEP_BYTES)
                 dot(self._kind, column, 4, 5 + column % 3)
@@ -105,7 +107,7 @@ class WholeRows(TileSums):
             for j in range(2):
                 load_tile(6 + j, self._weight(weights, step, first + j * LANES), STEP_BYTES)
             for i in range(2):
-                load_tile(4 + i, self._row(rows + i * TILE_ROWS * self._row_bytes, step), self._row_bytes)
+                load_tile(4 + i, self._row(rows + i * TILE_ROWS * self.row_bytes, step), self.row_bytes)
                 for j in range(2):
                     dot(self._kind, 2 * i + j, 4 + i, 6 + j)
 
@@ -155,7 +157,7 @@ class DenseTiles(WholeRows):
         super().__init__("bf16", 2 * k, env)
 
     def values_at(self, panel: Expr) -> Expr:
-        return T.Cast("int64", panel) * (PANEL * self._row_bytes)
+        return T.Cast("int64", panel) * (PANEL * self.row_bytes)
 
     def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
         return sums

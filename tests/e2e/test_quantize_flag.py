@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from stepper import options
 
+from xllm_compiler.artifact import read_manifest
 from xllm_compiler.driver import compile_checkpoint
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
@@ -66,3 +67,10 @@ def test_random_weights_are_accepted_when_told_so(checkpoint: Callable[[str], Pa
     compile_checkpoint(checkpoint("qwen3"), tmp_path / "r", bundled("int4", float("inf")))
     found = json.loads((tmp_path / "r" / FILE).read_text())
     assert found["max_kl"] is None and found["total"]["kl"] >= 0
+
+
+def test_a_small_cache_alone(tmp_path: Path) -> None:
+    found = compiled(tmp_path / "kv", "kv8")
+    assert found["form"] == "kv8" and found["layers"] == [] and 0 < found["total"]["kl"] < 0.002  # type: ignore[index]
+    pages = read_manifest(tmp_path / "kv").memory.kv
+    assert pages.page_bytes == 26112  # a byte for each of 24,576 values, and 4 for each of 384 scales

@@ -69,6 +69,21 @@ def test_linear(isa: str, dtype: str, k: int, n: int, bias: bool, residual: bool
             assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
 
 
+@pytest.mark.parametrize("isa", machine_isas())
+def test_more_rows_than_are_taken_at_a_time(isa: str) -> None:
+    k, n, most = 8200, 70, 70
+    rng = np.random.default_rng(5)
+    kernel = Standalone(Linear(k, n, "bf16", "f32"), ISAS[isa])
+    w, x = normal(rng, (n, k), "bf16"), normal(rng, (most, k), "bf16")
+    packed, together, alone = layouts.pack_panels(w), np.zeros((most, n), np.float32), np.zeros((most, n), np.float32)
+    kernel(x, packed, together, most, team=2)
+    for row in range(most):
+        kernel(x[row : row + 1], packed, alone[row : row + 1], 1)
+    assert together.tobytes() == alone.tobytes()
+    expected = x.astype(np.float64) @ w.astype(np.float64).T
+    assert np.abs(together - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("isa, dtype", ISA_TYPES)
 @pytest.mark.parametrize("k, f, bias", [(64, 96, False), (33, 40, True), (16, 3, True)])
 def test_linear_glu(isa: str, dtype: str, k: int, f: int, bias: bool) -> None:
