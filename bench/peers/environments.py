@@ -95,8 +95,8 @@ def build_llama(place: Place) -> None:
         tar.extractall(sources, filter="data")
     (vendored,) = sources.glob("llama_cpp_python-*/vendor/llama.cpp")
     (sources / "llama.cpp").symlink_to(vendored.relative_to(sources))
-    # GCC before 15 tells the optimizer that ldtilecfg reads 8 of its 64 bytes, so the tiles' shapes are never stored
-    # and every quantized form dies in its first AMX kernel; a barrier before the instruction keeps the stores
+    # the header of GCC 12 says that ldtilecfg reads 8 of its 64 bytes, so the tiles' shapes are never stored, and
+    # Q8_0 dies in its first AMX kernel; a barrier before the instruction keeps the stores
     tiles, load = vendored / "ggml/src/ggml-cpu/amx/mmq.cpp", "    _tile_loadconfig(&tc);\n"
     text = tiles.read_text()
     if text.count(load) != 1:
