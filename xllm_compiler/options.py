@@ -93,7 +93,7 @@ class Resolved:
             "option.max_num_batched_tokens": self.max_num_batched_tokens,
             "option.max_num_logits": self.max_num_logits,
             "option.quantize": self.quantize,
-            "option.max_kl": self.max_kl,
+            **({"option.max_kl": self.max_kl} if self.quantize is not None else {}),
             "option.isas": list(self.isas),
             "option.name": self.name,
         }

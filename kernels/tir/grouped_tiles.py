@@ -141,6 +141,7 @@ class RoundedRows(_Groups):
 
     kind = "i8i8"
     element_bytes = 1
+    fewest = 13  # taking a panel apart pays with many rows only
 
     def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
         super().__init__(q, k, env, q.padded(k), q.group)

@@ -175,11 +175,24 @@ class _Loop:
 
     def emit(self, **env: Expr) -> None:
         by_tiles = self._tiles(env) if self.isa.has_tiles else None
-        height = BLOCK_ROWS if by_tiles else tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
-        sums = stack_array(height * PANEL, "float32")
+        sums = stack_array(BLOCK_ROWS * PANEL, "float32")
         if by_tiles is None:
-            self._panels(env, T.int32(0), env["rows"], height, sums, None)
-            return
+            self._by_vectors(env, sums)
+        elif by_tiles.fewest > 1:
+            with T.If(env["rows"] < by_tiles.fewest):
+                with T.Then():
+                    self._by_vectors(env, sums)
+                with T.Else():
+                    self._by_tiles(env, sums, by_tiles)
+        else:
+            self._by_tiles(env, sums, by_tiles)
+
+    def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
+        height = tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
+        self._panels(env, T.int32(0), env["rows"], height, sums, None)
+
+    def _by_tiles(self, env: dict[str, Expr], sums: Expr, by_tiles: TileSums) -> None:
+        height = BLOCK_ROWS
         # Tiles are so fast that rows must come from the second-level cache: as many at a time as it holds.
         most = max(1, _CACHED_BYTES // (by_tiles.row_bytes * height)) * height
         rows = env["rows"]

@@ -26,9 +26,11 @@ _SUMS_STRIDE = PANEL * 4
 
 
 class TileSums(ABC):
-    """Sums of up to 32 rows of x by one panel, made with tiles. `row_bytes`: of a row of x."""
+    """Sums of up to 32 rows of x by one panel, made with tiles. `row_bytes`: of a row of x. With fewer
+    than `fewest` rows vectors are faster; more than 1 only where both give the same bits."""
 
     row_bytes: int
+    fewest: int = 1
 
     def begin(self, panel: Expr) -> None:
         """Emitted before the rows that meet `panel`; most have nothing to prepare."""

@@ -50,7 +50,7 @@ def trace(path: Path, **options: Any) -> SimpleNamespace:
         architecture="Toy", vocab_size=8, hidden_size=8, layers=1, eos_token_ids=(2,), bos_token_id=None
     )
     return SimpleNamespace(
-        module=parse_module(text, "toy.xir"), facts=facts, weights={"w": np.ones((8, 8), np.float32)}
+        module=parse_module(text, "toy.xir"), facts=facts, weights={"w": np.ones((8, 8), np.float32)}, notes=()
     )
 
 
