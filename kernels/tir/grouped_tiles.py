@@ -46,6 +46,9 @@ class _Groups(TileSums):
         """Writes the group that begins at byte `start` of the weight, less its zero points, as tiles read it: for each
         4 bytes along k those of the 64 columns."""
 
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        return sums
+
     @abstractmethod
     def as_float(self, part: Expr) -> Expr:
         """16 sums of a tile, as f32."""
@@ -176,9 +179,14 @@ class RoundedRows(_Groups):
     def as_float(self, part: Expr) -> Expr:
         return T.Cast("float32x16", part)
 
-    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        scale = T.bind(splat(self._env["xs"][row]))
-        return [total * scale for total in sums]
+    def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
+        super().emit(row, here, panel, sums)
+        # by way of memory, as without tiles: LLVM would fuse the product with a bias that is added to it
+        with T.serial(0, here) as i:
+            scale = T.bind(splat(self._env["xs"][row + i]))
+            for vector in range(PANEL // LANES):
+                at = T.bind(i * PANEL + vector * LANES)
+                store(sums, at, load(sums, at, "f32") * scale, "f32")
 
 
 class FloatRows(_Groups):
@@ -211,6 +219,3 @@ class FloatRows(_Groups):
 
     def as_float(self, part: Expr) -> Expr:
         return T.reinterpret("float32x16", part)
-
-    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        return sums
