@@ -26,6 +26,7 @@ _BEFORE: Final[tuple[str, ...]] = (
 _AFTER: Final[tuple[str, ...]] = (
     "return-block-max",  # after the fusions, which count users: the maxima are one more of the logits
     "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
+    "fuse-norm-rows",  # after cse, which makes rows that several layers read one; where no rows are quantized, nothing
     "split-attention",  # asks for bytes to work in, so before they are planned and after what counts results
     "assign-streams",  # before bytes are planned: a place that is free in one order of the streams may be in use in
     #                    another. One CPU process has no collectives, so this only names the stage

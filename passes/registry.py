@@ -38,6 +38,7 @@ BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "fuse-epilogue": "fusion.fuse_epilogue",
     "fuse-glu": "fusion.fuse_glu",
     "fuse-kv-append": "fusion.fuse_kv_append",
+    "fuse-norm-rows": "fusion.fuse_norm_rows",
     "fuse-qkv": "fusion.fuse_qkv",
     "import-clean": "canonical.import_clean",
     "plan-memory": "memory.plan",

@@ -84,8 +84,9 @@ def _each_row(rows: Expr, member: Expr, team: Expr, n: int, body: Callable[[Expr
         body(T.bind(T.Cast("int64", row) * n))
 
 
-def _scale_row(kernel: Any, source: Expr, w: Expr, y: Expr, base: Expr) -> None:
-    """y = source / rms(source) * (w + offset) for one row."""
+def scale_row(kernel: Any, source: Expr, base: Expr, w: Expr, y: Expr, target: Expr) -> None:
+    """y = source / rms(source) * (w + offset) for the row that begins at `base`; y's begins at `target`. `kernel` says
+    n, dtype, eps and offset; w is None where there is none."""
     total = square_sum(source, base, kernel.n, kernel.dtype)
     factor = T.bind(splat(inverse_root(total / T.float32(kernel.n), kernel.eps)))
 
@@ -93,9 +94,38 @@ def _scale_row(kernel: Any, source: Expr, w: Expr, y: Expr, base: Expr) -> None:
         value = load_part(source, base + at, valid, kernel.dtype) * factor
         if w is not None:
             value = value * gain(w, at, valid, kernel.dtype, kernel.offset)
-        store_part(y, base + at, value, valid, kernel.dtype)
+        store_part(y, target + at, value, valid, kernel.dtype)
 
     each_vector(kernel.n, body)
+
+
+def centre_row(kernel: Any, x: Expr, base: Expr, w: Expr, b: Expr, y: Expr, target: Expr) -> None:
+    """y = (x - mean) / sqrt(var + eps) * w + b for the row that begins at `base`; y's begins at `target`. `kernel` says
+    n, dtype and eps; w and b are None where there are none."""
+    n, dtype = kernel.n, kernel.dtype
+    total = row_sum(n, lambda at, valid, sums: sums + load_part(x, base + at, valid, dtype))
+    mean = T.bind(splat(total / T.float32(n)))
+
+    def deviation(at: Expr, valid: int, sums: Expr) -> Expr:
+        value = T.bind(load_part(x, base + at, valid, dtype) - mean)
+        if valid < LANES:  # lanes that do not exist were loaded as 0, and 0 - mean is not 0
+            lanes = T.ramp(T.int32(0), 1, LANES)
+            value = T.bind(T.Select(lanes < T.broadcast(T.int32(valid), LANES), value, splat(0.0)))
+        return fma(value, value, sums)
+
+    factor = T.bind(splat(inverse_root(row_sum(n, deviation) / T.float32(n), kernel.eps)))
+
+    def write(at: Expr, valid: int) -> None:
+        value = (load_part(x, base + at, valid, dtype) - mean) * factor
+        if w is not None and b is not None:
+            value = fma(value, load_part(w, at, valid, dtype), load_part(b, at, valid, dtype))
+        elif w is not None:
+            value = value * load_part(w, at, valid, dtype)
+        elif b is not None:
+            value = value + load_part(b, at, valid, dtype)
+        store_part(y, target + at, value, valid, dtype)
+
+    each_vector(n, write)
 
 
 def _check(kernel: Any) -> None:
@@ -124,7 +154,7 @@ class RmsNorm(Kernel):
 
     def build(self, isa: Isa) -> Any:
         def body(x: Expr, y: Expr, rows: Expr, member: Expr, team: Expr, w: Expr = None) -> None:
-            _each_row(rows, member, team, self.n, lambda base: _scale_row(self, x, w, y, base))
+            _each_row(rows, member, team, self.n, lambda base: scale_row(self, x, base, w, y, base))
 
         return build_function(self, isa, body)
 
@@ -157,7 +187,7 @@ class AddRmsNorm(Kernel):
                     store_part(sum, base + at, first + second, valid, self.dtype)
 
                 each_vector(self.n, add)
-                _scale_row(self, sum, w, y, base)
+                scale_row(self, sum, base, w, y, base)
 
             _each_row(rows, member, team, self.n, row)
 
@@ -185,34 +215,7 @@ class LayerNorm(Kernel):
         return (x, *weight, *bias, y, scalar("rows"), *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
-        n, dtype = self.n, self.dtype
-
         def body(x: Expr, y: Expr, rows: Expr, member: Expr, team: Expr, w: Expr = None, b: Expr = None) -> None:
-            def row(base: Expr) -> None:
-                total = row_sum(n, lambda at, valid, sums: sums + load_part(x, base + at, valid, dtype))
-                mean = T.bind(splat(total / T.float32(n)))
-
-                def deviation(at: Expr, valid: int, sums: Expr) -> Expr:
-                    value = T.bind(load_part(x, base + at, valid, dtype) - mean)
-                    if valid < LANES:  # lanes that do not exist were loaded as 0, and 0 - mean is not 0
-                        lanes = T.ramp(T.int32(0), 1, LANES)
-                        value = T.bind(T.Select(lanes < T.broadcast(T.int32(valid), LANES), value, splat(0.0)))
-                    return fma(value, value, sums)
-
-                factor = T.bind(splat(inverse_root(row_sum(n, deviation) / T.float32(n), self.eps)))
-
-                def write(at: Expr, valid: int) -> None:
-                    value = (load_part(x, base + at, valid, dtype) - mean) * factor
-                    if w is not None and b is not None:
-                        value = fma(value, load_part(w, at, valid, dtype), load_part(b, at, valid, dtype))
-                    elif w is not None:
-                        value = value * load_part(w, at, valid, dtype)
-                    elif b is not None:
-                        value = value + load_part(b, at, valid, dtype)
-                    store_part(y, base + at, value, valid, dtype)
-
-                each_vector(n, write)
-
-            _each_row(rows, member, team, n, row)
+            _each_row(rows, member, team, self.n, lambda base: centre_row(self, x, base, w, b, y, base))
 
         return build_function(self, isa, body)

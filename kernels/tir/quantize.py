@@ -62,44 +62,49 @@ class QuantizeRows(Kernel):
         )
 
     def build(self, isa: Isa) -> Any:
-        form = self.form
-        padded, groups = form.padded(self.k), form.groups(self.k)
-        length = form.group or padded
-
         def body(x: Expr, q: Expr, scale: Expr, sum: Expr, rows: Expr, member: Expr, team: Expr) -> None:
             first, last = share(rows, member, team)
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
-                largest = largest_size(x, source, self.k, self.dtype)
-                T.buffer_store(scale, largest * T.float32(1 / LARGEST), [row])
-                factor = inverse_scale(largest)
-                target = T.bind(T.Cast("int64", row) * padded)
-
-                def quantize(group: Expr, valid: int) -> None:
-                    """One group, of which only the first `valid` values exist."""
-                    total = Scalars(1, "int32")
-                    total[0] = T.int32(0)
-
-                    def store(at: Expr, count: int) -> None:
-                        value = splat(0.0)
-                        if count > 0:
-                            value = load_part(x, source + at, count, self.dtype) * splat(factor)
-                        where = address(q, target + at)
-                        total[0] = total[0] + T.call_extern("int32", "xllm_store_i8", where, value, T.int32(count))
-
-                    start = T.bind(group * length)
-                    with T.serial(0, valid // LANES) as i:
-                        store(T.bind(start + i * LANES), LANES)
-                    for at in range(valid // LANES * LANES, length, LANES):
-                        store(T.bind(start + at), max(0, min(valid - at, LANES)))
-                    T.buffer_store(sum, total[0], [row * groups + group])
-
-                with T.serial(0, self.k // length) as group:
-                    quantize(group, length)
-                if self.k % length:
-                    quantize(T.int32(self.k // length), self.k % length)
+                quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
 
         return build_function(self, isa, body)
+
+
+def quantize_row(
+    form: Quantization, k: int, dtype: str, x: Expr, source: Expr, row: Expr, q: Expr, scale: Expr, sum: Expr
+) -> None:
+    """Row `row` of q, scale and sum (laid out as those of `QuantizeRows`) from the k elements of x at `source`."""
+    padded, groups = form.padded(k), form.groups(k)
+    length = form.group or padded
+    largest = largest_size(x, source, k, dtype)
+    T.buffer_store(scale, largest * T.float32(1 / LARGEST), [row])
+    factor = inverse_scale(largest)
+    target = T.bind(T.Cast("int64", row) * padded)
+
+    def quantize(group: Expr, valid: int) -> None:
+        """One group, of which only the first `valid` values exist."""
+        total = Scalars(1, "int32")
+        total[0] = T.int32(0)
+
+        def store(at: Expr, count: int) -> None:
+            value = splat(0.0)
+            if count > 0:
+                value = load_part(x, source + at, count, dtype) * splat(factor)
+            where = address(q, target + at)
+            total[0] = total[0] + T.call_extern("int32", "xllm_store_i8", where, value, T.int32(count))
+
+        start = T.bind(group * length)
+        with T.serial(0, valid // LANES) as i:
+            store(T.bind(start + i * LANES), LANES)
+        for at in range(valid // LANES * LANES, length, LANES):
+            store(T.bind(start + at), max(0, min(valid - at, LANES)))
+        T.buffer_store(sum, total[0], [row * groups + group])
+
+    with T.serial(0, k // length) as group:
+        quantize(group, length)
+    if k % length:
+        quantize(T.int32(k // length), k % length)
 
 
 def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:

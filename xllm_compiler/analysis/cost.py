@@ -45,6 +45,7 @@ from xllm_compiler.ir.ops import (
     Pad,
     QuantLinear,
     QuantLinearGlu,
+    QuantNormRows,
     QuantRows,
     Reduce,
     RmsNorm,
@@ -306,6 +307,12 @@ def _quant_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
     return replace(cost, flops=4 * op.x.tensor.elements)
 
 
+def _quant_norm_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
+    """Those of the norm and of quant.rows."""
+    assert isinstance(op, QuantNormRows)
+    return replace(cost, flops=(8 if op.kind == "rms" else 11) * op.x.tensor.elements)
+
+
 def _quant_weight_bytes(values: Value, bits: int) -> Dim:
     """What kernels read of stored values: two to a byte at 4 bits, whatever the IR's type says."""
     return values.tensor.elements * bits // 8
@@ -427,6 +434,7 @@ RULES: Final[Mapping[type[Op], Rule]] = {
     Linear: _linear,
     LinearGlu: _linear_glu,
     QuantRows: _quant_rows,
+    QuantNormRows: _quant_norm_rows,
     QuantLinear: _quant_linear,
     QuantLinearGlu: _quant_linear,
     MatMul: _matmul,

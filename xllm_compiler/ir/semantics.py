@@ -154,6 +154,15 @@ def rms_norm(x: Array, w: Array | None, eps: float, offset: float) -> Array:
     return np.asarray(y if w is None else y * (w + w.dtype.type(offset)))
 
 
+def layer_norm(x: Array, w: Array | None, b: Array | None, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * w + b, over the last axis."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    y = centred / np.sqrt(np.mean(np.square(centred), axis=-1, keepdims=True) + x.dtype.type(eps))
+    if w is not None:
+        y = y * w
+    return np.asarray(y if b is None else y + b)
+
+
 def rope(x: Array, cos: Array, sin: Array, style: str) -> Array:
     """Rotates the first 2 * cos.shape[-1] of the last axis of x [N, H, D]; the rest passes through."""
     half = cos.shape[-1]

@@ -21,7 +21,11 @@ _MOVES: Final = frozenset(  # results that are elements of their operands, so th
         *("t.reshape", "t.transpose", "t.expand", "t.slice", "t.concat", "t.pad", "t.take", "t.where", "t.cast"),
         *("t.clamp", "t.relu", "t.max", "t.min", "t.neg", "t.abs", "t.const", "t.iota", "param"),
         *("nn.embedding", "kv.write", "comm.wait"),
-        *("quant.weight", "quant.rows"),  # their results are what is stored, in its dtype, exact arithmetic or not
+        *(
+            "quant.weight",
+            "quant.rows",
+            "quant.norm_rows",
+        ),  # their results are what is stored, in its dtype, exact arithmetic or not
     }
 )
 

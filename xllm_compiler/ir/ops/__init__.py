@@ -43,7 +43,7 @@ from xllm_compiler.ir.ops.elementwise import (
 from xllm_compiler.ir.ops.kv import KvAppend, KvAttend, KvWrite
 from xllm_compiler.ir.ops.nn import AddRmsNorm, BlockMax, Embedding, LayerNorm, Linear, LinearGlu, RmsNorm, Rope
 from xllm_compiler.ir.ops.param import Const, Iota, Param
-from xllm_compiler.ir.ops.quant import Dequantize, QuantLinear, QuantLinearGlu, QuantRows, QuantWeight
+from xllm_compiler.ir.ops.quant import Dequantize, QuantLinear, QuantLinearGlu, QuantNormRows, QuantRows, QuantWeight
 from xllm_compiler.ir.ops.sched import Record, WaitEvent
 from xllm_compiler.ir.ops.tensor import (
     Concat,
@@ -108,6 +108,7 @@ __all__ = [
     "Pow",
     "QuantLinear",
     "QuantLinearGlu",
+    "QuantNormRows",
     "QuantRows",
     "QuantWeight",
     "Record",

@@ -14,7 +14,7 @@ from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.opdef import Group, Operand, OptOperand, op
 from xllm_compiler.ir.ops.tensor import check_range
-from xllm_compiler.ir.semantics import Array, EvalContext, activation, rms_norm, rope
+from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm, rope
 from xllm_compiler.ir.shapes import (
     broadcast,
     no_partial,
@@ -120,7 +120,8 @@ class LinearGlu(Op):
         return np.asarray(activation(self.act, y[..., :half]) * y[..., half:])
 
 
-def _norm_vector(op: Op, x: Value, v: Value | None, what: str) -> None:
+def check_norm_vector(op: Op, x: Value, v: Value | None, what: str) -> None:
+    """`x` has a last axis, and the vector `v`, if any, its length."""
     require_float(op, x, v)
     if x.tensor.rank < 1:
         raise IrError(f"{op.name} of a scalar")
@@ -139,7 +140,7 @@ class RmsNorm(Op):
 
     def infer(self) -> tuple[Type, ...]:
         no_partial(self)
-        _norm_vector(self, self.x, self.w, "w")
+        check_norm_vector(self, self.x, self.w, "w")
         return (self.x.tensor,)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array | None) -> Array:
@@ -157,17 +158,12 @@ class LayerNorm(Op):
 
     def infer(self) -> tuple[Type, ...]:
         no_partial(self)
-        _norm_vector(self, self.x, self.w, "w")
-        _norm_vector(self, self.x, self.b, "b")
+        check_norm_vector(self, self.x, self.w, "w")
+        check_norm_vector(self, self.x, self.b, "b")
         return (self.x.tensor,)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> Array:
-        up = ctx.up(x)
-        centred = up - np.mean(up, axis=-1, keepdims=True)
-        y = centred / np.sqrt(np.mean(np.square(centred), axis=-1, keepdims=True) + up.dtype.type(self.eps))
-        if w is not None:
-            y = y * ctx.up(w)
-        return np.asarray(y if b is None else y + ctx.up(b))
+        return layer_norm(ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b), self.eps)
 
 
 @op("nn.add_rms_norm")
@@ -185,7 +181,7 @@ class AddRmsNorm(Op):
         if self.x.dtype != self.res.dtype:
             raise IrError(f"nn.add_rms_norm of {self.x.type} and {self.res.type}: dtypes must be equal")
         require_shape(self.scope, self.res.shape, self.x.shape, f"nn.add_rms_norm: res %{self.res.name}")
-        _norm_vector(self, self.x, self.w, "w")
+        check_norm_vector(self, self.x, self.w, "w")
         return (self.x.tensor, self.x.tensor)
 
     def interp(self, ctx: EvalContext, x: Array, res: Array, w: Array) -> tuple[Array, Array]:

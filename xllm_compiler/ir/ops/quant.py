@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from xllm_compiler.dims import Dim, as_dim, ceildiv
@@ -12,8 +14,8 @@ from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.opdef import DType, Operand, OptOperand, op
-from xllm_compiler.ir.ops.nn import Activation
-from xllm_compiler.ir.semantics import Array, EvalContext, activation
+from xllm_compiler.ir.ops.nn import Activation, check_norm_vector
+from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm
 from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, require_same_dim, require_shape
 from xllm_compiler.ir.types import FLOATS, Tensor, Type
 
@@ -98,6 +100,12 @@ class Dequantize(Op):
         return quant.dequantize_weight(values, scales, zeros, self.bits, self.group, wide)
 
 
+def _row_types(x: Value, group: int) -> tuple[Type, ...]:
+    *rows, in_ = x.shape
+    sums = Tensor("i32", (*rows, _groups(in_, group)))
+    return Tensor("i8", (*rows, _padded(in_, group))), Tensor("f32", rows), sums
+
+
 @op("quant.rows")
 class QuantRows(Op):
     """(stored i8 [.., padded], scale f32 [..], sums i32 [.., groups]) of x [.., in], each row to -127 .. 127.
@@ -114,15 +122,45 @@ class QuantRows(Op):
         require_float(self, self.x)
         if self.x.tensor.rank < 1:
             raise IrError("quant.rows of a scalar")
-        *rows, in_ = self.x.shape
-        return (
-            Tensor("i8", (*rows, _padded(in_, self.group))),
-            Tensor("f32", rows),
-            Tensor("i32", (*rows, _groups(in_, self.group))),
-        )
+        return _row_types(self.x, self.group)
 
     def interp(self, ctx: EvalContext, x: Array) -> tuple[Array, ...]:
         return quant.quantize_rows(ctx.up(x), self.group)
+
+    def default_hint(self, index: int) -> str:
+        return ("rows", "row_scale", "row_sums")[index]
+
+
+@op("quant.norm_rows")
+class QuantNormRows(Op):
+    """quant.rows of nn.rms_norm or nn.layer_norm of x: the norm is rounded to x's dtype, then each row to 8 bits.
+
+    `offset` is that of nn.rms_norm, `b` that of nn.layer_norm.
+    """
+
+    x: Operand
+    w: OptOperand
+    b: OptOperand
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    offset: float = 0.0
+    group: int = 0
+
+    def infer(self) -> tuple[Type, ...]:
+        _check_form(self, 8, self.group)
+        no_partial(self)
+        check_norm_vector(self, self.x, self.w, "w")
+        check_norm_vector(self, self.x, self.b, "b")
+        if self.kind == "rms" and self.b is not None:
+            raise IrError("quant.norm_rows: an RMS norm has no b", help="kind=layer")
+        if self.kind == "layer" and self.offset:
+            raise IrError("quant.norm_rows: a layer norm has no offset", help="kind=rms")
+        return _row_types(self.x, self.group)
+
+    def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> tuple[Array, ...]:
+        wide, w, b = ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b)
+        y = rms_norm(wide, w, self.eps, self.offset) if self.kind == "rms" else layer_norm(wide, w, b, self.eps)
+        return quant.quantize_rows(ctx.up(ctx.store(y, self.x.type)), self.group)
 
     def default_hint(self, index: int) -> str:
         return ("rows", "row_scale", "row_sums")[index]

@@ -18,6 +18,7 @@ from xllm_compiler.kernels.tir.embedding import Embedding
 from xllm_compiler.kernels.tir.kv_address import KvLayout
 from xllm_compiler.kernels.tir.kv_append import KvAppend, KvWrite
 from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.norm_rows import NormRows
 from xllm_compiler.kernels.tir.norms import AddRmsNorm, LayerNorm, RmsNorm
 from xllm_compiler.kernels.tir.quantize import QuantizeRows
 from xllm_compiler.kernels.tir.rope import Rope
@@ -162,6 +163,23 @@ def _quant_rows(s: Selection, op: Op) -> None:
     k = const_dim(x.shape[-1], op, "the row length")
     kernel = QuantizeRows(k=k, dtype=x.dtype, group=_int(op, "group"))
     s.call(op, kernel, [s.ref(x), *(s.ref(r) for r in op.results), rows(x)])
+
+
+@CPU.register(_keys("quant.norm_rows"))
+def _quant_norm_rows(s: Selection, op: Op) -> None:
+    x, w, b = _operand(op, "x"), _one(op, "w"), _one(op, "b")
+    kernel = NormRows(
+        kind=_text(op, "kind"),
+        n=const_dim(x.shape[-1], op, "the normalised axis"),
+        dtype=x.dtype,
+        eps=_float(op, "eps"),
+        offset=_float(op, "offset"),
+        weight=w is not None,
+        bias=b is not None,
+        group=_int(op, "group"),
+    )
+    weights = [s.ref(v, x.dtype) for v in (w, b) if v is not None]
+    s.call(op, kernel, [s.ref(x), *weights, *(s.ref(r) for r in op.results), rows(x)])
 
 
 @CPU.register([Key("quant.linear", "i8")])

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from xllm_compiler.ir import ops
-from xllm_compiler.ir.core import Value
+from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.testing.sketch import Sketch
 
 _ACTS: Final = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
@@ -68,7 +68,14 @@ def quantized(g: Sketch) -> None:
         ids = g.pick(g.ints[:-4:-1]) if g.ints else g.arg("pos")
         g.push(g.op(ops.Linear, g.back(), w) if how == 0 else g.op(ops.Embedding, ids, w))
         return
-    operands = (*g.b.create(ops.QuantRows, g.x, group=form["group"]).results, stored, scales)
+    match g.choose(3):
+        case 0:
+            given: Op = g.b.create(ops.QuantRows, g.x, group=form["group"])
+        case 1:
+            given = g.b.create(ops.QuantNormRows, g.x, w=g.param(g.width), eps=1e-5, group=form["group"])
+        case _:
+            given = g.b.create(ops.QuantNormRows, g.x, b=g.param(g.width), eps=1e-5, kind="layer", group=form["group"])
+    operands = (*given.results, stored, scales)
     fields["bias"] = g.pick((None, g.param(rows)))
     if how == 1:
         g.push(g.op(ops.QuantLinear, *operands, **fields, residual=g.pick((None, g.back())), act=g.pick(_ACTS)))

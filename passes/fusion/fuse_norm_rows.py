@@ -1,0 +1,53 @@
+"""fuse-norm-rows: a norm whose rows are only quantized does that too. Owns that rule only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xllm_compiler.ir.core import Func, Op
+from xllm_compiler.ir.ops import LayerNorm, QuantNormRows, QuantRows, RmsNorm
+from xllm_compiler.ir.rewrite import Rewriter, apply_rules, rule
+from xllm_compiler.passes.base import FuncPass, PassContext
+from xllm_compiler.passes.registry import register_pass
+
+
+@register_pass("fuse-norm-rows")
+@dataclass(frozen=True)
+class FuseNormRows(FuncPass):
+    """Quantizes a row where it has just been normalised, so that it is not written, waited for and read in between.
+
+    before:  %y = nn.rms_norm(%x, w=%w, eps=1e-06) : bf16[N, 64]
+             %rows, %s, %t = quant.rows(%y)        : i8[N, 64], f32[N], i32[N, 1]
+    after:   %rows, %s, %t = quant.norm_rows(%x, w=%w, eps=1e-06) : i8[N, 64], f32[N], i32[N, 1]
+
+    The same for nn.layer_norm. A norm with another reader stays, as does one whose rows are quantized for weights of
+    different groups: it would be computed twice.
+    """
+
+    def run_on(self, func: Func, ctx: PassContext) -> bool:
+        return apply_rules(func, [norm_rows], self.name, ctx).changed
+
+
+@rule(RmsNorm, LayerNorm)
+def norm_rows(op: Op, rw: Rewriter) -> bool:
+    assert isinstance(op, RmsNorm | LayerNorm)
+    readers = [user for user in op.result.users if isinstance(user, QuantRows)]
+    if not readers:
+        return False
+    if len(readers) < len(op.result.uses):
+        if rw.ctx is not None:
+            rw.ctx.remark(op, "not fused with the quantization of its rows: others read them as they are")
+        return False
+    if any(user.group != readers[0].group for user in readers):
+        if rw.ctx is not None:
+            rw.ctx.remark(op, "not fused with the quantization of its rows: weights have different groups")
+        return False
+    group, hint = readers[0].group, tuple(r.name for r in readers[0].results)
+    if isinstance(op, RmsNorm):
+        made = rw.create(QuantNormRows, op.x, w=op.w, eps=op.eps, offset=op.offset, group=group, hint=hint)
+    else:
+        made = rw.create(QuantNormRows, op.x, w=op.w, b=op.b, eps=op.eps, kind="layer", group=group, hint=hint)
+    for user in readers:
+        rw.replace(user, made)
+    rw.erase(op)
+    return True
