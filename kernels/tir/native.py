@@ -1,6 +1,6 @@
 """From TensorIR functions to a shared library with a plain C interface: `NativeModule`.
 
-Owns the pass pipeline, code generation and linking. Must not know any kernel or the IR.
+Owns entry functions and linking; kernels become machine code in `objects`. Must not know any kernel or the IR.
 
 TVM's own pipeline would wrap every function in its packed calling convention and route allocations through its runtime.
 Ours keeps plain functions: no TVM runtime is needed to load the result, and allocations are plain stack slots.
@@ -12,31 +12,31 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.build import codegen_build
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.linker import find_linker
+from xllm_compiler.kernels.tir.objects import C_CALL, compile_kernel, write_object
 from xllm_compiler.kernels.tir.team import team_llvm
-
-_C_CALL = 1  # TVM's "kCPackedFunc": such a function keeps the signature it has and is exported under its own name
 
 
 class NativeModule:
     """Collects kernels and entry functions for one instruction set level and writes them as one shared library."""
 
-    def __init__(self, isa: Isa) -> None:
+    def __init__(self, isa: Isa, compile_kernel: Callable[[Kernel, Isa], bytes] = compile_kernel) -> None:
+        """`compile_kernel` gives the object of a kernel, if need be from a store."""
         self.isa = isa
-        self._kernels: dict[str, tuple[Kernel, Any]] = {}
+        self._compile = compile_kernel
+        self._kernels: dict[str, Kernel] = {}
         self._functions: dict[Any, Any] = {}
 
     def call(self, kernel: Kernel, args: Sequence[Any], member: Any, team: Any) -> None:
@@ -51,7 +51,10 @@ class NativeModule:
                 "internal", f"{kernel.symbol} takes {len(declared)} arguments and team, got {len(args)}", where="call"
             )
         values = [_as_argument(value, arg.pointer) for value, arg in zip(args, declared, strict=True)]
-        T.evaluate(tvm.ir.Call(self._declare(kernel), [*values, member, team], ret_ty=tvm.ir.TupleType([])))
+        known = self._kernels.setdefault(kernel.symbol, kernel)
+        if known != kernel:
+            raise XllmError("internal", f"two different kernels share the symbol {kernel.symbol}", where="call")
+        T.evaluate(T.call_extern("void", kernel.symbol, *values, member, team))
 
     def barrier(self, pointer: Any, team: Any) -> None:
         """Emits the team's barrier: no member goes on before all have come here. `pointer`: 64 zeroed bytes."""
@@ -71,38 +74,11 @@ class NativeModule:
             member = T.arg("member", T.int32())
             team = T.arg("team", T.int32())
             T.func_ret(tvm.ir.PrimType("int32"))
-            T.func_attr({"calling_conv": _C_CALL, "global_symbol": symbol})
+            T.func_attr({"calling_conv": C_CALL, "global_symbol": symbol})
             buffer = T.decl_buffer((1 << 16,), "int64", data=pointer)
             yield buffer, member, team
             T.Return(T.int32(0))
         self._functions[tvm.ir.GlobalVar(symbol)] = builder.get()
-
-    def _declare(self, kernel: Kernel) -> Any:
-        known = self._kernels.get(kernel.symbol)
-        if known is None:
-            # Built later, outside the caller's builder frames.
-            known = self._kernels[kernel.symbol] = (kernel, tvm.ir.GlobalVar(kernel.symbol))
-        elif known[0] != kernel:
-            raise XllmError("internal", f"two different kernels share the symbol {kernel.symbol}", where="call")
-        return known[1]
-
-    def lowered(self) -> Any:
-        """The module as TVM's code generator takes it."""
-        functions = dict(self._functions)
-        for kernel, variable in self._kernels.values():
-            functions[variable] = kernel.build(self.isa)
-        module = tvm.IRModule(functions)
-        target = tvm.target.Target(self.isa.target())
-        # Kernels use flat buffers only, and LLVM simplifies. TVM's simplifier takes minutes over an unrolled tile; its
-        # FlattenBuffer leaves vector indices as sums, which the code generator then takes apart lane by lane.
-        for transform in (tirx.transform.BindTarget(target.with_host(target)), tirx.transform.LowerIntrin()):
-            module = transform(module)
-        return module
-
-    def write_object(self, path: Path) -> None:
-        """Writes an ELF object whose only global symbols are the entry functions; it calls the team's barrier."""
-        target = tvm.target.Target(self.isa.target())
-        codegen_build(self.lowered(), target).write_to_file(str(path))
 
     def write_shared(self, path: Path) -> None:
         """Writes a stripped shared library that needs no other library but libm, the team runtime included.
@@ -112,8 +88,12 @@ class NativeModule:
         linker = find_linker(self.isa.machine)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            self.write_object(folder / "step.o")
-            _write_team_object(folder, self.isa)
+            write_object(self._functions, self.isa, folder / "step.o")
+            (folder / "team.o").write_bytes(_team_object(self.isa))
+            objects = ["step.o", "team.o"]
+            for i, kernel in enumerate(self._kernels.values()):
+                objects.append(f"{i}.o")
+                (folder / objects[-1]).write_bytes(self._compile(kernel, self.isa))
             (folder / "exports").write_text("{ global: xllm_step_*; xllm_team_*; local: *; };")
             command = [
                 *linker,
@@ -125,23 +105,25 @@ class NativeModule:
                 "-s",
             ]
             # Relative names in a fixed order: nothing of this machine or this run goes into the library.
-            command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), "step.o", "team.o"]
-            command += [
-                "-Wl,--as-needed",
-                "-lm",
-            ]  # rare functions only (pow, sin, ...): the kernels of the spine need none
+            command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), *objects]
+            # For rare functions only (pow, sin, ...): the kernels of the spine need none.
+            command += ["-Wl,--as-needed", "-lm"]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 raise XllmError("internal", f"linking failed: {done.stderr.strip()}", where=os.fspath(path))
 
 
-def _write_team_object(folder: Path, isa: Isa) -> None:
+@lru_cache
+def _team_object(isa: Isa) -> bytes:
     target = json.dumps({key: isa.target()[key] for key in ("kind", "mtriple", "mcpu", "mattr")}).replace('"', "\\22")
     text = f'target triple = "{isa.target()["mtriple"]}"\n{team_llvm(isa.machine)}\n'
     text += f'!llvm.module.flags = !{{!0}}\n!0 = !{{i32 2, !"tvm_target", !"{target}"}}\n'
-    (folder / "team.ll").write_text(text)
     load = tvm.get_global_func("ffi.Module.load_from_file.ll")
-    load(str(folder / "team.ll"), "ll").write_to_file(str(folder / "team.o"))
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = Path(folder) / "team.ll", Path(folder) / "team.o"
+        source.write_text(text)
+        load(str(source), "ll").write_to_file(str(path))
+        return path.read_bytes()
 
 
 def _as_argument(value: Any, pointer: bool) -> Any:

@@ -12,6 +12,7 @@ from stepper import options
 
 from xllm_compiler.artifact import WEIGHTS, read_manifest
 from xllm_compiler.driver import compile_checkpoint
+from xllm_compiler.lowering.cpu.build import OBJECTS
 from xllm_compiler.passes.pipelines import PRESETS
 from xllm_compiler.tools import verify
 from xllm_compiler.tools.steps import make_trial
@@ -73,6 +74,7 @@ def test_bytes_of_the_weights(family: str, artifact: Callable[..., Path]) -> Non
 
 def test_the_same_bytes_twice(checkpoint: Callable[[str], Path], artifact: Callable[..., Path], tmp_path: Path) -> None:
     first = artifact("qwen3", "bfloat16", "@cpu-int4")
+    OBJECTS.clear()
     compile_checkpoint(checkpoint("qwen3"), tmp_path / "again", options("bfloat16", "@cpu-int4"))
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert Path(WEIGHTS) in files

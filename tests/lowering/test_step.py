@@ -10,6 +10,7 @@ import pytest
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.interp import run
+from xllm_compiler.lowering.cpu.build import OBJECTS
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, TABLE = 64, 4, 2, 16, 96, 200, 4
 KV_TYPE = "kv<{t}, heads=2, k=16, v=16, page=16>[P]"
@@ -146,6 +147,7 @@ def test_a_request_has_the_same_bits_alone_and_in_company(build: Any) -> None:
 
 def test_same_bytes_twice(build: Any) -> None:
     one = build(_text("bf16"), _params("bf16"))
+    OBJECTS.clear()
     two = build(_text("bf16"), _params("bf16"), fresh=True)
     for name in one.lowering.files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name

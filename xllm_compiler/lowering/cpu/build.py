@@ -5,6 +5,7 @@ Must not know the manifest: the driver turns the returned facts into one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.kernels.tir.base import ISAS
 from xllm_compiler.kernels.tir.native import NativeModule
+from xllm_compiler.kernels.tir.objects import KernelObjects
 from xllm_compiler.lowering.cpu.calls import call_table
 from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.emit import emit_program
@@ -30,6 +32,8 @@ from xllm_compiler.lowering.weights import WeightTable
 Progress = Callable[[str, float], None]
 PROGRAMS: Final = (("decode", (8 - sym("N"),)), ("prefill", ()))
 """Programs from the most special to the general one, each with the Dims that must be >= 0 for it to run."""
+OBJECTS: Final = KernelObjects()
+"""Kernels that this process has compiled: the next artifact has many of them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +108,15 @@ def lower_cpu(
         (out_dir / "cpu").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise XllmError("io", f"cannot write code: {error.strerror}", where=str(out_dir / "cpu")) from error
-    # Before the native code, which takes longer: a damaged checkpoint is found in seconds.
-    write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
     files = ["weights.bin"]
+    jobs = [(call.kernel, ISAS[isa]) for isa in isas for call in selection.calls]
+    with OBJECTS.compiling(jobs, len(os.sched_getaffinity(0))):
+        # Code generation does not wait for the weights, but ends with them: a damaged checkpoint is found in seconds.
+        write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
+        progress("compiling", 0.0)
     for i, isa in enumerate(isas):
-        progress(f"compiling for {isa}", i / len(isas))
-        native = NativeModule(ISAS[isa])
+        progress(f"linking for {isa}", i / len(isas))
+        native = NativeModule(ISAS[isa], OBJECTS.get)
         for program in programs:
             emit_program(native, program.symbol, selection.calls, meet, offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")

@@ -1,0 +1,95 @@
+"""Kernels compiled in other processes: the same objects, kept, and what goes wrong there told here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.kernels.tir import objects
+from xllm_compiler.kernels.tir.base import ISAS, MEMBER_ARGS, Arg, Isa, Kernel
+from xllm_compiler.kernels.tir.norms import RmsNorm
+from xllm_compiler.kernels.tir.objects import KernelObjects, compile_kernel
+
+NORMS = [RmsNorm(n, "bf16", 1e-6) for n in (32, 40, 48)]
+
+
+@dataclass(frozen=True)
+class Troubled(Kernel):
+    """Writes its process's number to `path` and ends as `how` says."""
+
+    path: str
+    how: str
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        return MEMBER_ARGS
+
+    @property
+    def symbol(self) -> str:
+        return "troubled"
+
+    def build(self, isa: Isa) -> Any:
+        Path(self.path).write_text(str(os.getpid()))
+        if self.how == "refuses":
+            raise XllmError("unsupported", "no code for it", where="Troubled", help="none")
+        if self.how == "fails":
+            raise ZeroDivisionError("by zero")
+        if self.how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+
+def test_others_compile_the_same_objects_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [(norm, ISAS[isa]) for norm in NORMS for isa in ("avx2", "avx512")]
+    store, ran = KernelObjects(), []
+    with store.compiling(jobs + jobs, 2):
+        ran.append("meanwhile")
+    assert ran == ["meanwhile"]
+    expected = {job: compile_kernel(*job) for job in jobs}
+
+    def none(kernel: Kernel, isa: Isa) -> bytes:
+        raise AssertionError(f"{kernel.symbol} again")
+
+    monkeypatch.setattr(objects, "compile_kernel", none)
+    assert {job: store.get(*job) for job in jobs} == expected
+    with store.compiling(jobs, 2):
+        pass
+    store.clear()
+    with pytest.raises(AssertionError, match="again"):
+        store.get(*jobs[0])
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "text"),
+    [
+        ("refuses", "unsupported", "no code for it"),
+        ("fails", "internal", "ZeroDivisionError: by zero"),
+        ("dies", "internal", "ended with status -9"),
+    ],
+)
+def test_trouble_of_a_worker_is_told(tmp_path: Path, how: str, kind: str, text: str) -> None:
+    store = KernelObjects()
+    job = (Troubled(str(tmp_path / "pid"), how), ISAS["avx2"])
+    with pytest.raises(XllmError, match=text) as caught, store.compiling([(NORMS[0], ISAS["avx2"]), job], 2):
+        pass
+    assert caught.value.kind == kind
+    assert int((tmp_path / "pid").read_text()) != os.getpid()
+
+
+def test_workers_end_with_the_body(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    began = time.monotonic()
+    with pytest.raises(KeyError), KernelObjects().compiling([(Troubled(str(path), "sleeps"), ISAS["avx2"])], 1):
+        while not path.exists() or not path.read_text():
+            time.sleep(0.01)
+        raise KeyError
+    assert time.monotonic() - began < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
