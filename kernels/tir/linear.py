@@ -40,8 +40,10 @@ from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFor
 
 Expr = Any
 _DTYPES = ("bf16", "f32")
-_MAX_ROWS = 8
+MOST_ROWS = 8  # of a register tile, unless a kernel says otherwise
 _CACHED_BYTES = 1 << 20  # of rows that meet one panel after the other: half of a second-level cache
+_OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack: as above
+_OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
 _LINE = 64  # bytes that memory gives at once
 
 
@@ -51,6 +53,7 @@ class Linear(Kernel):
 
     `dtype` is the type of bias and residual, and of x and w where `weights` names no quantized form; w is in `panel`
     layout, or in that form's. "q8", "q4g32" ..: x is quantized too (weights.py); "wq8" ..: it is not (weight_only.py).
+    `most_rows`: of a register tile; None: MOST_ROWS. It changes no bit.
     """
 
     k: int
@@ -61,6 +64,7 @@ class Linear(Kernel):
     residual: bool = False
     act: str = "none"
     weights: str = ""
+    most_rows: int | None = None
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.n > 0, f"linear of {self.k} by {self.n}", self)
@@ -99,7 +103,8 @@ class Linear(Kernel):
 class LinearGlu(Kernel):
     """y[rows, f] = act(g) * u, where g and u are the first and second f columns of x[rows, k] @ w.T + bias.
 
-    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint. `dtype` and `weights` as in `Linear`.
+    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint. `dtype`, `weights` and `most_rows` as in
+    `Linear`.
     """
 
     k: int
@@ -108,6 +113,7 @@ class LinearGlu(Kernel):
     act: str = "silu"
     bias: bool = False
     weights: str = ""
+    most_rows: int | None = None
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.f > 0, f"gated linear of {self.k} by {self.f}", self)
@@ -138,7 +144,7 @@ class LinearGlu(Kernel):
                 value = ACTIVATIONS[self.act](gate) * up
                 store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
 
-        loop = _Loop(isa, self.k, self.f, weight_format(self), half, finish)
+        loop = _Loop(isa, self.k, self.f, weight_format(self), half, finish, self.most_rows)
         return build_function(self, isa, loop.emit)
 
 
@@ -155,7 +161,16 @@ Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
 def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
     """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
-    return _Loop(isa, kernel.k, kernel.n, weight_format(kernel), PANEL, finish).emit
+    return _Loop(isa, kernel.k, kernel.n, weight_format(kernel), PANEL, finish, kernel.most_rows).emit
+
+
+def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
+    """Rows of the register tile that a kernel uses where it has rows enough."""
+    return _height(weight_format(kernel), isa, kernel.most_rows)
+
+
+def _height(form: WeightFormat, isa: Isa, most_rows: int | None) -> int:
+    return tile_rows(partial(form.width, isa), most_rows or MOST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,7 @@ class _Loop:
     format: WeightFormat
     columns: int
     finish: Finish
+    most_rows: int | None
 
     def emit(self, **env: Expr) -> None:
         by_tiles = self._tiles(env) if self.isa.has_tiles else None
@@ -188,8 +204,17 @@ class _Loop:
             self._by_tiles(env, sums, by_tiles)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
-        height = tile_rows(partial(self.format.width, self.isa), _MAX_ROWS)
-        self._panels(env, T.int32(0), env["rows"], height, sums, None)
+        height = _height(self.format, self.isa, self.most_rows)
+        opened = self.format.opened_bytes(self.k)
+        if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
+            self._panels(env, T.int32(0), env["rows"], height, sums, None)
+            return
+        with T.If(env["rows"] < _OPENED_ROWS):
+            with T.Then():
+                self._panels(env, T.int32(0), env["rows"], height, sums, None)
+            with T.Else():
+                apart = {**env, "opened": stack_array(opened, "uint8")}
+                self._panels(apart, T.int32(0), env["rows"], height, sums, None)
 
     def _by_tiles(self, env: dict[str, Expr], sums: Expr, by_tiles: TileSums) -> None:
         height = BLOCK_ROWS
@@ -216,6 +241,8 @@ class _Loop:
                 hi = T.bind(T.min(last - panel * tiles, tiles))
                 if by_tiles:
                     by_tiles.begin(panel)
+                elif "opened" in env:
+                    self.format.open(env, self.k, panel)
                 with T.serial(lo, hi) as tile:
                     if by_tiles:
                         row = T.bind(top + tile * height)

@@ -9,8 +9,10 @@ process, so that threads would change each other's code: the workers are forked 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import struct
 import tempfile
 import traceback
@@ -31,6 +33,7 @@ C_CALL: Final = 1
 
 Job = tuple[Kernel, Isa]
 
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _JOB: Final = struct.Struct("<I")  # how a job's number travels to the workers; a pipe holds 16,384 of them
 _PIPE_JOBS: Final = 65536 // _JOB.size
 
@@ -88,7 +91,7 @@ class KernelObjects:
                 failed = [_wait(children) for _ in range(len(children))]
             finally:
                 for child in children:
-                    os.kill(child, 9)
+                    os.kill(child, signal.SIGKILL)
                 while children:
                     _wait(children)
             for error in sorted(folder.glob("*.error")):
@@ -107,8 +110,9 @@ class KernelObjects:
 
 def _fork(jobs: Sequence[Job], workers: int, folder: Path) -> list[int]:
     """Starts `workers` processes that share `jobs` out among them. Each takes the next number from one pipe, leaves
-    `<number>.o` or `<number>.error` in `folder`, and ends when the pipe is empty, whether or not we still live."""
+    `<number>.o` or `<number>.error` in `folder`, and ends when the pipe is empty, or with us."""
     source, sink = os.pipe()
+    parent = os.getpid()
     children: list[int] = []
     try:
         os.write(sink, b"".join(_JOB.pack(i) for i in range(len(jobs))))
@@ -116,17 +120,21 @@ def _fork(jobs: Sequence[Job], workers: int, folder: Path) -> list[int]:
         for _ in range(workers):
             child = os.fork()
             if not child:
-                _work(jobs, source, folder)
+                _work(jobs, source, folder, parent)
             children.append(child)
     finally:
         os.close(source)
     return children
 
 
-def _work(jobs: Sequence[Job], source: int, folder: Path) -> NoReturn:
-    """A worker's life. It leaves by `_exit`, so that nothing that its parent has open or registered is touched."""
+def _work(jobs: Sequence[Job], source: int, folder: Path, parent: int) -> NoReturn:
+    """A worker's life. It leaves by `_exit`, so that nothing that its parent has open or registered is touched. If the
+    parent is killed the kernel ends it too: it has inherited the locks that the parent held."""
     status = 1
     try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before that
+            os._exit(status)
         while number := os.read(source, _JOB.size):
             (i,) = _JOB.unpack(number)
             try:

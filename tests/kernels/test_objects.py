@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,5 +94,40 @@ def test_workers_end_with_the_body(tmp_path: Path) -> None:
             time.sleep(0.01)
         raise KeyError
     assert time.monotonic() - began < 30
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(path.read_text()), 0)
+
+
+_COMPILE = """
+import sys, time, fcntl
+sys.path.insert(0, {here!r})
+from test_objects import Troubled
+from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.objects import KernelObjects
+lock = open({lock!r}, "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+with KernelObjects().compiling([(Troubled({path!r}, "hangs"), ISAS["avx2"])], 1):
+    time.sleep(60)
+"""
+
+
+def test_the_workers_of_a_killed_compile_end_with_it_and_let_go_of_its_locks(tmp_path: Path) -> None:
+    path, lock = tmp_path / "pid", tmp_path / "lock"
+    here = str(Path(__file__).parent)
+    text = _COMPILE.format(here=here, lock=str(lock), path=str(path))
+    compiling = subprocess.Popen([sys.executable, "-c", text])
+    try:
+        deadline = time.monotonic() + 60
+        while not (path.exists() and path.read_text()):
+            assert time.monotonic() < deadline and compiling.poll() is None
+            time.sleep(0.05)
+    finally:
+        compiling.kill()
+        compiling.wait()
+    with lock.open("w") as again:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "a worker holds the lock"
+                time.sleep(0.05)
