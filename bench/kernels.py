@@ -27,7 +27,9 @@ from xllm_compiler.kernels.tir.base import ISAS, Isa
 from xllm_compiler.kernels.tir.kv_address import KvLayout
 from xllm_compiler.kernels.tir.kv_append import KvAppend
 from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.norm_rows import NormRows
 from xllm_compiler.kernels.tir.norms import AddRmsNorm
+from xllm_compiler.kernels.tir.quantize import QuantizeRows
 from xllm_compiler.kernels.tir.standalone import Standalone, Team, aligned
 
 BF16 = ml_dtypes.bfloat16
@@ -131,6 +133,14 @@ def small_cases(isa: Isa) -> Iterator[Case]:
         norm = Standalone(AddRmsNorm(HIDDEN, "bf16", 1e-6), isa)
         w = filled((HIDDEN,), BF16)
         yield Case(f"add_rms_norm rows={rows}", norm, [(x, x, w, y, aligned(x.shape, BF16), rows)], 0, 0)
+        for group in (0, 32):
+            form = layouts.Quantization(8, group)
+            integers, scales = aligned((rows, HIDDEN), np.int8), aligned((rows,), np.float32)
+            sums = aligned((rows, form.groups(HIDDEN)), np.int32)
+            norm_rows = Standalone(NormRows("rms", HIDDEN, "bf16", 1e-6, group=group), isa)
+            yield Case(f"norm_rows {form} rows={rows}", norm_rows, [(x, w, integers, scales, sums, rows)], 0, 0)
+            quantize = Standalone(QuantizeRows(HIDDEN, "bf16", group), isa)
+            yield Case(f"quantize_rows {form} rows={rows}", quantize, [(x, integers, scales, sums, rows)], 0, 0)
         append = Standalone(KvAppend(KV, Q_HEADS, KV.k_dim, "half", True, True), isa)
         width = -(-rows // 16)
         pool = filled((width * KV.page_bytes // 2,), BF16).view(np.uint8)

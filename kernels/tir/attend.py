@@ -23,6 +23,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from xllm_compiler.kernels.tir.attend_bytes import ByteTiles
 from xllm_compiler.kernels.tir.attend_matrix import MatrixTiles
 from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, Tiles
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
@@ -85,8 +86,11 @@ class _Body:
     def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
         self.kernel = kernel
         self.env = env
-        matrix = isa.has_tiles and kernel.kv.dtype == "bf16" and not kernel.kv.quantized
-        self.tiles = (MatrixTiles if matrix else Tiles)(kernel, isa, env)
+        if kernel.kv.quantized:
+            self.tiles: Tiles = ByteTiles(kernel, isa, env)
+        else:
+            matrix = isa.has_tiles and kernel.kv.dtype == "bf16"
+            self.tiles = (MatrixTiles if matrix else Tiles)(kernel, isa, env)
         self.vectors = self.tiles.value_vectors
         self.part = (2 + self.vectors) * LANES  # f32 of one row's part of one chunk: its maximum, sums and values
 

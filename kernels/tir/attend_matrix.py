@@ -23,7 +23,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, State, Tiles
+from xllm_compiler.kernels.tir.attend_tiles import BLOCK, QUERY_ROWS, Item, State, Tiles
 from xllm_compiler.kernels.tir.base import LANES, PAGE
 from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, stack_array, store
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
@@ -82,16 +82,17 @@ class MatrixTiles(Tiles):
         base = T.bind(block * BLOCK)
         lowest, low_end = self.seen(item.request, item.first)
         high_start, high_end = self.seen(item.request, item.first + item.rows - 1)
+        self.first_block = item.first_block
         with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
             pages = self.find_pages(item.request, head, block, lowest, high_end)
             tiles = T.bind(T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS)))
             with T.serial(0, tiles) as tile:
-                self._multiply_keys(tile, pages, T.And(tile == 0, self._first(item, block)))
+                self._multiply_keys(tile, pages, T.And(tile == 0, self.may_begin(item, block)))
             with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
                 with T.Then():
                     self._copy_values()
                     with T.serial(0, item.rows) as row:
-                        self._weigh(row, shift + row, None)
+                        self.weigh(row, shift + row, None)
                     with T.serial(0, tiles) as tile:
                         at = T.bind(shift + tile * TILE_ROWS)
                         self._multiply_values(tile, at, self.state.totals, self.state.total(at, 0))
@@ -100,11 +101,6 @@ class MatrixTiles(Tiles):
                     odd = T.bind(self._copy_seen_values(lo, hi))
                     with T.serial(0, tiles) as tile:
                         self._partly_seen(item, tile, base, shift, odd)
-
-    @staticmethod
-    def _first(item: Item, block: Expr) -> Expr:
-        """Whether a member may begin with this block, whose values nobody has asked for."""
-        return T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0)
 
     def _partly_seen(self, item: Item, tile: Expr, base: Expr, shift: Expr, odd: Expr) -> None:
         """The rows of one tile, of which some see nothing of the block, or not all of it."""
@@ -127,7 +123,7 @@ class MatrixTiles(Tiles):
             self._multiply_values(tile, T.bind(shift + first), self.part, T.int32(0))
             take(row)
 
-        each_row(lambda row, lo, hi: self._weigh(row, shift + row, (lo, hi)))
+        each_row(lambda row, lo, hi: self.weigh(row, shift + row, (lo, hi)))
         with T.If(odd == 0):
             with T.Then():
                 self._multiply_values(tile, T.bind(shift + first), self.part, T.int32(0))
@@ -148,7 +144,7 @@ class MatrixTiles(Tiles):
             with T.If(first), T.Then():
                 for page in range(_PAGES):
                     for line in range(each):
-                        self._prefetch(self.values[page] + (step * each + line) * _LINE)
+                        self.prefetch(self.values[page] + (step * each + line) * _LINE)
             load_tile(a, address(self.queries, (tile * self.all_steps + step) * _TILE), TILE_BYTES)
             for i, page in enumerate(pages):
                 load_tile(b, address(self.env["kv"], page + step * (TILE_ROWS * self.layout.k_row_bytes)), TILE_BYTES)
@@ -185,7 +181,7 @@ class MatrixTiles(Tiles):
         each = -(-lines // (2 * -(-self.value_vectors // _SUMS)))
         for page in range(_PAGES):
             for line in range(part * each, min((part + 1) * each, lines)):
-                self._prefetch(self.pages.values(self.next_keys[page]) + line * _LINE)
+                self.prefetch(self.pages.values(self.next_keys[page]) + line * _LINE)
 
     def _each_pair(self, body: Callable[[Expr, Expr, Expr], None]) -> None:
         """Emits body(pair, where the values of the pair of tokens lie, where their copy does) for all of the block;
@@ -195,17 +191,17 @@ class MatrixTiles(Tiles):
         with T.serial(0, pairs) as pair:
             for page in range(_PAGES):
                 for line in range(lines):
-                    self._prefetch(self.next_keys[page] + (pair * lines + line) * _LINE)
+                    self.prefetch(self.next_keys[page] + (pair * lines + line) * _LINE)
             tile = T.shift_right(pair, T.int32(4)) * (self.value_vectors * _TILE)
             to = T.bind(tile + T.bitwise_and(pair, T.int32(TILE_ROWS - 1)) * LANES)
-            body(pair, self._value_row(pair), to)
+            body(pair, self.value_row(pair), to)
 
     def _copy_values(self) -> None:
         """Copies the values of the whole block."""
 
         def copy(pair: Expr, at: Expr, to: Expr) -> None:
             for vector in range(self.value_vectors):
-                _put(self.copied, to + vector * _TILE, self._value(at, vector))
+                _put(self.copied, to + vector * _TILE, self.value(at, vector))
 
         self._each_pair(copy)
 
@@ -227,7 +223,7 @@ class MatrixTiles(Tiles):
                 with T.Else():
                     exponent = T.broadcast(T.int32(_NOT_FINITE), LANES)
                     for vector in range(self.value_vectors):
-                        value = T.bind(T.bitwise_and(self._value(at, vector), T.broadcast(kept, LANES)))
+                        value = T.bind(T.bitwise_and(self.value(at, vector), T.broadcast(kept, LANES)))
                         _put(self.copied, to + vector * _TILE, value)
                         for half in (value, T.shift_left(value, T.broadcast(T.int32(16), LANES))):
                             worst[0] = T.max(worst[0], T.bitwise_and(half, exponent))

@@ -14,11 +14,7 @@ does not see are masked, and values that it does not see are not looked at, so n
 token holds can leak, not even NaN; pages that no row of a tile sees are not touched. Blocks and tiles change nothing
 about how one row's numbers are added.
 
-Of a quantized cache, a block's integers are first widened to the elements that they were made of (8 bits are exact in
-bf16), once per query block, and worked on like any others: keys' scales multiply the scores, values' scales multiply p
-before it is rounded.
-
-Pages lie anywhere, and the processor's own prefetcher starts anew in each, so the loops ask ahead for what comes next:
+Pages lie anywhere, and the processor's own prefetcher starts anew in each, so the loops ask ahead for the next block:
 half again the bandwidth of a decode step.
 """
 
@@ -36,6 +32,7 @@ from xllm_compiler.kernels.tir.base import LANES, PAGE, Isa
 from xllm_compiler.kernels.tir.emit import (
     Vectors,
     address,
+    all_registers,
     choose,
     fma,
     horizontal_max,
@@ -57,9 +54,9 @@ Expr = Any
 BLOCK = 64
 CHUNK = 512  # tokens that are one softmax; the unit of sharing out a row
 QUERY_ROWS = 48
-_BLOCK_PAGES = BLOCK // PAGE
-_MAX_ROWS = 6
-_LINE = 64  # bytes of a cache line
+BLOCK_PAGES = BLOCK // PAGE
+MAX_ROWS = 6
+LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,23 @@ class Item:
     rows: Expr
     first_block: Expr
     last_block: Expr
+
+
+OnlySeen = Callable[[int, Expr, float], Expr]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Walk `number` of `of` that the work on a block's keys, or on its values, consists of. Each asks for some pages of
+    the next block: memory that gets all requests at once, and then none, is idle half of the time."""
+
+    number: int
+    of: int
+
+    @property
+    def pages(self) -> range:
+        """Of the next block, those to ask for."""
+        return range(BLOCK_PAGES * self.number // self.of, BLOCK_PAGES * (self.number + 1) // self.of)
 
 
 class State:
@@ -113,27 +127,24 @@ class Tiles:
         self.kernel = kernel
         self.isa = isa
         self.env = env
-        self.quantized = kernel.kv.quantized
-        self.layout = kernel.kv.opened if self.quantized else kernel.kv  # of what is worked on
+        self.layout = kernel.kv
         self.bf16 = kernel.kv.dtype == "bf16"
         self.group = kernel.q_heads // kernel.kv.heads
         self.pages = Pages(kernel.kv, env["table"], env["width"])
-        self.memory = env["kv"]  # what is worked on lies there
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
-        self.height = tile_rows(partial(tile_width, isa, kernel.kv.dtype), _MAX_ROWS)
-        self.steps = kernel.kv.k_dim // 2 if self.bf16 else kernel.kv.k_dim
+        self.height = tile_rows(self.width, MAX_ROWS)
+
+    def width(self, rows: int) -> int:
+        """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
+        return tile_width(self.isa, self.layout.dtype, rows)
 
     def allocate(self) -> None:
         """Emits the arrays that blocks are worked on with."""
-        self.scores = stack_array(_MAX_ROWS * BLOCK, "float32")
-        self.weights = stack_array(_MAX_ROWS * BLOCK, "uint16" if self.bf16 else "float32")
+        self.scores = stack_array(MAX_ROWS * BLOCK, "float32")
+        self.weights = stack_array(MAX_ROWS * BLOCK, "uint16" if self.bf16 else "float32")
         self.state = State(self.value_vectors)
-        self.values = stack_array(_BLOCK_PAGES, "int64")  # where the values of the block's pages begin
-        self.next_keys = stack_array(_BLOCK_PAGES, "int64")  # and the keys of the next block's
-        if self.quantized:
-            self.memory = stack_array(_BLOCK_PAGES * self.layout.head_bytes + _LINE, "uint8")
-            self.key_scales, self.value_scales = stack_array(BLOCK, "float32"), stack_array(BLOCK, "float32")
-            self.opened = Pages(self.layout, None, None)
+        self.values = stack_array(BLOCK_PAGES, "int64")  # where the values of the block's pages begin
+        self.next_keys = stack_array(BLOCK_PAGES, "int64")  # and the keys of the next block's
 
     def release(self) -> None:
         """Emits what must be done when all blocks are."""
@@ -146,13 +157,43 @@ class Tiles:
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
         """Takes one KV block into the state at `shift` of all rows of a query block that see any of it."""
         self.shift = shift
-        if self.quantized:
-            self._open(item, head, block)
+        self.first_block = item.first_block
+        self.begins = self.may_begin(item, block)
         tiles = T.truncdiv(item.rows + (self.height - 1), T.int32(self.height))
         with T.serial(0, tiles) as tile:
             row = T.bind(tile * self.height)
             here = T.bind(T.min(item.rows - row, self.height))
-            self._tile(item.request, item.first, row, here, head, block)
+            self.tile(item.request, item.first, row, here, head, block)
+
+    @staticmethod
+    def may_begin(item: Item, block: Expr) -> Expr:
+        """Whether a member may begin with this block, whose values nobody has asked for."""
+        return T.bind(T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0))
+
+    def ask_keys(self, step: Expr, part: Part) -> None:
+        """In step `step` of k_steps of a walk over keys: asks for some lines of the next block's, and of this one's
+        values where nobody has."""
+        steps, values = self.layout.k_steps, self.layout.v_steps * self.layout.v_row_bytes
+        for page in part.pages:
+            self._ask(self.next_keys[page], self.layout.k_bytes, step, steps)
+        with T.If(self.begins), T.Then():
+            for page in part.pages:
+                self._ask(self.values[page], values, step, steps)
+
+    def ask_values(self, step: Expr, part: Part) -> None:
+        """In step `step` of a walk over the block's values: asks for some lines of the next block's, and for what
+        lies behind them."""
+        for page in part.pages:
+            start = self.pages.values(self.next_keys[page])
+            self._ask(start, self.layout.head_bytes - self.layout.k_bytes, step, BLOCK_PAGES * self.layout.v_steps)
+
+    def _ask(self, start: Expr, size: int, step: Expr, steps: int) -> None:
+        each, rest = divmod(-(-size // LINE), steps)
+        for line in range(each):
+            self.prefetch(start + (step * each + line) * LINE)
+        if rest:
+            with T.If(step < rest), T.Then():
+                self.prefetch(start + (step + steps * each) * LINE)
 
     def _token(self, request: Expr, row: Expr) -> Expr:
         """The token (row of q) of a row of the request."""
@@ -170,7 +211,7 @@ class Tiles:
         index = T.Cast("int64", self._token(request, row)) * self.kernel.q_heads + T.Cast("int64", query_head)
         return T.bind(index * width)
 
-    def _tile(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
+    def tile(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
         base = T.bind(block * BLOCK)
         lowest, low_end = self.seen(request, first + row)
         high_start, high_end = self.seen(request, first + row + here - 1)
@@ -183,15 +224,15 @@ class Tiles:
             with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
                 with T.Then():
                     with T.serial(0, here) as i:
-                        self._weigh(i, self.shift + row + i, None)
-                    choose(here, {count: partial(self._add_values, self.shift + row, count) for count in sizes})
+                        self.weigh(i, self.shift + row + i, None)
+                    choose(here, {count: partial(self.add_values, self.shift + row, count) for count in sizes})
                 with T.Else(), T.serial(0, here) as i:
                     one = T.bind(row + i)
                     begin, end = self.seen(request, first + one)
                     lo = T.bind(T.max(begin - base, 0))
                     hi = T.bind(T.min(end - base, BLOCK))
                     with T.If(lo < hi), T.Then():
-                        self._weigh(i, self.shift + one, (lo, hi))
+                        self.weigh(i, self.shift + one, (lo, hi))
                         self._add_seen_values(i, self.shift + one, lo, hi)
 
     def find_pages(self, request: Expr, head: Expr, block: Expr, lowest: Expr, end: Expr) -> list[Expr]:
@@ -200,119 +241,67 @@ class Tiles:
         start = T.bind(T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE)))
         stop = T.bind(T.truncdiv(T.min(end - base, BLOCK) - 1, T.int32(PAGE)))
         # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
-        numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(_BLOCK_PAGES)]
-        if self.quantized:
-            pages = [T.bind(T.Cast("int64", number) * self.layout.head_bytes) for number in numbers]
-            for i, page in enumerate(pages):
-                T.buffer_store(self.values, self.opened.values(page), [i])
-            return pages
-        pages = [self.pages.page(request, block * _BLOCK_PAGES + number, head) for number in numbers]
-        last = T.truncdiv(end - 1, T.int32(PAGE))
+        numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(BLOCK_PAGES)]
+        pages = [self.pages.page(request, block * BLOCK_PAGES + number, head) for number in numbers]
+        last = T.bind(T.truncdiv(end - 1, T.int32(PAGE)))
+        # after the last block comes the next head's first
+        over = T.bind(block * BLOCK_PAGES + BLOCK_PAGES > last)
+        next_head = T.bind(T.Select(over, head + 1, head))
+        next_block = T.bind(T.Select(over, self.first_block, block + 1))
         for i, page in enumerate(pages):
             T.buffer_store(self.values, self.pages.values(page), [i])
-            after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), last)
-            T.buffer_store(self.next_keys, self.pages.page(request, after, head), [i])
+            after = T.min(next_block * BLOCK_PAGES + i, last)
+            T.buffer_store(self.next_keys, self.pages.page(request, after, next_head), [i])
         return pages
-
-    # ---- quantized pages
-
-    def _open(self, item: Item, head: Expr, block: Expr) -> None:
-        """Widens the pages of a block that any row of the query block sees, and asks for the next block's."""
-        lowest, _ = self.seen(item.request, item.first)
-        _, highest = self.seen(item.request, item.first + item.rows - 1)
-        base = T.bind(block * BLOCK)
-        start = T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE))
-        stop = T.truncdiv(T.min(highest - base, BLOCK) - 1, T.int32(PAGE))
-        kv, stored, opened = self.env["kv"], self.kernel.kv, self.layout
-
-        def part(offset: Expr) -> Expr:
-            return address(kv, offset)
-
-        def widen(to: Expr, offset: Expr, next_row: int) -> None:
-            """16 integers, for bf16 in pairs with those `next_row` bytes further."""
-            where = address(self.memory, to)
-            if self.bf16:
-                pairs = T.call_extern("int32x16", "xllm_pairs_i8", part(offset), part(offset + next_row))
-                T.evaluate(T.call_extern("int32", "xllm_store_i32", where, pairs))
-            else:
-                T.evaluate(
-                    T.call_extern(
-                        "int32", "xllm_store_f32", where, T.call_extern("float32x16", "xllm_load_i8", part(offset))
-                    )
-                )
-
-        with T.serial(start, stop + 1) as i:
-            page = self.pages.page(item.request, block * _BLOCK_PAGES + i, head)
-            after = T.min(block * _BLOCK_PAGES + (_BLOCK_PAGES + i), T.truncdiv(highest - 1, T.int32(PAGE)))
-            ahead = self.pages.page(item.request, after, head)
-            to = T.bind(T.Cast("int64", i) * opened.head_bytes)
-            for scales, offset in ((self.key_scales, 0), (self.value_scales, PAGE * 4)):
-                scale = T.call_extern("float32x16", "xllm_load_f32", part(self.pages.scales(page) + offset))
-                store(scales, i * LANES, scale, "f32")
-            rows = 2 if self.bf16 else 1  # of K or V in one row of what is worked on
-            lines = -(-stored.head_bytes // _LINE)
-            with T.serial(0, self.steps) as step:
-                self._prefetch(ahead + step * _LINE)
-                widen(to + step * opened.k_row_bytes, page + step * (rows * PAGE), PAGE)
-            if lines > self.steps:
-                with T.serial(self.steps, lines) as line:
-                    self._prefetch(ahead + line * _LINE)
-            with T.serial(0, PAGE // rows) as step:
-                # past v_dim a row runs into the next one, which comes later
-                for vector in range(self.value_vectors):
-                    target = self.opened.values(to) + step * opened.v_row_bytes + vector * LANES * 4
-                    source = self.pages.values(page) + step * (rows * stored.v_dim) + vector * LANES
-                    widen(target, source, stored.v_dim)
 
     # ---- scores and values of one tile
 
     def _score(self, query: Callable[[Expr], Expr], row: Expr, count: int, pages: list[Expr]) -> None:
         """scores = q . k for `count` rows from `row` of the request on."""
         queries = [query(row + i) for i in range(count)]
-        width = tile_width(self.isa, self.layout.dtype, count)
-        for group in range(0, _BLOCK_PAGES, width):
-            totals = self._dots(queries, pages[group : group + width])
-            for i in range(count):
-                for j in range(width):
-                    store(self.scores, T.int32(i * BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
+        width = self.width(count)
+        for group in range(0, BLOCK_PAGES, width):
+            with all_registers():
+                part = Part(group // width, BLOCK_PAGES // width)
+                totals = self._dots(queries, pages[group : group + width], part)
+                for i in range(count):
+                    for j in range(width):
+                        store(self.scores, T.int32(i * BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
 
-    def _dots(self, queries: list[Expr], pages: list[Expr]) -> Vectors:
-        """q . k for some rows by some pages; meanwhile the values of these pages are on their way."""
+    def _dots(self, queries: list[Expr], pages: list[Expr], part: Part) -> Vectors:
+        """q . k for some rows by some pages."""
         totals = Vectors(len(queries) * len(pages))
         for i in range(len(queries) * len(pages)):
             totals[i] = splat(0.0)
-        with T.serial(0, self.steps) as step:
-            keys = [self._row(page + step * self.layout.k_row_bytes) for page in pages]
-            for page in [] if self.quantized else pages:
-                self._prefetch(self.pages.values(page) + step * _LINE)
+        with T.serial(0, self.layout.k_steps) as step:
+            keys = [self.words(page + step * self.layout.k_row_bytes) for page in pages]
+            self.ask_keys(step, part)
             for i, query in enumerate(queries):
                 operand = self._pair(self.env["q"], query, step)
                 for j, key in enumerate(keys):
                     totals[i * len(keys) + j] = self._multiply(totals[i * len(keys) + j], operand, key)
         return totals
 
-    def _add_values(self, row: Expr, count: int) -> None:
+    def add_values(self, row: Expr, count: int) -> None:
         """acc += p @ v for `count` rows that see the whole block."""
-        width = tile_width(self.isa, self.layout.dtype, count)
+        width = self.width(count)
         for vector in range(0, self.value_vectors, width):
-            self._add_to_vectors(row, count, range(vector, min(vector + width, self.value_vectors)))
+            part = Part(vector // width, -(-self.value_vectors // width))
+            with all_registers():
+                self.add_to_vectors(row, count, range(vector, min(vector + width, self.value_vectors)), part)
 
-    def _add_to_vectors(self, row: Expr, count: int, vectors: range) -> None:
+    def add_to_vectors(self, row: Expr, count: int, vectors: range, part: Part) -> None:
+        """`add_values` for some vectors of the value's columns."""
         sums = Vectors(count * len(vectors))
         for i in range(count):
             for j, vector in enumerate(vectors):
                 sums[i * len(vectors) + j] = load(self.state.totals, self.state.total(row + i, vector), "f32")
-        steps = BLOCK // 2 if self.bf16 else BLOCK
-        lines = -(-PAGE * self.layout.k_dim * self.layout.element_bytes // (_LINE * steps))
+        steps = BLOCK_PAGES * self.layout.v_steps
         # One loop over the block and not one per page, which LLVM would unroll for every tile size.
         with T.serial(0, steps) as step:
-            at = self._value_row(step)
-            values = [self._value(at, vector) for vector in vectors]
-            if vectors.start == 0 and not self.quantized:
-                # the keys of the next block, spread over this loop
-                for page in range(_BLOCK_PAGES):
-                    for line in range(lines):
-                        self._prefetch(self.next_keys[page] + (step * lines + line) * _LINE)
+            at = self.value_row(step)
+            values = [self.value(at, vector) for vector in vectors]
+            self.ask_values(step, part)
             for i in range(count):
                 operand = self._pair(self.weights, T.int32(i * BLOCK), step)
                 for j, value in enumerate(values):
@@ -334,30 +323,27 @@ class Tiles:
                 second_seen = T.Select(pair * 2 + 1 < hi, T.int32(-0x10000), T.int32(0))
                 mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
                 operand = self._pair(self.weights, weights, pair)
-                at = self._value_row(pair)
+                at = self.value_row(pair)
                 for vector in range(self.value_vectors):
-                    value = T.bitwise_and(self._value(at, vector), mask)
+                    value = T.bitwise_and(self.value(at, vector), mask)
                     sums[vector] = self._multiply(sums[vector], operand, value)
         else:
             with T.serial(lo, hi) as slot:
                 operand = self._pair(self.weights, weights, slot)
-                at = self._value_row(slot)
+                at = self.value_row(slot)
                 for vector in range(self.value_vectors):
-                    sums[vector] = fma(operand, self._value(at, vector), sums[vector])
+                    sums[vector] = fma(operand, self.value(at, vector), sums[vector])
         for vector in range(self.value_vectors):
             store(self.state.totals, self.state.total(row, vector), sums[vector], "f32")
 
     # ---- the softmax
 
-    def _weigh(self, tile_row: Expr, row: Expr, seen: tuple[Expr, Expr] | None) -> None:
+    def weigh(self, tile_row: Expr, row: Expr, seen: tuple[Expr, Expr] | None) -> None:
         """Turns a row's 64 scores into weights and brings its maximum, sum and accumulators up to date."""
         kernel = self.kernel
         factor = splat(kernel.softcap or kernel.scale)
         scores = []
-        for i in range(_BLOCK_PAGES):
-            score = load(self.scores, tile_row * BLOCK + i * LANES, "f32")
-            if self.quantized:
-                score = score * load(self.key_scales, T.int32(i * LANES), "f32")
+        for score in self.read_scores(tile_row, row):
             if kernel.softcap:
                 score = tanh(score * splat(kernel.scale) * splat(1.0 / kernel.softcap))
             scores.append(T.bind(score))
@@ -380,39 +366,46 @@ class Tiles:
             for vector in range(self.value_vectors):
                 at = self.state.total(row, vector)
                 store(self.state.totals, at, load(self.state.totals, at, "f32") * shrink, "f32")
-        weights = []
-        for i, score in enumerate(scores):
-            weight = T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0))
-            weights.append(weight)
-            if self.quantized:  # what is not seen has any scale
-                weight = T.bind(only_seen(i, weight * load(self.value_scales, T.int32(i * LANES), "f32"), 0.0))
-            store(self.weights, tile_row * BLOCK + i * LANES, weight, self.layout.dtype)
+        weights = [
+            T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0)) for i, score in enumerate(scores)
+        ]
+        self.write_weights(tile_row, weights, only_seen)
         added = (weights[0] + weights[1]) + (weights[2] + weights[3])
         store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") + added, "f32")
 
+    def read_scores(self, tile_row: Expr, row: Expr) -> list[Expr]:
+        """The scores of a row before `scale`."""
+        return [load(self.scores, tile_row * BLOCK + i * LANES, "f32") for i in range(BLOCK_PAGES)]
+
+    def write_weights(self, tile_row: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
+        """Keeps the weights of a row for `add_values`. `only_seen(i, value, other)`: vector i of the block's tokens,
+        with `other` where the row does not see the token."""
+        for i, weight in enumerate(weights):
+            store(self.weights, tile_row * BLOCK + i * LANES, weight, self.layout.dtype)
+
     # ---- memory
 
-    def _row(self, offset: Expr) -> Expr:
+    def words(self, offset: Expr) -> Expr:
         """One vector of K."""
-        where = address(self.memory, offset)
-        if self.bf16:
+        where = address(self.env["kv"], offset)
+        if self.layout.element_bytes < 4:
             return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
         return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
 
-    def _prefetch(self, offset: Expr) -> None:
+    def prefetch(self, offset: Expr) -> None:
         T.evaluate(T.call_extern("int32", "xllm_prefetch", address(self.env["kv"], offset)))
 
-    def _value_row(self, step: Expr) -> Expr:
-        """The address of one token's values (f32) or a pair of tokens' (bf16) in the block."""
-        rows = PAGE // 2 if self.bf16 else PAGE
+    def value_row(self, step: Expr) -> Expr:
+        """The address of one row of V in the block."""
+        rows = self.layout.v_steps
         base = self.values[T.shift_right(step, T.int32(int(math.log2(rows))))]
         return T.bind(base + T.bitwise_and(step, T.int32(rows - 1)) * self.layout.v_row_bytes)
 
-    def _value(self, offset: Expr, vector: int) -> Expr:
+    def value(self, offset: Expr, vector: int) -> Expr:
         """One vector of V; lanes past v_dim are 0."""
         valid = min(self.layout.v_dim - vector * LANES, LANES)
-        where = address(self.memory, offset + vector * LANES * 4)
-        kind, first = ("int32x16", "i32") if self.bf16 else ("float32x16", "f32")
+        where = address(self.env["kv"], offset + vector * LANES * 4)
+        kind, first = ("int32x16", "i32") if self.layout.element_bytes < 4 else ("float32x16", "f32")
         if valid == LANES:
             return T.bind(T.call_extern(kind, f"xllm_load_{first}", where))
         return T.bind(T.call_extern(kind, f"xllm_load_first_{first}", where, T.int32(valid)))

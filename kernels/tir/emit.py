@@ -8,7 +8,8 @@ a product that meets a sum is always written as `fma`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -144,6 +145,17 @@ class Scalars:
 
     def __setitem__(self, index: int, value: Expr) -> None:
         T.buffer_store(self._slots[index], value, [0])
+
+
+@contextmanager
+def all_registers() -> Iterator[None]:
+    """No value lives in a vector register across the beginning and the end of this block.
+
+    For a register tile in a large kernel. LLVM keeps constants and what else is needed later in registers all through
+    the tile's loop, finds one register too few for the sums, and hands all of them on by one place in every step."""
+    T.evaluate(T.call_extern("int32", "xllm_forget_vectors"))
+    yield
+    T.evaluate(T.call_extern("int32", "xllm_forget_vectors"))
 
 
 def share(total: Expr, member: Expr, team: Expr) -> tuple[Expr, Expr]:

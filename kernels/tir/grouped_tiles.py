@@ -16,9 +16,9 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL
 from xllm_compiler.kernels.tir.emit import address, fma, load, splat, stack_array, store
-from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, STEP_BYTES, TileSums
+from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, STEP_BYTES, TileSums, narrow_shape, wide_shape
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
-from xllm_compiler.kernels.tir.weight_only import as_pair, widened, zero_point
+from xllm_compiler.kernels.tir.weight_only import open_group
 
 Expr = Any
 _MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
@@ -78,11 +78,10 @@ class _Groups(TileSums):
         """The sums of one group into the half of the buffer that is its turn."""
         part = T.bind(T.bitwise_and(group, T.int32(1)) * _PART)
         width = min(self._length, TILE_BYTES)
-        steps, pieces = self._length // width, T.int32(width // 4)
+        steps = self._length // width
         with T.If(here <= TILE_ROWS):
             with T.Then():
-                shape = [(here, TILE_BYTES)] * 4 + [(here, width)] + [(pieces, TILE_BYTES)] * 3
-                self._shapes.set(here * 2, shape)
+                self._shapes.set(here * 2, narrow_shape(here, width))
                 for tile in range(4):
                     zero(tile)
                 with T.serial(0, steps) as step:
@@ -93,10 +92,7 @@ class _Groups(TileSums):
                 for tile in range(4):
                     store_tile(tile, address(self._parts, part + tile * LANES), PANEL * 4)
             with T.Else():
-                lower = here - TILE_ROWS
-                both = [(T.int32(TILE_ROWS), TILE_BYTES)] * 2 + [(lower, TILE_BYTES)] * 2
-                shape = [*both, (T.int32(TILE_ROWS), width), (lower, width)] + [(pieces, TILE_BYTES)] * 2
-                self._shapes.set(here * 2 + 1, shape)
+                self._shapes.set(here * 2 + 1, wide_shape(here, width))
                 for first in (0, 2):
                     for tile in range(4):
                         zero(tile)
@@ -197,25 +193,13 @@ class FloatRows(_Groups):
 
     def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
         super().__init__(q, k, env, 2 * k, 2 * (q.group or k))
-        self._steps = (q.group or k) // (QUAD * 8 // q.bits)
 
     @staticmethod
     def can(q: Quantization, k: int) -> bool:
         return k % (QUAD * 8 // q.bits) == 0 and _fits(2 * (q.group or k), 2 * k)
 
     def take_apart(self, start: Expr, target: Expr) -> None:
-        q, w = self._q, self._env["w"]
-        points = [zero_point(q, w, start, vector) for vector in range(PANEL // LANES)]
-        values = T.bind(start + q.header_bytes)
-        elements = QUAD * 8 // q.bits
-        with T.serial(0, self._steps) as step:
-            for vector, point in enumerate(points):
-                at = values + step * STEP_BYTES + vector * TILE_BYTES
-                loaded = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, at)))
-                for first in range(0, elements, 2):
-                    pair = as_pair([widened(q, loaded, first + i, point) for i in range(2)])
-                    to = target + step * (elements * 2 * PANEL) + (first // 2 * STEP_BYTES + vector * TILE_BYTES)
-                    T.evaluate(T.call_extern("int32", "xllm_store_i32", address(self._bytes, to), pair))
+        open_group(self._q, self._env["w"], start, self._length // 2, self._bytes, target)
 
     def as_float(self, part: Expr) -> Expr:
         return T.reinterpret("float32x16", part)

@@ -50,25 +50,13 @@ define linkonce_odr i32 @xllm_put_i16(ptr %p, i16 %v) {
   store i16 %v, ptr %p, align 2
   ret i32 0
 }
+define linkonce_odr i32 @xllm_put_pair(ptr %p, i32 %v) {
+  store i32 %v, ptr %p, align 2
+  ret i32 0
+}
 define linkonce_odr i32 @xllm_put_i8(ptr %p, i8 %v) {
   store i8 %v, ptr %p, align 1
   ret i32 0
-}
-define linkonce_odr <16 x float> @xllm_load_i8(ptr %p) {
-  %v = load <16 x i8>, ptr %p, align 1
-  %w = sext <16 x i8> %v to <16 x i32>
-  %r = sitofp <16 x i32> %w to <16 x float>
-  ret <16 x float> %r
-}
-; 8-bit integers at p and at q as pairs of bf16, which holds them exactly: the upper halves of their f32
-define linkonce_odr <16 x i32> @xllm_pairs_i8(ptr %p, ptr %q) {
-  %a = call <16 x float> @xllm_load_i8(ptr %p)
-  %b = call <16 x float> @xllm_load_i8(ptr %q)
-  %x = bitcast <16 x float> %a to <16 x i32>
-  %y = bitcast <16 x float> %b to <16 x i32>
-  %low = lshr <16 x i32> %x, splat (i32 16)
-  %r = or <16 x i32> %low, %y
-  ret <16 x i32> %r
 }
 define linkonce_odr <16 x float> @xllm_load_f16(ptr %p) {
   %v = load <16 x half>, ptr %p, align 2
@@ -80,20 +68,26 @@ define linkonce_odr <16 x i32> @xllm_load_u8(ptr %p) {
   %r = zext <16 x i8> %v to <16 x i32>
   ret <16 x i32> %r
 }
-declare <16 x float> @llvm.rint.v16f32(<16 x float>)
-; 16 values as 8-bit integers, to nearest, ties to even; all but the first n are 0. Returns their sum
-define linkonce_odr i32 @xllm_store_i8(ptr %p, <16 x float> %v, i32 %n) {
-  %near = call <16 x float> @llvm.rint.v16f32(<16 x float> %v)
-  %whole = call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float> %near)
-  %m = call <16 x i1> @xllm_first(i32 %n)
-  %kept = select <16 x i1> %m, <16 x i32> %whole, <16 x i32> zeroinitializer
-  %narrow = trunc <16 x i32> %kept to <16 x i8>
+define linkonce_odr i32 @xllm_store_i8(ptr %p, <16 x i32> %v) {
+  %narrow = trunc <16 x i32> %v to <16 x i8>
   store <16 x i8> %narrow, ptr %p, align 1
-  %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %kept)
-  ret i32 %sum
+  ret i32 0
 }
-declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+define linkonce_odr i32 @xllm_sum_i32(<16 x i32> %v) {
+  %r = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %v)
+  ret i32 %r
+}
+declare i32 @llvm.vector.reduce.smax.v16i32(<16 x i32>)
+; the largest of 16 sizes, given as the bits of |x|, which are ordered as integers: infinity and NaN, which come last,
+; make it NaN
+define linkonce_odr float @xllm_largest_size(<16 x i32> %v) {
+  %top = call i32 @llvm.vector.reduce.smax.v16i32(<16 x i32> %v)
+  %bad = icmp sge i32 %top, 2139095040
+  %size = bitcast i32 %top to float
+  %r = select i1 %bad, float 0x7FF8000000000000, float %size
+  ret float %r
+}
 define linkonce_odr float @xllm_scale_f16(ptr %p) {
   %v = load half, ptr %p, align 2
   %r = fpext half %v to float
@@ -194,9 +188,19 @@ define linkonce_odr float @xllm_max(<16 x float> %v) {
 """
 
 _OF_MACHINE = {"x86_64": x86_intrinsics, "aarch64": arm_intrinsics}
+_REGISTERS = {"x86_64": "xmm", "aarch64": "v"}
+
+
+def _forget_vectors(isa: Isa) -> str:
+    """A place that says it overwrites every vector register, and does nothing."""
+    names = ",".join(f"~{{{_REGISTERS[isa.machine]}{i}}}" for i in range(isa.vector_registers))
+    return (
+        "define linkonce_odr i32 @xllm_forget_vectors() alwaysinline {\n"
+        f'  call void asm sideeffect "", "{names}"()\n  ret i32 0\n}}\n'
+    )
 
 
 @cache
 def intrinsics(isa: Isa) -> str:
     """The LLVM text to import into a kernel for `isa`."""
-    return _COMMON + _OF_MACHINE[isa.machine](isa)
+    return _COMMON + _forget_vectors(isa) + _OF_MACHINE[isa.machine](isa)

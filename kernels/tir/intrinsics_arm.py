@@ -8,7 +8,7 @@ x86's instruction, but one order for all rows."""
 from __future__ import annotations
 
 from xllm_compiler.kernels.tir.base import Isa
-from xllm_compiler.kernels.tir.intrinsics_without import DOT_WITH_FMA, LOOPED_16, LOOPED_32, ROUND_BF16
+from xllm_compiler.kernels.tir.intrinsics_without import DOT_WITH_FMA, LOOPED_16, LOOPED_32, LOOPED_SPREAD, ROUND_BF16
 
 
 def _quarters(name: str, intrinsic: str, sums: str, of: str) -> str:
@@ -65,9 +65,20 @@ define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <1
 }
 """
 
+# the conversion makes NaN 0 by itself
+_ROUND_I32 = """
+declare <16 x float> @llvm.rint.v16f32(<16 x float>)
+declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
+define linkonce_odr <16 x i32> @xllm_round_i32(<16 x float> %v) {
+  %near = call <16 x float> @llvm.rint.v16f32(<16 x float> %v)
+  %r = call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float> %near)
+  ret <16 x i32> %r
+}
+"""
+
 
 def arm_intrinsics(isa: Isa) -> str:
     """The LLVM text for one Arm level."""
     bf16 = _BF16 if isa.has_bf16_dot else DOT_WITH_FMA + ROUND_BF16
     int8 = _U8_INSTRUCTION if "+i8mm" in isa.features else _U8_WITH_SIGNED
-    return LOOPED_16 + LOOPED_32 + bf16 + int8 + _SIGNED + _U4
+    return LOOPED_16 + LOOPED_SPREAD + LOOPED_32 + _ROUND_I32 + bf16 + int8 + _SIGNED + _U4

@@ -69,6 +69,26 @@ define linkonce_odr i32 @xllm_store_first_f32(ptr %p, <16 x float> %v, i32 %n) {
 """
 )
 
+LOOPED_SPREAD = """
+; 16 elements to every other place from %to on
+define linkonce_odr i32 @xllm_spread_i16(ptr %to, ptr %from) {
+entry:
+  br label %copy
+copy:
+  %i = phi i32 [ 0, %entry ], [ %next, %copy ]
+  %j = shl i32 %i, 1
+  %a = getelementptr i16, ptr %from, i32 %i
+  %b = getelementptr i16, ptr %to, i32 %j
+  %v = load i16, ptr %a, align 2
+  store i16 %v, ptr %b, align 2
+  %next = add i32 %i, 1
+  %more = icmp slt i32 %next, 16
+  br i1 %more, label %copy, label %done
+done:
+  ret i32 0
+}
+"""
+
 DOT_WITH_FMA = """
 define linkonce_odr <16 x float> @xllm_dot_bf16(<16 x float> %acc, <16 x i32> %a, <16 x i32> %b) {
   %al = shl <16 x i32> %a, splat (i32 16)

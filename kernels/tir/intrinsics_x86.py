@@ -5,7 +5,7 @@ Owns what differs between the x86 levels; `intrinsics` has what all architecture
 from __future__ import annotations
 
 from xllm_compiler.kernels.tir.base import LANES, Isa
-from xllm_compiler.kernels.tir.intrinsics_without import DOT_WITH_FMA, LOOPED_16, ROUND_BF16
+from xllm_compiler.kernels.tir.intrinsics_without import DOT_WITH_FMA, LOOPED_16, LOOPED_SPREAD, ROUND_BF16
 from xllm_compiler.kernels.tir.tile_intrinsics import tile_intrinsics
 
 _MASKED_32 = """
@@ -46,6 +46,23 @@ define linkonce_odr i32 @xllm_store_first_bf16(ptr %p, <16 x float> %v, i32 %n) 
 }
 """
 
+_SPREAD = """
+declare void @llvm.masked.store.v32i16.p0(<32 x i16>, ptr, <32 x i1>)
+; 16 elements to every other place from %to on; what lies between is not written, not even with what it holds
+define linkonce_odr i32 @xllm_spread_i16(ptr %to, ptr %from) {
+  %v = load <16 x i16>, ptr %from, align 2
+  %w = shufflevector <16 x i16> %v, <16 x i16> poison, <32 x i32> <
+    i32 0, i32 poison, i32 1, i32 poison, i32 2, i32 poison, i32 3, i32 poison, i32 4, i32 poison, i32 5, i32
+    poison, i32 6, i32 poison, i32 7, i32 poison, i32 8, i32 poison, i32 9, i32 poison, i32 10, i32 poison, i32
+    11, i32 poison, i32 12, i32 poison, i32 13, i32 poison, i32 14, i32 poison, i32 15, i32 poison>
+  call void @llvm.masked.store.v32i16.p0(<32 x i16> %w, ptr align 2 %to, <32 x i1> <
+    i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1
+    false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true,
+    i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false, i1 true, i1 false>)
+  ret i32 0
+}
+"""
+
 _DOT_INSTRUCTION = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
@@ -59,6 +76,35 @@ define linkonce_odr <16 x i16> @xllm_round_bf16(<16 x float> %v) {
   %c = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %v)
   %r = bitcast <16 x bfloat> %c to <16 x i16>
   ret <16 x i16> %r
+}
+"""
+
+# To nearest, ties to even, as the processor rounds unless told otherwise; NaN becomes 0, not what the
+# least integer.
+_ROUND_512 = """
+declare <16 x i32> @llvm.x86.avx512.mask.cvtps2dq.512(<16 x float>, <16 x i32>, i16, i32)
+define linkonce_odr <16 x i32> @xllm_round_i32(<16 x float> %v) {
+  %m = fcmp ord <16 x float> %v, %v
+  %b = bitcast <16 x i1> %m to i16
+  %r = call <16 x i32> @llvm.x86.avx512.mask.cvtps2dq.512(<16 x float> %v, <16 x i32> zeroinitializer, i16 %b, i32 4)
+  ret <16 x i32> %r
+}
+"""
+
+_ROUND_256 = """
+declare <8 x i32> @llvm.x86.avx.cvt.ps2dq.256(<8 x float>)
+define linkonce_odr <16 x i32> @xllm_round_i32(<16 x float> %v) {
+  %lo = shufflevector <16 x float> %v, <16 x float> poison,
+    <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %hi = shufflevector <16 x float> %v, <16 x float> poison,
+    <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %a = call <8 x i32> @llvm.x86.avx.cvt.ps2dq.256(<8 x float> %lo)
+  %b = call <8 x i32> @llvm.x86.avx.cvt.ps2dq.256(<8 x float> %hi)
+  %w = shufflevector <8 x i32> %a, <8 x i32> %b, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7,
+                                                           i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %m = fcmp ord <16 x float> %v, %v
+  %r = select <16 x i1> %m, <16 x i32> %w, <16 x i32> zeroinitializer
+  ret <16 x i32> %r
 }
 """
 
@@ -145,7 +191,8 @@ _PAIRS_256 = _halves("xllm_pairs", "llvm.x86.avx2.pmadd.wd", ("i16", 32), ("i32"
 def x86_intrinsics(isa: Isa) -> str:
     """The LLVM text for one x86 level."""
     wide = isa.register_lanes == LANES
-    masks = _MASKED_32 + (_MASKED_16 if wide else LOOPED_16)
+    masks = _MASKED_32 + (_MASKED_16 + _SPREAD if wide else LOOPED_16 + LOOPED_SPREAD)
+    rounds = _ROUND_512 if wide else _ROUND_256
     bf16 = _DOT_INSTRUCTION if isa.has_bf16_dot else DOT_WITH_FMA + ROUND_BF16
     int8 = _INT8_INSTRUCTION if isa.has_int8_dot else _INT8_WITH_PAIRS + (_PAIRS_512 if wide else _PAIRS_256)
-    return masks + bf16 + int8 + (tile_intrinsics() if isa.has_tiles else "")
+    return masks + rounds + bf16 + int8 + (tile_intrinsics() if isa.has_tiles else "")

@@ -5,9 +5,12 @@ head,
 
     bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
     f32     K [k_dim, 16]        then V [16, v_dim]
-    8 bits  K [k_dim, 16]        then V [16, v_dim]        integers, of either; then f32 scales of 16 keys, of 16 values
+    8 bits  K [k_dim/4, 16, 4]   then V [4, v_dim, 4]      integers, of either type: quads of k, quads of tokens; then
+                                                           f32 scales of 16 keys, i32 sums of their integers, f32
+                                                           scales of 16 values. k_dim is filled up to quads with zeros
 
-so that one vector of K is 16 tokens of one k (or pair of k), and one vector of V is 16 columns of one token (or pair).
+so that one vector of K is 16 tokens of one k (or pair or quad of k), and one vector of V is 16 columns of one token (or
+pair or quad).
 Contiguous virtual ranges in place of a table would change `Pages.page` and nothing else.
 """
 
@@ -50,28 +53,38 @@ class KvLayout:
         return 2 if self.dtype == "bf16" else 4
 
     @property
-    def head_bytes(self) -> int:
-        """Bytes of one head in one page: its K, its V, and scales where there are any."""
-        return PAGE * (self.k_dim + self.v_dim) * self.element_bytes + (2 * PAGE * 4 if self.quantized else 0)
+    def k_bytes(self) -> int:
+        """Bytes of the K of one head in one page."""
+        return PAGE * (4 * self.k_steps if self.quantized else self.k_dim * self.element_bytes)
 
     @property
-    def opened(self) -> KvLayout:
-        """One head of a page as it is computed with: the same elements without scales."""
-        return KvLayout(self.dtype, 1, self.k_dim, self.v_dim)
+    def head_bytes(self) -> int:
+        """Bytes of one head in one page: its K, its V, and what belongs to a quantized one."""
+        return self.k_bytes + PAGE * self.v_dim * self.element_bytes + (3 * PAGE * 4 if self.quantized else 0)
 
     @property
     def page_bytes(self) -> int:
         return self.heads * self.head_bytes
 
     @property
+    def k_steps(self) -> int:
+        """Vectors of 16 tokens that the K of one page consists of, each 64 bytes."""
+        return -(-self.k_dim // (4 if self.quantized else 4 // self.element_bytes))
+
+    @property
     def k_row_bytes(self) -> int:
-        """Bytes of one vector's worth of K: 16 tokens of one k (f32) or one pair of k (bf16)."""
+        """Bytes of one vector's worth of K: 16 tokens of one k (f32), pair of k (bf16) or quad (8 bits)."""
         return PAGE * 4
 
     @property
     def v_row_bytes(self) -> int:
-        """Bytes of one row of V: one token (f32) or one pair of tokens (bf16)."""
+        """Bytes of one row of V: one token (f32), one pair (bf16) or quad (8 bits) of tokens."""
         return self.v_dim * 4
+
+    @property
+    def v_steps(self) -> int:
+        """Rows that the V of one page consists of."""
+        return PAGE * self.element_bytes // 4
 
 
 class Pages:
@@ -89,25 +102,32 @@ class Pages:
 
     def values(self, page: Expr) -> Expr:
         """V of the head whose K is at `page`."""
-        return page + PAGE * self.layout.k_dim * self.layout.element_bytes
+        return page + self.layout.k_bytes
 
-    def scales(self, page: Expr) -> Expr:
-        """The scales of the 16 keys of the head at `page` of a quantized cache; 16 f32 further, those of the values."""
-        return page + PAGE * (self.layout.k_dim + self.layout.v_dim)
+    def key_scales(self, page: Expr) -> Expr:
+        """The scales of the 16 keys of the head at `page` of a quantized cache."""
+        return self.values(page) + PAGE * self.layout.v_dim
+
+    def key_sums(self, page: Expr) -> Expr:
+        """The sums of the 16 keys' integers."""
+        return self.key_scales(page) + PAGE * 4
+
+    def value_scales(self, page: Expr) -> Expr:
+        """The scales of the 16 values."""
+        return self.key_sums(page) + PAGE * 4
 
     def k_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
         """Element `index` of the key in `slot`."""
-        if self.layout.quantized:
-            return page + index * PAGE + slot
-        if self.layout.dtype == "f32":
-            return page + (index * PAGE + slot) * 4
-        return page + T.truncdiv(index, T.int32(2)) * (PAGE * 4) + slot * 4 + T.truncmod(index, T.int32(2)) * 2
+        many = 4 // self.layout.element_bytes  # that lie side by side
+        return (
+            page
+            + T.truncdiv(index, T.int32(many)) * (PAGE * 4)
+            + slot * 4
+            + T.truncmod(index, T.int32(many)) * self.layout.element_bytes
+        )
 
     def v_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
         """Element `index` of the value in `slot`."""
-        if self.layout.quantized:
-            return self.values(page) + slot * self.layout.v_dim + index
-        if self.layout.dtype == "f32":
-            return self.values(page) + (slot * self.layout.v_dim + index) * 4
-        pair = T.truncdiv(slot, T.int32(2))
-        return self.values(page) + ((pair * self.layout.v_dim + index) * 2 + T.truncmod(slot, T.int32(2))) * 2
+        many = 4 // self.layout.element_bytes
+        row = self.values(page) + (T.truncdiv(slot, T.int32(many)) * self.layout.v_dim + index) * 4
+        return row + T.truncmod(slot, T.int32(many)) * self.layout.element_bytes

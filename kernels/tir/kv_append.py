@@ -13,10 +13,10 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PAGE, Arg, Isa, Kernel, require, scalar
-from xllm_compiler.kernels.tir.emit import address, build_function, load_part, share, splat, store_part
+from xllm_compiler.kernels.tir.emit import Vectors, address, build_function, load_part, share, splat, store_part
 from xllm_compiler.kernels.tir.kv_address import KvLayout, Pages
 from xllm_compiler.kernels.tir.norms import each_vector, gain, inverse_root, square_sum
-from xllm_compiler.kernels.tir.quantize import LARGEST, inverse_scale, largest_size
+from xllm_compiler.kernels.tir.quantize import LARGEST, inverse_scale, largest_size, rounded, store_integers
 from xllm_compiler.kernels.tir.rope import check_rotary, rotate
 
 Expr = Any
@@ -171,35 +171,58 @@ class _Slots:
     def write_key(self, source: Expr, base: Expr, row: Expr, head: Expr, dtype: str = "") -> None:
         """K of `row`'s slot = source[base : base + k_dim], elements of the model's type (`dtype`: of another)."""
         page, slot = self._slot(row, head)
-        if self._layout.quantized:
-            source, base = self._quantize(source, base, self._layout.k_dim, dtype, self._pages.scales(page) + slot * 4)
-        with T.serial(0, self._layout.k_dim) as i:
-            self._put(self._pages.k_element(page, slot, i), source[base + i])
+        pages, layout = self._pages, self._layout
+        if layout.quantized:
+            scale = pages.key_scales(page) + slot * 4
+            source, total = self._quantize(source, base, layout.k_dim, dtype, scale)
+            base = T.int64(0)
+            where = address(self._env["kv"], pages.key_sums(page) + slot * 4)
+            T.evaluate(T.call_extern("int32", "xllm_put_pair", where, total))
+        if layout.element_bytes == 4:
+            with T.serial(0, layout.k_dim) as i:
+                self._put(pages.k_element(page, slot, i), source[base + i])
+            return
+        many = 4 // layout.element_bytes  # of k lie side by side, and are this token's alone
+        with T.serial(0, layout.k_steps) as i:
+            four = T.call_extern("int32", "xllm_load_pair", address(source, base + i * many))
+            where = address(self._env["kv"], pages.k_element(page, slot, i * many))
+            T.evaluate(T.call_extern("int32", "xllm_put_pair", where, four))
 
     def write_value(self, source: Expr, base: Expr, row: Expr, head: Expr) -> None:
         """V of `row`'s slot = source[base : base + v_dim]."""
         page, slot = self._slot(row, head)
         if self._layout.quantized:
-            scale = self._pages.scales(page) + (slot + PAGE) * 4
-            source, base = self._quantize(source, base, self._layout.v_dim, "", scale)
-        with T.serial(0, self._layout.v_dim) as i:
-            self._put(self._pages.v_element(page, slot, i), source[base + i])
+            scale = self._pages.value_scales(page) + slot * 4
+            source, _ = self._quantize(source, base, self._layout.v_dim, "", scale)
+            base = T.int64(0)
+        # of bf16 every other place is another token's, whom another member may be writing at this moment
+        spread = self._layout.v_dim // LANES * LANES if self._layout.element_bytes == 2 else 0
+        if spread:
+            with T.serial(0, spread // LANES) as i:
+                where = address(self._env["kv"], self._pages.v_element(page, slot, i * LANES))
+                T.evaluate(T.call_extern("int32", "xllm_spread_i16", where, address(source, base + i * LANES)))
+        if spread < self._layout.v_dim:
+            with T.serial(spread, self._layout.v_dim) as i:
+                self._put(self._pages.v_element(page, slot, i), source[base + i])
 
     def _quantize(self, source: Expr, base: Expr, count: int, dtype: str, scale: Expr) -> tuple[Expr, Expr]:
-        """Writes the scale of `count` elements, and returns where their integers are."""
+        """Writes the scale of `count` elements, and returns their integers, zeros behind them, and the sum of them."""
         dtype = dtype or self._layout.dtype
         largest = largest_size(source, base, count, dtype)
         where = address(self._env["kv"], scale)
         T.evaluate(T.call_extern("int32", "xllm_put_f32", where, largest * T.float32(1 / LARGEST)))
         factor = T.bind(splat(inverse_scale(largest)))
         integers = T.alloc_buffer((count + LANES,), "int8", scope="local")
+        total = Vectors(1, "int32")
+        total[0] = T.broadcast(T.int32(0), LANES)
 
         def round_part(at: Expr, valid: int) -> None:
-            value = load_part(source, base + at, valid, dtype) * factor
-            T.evaluate(T.call_extern("int32", "xllm_store_i8", address(integers, at), value, T.int32(valid)))
+            value = rounded(load_part(source, base + at, valid, dtype) * factor)
+            total[0] = total[0] + value
+            store_integers(integers, at, value)
 
         each_vector(count, round_part)
-        return integers, T.int64(0)
+        return integers, T.bind(T.call_pure_extern("int32", "xllm_sum_i32", total[0]))
 
     def _put(self, offset: Expr, value: Expr) -> None:
         where = address(self._env["kv"], offset)

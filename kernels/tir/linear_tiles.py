@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -23,6 +24,18 @@ Expr = Any
 BLOCK_ROWS = 2 * TILE_ROWS
 STEP_BYTES = PANEL * 4  # of a panel, from one 4-byte piece of k to the next
 _SUMS_STRIDE = PANEL * 4
+
+
+def narrow_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
+    """Shapes for up to 16 rows: sums in 0..3, `width` bytes of the rows in 4, columns in 5..7."""
+    return [(here, TILE_BYTES)] * 4 + [(here, width)] + [(T.int32(width // 4), TILE_BYTES)] * 3
+
+
+def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
+    """Shapes for 17 to 32 rows: sums in 0..3, two tiles of rows in 4 and 5, columns in 6 and 7."""
+    upper, lower = T.int32(TILE_ROWS), here - TILE_ROWS
+    both = [(upper, TILE_BYTES)] * 2 + [(lower, TILE_BYTES)] * 2
+    return [*both, (upper, width), (lower, width)] + [(T.int32(width // 4), TILE_BYTES)] * 2
 
 
 class TileSums(ABC):
@@ -83,10 +96,6 @@ class WholeRows(TileSums):
         """All columns by one tile of rows: sums in 0..3, rows in 4, columns in 5, 6 and 7 by turns."""
         columns = range(PANEL // TILE_ROWS)
 
-        def shape(width: int) -> list[tuple[Expr, int]]:
-            pieces = T.int32(width // 4)
-            return [(here, TILE_BYTES)] * 4 + [(here, width)] + [(pieces, TILE_BYTES)] * 3
-
         def add(step: Expr) -> None:
             load_tile(4, self._row(rows, step), self.row_bytes)
             for column in columns:
@@ -94,16 +103,10 @@ class WholeRows(TileSums):
                 dot(self._kind, column, 4, 5 + column % 3)
 
         places = [(tile, T.int32(tile * LANES)) for tile in columns]
-        self._sum(here * 4, shape, add, places, sums)
+        self._sum(here * 4, partial(narrow_shape, here), add, places, sums)
 
     def _wide(self, rows: Expr, here: Expr, weights: Expr, first: int, sums: Expr) -> None:
         """32 columns by two tiles of rows: sums in 0..3, rows in 4 and 5, columns in 6 and 7."""
-        lower = here - TILE_ROWS
-
-        def shape(width: int) -> list[tuple[Expr, int]]:
-            pieces = T.int32(width // 4)
-            both = [(T.int32(TILE_ROWS), TILE_BYTES)] * 2 + [(lower, TILE_BYTES)] * 2
-            return [*both, (T.int32(TILE_ROWS), width), (lower, width), (pieces, TILE_BYTES), (pieces, TILE_BYTES)]
 
         def add(step: Expr) -> None:
             for j in range(2):
@@ -114,7 +117,7 @@ class WholeRows(TileSums):
                     dot(self._kind, 2 * i + j, 4 + i, 6 + j)
 
         places = [(2 * i + j, T.int32(i * TILE_ROWS * PANEL + first + j * LANES)) for i in range(2) for j in range(2)]
-        self._sum(here * 4 + 1, shape, add, places, sums)
+        self._sum(here * 4 + 1, partial(wide_shape, here), add, places, sums)
 
     def _sum(
         self,

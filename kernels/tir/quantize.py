@@ -10,25 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
-from xllm_compiler.kernels.tir.emit import (
-    Scalars,
-    Vectors,
-    address,
-    build_function,
-    fma,
-    horizontal_max,
-    horizontal_sum,
-    load_part,
-    share,
-    splat,
-)
+from xllm_compiler.kernels.tir.emit import Vectors, address, build_function, load_part, share, splat
 from xllm_compiler.kernels.tir.norms import each_vector
-from xllm_compiler.kernels.tir.vmath import maximum
 
 Expr = Any
 LARGEST = 127.0
@@ -84,22 +71,23 @@ def quantize_row(
 
     def quantize(group: Expr, valid: int) -> None:
         """One group, of which only the first `valid` values exist."""
-        total = Scalars(1, "int32")
-        total[0] = T.int32(0)
+        total = Vectors(1, "int32")
+        total[0] = T.broadcast(T.int32(0), LANES)
 
         def store(at: Expr, count: int) -> None:
-            value = splat(0.0)
+            integers = T.broadcast(T.int32(0), LANES)
             if count > 0:
-                value = load_part(x, source + at, count, dtype) * splat(factor)
-            where = address(q, target + at)
-            total[0] = total[0] + T.call_extern("int32", "xllm_store_i8", where, value, T.int32(count))
+                integers = rounded(load_part(x, source + at, count, dtype) * splat(factor))
+                total[0] = total[0] + integers
+            store_integers(q, target + at, integers)
 
         start = T.bind(group * length)
         with T.serial(0, valid // LANES) as i:
             store(T.bind(start + i * LANES), LANES)
         for at in range(valid // LANES * LANES, length, LANES):
             store(T.bind(start + at), max(0, min(valid - at, LANES)))
-        T.buffer_store(sum, total[0], [row * groups + group])
+        whole = T.call_pure_extern("int32", "xllm_sum_i32", total[0])
+        T.buffer_store(sum, whole, [row * groups + group])
 
     with T.serial(0, k // length) as group:
         quantize(group, length)
@@ -107,18 +95,27 @@ def quantize_row(
         quantize(T.int32(k // length), k % length)
 
 
+def rounded(value: Expr) -> Expr:
+    """16 values as integers, to nearest, ties to even; NaN as 0."""
+    return T.bind(T.call_pure_extern("int32x16", "xllm_round_i32", value))
+
+
+def store_integers(buffer: Expr, index: Expr, value: Expr) -> None:
+    """Writes 16 integers as 8-bit ones."""
+    T.evaluate(T.call_extern("int32", "xllm_store_i8", address(buffer, index), value))
+
+
 def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:
     """The largest |x| of `count` elements from `source` on, NaN where not all are finite."""
-    top, bad = Vectors(1), Vectors(1)
-    top[0], bad[0] = splat(0.0), splat(0.0)
+    top = Vectors(1, "int32")
+    top[0] = T.broadcast(T.int32(0), LANES)
 
     def see(at: Expr, valid: int) -> None:
-        value = T.bind(load_part(x, source + at, valid, dtype))
-        top[0] = maximum(top[0], tirx.call_llvm_pure_intrin("float32x16", "llvm.fabs", value))
-        bad[0] = fma(value, splat(0.0), bad[0])
+        bits = T.reinterpret("int32x16", load_part(x, source + at, valid, dtype))
+        top[0] = T.max(top[0], T.bind(T.bitwise_and(bits, T.broadcast(T.int32(0x7FFFFFFF), LANES))))
 
     each_vector(count, see)
-    return T.bind(horizontal_max(top[0]) + horizontal_sum(bad[0]))
+    return T.bind(T.call_pure_extern("float32", "xllm_largest_size", top[0]))
 
 
 def inverse_scale(largest: Expr) -> Expr:

@@ -1,6 +1,6 @@
-"""Runs one kernel by itself on numpy arrays, with a team of any size: for tests and benchmarks only.
+"""Runs one kernel by itself on numpy arrays, with a team of any size: for tests, benchmarks and the search for tiles.
 
-Owns nothing of the product: the lowering compiles whole programs with the same `NativeModule`.
+Owns no part of an artifact: the lowering compiles whole programs with the same `NativeModule`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.base import Arg, Isa, Kernel
+from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
 
@@ -66,6 +67,12 @@ class Team:
         self.close()
 
 
+def call_with(module: NativeModule, kernel: Kernel, args: Any, member: Any, team: Any) -> None:
+    """Emits, inside an entry of `module`, a call of `kernel` with the entry's own arguments, which are in its order."""
+    values = [args[i] if arg.pointer else T.Cast("int32", args[i]) for i, arg in enumerate(kernel.args[:-2])]
+    module.call(kernel, values, member, team)
+
+
 class Standalone:
     """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)` with arrays in argument order."""
 
@@ -74,8 +81,7 @@ class Standalone:
         self._args = kernel.args[:-2]
         module = NativeModule(isa)
         with module.entry(_STEP) as (args, member, team):
-            values = [self._expression(args, index, arg) for index, arg in enumerate(self._args)]
-            module.call(kernel, values, member, team)
+            call_with(module, kernel, args, member, team)
             module.barrier(args[len(self._args)], team)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.so"
@@ -83,12 +89,6 @@ class Standalone:
             self.library = ctypes.CDLL(str(path))
             self.object = path.read_bytes()
         self._barrier = aligned((BARRIER_BYTES,), np.uint8)
-
-    @staticmethod
-    def _expression(args: Any, index: int, arg: Arg) -> Any:
-        from tvm.tirx.script.builder import ir as T
-
-        return args[index] if arg.pointer else T.Cast("int32", args[index])
 
     def pack(self, *values: Any) -> Any:
         """The native argument array; it borrows the arrays' memory."""

@@ -95,14 +95,16 @@ class LinearBlockMax(Kernel):
     dtype: str
     bias: bool = False
     weights: str = ""
+    most_rows: int | None = None
 
     @property
-    def _linear(self) -> Linear:
-        return Linear(self.k, self.n, self.dtype, "f32", self.bias, weights=self.weights)
+    def linear(self) -> Linear:
+        """The projection alone."""
+        return Linear(self.k, self.n, self.dtype, "f32", self.bias, weights=self.weights, most_rows=self.most_rows)
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        *pointers, rows, member, team = self._linear.args
+        *pointers, rows, member, team = self.linear.args
         return (*pointers, _block_arg(self.n), rows, member, team)
 
     def build(self, isa: Isa) -> Any:
@@ -120,9 +122,7 @@ class LinearBlockMax(Kernel):
                 values.append(total)
             _put_largest(values, columns, env["block"], row * blocks + panel)
 
-        return build_function(
-            self, isa, panel_loop(Linear(self.k, self.n, self.dtype, "f32", weights=self.weights), isa, finish)
-        )
+        return build_function(self, isa, panel_loop(self.linear, isa, finish))
 
 
 @dataclass(frozen=True)

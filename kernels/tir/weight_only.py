@@ -59,7 +59,10 @@ class WeightOnly(WeightFormat):
         def group(number: Expr, valid: int, ahead: Ahead | None) -> None:
             start = T.bind(base + T.Cast("int64", number) * self.q.group_bytes(k))
             x_at = T.bind(origin + T.Cast("int64", number) * length)
-            parts = self._group(env, start, x_at, k, count, at, valid, ahead)
+            if "opened" in env:
+                parts = self._opened_group(env, T.bind(number * (length // 2)), x_at, k, count, at, valid)
+            else:
+                parts = self._group(env, start, x_at, k, count, at, valid, ahead)
             scales = [self._header(env["w"], start, vector) for vector in at]
             for index, part in enumerate(parts):
                 totals[index] = fma(part, scales[index % len(at)], totals[index])
@@ -75,6 +78,42 @@ class WeightOnly(WeightFormat):
         if rest:
             group(T.int32(whole), rest, None)
         return [totals[index] for index in range(count * len(at))]
+
+    def opened_bytes(self, k: int) -> int:
+        return 2 * PANEL * self.q.padded(k) if self.dtype == "bf16" else 0
+
+    def open(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
+        """Values less their zero points, in pairs of bf16 along k."""
+        base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
+        length = self.q.group or self.q.padded(k)
+        with T.serial(0, self.q.groups(k)) as group:
+            start = T.bind(base + T.Cast("int64", group) * self.q.group_bytes(k))
+            to = T.bind(group * (2 * PANEL * length))
+            open_group(self.q, env["w"], start, length, env["opened"], to)
+
+    def _opened_group(
+        self, env: dict[str, Expr], pairs_at: Expr, x_at: Expr, k: int, count: int, at: range, valid: int
+    ) -> list[Expr]:
+        """`_group` of an opened panel, whose pairs of the group begin with number `pairs_at`."""
+        parts = Vectors(count * len(at))
+        for index in range(count * len(at)):
+            parts[index] = splat(0.0)
+
+        def add(pair: Expr, size: int) -> None:
+            where = [((pairs_at + pair) * PANEL + vector * LANES) * 4 for vector in at]
+            weights = [T.bind(T.call_extern("int32x16", "xllm_load_i32", address(env["opened"], w))) for w in where]
+            for i in range(count):
+                operand = _bf16_operand(env["x"], x_at + pair * 2 + i * k, size)
+                for j, weight in enumerate(weights):
+                    index = i * len(at) + j
+                    parts[index] = T.call_pure_extern("float32x16", "xllm_dot_bf16", parts[index], operand, weight)
+
+        if valid >= 2:
+            with T.serial(0, valid // 2) as pair:
+                add(pair, 2)
+        if valid % 2:
+            add(T.int32(valid // 2), 1)
+        return [parts[index] for index in range(count * len(at))]
 
     def _header(self, w: Expr, start: Expr, vector: int) -> Expr:
         return T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype))
@@ -130,6 +169,21 @@ class WeightOnly(WeightFormat):
         if rest:
             step(T.int32(steps), rest)
         return [parts[index] for index in range(count * len(at))]
+
+
+def open_group(q: Quantization, w: Expr, start: Expr, length: int, to: Expr, at: Expr) -> None:
+    """Writes the `length` values of the group of a panel that begins at byte `start` of `w`, less their zero points, as
+    pairs of bf16 along k for each of the 64 columns, to `to` from byte `at` on."""
+    points = [zero_point(q, w, start, vector) for vector in range(PANEL // LANES)]
+    values, elements = T.bind(start + q.header_bytes), QUAD * 8 // q.bits
+    with T.serial(0, length // elements) as step:
+        for vector, point in enumerate(points):
+            where = values + step * _STEP_BYTES + vector * LANES * QUAD
+            loaded = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, where)))
+            for first in range(0, elements, 2):
+                pair = as_pair([widened(q, loaded, first + i, point) for i in range(2)])
+                place = at + step * (elements * 2 * PANEL) + (first // 2 * _STEP_BYTES + vector * LANES * QUAD)
+                T.evaluate(T.call_extern("int32", "xllm_store_i32", address(to, place), pair))
 
 
 def zero_point(q: Quantization, w: Expr, start: Expr, vector: int) -> Expr:

@@ -50,7 +50,16 @@ class WeightFormat(ABC):
     def tile(
         self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
     ) -> list[Expr]:
-        """Sums of `count` rows by the vectors `at` of a panel, row by row, as f32."""
+        """Sums of `count` rows by the vectors `at` of a panel, row by row, as f32. Where `env` has "opened", that is
+        the panel as `open` left it."""
+
+    def opened_bytes(self, k: int) -> int:
+        """Bytes of a panel that is taken apart once, where it meets many rows; 0: it is always met as it is stored."""
+        return 0
+
+    def open(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
+        """Emits: takes a panel apart, into env["opened"]: the same values in the form in which they are multiplied."""
+        raise AssertionError("opened_bytes says 0")
 
 
 def in_blocks(steps: int, ahead: Ahead, body: Callable[[Expr], None]) -> None:

@@ -75,4 +75,4 @@ def test_a_small_cache_alone(tmp_path: Path) -> None:
     found = compiled(tmp_path / "kv", "kv8")
     assert found["form"] == "kv8" and found["layers"] == [] and 0 < found["total"]["kl"] < 0.002  # type: ignore[index]
     pages = read_manifest(tmp_path / "kv").memory.kv
-    assert pages.page_bytes == 26112  # a byte for each of 24,576 values, and 4 for each of 384 scales
+    assert pages.page_bytes == 26880  # a byte for each of 24,576 values, 4 for each of 384 scales and 192 sums

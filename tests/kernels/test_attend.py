@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attend_case import ISA_TYPES, TOLERANCE, Case, Part
+from attend_case import ISA_TYPES, Case, Part
 
 LENGTHS = (147, 70, 5)
 
@@ -47,7 +47,7 @@ def test_attend(
         for token in [*range(0, n, 9), n - 1]:
             for head in range(0, q_heads, 3):
                 error = np.abs(whole[request][token, head] - case.exact(request, token, head)).max()
-                assert error <= TOLERANCE[dtype], (request, token, head)
+                assert error <= case.tolerance, (request, token, head)
     for team in (2, 5):
         assert [x.tobytes() for x in case.run(everything, team)] == [x.tobytes() for x in whole]
     for parts in CHUNKS:

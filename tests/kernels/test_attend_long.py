@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from attend_case import ISA_TYPES, TOLERANCE, Case
+from attend_case import ISA_TYPES, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def test_contexts_around_the_chunks(
         for token in [e for e in EDGES if e < n]:
             for head in range(shape[0]):
                 error = np.abs(whole[request][token, head] - case.exact(request, token, head)).max()
-                assert error <= TOLERANCE[dtype], (request, token, head)
+                assert error <= case.tolerance, (request, token, head)
             for team in (1, 2, 7):
                 (one,) = case.run([(request, token, token + 1)], team)
                 assert one.tobytes() == whole[request][token : token + 1].tobytes(), (request, token, team)

@@ -108,9 +108,11 @@ class Kv:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token, keys and values of all heads, with their scales where there are any."""
-        scales = 2 * DTYPE_BYTES["f32"] if self.quantized else 0
-        return self.heads * ((self.k_dim + self.v_dim) * DTYPE_BYTES[self.dtype] + scales)
+        """Bytes of one token, keys and values of all heads. Integers come with two scales and the sum of the key's, and
+        keys in whole quads."""
+        if self.quantized:
+            return self.heads * (-(-self.k_dim // 4) * 4 + self.v_dim + 3 * DTYPE_BYTES["f32"])
+        return self.heads * (self.k_dim + self.v_dim) * DTYPE_BYTES[self.dtype]
 
     @property
     def quantized(self) -> bool:
