@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from xllm_compiler.frontend.model import ModelFacts
     from xllm_compiler.ir.core import Module, Value
     from xllm_compiler.lowering.cpu.build import CpuLowering
+    from xllm_compiler.lowering.cpu.tiles import TileChoices
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Checkpoint files that an artifact carries as they are, where present."""
@@ -169,12 +170,14 @@ def compile_checkpoint(
     progress: Progress | None = None,
     *,
     cache: CompileCache | None = None,
+    tiles: Path | None = None,
     instruments: Sequence[Instrument] = (),
     listeners: Sequence[RewriteListener] = (),
 ) -> CompileReport:
     """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
 
     `instruments` watch the passes, `listeners` single rewrites; they see nothing where the cache has the artifact.
+    `tiles`: where choices of register tiles are remembered, which option `tune` needs.
     Raises XllmError of any kind but "request"."""
     started = time.perf_counter()
     progress = progress or Silent()
@@ -186,10 +189,10 @@ def compile_checkpoint(
     cached, watchers = False, (instruments, listeners)
     if out is not None:
         path = out
-        manifest = _build(request, path, clock, watchers, in_cache=False)
+        manifest = _build(request, path, clock, watchers, tiles, in_cache=False)
     elif cache is not None:
         path, made = cache.obtain(
-            request.factors, lambda p: _build(request, p, clock, watchers, in_cache=True), progress.note
+            request.factors, lambda p: _build(request, p, clock, watchers, tiles, in_cache=True), progress.note
         )
         cached = not made
         manifest = read_manifest(path)
@@ -202,7 +205,9 @@ def compile_checkpoint(
 Watchers = tuple[Sequence[Instrument], Sequence[RewriteListener]]
 
 
-def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_cache: bool) -> Manifest:
+def _build(
+    request: Request, path: Path, clock: _Clock, watchers: Watchers, tiles: Path | None, in_cache: bool
+) -> Manifest:
     """Trace, transform, lower, and publish at `path`."""
     instruments, listeners = watchers
     read = request.factors.read
@@ -245,7 +250,12 @@ def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_c
             writer.write_text(STEP, print_module(module))
         with clock.phase("lower"):
             lowered = lower_cpu(
-                module, traced.weights, writer.path, isas=tuple(read("option.isas")), progress=clock.progress.advance
+                module,
+                traced.weights,
+                writer.path,
+                isas=tuple(read("option.isas")),
+                tiles=_tiles(request, tiles),
+                progress=clock.progress.advance,
             )
         if form is not None:
             with clock.phase("loss"):
@@ -255,6 +265,18 @@ def _build(request: Request, path: Path, clock: _Clock, watchers: Watchers, in_c
             _check_unchanged(request)
             writer.write_text(CALLS, lowered.calls.to_json())
             return writer.commit(_manifest(request, module, traced.facts, lowered))
+
+
+def _tiles(request: Request, path: Path | None) -> TileChoices | None:
+    """The choices of register tiles, if any are asked for: of one processor, and of kernels as they are now."""
+    machine = request.factors.read("option.tune")
+    if machine is None:
+        return None
+    from xllm_compiler.lowering.cpu.tiles import TileChoices
+
+    if path is None:
+        raise XllmError("option", "tuning without a place to remember what was chosen")
+    return TileChoices(path, f"{machine}; kernels {request.factors.read('source.kernels')}")
 
 
 def _require_compiler() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xllm_compiler.artifact.cpu_isa import LEVELS, machine_levels
+from xllm_compiler.artifact.cpu_isa import LEVELS, machine_levels, machine_name
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.quantized_config import quantized_config
@@ -61,6 +61,7 @@ class CompileOptions:
     name: str | None = None
     quantize: str | None = None
     max_kl: float | None = None
+    tune: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Resolved:
     """Every option with its value. `notes` tells of defaults that somebody may not expect.
 
     `quantize` is "mixed" or the canonical name of a form, and None without one; `pipeline` is then what makes the form
-    (of mixed, what it starts from). `max_kl` is None where any loss is accepted."""
+    (of mixed, what it starts from). `max_kl` is None where any loss is accepted. `tune`: the processor for which
+    register tiles are chosen by trying."""
 
     target: str
     dtype: str
@@ -81,6 +83,7 @@ class Resolved:
     max_kl: float | None
     isas: tuple[str, ...]
     name: str
+    tune: str | None
     notes: tuple[str, ...]
 
     def factors(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class Resolved:
             "option.quantize": self.quantize,
             **({"option.max_kl": self.max_kl} if self.quantize is not None else {}),
             "option.isas": list(self.isas),
+            "option.tune": self.tune,
             "option.name": self.name,
         }
 
@@ -141,6 +145,7 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         max_kl=max_kl,
         isas=tuple(isa for isa in LEVELS if isa in isas),
         name=name,
+        tune=machine_name() if options.tune else None,
         notes=tuple(notes),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -18,6 +19,7 @@ from tokenizers.models import WordLevel
 
 from xllm_compiler import driver
 from xllm_compiler.artifact import CallTable, ProgramCalls, check_files, read_manifest
+from xllm_compiler.artifact.cpu_isa import machine_name
 from xllm_compiler.cache import CompileCache
 from xllm_compiler.dims import parse_dim
 from xllm_compiler.driver import Silent, compile_checkpoint
@@ -55,7 +57,7 @@ def trace(path: Path, **options: Any) -> SimpleNamespace:
 
 
 def lower(
-    module: Any, weights: Any, out: Path, *, isas: tuple[str, ...], progress: Callable[[str, float], None]
+    module: Any, weights: Any, out: Path, *, isas: tuple[str, ...], tiles: Any, progress: Callable[[str, float], None]
 ) -> Any:
     (out / "cpu").mkdir()
     for isa in isas:
@@ -216,3 +218,22 @@ def test_output_inside_the_checkpoint_is_refused(checkpoint: Path) -> None:
     with pytest.raises(XllmError, match="not an artifact"):
         compile_checkpoint(checkpoint, checkpoint, OPTIONS)
     assert sorted(os.listdir(checkpoint)) == before
+
+
+def test_tuning_is_of_a_processor_and_needs_a_place(checkpoint: Path, tmp_path: Path) -> None:
+    """The key names the processor; the choices are handed to the lowering, and only where they are asked for."""
+    seen = []
+
+    def watched(*args: Any, tiles: Any, **others: Any) -> Any:
+        seen.append(tiles)
+        return lower(*args, tiles=tiles, **others)
+
+    options = dataclasses.replace(OPTIONS, tune=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["xllm_compiler.lowering.cpu.build"], "lower_cpu", watched)
+        compile_checkpoint(checkpoint, tmp_path / "plain", OPTIONS, tiles=tmp_path / "tiles.json")
+        report = compile_checkpoint(checkpoint, tmp_path / "tuned", options, tiles=tmp_path / "tiles.json")
+        with pytest.raises(XllmError, match="a place to remember"):
+            compile_checkpoint(checkpoint, tmp_path / "out", options)
+    assert report.manifest.key["option.tune"] == machine_name()
+    assert seen[0] is None and seen[1].path == tmp_path / "tiles.json"

@@ -60,14 +60,30 @@ def tiles_allowed() -> bool:
 def machine_flags(cpuinfo: str | None = None, machine: str | None = None) -> frozenset[str]:
     """The CPU feature flags that every core of this machine has; `cpuinfo` stands in for /proc/cpuinfo in tests."""
     if cpuinfo is None:
-        try:
-            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise XllmError("io", f"cannot read this CPU's features: {error.strerror}", where="/proc/cpuinfo") from None
+        cpuinfo = _cpuinfo()
     name = _FLAG_LINES.get(machine or platform.machine())
     lines = [line.partition(":") for line in cpuinfo.splitlines()]
     cores = [frozenset(flags.split()) for key, _, flags in lines if key.strip() == name]
     return frozenset.intersection(*cores) if cores else frozenset()
+
+
+_NAME_LINES = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
+
+
+def machine_name(cpuinfo: str | None = None) -> str:
+    """What this machine's first core calls itself in /proc/cpuinfo: two with one name run code alike."""
+    if cpuinfo is None:
+        cpuinfo = _cpuinfo()
+    lines = [line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines()]
+    found = {key.strip(): value.strip() for key, _, value in lines}
+    return ", ".join(f"{key} {found[key]}" for key in _NAME_LINES if key in found) or platform.machine()
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise XllmError("io", f"cannot read this CPU's features: {error.strerror}", where="/proc/cpuinfo") from None
 
 
 def machine_levels(machine: str | None = None) -> tuple[str, ...]:

@@ -78,6 +78,12 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         help="instruction sets to make code for; default all of this machine's architecture: "
         "avx2,avx512,avx512_bf16,amx or neon,neon_bf16",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose the register tiles of linear layers by trying a few on this machine, for which it should be idle; "
+        "what was once chosen for a processor stays. Answers do not change by a bit",
+    )
     parser.add_argument("--name", help="the model's name for clients; default: the checkpoint directory's name")
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="default: XLLM_CACHE_DIR or ~/.cache/xllm-compiler"
@@ -100,6 +106,7 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
         max_kl=args.max_kl,
         isas=None if args.isas is None else tuple(isa for isa in args.isas.split(",") if isa),
         name=args.name,
+        tune=args.tune,
     )
 
 
@@ -153,6 +160,7 @@ def _compile(args: argparse.Namespace) -> int:
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
+        tiles=cache_of(args).root / "tiles.json",
         instruments=instruments,
         listeners=listeners,
     )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy.typing as npt
 
 from xllm_compiler.artifact.calls import CallTable
-from xllm_compiler.artifact.cpu_isa import machine_levels
+from xllm_compiler.artifact.cpu_isa import machine_isas, machine_levels
 from xllm_compiler.dims import Dim, as_dim, sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
@@ -25,7 +25,9 @@ from xllm_compiler.lowering.cpu.calls import call_table
 from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.emit import emit_program
 from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
+from xllm_compiler.lowering.cpu.tiles import TileChoices
 from xllm_compiler.lowering.schedule import barriers
+from xllm_compiler.lowering.select import Call
 from xllm_compiler.lowering.storage import kv_args
 from xllm_compiler.lowering.weights import WeightTable
 
@@ -80,13 +82,15 @@ def lower_cpu(
     out_dir: Path,
     *,
     isas: Sequence[str] = machine_levels(),
+    tiles: TileChoices | None = None,
     progress: Progress = lambda what, done: None,
 ) -> CpuLowering:
     """Lowers `@step` of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` below `out_dir`.
 
-    `weights`: checkpoint tensors by name, read one at a time. `progress` gets what is being done and how much of it is
-    done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad tensor, "io" where
-    nothing can be written or linked.
+    `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
+    are missing, for the best level that this machine can run; None: the kernels' own rule. `progress` gets what is
+    being done and how much of it is done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel,
+    "checkpoint" for a bad tensor, "io" where nothing can be written or linked.
     """
     if module.stage != "buf":
         raise XllmError("internal", f"lower_cpu needs stage buf, the module is at {module.stage}")
@@ -109,7 +113,12 @@ def lower_cpu(
     except OSError as error:
         raise XllmError("io", f"cannot write code: {error.strerror}", where=str(out_dir / "cpu")) from error
     files = ["weights.bin"]
-    jobs = [(call.kernel, ISAS[isa]) for isa in isas for call in selection.calls]
+    calls: dict[str, Sequence[Call]] = dict.fromkeys(isas, selection.calls)
+    if tiles is not None:
+        for isa in [isa for isa in machine_isas() if isa in isas][-1:]:
+            chosen = tiles.apply([call.kernel for call in selection.calls], ISAS[isa], OBJECTS, progress)
+            calls[isa] = [replace(call, kernel=chosen.get(call.kernel, call.kernel)) for call in selection.calls]
+    jobs = [(call.kernel, ISAS[isa]) for isa in isas for call in calls[isa]]
     with OBJECTS.compiling(jobs, len(os.sched_getaffinity(0))):
         # Code generation does not wait for the weights, but ends with them: a damaged checkpoint is found in seconds.
         write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
@@ -118,7 +127,7 @@ def lower_cpu(
         progress(f"linking for {isa}", i / len(isas))
         native = NativeModule(ISAS[isa], OBJECTS.get)
         for program in programs:
-            emit_program(native, program.symbol, selection.calls, meet, offsets)
+            emit_program(native, program.symbol, calls[isa], meet, offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")
         files.append(f"cpu/{isa}.so")
     return CpuLowering(

@@ -67,4 +67,4 @@ def _arithmetic(op: Op) -> str:
         return "f32"
     first = op.operands[0]
     dtype = first.kv.dtype if isinstance(first.type, Kv) else first.dtype
-    return "bf16" if dtype == "bf16" else "f32"
+    return dtype if dtype in ("bf16", "i8") else "f32"
