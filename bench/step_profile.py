@@ -59,8 +59,10 @@ def measure(artifact: Path, row: str, steps: int, context: int, threads: int) ->
                 run()
         else:
             _fits(row, "max_num_seqs", count, facts.max_num_seqs)
+            # the first to be admitted must not be done before the last one's prompt and all recorded steps are
+            waves = -(-count * context // facts.max_num_batched_tokens) + 1
             for i in range(count):
-                submit(context, steps + 3, str(i))
+                submit(context, steps + 3 + waves, str(i))
             run()
     finally:
         engine.stop()

@@ -49,11 +49,12 @@ def trace(steps: Sequence[Step], table: CallTable, clock: Clock, about: dict[str
         at = clock.nanoseconds(step.stamps) - zero
         for member in range(len(at)):
             for i, index in enumerate(calls.kernels):
+                # before the kernel: a wait too short for the counter begins when the kernel does
+                if i and calls.barriers[i]:
+                    events.append(_slice("barrier", "wait", member + 2, at[member, i - 1, 1], at[member, i, 0], {}))
                 kernel = table.kernels[index]
                 args = {"ops": ", ".join(kernel.ops), "source": calls.sources[i], "call": i}
                 events.append(_slice(kernel.symbol, "kernel", member + 2, at[member, i, 0], at[member, i, 1], args))
-                if i and calls.barriers[i]:
-                    events.append(_slice("barrier", "wait", member + 2, at[member, i - 1, 1], at[member, i, 0], {}))
     events.sort(key=lambda e: e["ts"])
     return {"traceEvents": metadata + events, "displayTimeUnit": "ns", "otherData": about}
 
