@@ -43,7 +43,10 @@ LLAMA_PLACE: Final = HERE.parent / ".cache/peers/llama"
 SEED: Final = 20260101  # of the order of documents, as in training's held-out loss
 VOCAB: Final = 4096
 OURS: Final = {
-    **{form: (form, None) for form in ("int8", "w8a8-g32", "w8a16", "int4", "int4-asym", "w4a16")},
+    **{
+        form: (form, None)
+        for form in ("int8", "int8-kv8", "w8a8-g32", "w8a16", "int4", "int4-kv8", "int4-asym", "w4a16")
+    },
     **{f"mixed, {limit}": ("mixed", limit) for limit in (0.002, 0.004, 0.006)},
 }
 LLAMA: Final = {name: name.split() for name in ("Q8_0", "--pure Q4_0", "Q4_0", "Q4_1", "Q4_K_M")}

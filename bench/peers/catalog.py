@@ -114,7 +114,8 @@ def _compile_ours(*flags: str) -> Callable[[Place, Path, Path], None]:
 def ours(flags: Mapping[str, tuple[str, ...]]) -> Peer:
     """The artifacts of xllm-compile; `flags` are more flags of a format."""
     any_loss = ("--max-kl", "inf")  # of random weights it means nothing
-    quantize = {"bf16": (), "int8": ("--quantize", "int8", *any_loss), "int4": ("--quantize", "int4", *any_loss)}
+    # the cache too, as OpenVINO does unless told otherwise; bench/quality.py says what each form loses
+    quantize = {form: ("--quantize", f"{form}-kv8", *any_loss) for form in ("int8", "int4")} | {"bf16": ()}
     formats = {
         name: Conversion(" ".join(more) or "bf16", _compile_ours(*more), f"xllm/{name}")
         for name, more in ((n, (*quantize[n], *flags.get(n, ()))) for n in FORMATS)
