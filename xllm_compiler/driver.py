@@ -371,7 +371,7 @@ def _manifest(request: Request, module: Module, facts: ModelFacts, lowered: CpuL
             eos_token_ids=facts.eos_token_ids,
             bos_token_id=facts.bos_token_id,
         ),
-        target=Target(read("option.target"), tuple(read("option.isas")), PAGE_TOKENS),
+        target=Target(read("option.target"), lowered.isas, PAGE_TOKENS),
         limits=Limits(
             max_num_seqs=read("option.max_num_seqs"),
             max_num_batched_tokens=read("option.max_num_batched_tokens"),

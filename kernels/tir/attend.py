@@ -60,6 +60,10 @@ class Attend(Kernel):
         require(self.window >= 0 and self.softcap >= 0, f"window {self.window}, softcap {self.softcap}", self)
 
     @property
+    def int8_dots(self) -> bool:
+        return self.kv.quantized
+
+    @property
     def args(self) -> tuple[Arg, ...]:
         dtype, heads = self.kv.dtype, self.q_heads
         pointers = (

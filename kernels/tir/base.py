@@ -51,6 +51,7 @@ class Isa:
     has_bf16_dot: bool
     has_int8_dot: bool
     has_tiles: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
+    without_int8_dot: str = ""  # the level to which this one adds the 8-bit dot product and nothing else
 
     def target(self) -> dict[str, Any]:
         """The TVM target description: nothing in it depends on the machine that compiles."""
@@ -66,7 +67,8 @@ class Isa:
         }
 
 
-_DOTS = ("+avx512bf16", "+avx512vnni")
+_VNNI = ("+avx512vnni",)
+_DOTS = (*_VNNI, "+avx512bf16")
 _TILES = ("+amx-tile", "+amx-bf16", "+amx-int8")
 _ARM = ("+v8.2a", "+dotprod")
 
@@ -75,6 +77,7 @@ ISAS: dict[str, Isa] = {
     for isa in (
         Isa("avx2", "x86_64", "x86-64-v3", (), 8, 16, False, False),
         Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False),
+        Isa("avx512_vnni", "x86_64", "x86-64-v4", _VNNI, 16, 32, False, True, without_int8_dot="avx512"),
         Isa("avx512_bf16", "x86_64", "x86-64-v4", _DOTS, 16, 32, True, True),
         Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_tiles=True),
         Isa("neon", "aarch64", "generic", _ARM, 4, 32, False, True),
@@ -136,6 +139,15 @@ class Kernel(ABC):
     @abstractmethod
     def build(self, isa: Isa) -> Any:
         """The private TensorIR function (`tvm.tirx.PrimFunc`) for one instruction set level."""
+
+    @property
+    def int8_dots(self) -> bool:
+        """Whether it multiplies bytes."""
+        return False
+
+    def level(self, isa: Isa) -> Isa:
+        """The level that its code at `isa` is made for: what multiplies no bytes is shared with one that cannot."""
+        return isa if self.int8_dots or not isa.without_int8_dot else ISAS[isa.without_int8_dot]
 
     @property
     def symbol(self) -> str:

@@ -72,6 +72,10 @@ class Linear(Kernel):
         require(self.act in ACTIVATIONS, f"activation {self.act!r}", self)
 
     @property
+    def int8_dots(self) -> bool:
+        return self.weights.startswith("q")
+
+    @property
     def args(self) -> tuple[Arg, ...]:
         pointers = [*weight_format(self).args(self.k, f"panels of {self.n}")]
         if self.bias:
@@ -119,6 +123,10 @@ class LinearGlu(Kernel):
         require(self.k > 0 and self.f > 0, f"gated linear of {self.k} by {self.f}", self)
         require(self.dtype in _DTYPES, f"gated linear in {self.dtype}", self)
         require(self.act in ACTIVATIONS, f"activation {self.act!r}", self)
+
+    @property
+    def int8_dots(self) -> bool:
+        return self.weights.startswith("q")
 
     @property
     def args(self) -> tuple[Arg, ...]:

@@ -66,9 +66,10 @@ class KernelObjects:
 
     def get(self, kernel: Kernel, isa: Isa) -> bytes:
         """The kernel's object, compiled now if it is not there yet."""
-        found = self._known.get((kernel, isa))
+        job = kernel, kernel.level(isa)
+        found = self._known.get(job)
         if found is None:
-            found = self._known[kernel, isa] = compile_kernel(kernel, isa)
+            found = self._known[job] = compile_kernel(*job)
         return found
 
     def clear(self) -> None:
@@ -79,7 +80,8 @@ class KernelObjects:
     def compiling(self, jobs: Sequence[Job], workers: int) -> Iterator[None]:
         """Compiles what is missing of `jobs` in `workers` other processes, meanwhile the body runs here; all are there
         when it has ended. Raises what compiling one of them raised; the workers end when the body raises."""
-        missing = [job for job in dict.fromkeys(jobs) if job not in self._known][:_PIPE_JOBS]
+        wanted = dict.fromkeys((kernel, kernel.level(isa)) for kernel, isa in jobs)
+        missing = [job for job in wanted if job not in self._known][:_PIPE_JOBS]
         if not missing:
             yield
             return

@@ -103,6 +103,10 @@ class LinearBlockMax(Kernel):
         return Linear(self.k, self.n, self.dtype, "f32", self.bias, weights=self.weights, most_rows=self.most_rows)
 
     @property
+    def int8_dots(self) -> bool:
+        return self.linear.int8_dots
+
+    @property
     def args(self) -> tuple[Arg, ...]:
         *pointers, rows, member, team = self.linear.args
         return (*pointers, _block_arg(self.n), rows, member, team)

@@ -13,7 +13,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.tir.attend import Attend
 from xllm_compiler.kernels.tir.base import ISAS
 from xllm_compiler.kernels.tir.kv_address import KvLayout
@@ -23,13 +22,6 @@ from xllm_compiler.kernels.tir.standalone import Standalone, aligned
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 2e-2, "f32": 2e-5}
 EIGHT_BIT_TOLERANCE = 2e-2  # queries and weights, too, have 8 bits where they meet an 8-bit cache
-# f32 code is the same at all levels with AVX512
-ISA_TYPES = [
-    (isa, dtype)
-    for isa in machine_isas()
-    for dtype in ("bf16", "f32")
-    if dtype == "bf16" or isa not in ("avx512_bf16", "amx")
-]
 Part = tuple[int, int, int]  # request, first token, last token + 1
 
 

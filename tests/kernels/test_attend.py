@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attend_case import ISA_TYPES, Case, Part
+from attend_case import Case, Part
+from levels import ISA_TYPES
 
 LENGTHS = (147, 70, 5)
 

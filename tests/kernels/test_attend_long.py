@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from attend_case import ISA_TYPES, Case
+from attend_case import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from levels import ISA_TYPES
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from levels import ISA_TYPES
 
-from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.base import ISAS, PAGE
 from xllm_compiler.kernels.tir.kv_address import KvLayout
@@ -15,13 +15,6 @@ from xllm_compiler.kernels.tir.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 6e-3, "f32": 1e-5}
-# f32 code is the same at all levels with AVX512
-ISA_TYPES = [
-    (isa, dtype)
-    for isa in machine_isas()
-    for dtype in ("bf16", "f32")
-    if dtype == "bf16" or isa not in ("avx512_bf16", "amx")
-]
 TABLE = np.array([[3, 1, -1], [0, 4, 2]], np.int32)
 POS = np.concatenate([np.arange(5, 15), np.arange(11, 22)]).astype(np.int32)
 SEQ = np.repeat(np.array([0, 1], np.int32), [10, 11])

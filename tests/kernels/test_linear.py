@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from levels import ISA_TYPES
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.errors import XllmError
@@ -15,13 +16,6 @@ from xllm_compiler.kernels.tir.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 5e-3, "f32": 2e-6}
-# f32 code is the same at all levels with AVX512
-ISA_TYPES = [
-    (isa, dtype)
-    for isa in machine_isas()
-    for dtype in ("bf16", "f32")
-    if dtype == "bf16" or isa not in ("avx512_bf16", "amx")
-]
 
 ACTIVATIONS = {
     "none": lambda x: x,

@@ -24,6 +24,7 @@ from xllm_compiler.kernels.tir.linker import find_linker
 from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.norms import AddRmsNorm, RmsNorm
 from xllm_compiler.kernels.tir.standalone import Team, aligned
+from xllm_compiler.kernels.tir.vocab import LinearBlockMax
 
 KERNELS: list[Kernel] = [
     Linear(48, 70, "bf16", "bf16", True, True, "gelu"),
@@ -31,6 +32,9 @@ KERNELS: list[Kernel] = [
     RmsNorm(40, "bf16", 1e-6),
     KvAppend(KvLayout("bf16", 1, 32, 32), 2, 32, "half", True, True),
     Attend(KvLayout("bf16", 1, 32, 40), 2, 0.2),
+    Linear(64, 64, "bf16", "bf16", weights="q4g32"),
+    LinearBlockMax(64, 64, "bf16", weights="q8"),
+    Attend(KvLayout("bf16", 1, 32, 32, quantized=True), 2, 0.2),
 ]
 
 
@@ -57,10 +61,17 @@ def test_each_level_uses_only_its_own_instructions(tmp_path: Path) -> None:
     forbidden = {
         "avx2": f"{wide}|{newer}",
         "avx512": newer,
+        "avx512_vnni": "vdpbf16ps|vcvtne2?ps2bf16|vp2intersect|v4fmadd|tdp",
         "avx512_bf16": "vp2intersect|v4fmadd|tdp",
         "amx": "vp2intersect",
     }
-    expected = {"avx2": "vfmadd", "avx512": "%zmm", "avx512_bf16": "vdpbf16ps", "amx": "tdpbf16ps"}
+    expected = {
+        "avx2": "vfmadd",
+        "avx512": "%zmm",
+        "avx512_vnni": "vpdpbusd",
+        "avx512_bf16": "vdpbf16ps",
+        "amx": "tdpbf16ps",
+    }
     assert expected.keys() == {isa.name for isa in ISAS.values() if isa.machine == "x86_64"}
     for isa in expected:
         path = tmp_path / f"{isa}.so"
@@ -69,6 +80,16 @@ def test_each_level_uses_only_its_own_instructions(tmp_path: Path) -> None:
         assert re.search(expected[isa], text), isa
         found = re.search(f".*({forbidden[isa]}).*", text)
         assert found is None, (isa, found and found.group())
+
+
+def test_kernels_know_whether_they_multiply_bytes(tmp_path: Path) -> None:
+    """What says no shares its code with the level without that dot product."""
+    said = {kernel.symbol: kernel.int8_dots for kernel in KERNELS}
+    assert set(said.values()) == {True, False}
+    for number, kernel in enumerate(KERNELS):
+        path = tmp_path / f"{number}.so"
+        write_library("avx512_vnni", path, [kernel])
+        assert ("vpdpbusd" in disassemble(path)) == said[kernel.symbol], kernel.symbol
 
 
 @pytest.mark.parametrize("kernel", [Linear(1024, 128, "bf16", "bf16"), LinearGlu(1024, 128, "bf16", "gelu_tanh")])

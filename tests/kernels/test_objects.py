@@ -17,6 +17,7 @@ import pytest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir import objects
 from xllm_compiler.kernels.tir.base import ISAS, MEMBER_ARGS, Arg, Isa, Kernel
+from xllm_compiler.kernels.tir.linear import Linear
 from xllm_compiler.kernels.tir.norms import RmsNorm
 from xllm_compiler.kernels.tir.objects import KernelObjects, compile_kernel
 
@@ -47,6 +48,17 @@ class Troubled(Kernel):
         if self.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
+
+
+def test_a_level_shares_what_is_not_its_own() -> None:
+    """The 8-bit dot product changes no norm; a layer that multiplies bytes is made for both levels."""
+    store, levels = KernelObjects(), (ISAS["avx512"], ISAS["avx512_vnni"])
+    layer = Linear(64, 64, "bf16", "bf16", weights="q8")
+    with store.compiling([(kernel, isa) for kernel in (NORMS[0], layer) for isa in levels], 2):
+        pass
+    plain, other = (store.get(NORMS[0], isa) for isa in levels)
+    assert plain is other
+    assert store.get(layer, levels[0]) != store.get(layer, levels[1])
 
 
 def test_others_compile_the_same_objects_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:

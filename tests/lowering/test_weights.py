@@ -131,10 +131,24 @@ def test_no_instruction_set() -> None:
     assert e.value.kind == "option"
 
 
-def _planned() -> Any:
+def _planned(passes: str = "") -> Any:
     module = parse_module(TEXT)
-    run_pipeline("assign-streams,plan-memory", module)
+    run_pipeline(f"{passes}assign-streams,plan-memory", module)
     return module
+
+
+def test_a_level_that_changes_nothing_is_left_out(tmp_path: Path) -> None:
+    """Whoever asks for it alone gets it, and where bytes are multiplied it differs."""
+    both, quantized = ("avx512", "avx512_vnni"), "quantize-weights,quantize-rows,cse,dce,"
+    for name, module, isas, want in (
+        ("plain", _planned(), both, both[:1]),
+        ("alone", _planned(), both[1:], both[1:]),
+        ("bytes", _planned(quantized), both, both),
+    ):
+        made = lower_cpu(module, _params(), tmp_path / name, isas=isas)
+        assert made.isas == want
+        assert sorted(made.files) == sorted(["weights.bin", *(f"cpu/{isa}.so" for isa in want)])
+        assert {path.name for path in (tmp_path / name / "cpu").iterdir()} == {f"{isa}.so" for isa in want}
 
 
 @pytest.mark.parametrize("how", ["stream", "event"])

@@ -21,8 +21,9 @@ CPU_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx2": _AVX2,
         "avx512": _AVX512,
-        "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
-        "amx": (*_AVX512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
+        "avx512_vnni": (*_AVX512, "avx512_vnni"),
+        "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
+        "amx": (*_AVX512, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
     },
     "aarch64": {
         "neon": _NEON,

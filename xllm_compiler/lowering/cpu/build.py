@@ -88,9 +88,10 @@ def lower_cpu(
     """Lowers `@step` of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` below `out_dir`.
 
     `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
-    are missing, for the best level that this machine can run; None: the kernels' own rule. `progress` gets what is
-    being done and how much of it is done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel,
-    "checkpoint" for a bad tensor, "io" where nothing can be written or linked.
+    are missing, for the best level that this machine can run; None: the kernels' own rule. A level that would change
+    nothing for this module is left out. `progress` gets what is being done and how much of it is done, 0 to 1. Raises
+    XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad tensor, "io" where nothing can be
+    written or linked.
     """
     if module.stage != "buf":
         raise XllmError("internal", f"lower_cpu needs stage buf, the module is at {module.stage}")
@@ -102,6 +103,7 @@ def lower_cpu(
     func = module.func("step")
     table = WeightTable()
     selection = select(func, table)
+    isas = [isa for isa in isas if not _spared(isa, isas, selection.calls)]
     meet = barriers(selection.calls, selection.storage)
     tensors, size = plan_file(table)
     offsets = {i: t.offset for i, t in enumerate(tensors)}
@@ -144,3 +146,9 @@ def lower_cpu(
         ),
         files=tuple(files),
     )
+
+
+def _spared(isa: str, isas: Sequence[str], calls: Sequence[Call]) -> bool:
+    """Whether all code at a level would be that of another of `isas`, which runs wherever the level does."""
+    other = ISAS[isa].without_int8_dot
+    return other in isas and not any(call.kernel.int8_dots for call in calls)
