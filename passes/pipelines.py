@@ -41,7 +41,7 @@ UNQUANTIZED: Final = _BEFORE
 def quantized(form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
     """`@cpu` with the layers' weights, and where the form says so their inputs, quantized; those weights to 8 bits that
     read a checkpoint tensor of the names `wide`."""
-    first = (f"quantize-weights{{bits=8,only={':'.join(wide)}}}",) if wide else ()
+    first = (f"quantize-weights{{{QuantForm(8).options},only={':'.join(wide)}}}",) if wide else ()
     return (
         *_BEFORE,
         *first,  # a weight is quantized once, so the exceptions come first

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from xllm_compiler.kernels.tir.base import Isa
+from xllm_compiler.kernels.tir.base import LANES, Isa
 from xllm_compiler.kernels.tir.intrinsics_arm import arm_intrinsics
 from xllm_compiler.kernels.tir.intrinsics_x86 import x86_intrinsics
 
@@ -187,6 +187,23 @@ define linkonce_odr float @xllm_max(<16 x float> %v) {
 }
 """
 
+
+def _rotate() -> str:
+    """The Walsh-Hadamard transform of 16 lanes, without its scale: sums and differences of lanes 1, 2, 4, 8 apart. The
+    product with 1 or -1 is exact, so each of them is rounded once."""
+    lines, name = ["define linkonce_odr <16 x float> @xllm_rotate(<16 x float> %v0) {"], "%v0"
+    for apart in (1, 2, 4, 8):
+        partners = ", ".join(f"i32 {lane ^ apart}" for lane in range(LANES))
+        signs = ", ".join(f"float {'-1.0' if lane & apart else '1.0'}" for lane in range(LANES))
+        lines += [
+            f"  %p{apart} = shufflevector <16 x float> {name}, <16 x float> poison, <16 x i32> <{partners}>",
+            f"  %v{apart} = call <16 x float> @llvm.fma.v16f32(<16 x float> {name}, <16 x float> <{signs}>, "
+            f"<16 x float> %p{apart})",
+        ]
+        name = f"%v{apart}"
+    return "\n".join([*lines, f"  ret <16 x float> {name}", "}", ""])
+
+
 _OF_MACHINE = {"x86_64": x86_intrinsics, "aarch64": arm_intrinsics}
 _REGISTERS = {"x86_64": "xmm", "aarch64": "v"}
 
@@ -203,4 +220,4 @@ def _forget_vectors(isa: Isa) -> str:
 @cache
 def intrinsics(isa: Isa) -> str:
     """The LLVM text to import into a kernel for `isa`."""
-    return _COMMON + _forget_vectors(isa) + _OF_MACHINE[isa.machine](isa)
+    return _COMMON + _rotate() + _forget_vectors(isa) + _OF_MACHINE[isa.machine](isa)

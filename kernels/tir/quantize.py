@@ -1,4 +1,4 @@
-"""`QuantizeRows`: activations to 8 bits, row by row. Owns that arithmetic.
+"""`QuantizeRows`: activations to 8 bits, row by row, rotated or as they are. Owns that arithmetic.
 
 scale = max |x| / 127 over the row; stored = round(x / scale), to nearest, ties to even; and the sums of the stored
 values over each group of k, with which the zero points of weights are taken off. Members share out rows.
@@ -14,23 +14,40 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
-from xllm_compiler.kernels.tir.emit import Vectors, address, build_function, load_part, share, splat
+from xllm_compiler.kernels.tir.emit import (
+    Vectors,
+    address,
+    build_function,
+    load,
+    load_part,
+    share,
+    splat,
+    stack_array,
+    store,
+)
 from xllm_compiler.kernels.tir.norms import each_vector
 
 Expr = Any
 LARGEST = 127.0
+_ROTATIONS = (16, 64)
+_MOST_BYTES = 1 << 20  # of a rotated row, which lies on the stack
 
 
 @dataclass(frozen=True)
 class QuantizeRows(Kernel):
-    """x[rows, k] to q i8 [rows, padded k], scale f32 [rows], sum i32 [rows, groups]; `group`: that of the weights."""
+    """x[rows, k] to q i8 [rows, padded k], scale f32 [rows], sum i32 [rows, groups]; `group`: that of the weights.
+
+    `rotate`: 64 or 16, blocks of a row that go through the orthonormal Walsh-Hadamard transform first, in f32."""
 
     k: int
     dtype: str
     group: int = 0
+    rotate: int = 0
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.dtype in ("bf16", "f32"), f"quantizing rows of {self.k} {self.dtype}", self)
+        fits = self.rotate in _ROTATIONS and self.k % self.rotate == 0 and self.k * 4 <= _MOST_BYTES
+        require(not self.rotate or fits, f"rotating blocks of {self.rotate} in rows of {self.k}", self)
 
     @property
     def form(self) -> Quantization:
@@ -50,12 +67,32 @@ class QuantizeRows(Kernel):
 
     def build(self, isa: Isa) -> Any:
         def body(x: Expr, q: Expr, scale: Expr, sum: Expr, rows: Expr, member: Expr, team: Expr) -> None:
+            turned = stack_array(self.k, "float32") if self.rotate else None
             first, last = share(rows, member, team)
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
-                quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
+                if turned is None:
+                    quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
+                else:
+                    self._rotate(x, source, turned)
+                    quantize_row(self.form, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
 
         return build_function(self, isa, body)
+
+    def _rotate(self, x: Expr, source: Expr, turned: Expr) -> None:
+        """The row of x at `source`, block by block; partners 1, 2, 4 and 8 apart are lanes of one vector."""
+        with T.serial(0, self.k // self.rotate) as block:
+            at = T.bind(block * self.rotate)
+            offsets = range(0, self.rotate, LANES)
+            values = [load(x, source + at + offset, self.dtype) for offset in offsets]
+            values = [T.bind(T.call_pure_extern("float32x16", "xllm_rotate", value)) for value in values]
+            apart = 1
+            while apart < len(values):
+                pairs = [(values[i & ~apart], values[i | apart], i & apart) for i in range(len(values))]
+                values = [T.bind(a - b if second else a + b) for a, b, second in pairs]
+                apart *= 2
+            for offset, value in zip(offsets, values, strict=True):
+                store(turned, at + offset, value * splat(self.rotate**-0.5), "f32")
 
 
 def quantize_row(

@@ -21,7 +21,7 @@ class FuseNormRows(FuncPass):
     after:   %rows, %s, %t = quant.norm_rows(%x, w=%w, eps=1e-06) : i8[N, 64], f32[N], i32[N, 1]
 
     The same for nn.layer_norm. A norm with another reader stays, as does one whose rows are quantized for weights of
-    different groups: it would be computed twice.
+    different groups: it would be computed twice. Rows that are rotated stay too.
     """
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
@@ -38,9 +38,10 @@ def norm_rows(op: Op, rw: Rewriter) -> bool:
         if rw.ctx is not None:
             rw.ctx.remark(op, "not fused with the quantization of its rows: others read them as they are")
         return False
-    if any(user.group != readers[0].group for user in readers):
+    if any(user.group != readers[0].group or user.rotate for user in readers):
         if rw.ctx is not None:
-            rw.ctx.remark(op, "not fused with the quantization of its rows: weights have different groups")
+            why = "rotated" if any(user.rotate for user in readers) else "for weights of different groups"
+            rw.ctx.remark(op, f"not fused with the quantization of its rows: they are {why}")
         return False
     group, hint = readers[0].group, tuple(r.name for r in readers[0].results)
     if isinstance(op, RmsNorm):

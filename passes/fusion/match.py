@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xllm_compiler.analysis.weights import is_weight_expr
 from xllm_compiler.ir.core import Op, Value
@@ -166,7 +167,8 @@ def same_form(weights: Sequence[Value]) -> bool:
     forms: list[object] = []
     for w in weights:
         op = w.op
-        forms.append((op.bits, op.group, op.dtype, op.zeros is None) if isinstance(op, Dequantize) else None)
+        form = (op.bits, op.group, op.rotate, op.dtype, op.zeros is None) if isinstance(op, Dequantize) else None
+        forms.append(form)
     return all(form == forms[0] for form in forms)
 
 
@@ -182,8 +184,8 @@ def by_part(rw: Rewriter, weights: Sequence[Value], rows: Callable[[Sequence[Val
     if values is first.values:
         return first.result
     zeros = rows(points) if points else None
-    made = rw.create(Dequantize, values, scales, zeros=zeros, bits=first.bits, group=first.group, dtype=first.dtype)
-    return made.result
+    form: dict[str, Any] = {name: first.attrs[name] for name in ("bits", "group", "rotate", "dtype")}
+    return rw.create(Dequantize, values, scales, zeros=zeros, **form).result
 
 
 def concat_rows(rw: Rewriter, rows: Sequence[Value]) -> Value:

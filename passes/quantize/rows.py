@@ -22,7 +22,8 @@ class QuantizeRows(FuncPass):
     after:   %rows, %s, %t = quant.rows(%x) : i8[N, 32], f32[N], i32[N, 1]
              %y = quant.linear(%rows, %s, %t, %stored, %scales, bits=8) : bf16[N, 64]
 
-    Layers that read the same input each get rows of their own; cse makes them one.
+    Layers that read the same input each get rows of their own; cse makes them one. Where the weight was rotated before
+    it was rounded, so is the row.
     """
 
     @property
@@ -55,7 +56,7 @@ def integer_glu(op: LinearGlu, rw: Rewriter) -> bool:
 
 
 def _operands(x: Value, w: Dequantize, rw: Rewriter) -> tuple[Value, ...]:
-    rows = rw.create(QuantRows, x, group=w.group, hint=("rows", "row_scale", "row_sums"))
+    rows = rw.create(QuantRows, x, group=w.group, rotate=w.rotate, hint=("rows", "row_scale", "row_sums"))
     return (*rows.results, w.values, w.scales)
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from xllm_compiler.analysis.weights import is_weight_expr, param_names
 from xllm_compiler.errors import XllmError
+from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Builder, Func, Op, Value
-from xllm_compiler.ir.ops import Dequantize, Linear, LinearGlu, QuantWeight
+from xllm_compiler.ir.ops import (
+    Dequantize,
+    Gelu,
+    Linear,
+    LinearGlu,
+    Mul,
+    QuantWeight,
+    Relu,
+    Sigmoid,
+    Silu,
+    Tanh,
+)
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
 
+ACTIVATIONS = (Gelu, Relu, Sigmoid, Silu, Tanh)
 _RULE = "quantize-weights/quantize"
 
 
@@ -28,13 +41,16 @@ class QuantizeWeights(FuncPass):
 
     A weight that an embedding reads too stays one. `keep`: patterns of checkpoint names, separated by ":", whose layers
     stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are left alone.
+    `rotate`: weights that meet only what comes out of a gate or an activation, where single values are far larger than
+    the others, are rotated first (ir/quant.py).
     """
 
-    samples: ClassVar[tuple[str, ...]] = ("{bits=4,group=32}", "{bits=4,group=32,zeros=true}")
+    samples: ClassVar[tuple[str, ...]] = ("{bits=4,group=32}", "{bits=4,group=32,zeros=true}", "{rotate=true}")
 
     bits: int = 8
     group: int = 0
     zeros: bool = False
+    rotate: bool = False
     keep: str = ""
     only: str = "*"
 
@@ -70,11 +86,11 @@ class QuantizeWeights(FuncPass):
     def _quantize(self, w: Value, op: Op) -> None:
         users = w.uses
         b = Builder.after(op, op.loc.touched_by(_RULE))
-        made = b.create(QuantWeight, w, bits=self.bits, group=self.group, zeros=self.zeros)
+        form: dict[str, Any] = {"bits": self.bits, "group": self.group}
+        form["rotate"] = rotation_of(w) if self.rotate else 0
+        made = b.create(QuantWeight, w, zeros=self.zeros, **form)
         zeros = made.results[2] if self.zeros else None
-        back = b.create(
-            Dequantize, *made.results[:2], zeros=zeros, bits=self.bits, group=self.group, dtype=w.dtype, hint=w.name
-        ).result
+        back = b.create(Dequantize, *made.results[:2], zeros=zeros, dtype=w.dtype, hint=w.name, **form).result
         for user, index in users:
             user.set_operand(index, back)
 
@@ -88,6 +104,20 @@ def layer_weights(func: Func) -> dict[Value, Linear | LinearGlu]:
             if w not in found and is_weight_expr(w) and not isinstance(w.op, Dequantize):
                 found[w] = op
     return found
+
+
+def rotation_of(w: Value) -> int:
+    """The blocks in which a weight is rotated where that pays; 0: it does not. The products of a gate, and what comes
+    out of an activation, have a few values much larger than the rest; what a norm has made has not."""
+    hidden = all(isinstance(user, (Linear, LinearGlu)) and w is user.w and _is_hidden(user.x) for user in w.users)
+    return quant.rotation(w.shape[1].value) if hidden and w.shape[1].is_const else 0
+
+
+def _is_hidden(x: Value) -> bool:
+    op = x.op
+    if isinstance(op, Mul):
+        return any(isinstance(v.op, ACTIVATIONS) for v in op.operands)
+    return isinstance(op, (LinearGlu, *ACTIVATIONS)) or (isinstance(op, Linear) and op.act != "none")
 
 
 def _matches(names: list[str], patterns: str) -> bool:

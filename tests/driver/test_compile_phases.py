@@ -71,6 +71,7 @@ def lower(
         weight_bytes=256,
         arena=parse_dim("32*N"),
         logits=parse_dim("32*S"),
+        isas=isas,
         kv_layers=(SimpleNamespace(page_bytes=1024, heads=1, k=8, v=8, page=16),),
     )
 
@@ -122,6 +123,7 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
         "cpu/avx2.so",
         "cpu/avx512.so",
         "cpu/avx512_bf16.so",
+        "cpu/avx512_vnni.so",
         "generation_config.json",
         "step.xir",
         "tokenizer.json",

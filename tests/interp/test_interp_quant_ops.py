@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -138,6 +140,49 @@ func @f(%x: {dtype}[N, {k}]) -> ({types}) {{
     for g in range(count):
         part = q[:, g * group : (g + 1) * group] if group else q
         assert (t[:, g] == part.astype(int).sum(axis=1)).all()
+
+
+def hadamard(block: int) -> np.ndarray:
+    """Sylvester's matrix, orthonormal."""
+    return functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * int(np.log2(block))) / np.sqrt(block)
+
+
+@pytest.mark.parametrize("block", quant.ROTATIONS)
+def test_a_rotation_is_its_own_inverse_and_spreads(block: int) -> None:
+    x = matrix(5, 3, 4 * block)
+    x[0, 7] = 100
+    turned = quant.rotate(x, block)
+    want = (x.reshape(-1, block).astype(np.float64) @ hadamard(block)).reshape(x.shape)
+    assert turned.dtype == np.float32 and np.abs(turned - want).max() < 1e-5
+    assert np.abs(quant.rotate(turned, block) - x).max() < 3e-5
+    assert np.abs(turned[0]).max() < 100 / np.sqrt(block) + 8 and quant.rotate(x, 0) is x
+    assert [quant.rotation(n) for n in (192, 48, 40, 0)] == [64, 16, 0, 64]
+
+
+def test_rotated_on_both_sides_a_product_is_what_it_was() -> None:
+    """Up to roundings, which an outlier in each row makes much smaller than without."""
+    text = """xir 1 stage=graph
+dim N in [0, 512]
+
+func @f(%x: f32[N, 128], %w: f32[40, 128]) -> (f32[N, 40], f32[N, 40], f32[40, 128]) {
+  %a, %b = quant.weight(%w, bits=8, rotate=64) : u8[40, 128], f32[40, 1]
+  %back = quant.dequantize(%a, %b, bits=8, rotate=64, dtype=f32) : f32[40, 128]
+  %q, %s, %t = quant.rows(%x, rotate=64) : i8[N, 128], f32[N], i32[N, 1]
+  %y = quant.linear(%q, %s, %t, %a, %b, bits=8, dtype=f32) : f32[N, 40]
+  %c, %d = quant.weight(%w, bits=8) : u8[40, 128], f32[40, 1]
+  %r, %u, %v = quant.rows(%x) : i8[N, 128], f32[N], i32[N, 1]
+  %z = quant.linear(%r, %u, %v, %c, %d, bits=8, dtype=f32) : f32[N, 40]
+  return %y, %z, %back
+}
+"""
+    x, w = matrix(6, 20, 128), matrix(7, 40, 128)
+    x[np.arange(20), np.arange(20) * 5] = 60
+    turned, plain, back = run(parse_module(text, "f.xir"), "f", {"x": x, "w": w}, {})
+    want = x.astype(np.float64) @ w.T.astype(np.float64)
+    spread = np.sqrt(np.square(back - w).mean(axis=1)) / np.abs(w).max(axis=1)
+    assert (spread < 1 / 127).all()
+    off, before = (np.sqrt(np.square(y - want).mean()) for y in (turned, plain))
+    assert off < before / 2 and off < 0.01 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("glu", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -59,6 +61,33 @@ def test_rows_are_quantized_as_numpy_would(isa: str, form: str, k: int) -> None:
         want = rows_reference(x, parsed)
         assert (q[:7] == want[0]).all() and (scale[:7] == want[1]).all() and (sums[:7] == want[2]).all()
         assert (q[7] == 99).all() and scale[7] == 9 and (sums[7] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("k, block", [(16, 16), (48, 16), (64, 64), (192, 64)])
+def test_rotated_rows(dtype: str, k: int, block: int) -> None:
+    """Against Sylvester's matrix in f64; the same bits at all levels and for all teams; infinity makes the row NaN."""
+    matrix = functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * int(np.log2(block))) / np.sqrt(block)
+    rng = np.random.default_rng(k)
+    wide = rng.standard_normal((7, k)) * np.exp(2 * rng.standard_normal((7, k)))
+    x = wide.astype(BF16 if dtype == "bf16" else np.float32)
+    x[3], x[5, k - 1] = 0, np.inf
+    with np.errstate(invalid="ignore"):
+        turned = (x.astype(np.float64).reshape(-1, block) @ matrix).reshape(7, k)
+    top = np.abs(turned).max(axis=1)
+    found = set()
+    for isa in machine_isas():
+        kernel = Standalone(QuantizeRows(k, dtype, rotate=block), ISAS[isa])
+        for team in (1, 3):
+            q, scale, sums = np.full((8, k), 99, np.int8), np.full(8, 9, np.float32), np.full((8, 1), 9, np.int32)
+            kernel(x, q, scale, sums, 7, team=team)
+            found.add((q.tobytes(), scale.tobytes(), sums.tobytes()))
+    assert len(found) == 1
+    rows = [0, 1, 2, 4, 6]
+    np.testing.assert_allclose(scale[rows], top[rows] / 127, rtol=1e-6)
+    assert np.abs(q[rows] - turned[rows] * (127 / top[rows, None])).max() <= 0.5 + 1e-3
+    assert scale[3] == 0 and not q[3].any() and np.isnan(scale[5])
+    assert (sums[:7, 0] == q[:7].sum(axis=1, dtype=np.int32)).all() and (q[7] == 99).all() and scale[7] == 9
 
 
 @pytest.mark.parametrize("isa", machine_isas())

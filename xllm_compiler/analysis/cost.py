@@ -302,9 +302,9 @@ def _linear_glu(costs: Costs, op: Op, cost: Cost) -> Cost:
 
 
 def _quant_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
-    """The largest value, a product and a rounding for each, and their sum."""
+    """The largest value, a product and a rounding for each, and their sum; of a rotation its halvings and a product."""
     assert isinstance(op, QuantRows)
-    return replace(cost, flops=4 * op.x.tensor.elements)
+    return replace(cost, flops=(4 + op.rotate.bit_length()) * op.x.tensor.elements)
 
 
 def _quant_norm_rows(costs: Costs, op: Op, cost: Cost) -> Cost:

@@ -3,6 +3,9 @@
 A weight [out, in] is stored as unsigned integers of `bits` bits with a scale, and where asked a zero point, for every
 `group` values along `in` (0: one for the whole row): w = (stored - zero) * scale. Scales are f16 in groups and f32 for
 whole rows. Activations are stored by row as integers in -127 .. 127 with an f32 scale.
+
+Both sides of a product may be rotated first, which leaves it as it is: a few large values, which would make the steps
+of all others coarse, are spread over their block (QuaRot, Ashkboos et al. 2024).
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import numpy as np
 
 from xllm_compiler.ir.semantics import Array
 
+ROTATIONS: Final = (64, 16)
+"""Blocks that are rotated, largest first: powers of 4, since their rotations scale by powers of 2, without loss."""
 STEP: Final = 16  # rows of quantized activations are padded to a multiple of so many values, or to whole groups
 LARGEST: Final = 127  # of a quantized activation
 _CANDIDATES: Final = 12  # scales tried for a group of 4 bits with a zero point
@@ -30,6 +35,27 @@ def padded(in_: int, group: int) -> int:
     """Length of a row of quantized activations."""
     unit = group or STEP
     return -(-in_ // unit) * unit
+
+
+def rotation(in_: int) -> int:
+    """The largest block that a row of `in_` values is whole blocks of; 0 without one."""
+    return next((block for block in ROTATIONS if in_ % block == 0), 0)
+
+
+def rotate(x: Array, block: int) -> Array:
+    """The orthonormal Walsh-Hadamard transform of every `block` values along the last axis, which is its own inverse.
+    With `block` 0: x. Sums are made by halves, partners 1 apart first, in x's float type."""
+    if not block:
+        return x
+    out = x.reshape(-1, block)
+    apart = 1
+    with np.errstate(invalid="ignore"):
+        while apart < block:
+            pairs = out.reshape(len(out), -1, 2, apart)
+            first, second = pairs[:, :, 0], pairs[:, :, 1]
+            out = np.stack((first + second, first - second), axis=2).reshape(len(out), block)
+            apart *= 2
+    return np.asarray(out * out.dtype.type(block**-0.5)).reshape(x.shape)
 
 
 def groups(in_: int, group: int) -> int:

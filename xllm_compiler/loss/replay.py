@@ -22,6 +22,7 @@ from xllm_compiler.ir.ops import Linear, LinearGlu
 from xllm_compiler.ir.semantics import Array, EvalContext, kv_zeros
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.passes.quantize.forms import QuantForm
+from xllm_compiler.passes.quantize.weights import rotation_of
 
 Variant = Mapping[Value, QuantForm]
 """Weights of the module, each with the form in which the layers that read it compute."""
@@ -52,11 +53,12 @@ class _Weights:
                     plain = plain.astype(np.float32)
                 self._held[value, None] = plain
             if form is not None:
-                made, scales, zeros = quant.quantize_weight(plain, form.weights, form.group, form.zeros)
+                block = rotation_of(value) if form.rotate else 0
+                turned = quant.rotate(plain, block)
+                made, scales, zeros = quant.quantize_weight(turned, form.weights, form.group, form.zeros)
                 points = zeros if form.zeros else None
-                self._held[value, form] = quant.dequantize_weight(
-                    made, scales, points, form.weights, form.group, np.float32
-                )
+                back = quant.dequantize_weight(made, scales, points, form.weights, form.group, np.float32)
+                self._held[value, form] = quant.rotate(back, block)
         return self._held[value, form]
 
     def drop(self) -> None:
@@ -115,16 +117,16 @@ def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, wh
     if isinstance(op, (Linear, LinearGlu)):
         form = run.forms.get(op.w)
         if form is not None and form.activations == 8:
-            env[op.x] = _rounded(env[op.x])
+            env[op.x] = _rounded(env[op.x], rotation_of(op.w) if form.rotate else 0)
     for result, made in zip(op.results, call_op(op, ctx, env), strict=True):
         if result.has_uses:
             run.env[result] = ctx.store(made, result.type)
 
 
-def _rounded(x: Array) -> Array:
-    """A layer's input as what its rows of 8 bits stand for, f32."""
-    stored, scale, _ = quant.quantize_rows(x, 0)
-    return np.asarray(stored[..., : x.shape[-1]].astype(np.float32) * scale[..., None])
+def _rounded(x: Array, block: int) -> Array:
+    """A layer's input as what its rows of 8 bits stand for, f32; rounded where blocks are rotated."""
+    stored, scale, _ = quant.quantize_rows(quant.rotate(x.astype(np.float32), block), 0)
+    return quant.rotate(np.asarray(stored[..., : x.shape[-1]].astype(np.float32) * scale[..., None]), block)
 
 
 def _needed(ops: Any, result: Value) -> list[Op]:

@@ -1,6 +1,7 @@
 """Quantized weights and linear layers on them. Owns their shape rules and reference meanings (numbers: ir/quant.py).
 
-`bits` is 4 or 8; `group` the number of values along `in` that share a scale, 0 for the whole row.
+`bits` is 4 or 8; `group` the number of values along `in` that share a scale, 0 for the whole row; `rotate` the length
+of the blocks along `in` that are rotated (ir/quant.py), 0 for none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def _check_form(op: Op, bits: int, group: int) -> None:
         raise IrError(f"{op.name}: {bits} bits", help="4 or 8")
     if group < 0 or group % quant.STEP:
         raise IrError(f"{op.name}: groups of {group}", help=f"0 for whole rows, or a multiple of {quant.STEP}")
+
+
+def _check_rotation(op: Op, in_: Dim, rotate: int) -> None:
+    if rotate and (rotate not in quant.ROTATIONS or not in_.is_const or in_.value % rotate):
+        known = ", ".join(map(str, quant.ROTATIONS))
+        raise IrError(f"{op.name}: rotates blocks of {rotate} of {in_}", help=f"{known}, and whole blocks")
 
 
 def _groups(in_: Dim, group: int) -> Dim:
@@ -52,12 +59,13 @@ def _check_weight(op: Op, values: Value, scales: Value, zeros: Value | None, gro
 
 @op("quant.weight")
 class QuantWeight(Op):
-    """(stored, scales[, zeros]) of w [out, in], rounded to integers: w ~ (stored - zero) * scale by group."""
+    """(stored, scales[, zeros]) of w [out, in], rotated along `in` and rounded: (stored - zero) * scale by group."""
 
     w: Operand
     bits: int
     group: int = 0
     zeros: bool = False
+    rotate: int = 0
 
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, self.bits, self.group)
@@ -65,12 +73,13 @@ class QuantWeight(Op):
         require_float(self, self.w)
         require_rank(self, self.w, 2)
         out, in_ = self.w.shape
+        _check_rotation(self, in_, self.rotate)
         shape = (out, _groups(in_, self.group))
         made: list[Type] = [Tensor("u8", self.w.shape), Tensor(quant.scale_dtype(self.group), shape)]
         return (*made, Tensor("u8", shape)) if self.zeros else tuple(made)
 
     def interp(self, ctx: EvalContext, w: Array) -> tuple[Array, ...]:
-        made = quant.quantize_weight(ctx.up(w), self.bits, self.group, self.zeros)
+        made = quant.quantize_weight(quant.rotate(ctx.up(w), self.rotate), self.bits, self.group, self.zeros)
         return made if self.zeros else made[:2]
 
     def default_hint(self, index: int) -> str:
@@ -79,25 +88,27 @@ class QuantWeight(Op):
 
 @op("quant.dequantize")
 class Dequantize(Op):
-    """(values - zero) * scale, [out, in], in `dtype`; without zeros the zero is 2^(bits - 1)."""
+    """(values - zero) * scale, [out, in], rotated back, in `dtype`; without zeros the zero is 2^(bits - 1)."""
 
     values: Operand
     scales: Operand
     zeros: OptOperand
     bits: int
     group: int = 0
+    rotate: int = 0
     dtype: DType = "bf16"
 
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, self.bits, self.group)
         _check_weight(self, self.values, self.scales, self.zeros, self.group)
+        _check_rotation(self, self.values.shape[1], self.rotate)
         if self.dtype not in FLOATS:
             raise IrError(f"quant.dequantize to {self.dtype}")
         return (Tensor(self.dtype, self.values.shape),)
 
     def interp(self, ctx: EvalContext, values: Array, scales: Array, zeros: Array | None) -> Array:
         wide = np.float64 if ctx.precise else np.float32
-        return quant.dequantize_weight(values, scales, zeros, self.bits, self.group, wide)
+        return quant.rotate(quant.dequantize_weight(values, scales, zeros, self.bits, self.group, wide), self.rotate)
 
 
 def _row_types(x: Value, group: int) -> tuple[Type, ...]:
@@ -110,11 +121,13 @@ def _row_types(x: Value, group: int) -> tuple[Type, ...]:
 class QuantRows(Op):
     """(stored i8 [.., padded], scale f32 [..], sums i32 [.., groups]) of x [.., in], each row to -127 .. 127.
 
-    `group` is that of the weights it will meet: rows are padded to whole groups and summed by group.
+    `group` and `rotate` are those of the weights it will meet: rows are rotated in f32 before they are rounded, padded
+    to whole groups and summed by group.
     """
 
     x: Operand
     group: int = 0
+    rotate: int = 0
 
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, 8, self.group)
@@ -122,10 +135,11 @@ class QuantRows(Op):
         require_float(self, self.x)
         if self.x.tensor.rank < 1:
             raise IrError("quant.rows of a scalar")
+        _check_rotation(self, self.x.shape[-1], self.rotate)
         return _row_types(self.x, self.group)
 
     def interp(self, ctx: EvalContext, x: Array) -> tuple[Array, ...]:
-        return quant.quantize_rows(ctx.up(x), self.group)
+        return quant.quantize_rows(quant.rotate(ctx.up(x), self.rotate), self.group)
 
     def default_hint(self, index: int) -> str:
         return ("rows", "row_scale", "row_sums")[index]

@@ -78,6 +78,9 @@ def _packed(s: Selection, op: Op, layout: str) -> tuple[Value, Ref, str]:
             "unsupported", f"{op.name} with a weight that is computed in the step", where=where(op), help="use t.matmul"
         )
     if w.op is not None and w.op.name == "quant.dequantize":
+        if _int(w.op, "rotate"):
+            help = "quantize-rows, which rotates the other side too"
+            raise XllmError("unsupported", f"{op.name} with a weight that is rotated", where=where(op), help=help)
         form = _form(w.op)
         return w, _quantized(s, w.op, f"glu_{form}" if layout == "glu" else str(form)), f"w{form}"
     return w, s.weight(w, layout), ""
@@ -161,7 +164,7 @@ def _quantized(s: Selection, op: Op, layout: str) -> Ref:
 def _quant_rows(s: Selection, op: Op) -> None:
     x = _operand(op, "x")
     k = const_dim(x.shape[-1], op, "the row length")
-    kernel = QuantizeRows(k=k, dtype=x.dtype, group=_int(op, "group"))
+    kernel = QuantizeRows(k=k, dtype=x.dtype, group=_int(op, "group"), rotate=_int(op, "rotate"))
     s.call(op, kernel, [s.ref(x), *(s.ref(r) for r in op.results), rows(x)])
 
 
