@@ -58,7 +58,7 @@ class _Groups(TileSums):
             start = T.bind(self._group_at(panel, group))
             self.take_apart(start, T.bind(T.Cast("int64", group) * (self._length * PANEL)))
 
-    def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         rows = T.bind(T.Cast("int64", row) * self.row_bytes)
         with T.serial(0, here * (PANEL // LANES)) as vector:
             store(sums, vector * LANES, splat(0.0), "f32")
@@ -175,8 +175,8 @@ class RoundedRows(_Groups):
     def as_float(self, part: Expr) -> Expr:
         return T.Cast("float32x16", part)
 
-    def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
-        super().emit(row, here, panel, sums)
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        super().emit(row, here, panel, place, sums)
         # by way of memory, as without tiles: LLVM would fuse the product with a bias that is added to it
         with T.serial(0, here) as i:
             scale = T.bind(splat(self._env["xs"][row + i]))

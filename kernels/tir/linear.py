@@ -33,6 +33,7 @@ from xllm_compiler.kernels.tir.emit import (
     tile_rows,
 )
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
+from xllm_compiler.kernels.tir.linear_slices import SlicedRows
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, ByteTiles, DenseTiles, TileSums
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
@@ -198,7 +199,7 @@ class _Loop:
     most_rows: int | None
 
     def emit(self, **env: Expr) -> None:
-        by_tiles = self._tiles(env) if self.isa.has_tiles else None
+        by_tiles = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         sums = stack_array(BLOCK_ROWS * PANEL, "float32")
         if by_tiles is None:
             self._by_vectors(env, sums)
@@ -212,7 +213,7 @@ class _Loop:
             self._by_tiles(env, sums, by_tiles)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
-        height = _height(self.format, self.isa, self.most_rows)
+        height = self._height
         opened = self.format.opened_bytes(self.k)
         if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
             self._panels(env, T.int32(0), env["rows"], height, sums, None)
@@ -226,7 +227,7 @@ class _Loop:
 
     def _by_tiles(self, env: dict[str, Expr], sums: Expr, by_tiles: TileSums) -> None:
         height = BLOCK_ROWS
-        # Tiles are so fast that rows must come from the second-level cache: as many at a time as it holds.
+        # So fast that rows must come from the second-level cache: as many at a time as it holds.
         most = max(1, _CACHED_BYTES // (by_tiles.row_bytes * height)) * height
         rows = env["rows"]
         with T.serial(0, T.truncdiv(rows + (most - 1), T.int32(most))) as chunk:
@@ -252,19 +253,31 @@ class _Loop:
                 elif "opened" in env:
                     self.format.open(env, self.k, panel)
                 with T.serial(lo, hi) as tile:
+                    place = (tile, tiles)
                     if by_tiles:
                         row = T.bind(top + tile * height)
                         here = T.bind(T.min(rows - tile * height, height))
-                        by_tiles.emit(row, here, panel, sums)
+                        by_tiles.emit(row, here, panel, place, sums)
                     else:
                         # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
                         row = T.bind(top + T.truncdiv(rows * tile, tiles))
                         here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - (row - top))
-                        place, sizes = (tile, tiles), range(1, height + 1)
+                        sizes = range(1, height + 1)
                         choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
                     # After the tile and not in it: the code of an activation once, and not once per row and tile size.
                     with T.serial(0, here) as i:
                         self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_tiles)
+
+    def _slices(self, env: dict[str, Expr]) -> TileSums | None:
+        """How vectors make the sums of many rows where the level wants panels in slices."""
+        form = self.format
+        if not isinstance(form, Quantized) or not SlicedRows.can(form, self.isa, self.k):
+            return None
+        return SlicedRows(form, self.isa, self.k, self._height, env, partial(self._ahead, env))
+
+    @property
+    def _height(self) -> int:
+        return _height(self.format, self.isa, self.most_rows)
 
     def _tiles(self, env: dict[str, Expr]) -> TileSums | None:
         """How matrix tiles make the sums; None where they cannot, and vectors do."""

@@ -39,8 +39,8 @@ def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
 
 
 class TileSums(ABC):
-    """Sums of up to 32 rows of x by one panel, made with tiles. `row_bytes`: of a row of x. With fewer
-    than `fewest` rows vectors are faster; more than 1 only where both give the same bits."""
+    """Sums of up to 32 rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows the panel is
+    better read once, for each few rows that registers hold; more than 1 only where both give the same bits."""
 
     row_bytes: int
     fewest: int = 1
@@ -50,16 +50,17 @@ class TileSums(ABC):
         return
 
     @abstractmethod
-    def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
-        """sums[i, column] = x[row + i] @ the panel for `here` rows: 4 bytes each, of a type that `totals` knows."""
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        """sums[i, column] = x[row + i] @ the panel for `here` rows: 4 bytes each, of a type that `totals` knows.
+        `place`: which of how many times this is that rows meet this panel."""
 
     @abstractmethod
     def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
         """A row's sums as f32, from the four vectors of them, read as f32."""
 
-    @abstractmethod
     def release(self) -> None:
-        """Emitted at the end of the kernel: gives the registers back."""
+        """Emitted at the end of the kernel: gives back what was taken."""
+        return
 
 
 class WholeRows(TileSums):
@@ -79,7 +80,7 @@ class WholeRows(TileSums):
     def values_at(self, panel: Expr) -> Expr:
         """Where the values of a panel begin, in bytes."""
 
-    def emit(self, row: Expr, here: Expr, panel: Expr, sums: Expr) -> None:
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         rows = T.bind(T.Cast("int64", row) * self.row_bytes)
         weights = T.bind(self.values_at(panel))
         with T.If(here <= TILE_ROWS):
@@ -180,22 +181,29 @@ class ByteTiles(WholeRows):
         return self._start(panel) + self._q.header_bytes
 
     def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        q, w = self._q, self._w
-        start = T.bind(self._start(panel))
-        total = T.bind(self._env["xsum"][row])
-        scale = T.bind(splat(self._env["xs"][row]))
-        made = []
-        for vector, bits in enumerate(sums):
-            whole = T.reinterpret("int32x16", bits)
-            if q.zeros:
-                at = start + PANEL * q.scale_bytes + vector * LANES
-                zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, at))
-                whole = whole - zeros * T.broadcast(total, LANES)
-            else:
-                whole = whole - T.broadcast(total * q.middle, LANES)
-            columns = load(w, start + vector * LANES * q.scale_bytes, q.scale_dtype)
-            made.append(T.bind(T.Cast("float32x16", whole) * columns * scale))
-        return made
+        return byte_totals(self._q, self._panel_bytes, self._env, row, panel, sums)
 
     def _start(self, panel: Expr) -> Expr:
         return T.Cast("int64", panel) * self._panel_bytes
+
+
+def byte_totals(
+    q: Quantization, panel_bytes: int, env: dict[str, Expr], row: Expr, panel: Expr, sums: list[Expr]
+) -> list[Expr]:
+    """A row's products with a panel of 8-bit weights, from sums of stored integers, read as f32."""
+    w = env["w"]
+    start = T.bind(T.Cast("int64", panel) * panel_bytes)
+    total = T.bind(env["xsum"][row])
+    scale = T.bind(splat(env["xs"][row]))
+    made = []
+    for vector, bits in enumerate(sums):
+        whole = T.reinterpret("int32x16", bits)
+        if q.zeros:
+            at = start + PANEL * q.scale_bytes + vector * LANES
+            zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, at))
+            whole = whole - zeros * T.broadcast(total, LANES)
+        else:
+            whole = whole - T.broadcast(total * q.middle, LANES)
+        columns = load(w, start + vector * LANES * q.scale_bytes, q.scale_dtype)
+        made.append(T.bind(T.Cast("float32x16", whole) * columns * scale))
+    return made

@@ -217,13 +217,30 @@ class Quantized(WeightFormat):
         ahead: Ahead | None,
     ) -> tuple[list[Expr], list[Expr]]:
         """Sums over one group of `length` k, whose bytes begin at `start`, and the scales of its columns."""
-        w, groups, padded = env["w"], self.q.groups(k), self.q.padded(k)
+        w, groups = env["w"], self.q.groups(k)
         totals = Vectors(count * len(at), "int32")
         for i in range(count):
             total = T.bind(env["xsum"][sum_at + i * groups])
             for j, vector in enumerate(at):
                 totals[i * len(at) + j] = self._beginning(w, start, vector, total)
-        weights = T.bind(start + self.q.header_bytes)
+        self.multiply(env, totals, T.bind(start + self.q.header_bytes), x_at, k, count, at, length, ahead)
+        scales = [T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype)) for vector in at]
+        return [T.bind(T.Cast("float32x16", totals[i])) for i in range(count * len(at))], scales
+
+    def multiply(
+        self,
+        env: dict[str, Expr],
+        totals: Vectors,
+        weights: Expr,
+        x_at: Expr,
+        k: int,
+        count: int,
+        at: range,
+        length: int,
+        ahead: Ahead | None,
+    ) -> None:
+        """totals += the stored weights at byte `weights` times `count` rows of x from `x_at` on, over `length` k."""
+        padded = self.q.padded(k)
         dot = "xllm_dot_u8i8" if self.q.bits == 8 else "xllm_dot_u4i8"
 
         def add(quad: Expr, operands: list[Expr]) -> None:
@@ -236,7 +253,7 @@ class Quantized(WeightFormat):
                     totals[index] = T.call_pure_extern("int32x16", dot, totals[index], weight, operand)
 
         def step(number: Expr) -> None:
-            loaded = [self._load(w, weights + number * _BYTE_STEP + vector * LANES * QUAD) for vector in at]
+            loaded = [self._load(env["w"], weights + number * _BYTE_STEP + vector * LANES * QUAD) for vector in at]
             if self.q.bits == 8:
                 add(number, loaded)
                 return
@@ -251,8 +268,6 @@ class Quantized(WeightFormat):
                 step(number)
         else:
             in_blocks(steps, ahead, step)
-        scales = [T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype)) for vector in at]
-        return [T.bind(T.Cast("float32x16", totals[i])) for i in range(count * len(at))], scales
 
     def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
         """-zero * the row's sum."""

@@ -102,15 +102,15 @@ def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", machine_isas())
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1)])
+@pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1), (600, 70)])
 def test_linear(isa: str, form: str, k: int, n: int) -> None:
     rng = np.random.default_rng(n)
-    q = Quantization.parse(form)
+    q, level = Quantization.parse(form), ISAS[isa]
     values, scales, zeros = quantized(rng, q, n, k)
-    kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), ISAS[isa])
+    kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), level)
     packed = aligned(q.shape(n, k), np.uint8)
     packed[:] = pack_quantized(q, values, scales, zeros)
-    most = 15 if isa != "amx" else 70  # tiles of up to 32 rows
+    most = 70 if level.has_tiles or level.slice_bytes else 15  # blocks of up to 32 rows
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), q)
     bias, residual = rng.standard_normal(n).astype(BF16), rng.standard_normal((most, n)).astype(BF16)
 
