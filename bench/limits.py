@@ -171,13 +171,16 @@ class Probe:
         return self.threads * self._bytes / self._parallel(read)
 
     def arithmetic(self, name: str, rounds: int = 10_000_000) -> float:
-        """Operations a second of `bf16_dots`, `int8_dots` or `f32_fmas` on all threads; 0 where there are none."""
+        """Operations a second of `bf16_dots`, `int8_dots` or `f32_fmas` on all threads; 0 where there are none. Without
+        a dot product bf16 is multiplied as f32."""
         done = [0.0] * self.threads
 
         def run(index: int) -> None:
             done[index] = getattr(self._library, name)(rounds)
 
         seconds = self._parallel(run)
+        if name == "bf16_dots" and not any(done):
+            return self.arithmetic("f32_fmas", rounds)
         return sum(done) / seconds
 
     def measure(self, rounds: int = 5) -> Limits:

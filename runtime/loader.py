@@ -6,7 +6,6 @@ thread meanwhile; `LoadedArtifact.wait_checked` must return before anyone is tol
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import threading
@@ -18,8 +17,6 @@ from numpy.typing import NDArray
 from xllm_compiler.artifact import WEIGHTS, Manifest, check_files, check_size, choose_isa, machine_isas, read_manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.cpu.team import load_library
-
-_MADV_POPULATE_READ = 22  # Linux 5.14; not named in Python 3.11
 
 
 class LoadedArtifact:
@@ -47,11 +44,8 @@ class LoadedArtifact:
 
     def _check_weights(self) -> None:
         try:
-            if self._map is not None:
-                # Faulting all pages in now keeps a hundred thousand page faults out of the first step.
-                with contextlib.suppress(OSError):
-                    self._map.madvise(_MADV_POPULATE_READ)
-            check_files(self.path, self.manifest, [WEIGHTS])
+            mapped = {} if self._map is None else {WEIGHTS: self._map}
+            check_files(self.path, self.manifest, [WEIGHTS], mapped)
         except Exception as error:
             self._error = error
 

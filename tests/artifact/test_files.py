@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 from sample_manifest import fill, sample, write_sample
@@ -17,6 +19,7 @@ from sample_manifest import fill, sample, write_sample
 from xllm_compiler.artifact import check_files, digest_file, read_manifest
 from xllm_compiler.artifact import digest as digest_module
 from xllm_compiler.artifact import writer as writer_module
+from xllm_compiler.artifact.digest import digest_mapped
 from xllm_compiler.artifact.writer import ArtifactWriter, remove_leftovers
 from xllm_compiler.errors import XllmError
 
@@ -239,3 +242,25 @@ def test_validation_failure_publishes_nothing(tmp_path: Path) -> None:
         fill(writer, isas=("avx2",))
         writer.commit(sample())
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [1, 4096, 3 * (1 << 20) + 5])
+def test_digest_of_a_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """That of the file, in chunks or not, also where Linux has no way to bring pages in beforehand."""
+    path = tmp_path / "f"
+    path.write_bytes(np.random.default_rng(size).bytes(size))
+    for chunk, populate in ((digest_module.CHUNK, 22), (1 << 20, 22), (1 << 20, 9999)):
+        monkeypatch.setattr(digest_module, "CHUNK", chunk)
+        monkeypatch.setattr(digest_module, "_MADV_POPULATE_READ", populate)
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            assert digest_mapped(memory, 2) == digest_file(path)
+
+
+def test_a_page_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """Here one past the end of a file that became shorter; touching it would end the process."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 20))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        os.truncate(path, 4096)
+        with pytest.raises(OSError):
+            digest_mapped(memory)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from xllm_compiler.artifact.digest import digest_file
+from xllm_compiler.artifact.digest import digest_file, digest_mapped
 from xllm_compiler.artifact.schema import MANIFEST, Manifest
 from xllm_compiler.errors import XllmError
 
@@ -39,9 +41,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise XllmError(error.kind, error.message, where=where, help=error.help) from None
 
 
-def check_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+def check_files(
+    directory: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    mapped: Mapping[str, mmap.mmap] = MappingProxyType({}),
+) -> None:
     """Check files of the artifact against the manifest: all sizes first, then digests, each byte read once.
-    `names`: which to check; all when None. Raises kind "artifact" with the first file that is missing or differs."""
+    `names`: which to check; all when None. `mapped`: those that are in memory as a whole, which is what is checked.
+    Raises kind "artifact" with the first file that is missing or differs."""
     chosen = sorted(manifest.files if names is None else names)
     for name in chosen:
         check_size(directory, manifest, name)
@@ -49,7 +57,7 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str] | None
     for name in chosen:
         path = directory / name
         try:
-            found = digest_file(path, threads)
+            found = digest_mapped(mapped[name], threads) if name in mapped else digest_file(path, threads)
         except OSError as error:
             raise XllmError("io", f"cannot read {name}: {error.strerror}", where=str(path)) from None
         if found != manifest.files[name].xxh3_128:
