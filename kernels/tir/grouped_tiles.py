@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL
 from xllm_compiler.kernels.tir.emit import address, fma, load, splat, stack_array, store
-from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, STEP_BYTES, TileSums, narrow_shape, wide_shape
+from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, STEP_BYTES, BlockSums, narrow_shape, wide_shape
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 from xllm_compiler.kernels.tir.weight_only import open_group
 
@@ -25,7 +25,7 @@ _MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
 _PART = BLOCK_ROWS * PANEL
 
 
-class _Groups(TileSums):
+class _Groups(BlockSums):
     """What both kinds of rows share. `row_bytes`: of a row of x; `length`: of those in one group."""
 
     kind: str

@@ -33,8 +33,8 @@ from xllm_compiler.kernels.tir.emit import (
     tile_rows,
 )
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
-from xllm_compiler.kernels.tir.linear_slices import SlicedRows
-from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, ByteTiles, DenseTiles, TileSums
+from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats
+from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, BlockSums, ByteTiles, DenseTiles
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
 from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFormat
@@ -199,18 +199,18 @@ class _Loop:
     most_rows: int | None
 
     def emit(self, **env: Expr) -> None:
-        by_tiles = self._tiles(env) if self.isa.has_tiles else self._slices(env)
+        by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         sums = stack_array(BLOCK_ROWS * PANEL, "float32")
-        if by_tiles is None:
+        if by_blocks is None:
             self._by_vectors(env, sums)
-        elif by_tiles.fewest > 1:
-            with T.If(env["rows"] < by_tiles.fewest):
+        elif by_blocks.fewest > 1:
+            with T.If(env["rows"] < by_blocks.fewest):
                 with T.Then():
                     self._by_vectors(env, sums)
                 with T.Else():
-                    self._by_tiles(env, sums, by_tiles)
+                    self._by_blocks(env, sums, by_blocks)
         else:
-            self._by_tiles(env, sums, by_tiles)
+            self._by_blocks(env, sums, by_blocks)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
         height = self._height
@@ -225,18 +225,18 @@ class _Loop:
                 apart = {**env, "opened": stack_array(opened, "uint8")}
                 self._panels(apart, T.int32(0), env["rows"], height, sums, None)
 
-    def _by_tiles(self, env: dict[str, Expr], sums: Expr, by_tiles: TileSums) -> None:
+    def _by_blocks(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums) -> None:
         height = BLOCK_ROWS
         # So fast that rows must come from the second-level cache: as many at a time as it holds.
-        most = max(1, _CACHED_BYTES // (by_tiles.row_bytes * height)) * height
+        most = max(1, _CACHED_BYTES // (by_blocks.row_bytes * height)) * height
         rows = env["rows"]
         with T.serial(0, T.truncdiv(rows + (most - 1), T.int32(most))) as chunk:
             top = T.bind(chunk * most)
-            self._panels(env, top, T.bind(T.min(rows - top, most)), height, sums, by_tiles)
-        by_tiles.release()
+            self._panels(env, top, T.bind(T.min(rows - top, most)), height, sums, by_blocks)
+        by_blocks.release()
 
     def _panels(
-        self, env: dict[str, Expr], top: Expr, rows: Expr, height: int, sums: Expr, by_tiles: TileSums | None
+        self, env: dict[str, Expr], top: Expr, rows: Expr, height: int, sums: Expr, by_blocks: BlockSums | None
     ) -> None:
         """The member's share of `rows` rows from row `top` on."""
         panels = -(-self.n // self.columns)
@@ -248,16 +248,16 @@ class _Loop:
             with T.serial(start, stop) as panel:
                 lo = T.bind(T.max(first - panel * tiles, 0))
                 hi = T.bind(T.min(last - panel * tiles, tiles))
-                if by_tiles:
-                    by_tiles.begin(panel)
+                if by_blocks:
+                    by_blocks.begin(panel)
                 elif "opened" in env:
                     self.format.open(env, self.k, panel)
                 with T.serial(lo, hi) as tile:
                     place = (tile, tiles)
-                    if by_tiles:
+                    if by_blocks:
                         row = T.bind(top + tile * height)
                         here = T.bind(T.min(rows - tile * height, height))
-                        by_tiles.emit(row, here, panel, place, sums)
+                        by_blocks.emit(row, here, panel, place, sums)
                     else:
                         # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
                         row = T.bind(top + T.truncdiv(rows * tile, tiles))
@@ -266,20 +266,23 @@ class _Loop:
                         choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
                     # After the tile and not in it: the code of an activation once, and not once per row and tile size.
                     with T.serial(0, here) as i:
-                        self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_tiles)
+                        self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_blocks)
 
-    def _slices(self, env: dict[str, Expr]) -> TileSums | None:
-        """How vectors make the sums of many rows where the level wants panels in slices."""
-        form = self.format
-        if not isinstance(form, Quantized) or not SlicedRows.can(form, self.isa, self.k):
-            return None
-        return SlicedRows(form, self.isa, self.k, self._height, env, partial(self._ahead, env))
+    def _slices(self, env: dict[str, Expr]) -> BlockSums | None:
+        """How vectors make the sums of many rows where panels are better taken in slices."""
+        form, ahead = self.format, partial(self._ahead, env)
+        if isinstance(form, Quantized) and SlicedBytes.can(form, self.isa, self.k):
+            return SlicedBytes(form, self.isa, self.k, self._height, env, ahead)
+        if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
+            width = partial(Dense("f32").width, self.isa)
+            return SlicedFloats(self.k, tile_rows(width, self.most_rows or MOST_ROWS), width, env, ahead)
+        return None
 
     @property
     def _height(self) -> int:
         return _height(self.format, self.isa, self.most_rows)
 
-    def _tiles(self, env: dict[str, Expr]) -> TileSums | None:
+    def _tiles(self, env: dict[str, Expr]) -> BlockSums | None:
         """How matrix tiles make the sums; None where they cannot, and vectors do."""
         form = self.format
         if isinstance(form, Dense) and form.dtype == "bf16" and self.k % 2 == 0:
@@ -300,11 +303,11 @@ class _Loop:
         panels: int,
         sums: Expr,
         at: Expr,
-        by_tiles: TileSums | None,
+        by_blocks: BlockSums | None,
     ) -> None:
         totals = [T.bind(load(sums, at + vector, "f32")) for vector in range(0, PANEL, LANES)]
-        if by_tiles:
-            totals = by_tiles.totals(row, panel, totals)
+        if by_blocks:
+            totals = by_blocks.totals(row, panel, totals)
         tail = self.n - (panels - 1) * self.columns
         if tail == self.columns:
             self.finish(env, row, panel, totals, tail)

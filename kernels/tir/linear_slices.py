@@ -1,12 +1,18 @@
-"""The sums of a linear layer of 8-bit weights by vectors, a slice of a panel at a time: `SlicedRows`. Owns the slices.
+"""The sums of a linear layer for many rows by vectors, a slice of a panel at a time. Owns the slices.
 
-Some machines multiply bytes faster than their second-level cache gives them. So a piece of the panel that the
-first-level cache holds meets all of a block of rows before the next piece does, and what is summed up so far waits in
-memory. Sums of integers are exact, so that no bit depends on it.
+A piece of the panel that the first-level cache holds meets all of a block of rows before the next piece does, and what
+is summed up so far waits in memory.
+
+    SlicedBytes   8-bit weights by 8-bit rows, where bytes are multiplied faster than the second-level cache gives them
+    SlicedFloats  bf16 by bf16, where there is no dot product for it: a slice is widened to f32 once for all rows of the
+                  block, and a row once for all columns, and not both once for every product
+
+Each sum is made by the same operations in the same order as without slices, so that no bit depends on them.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,66 +20,70 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Isa
-from xllm_compiler.kernels.tir.emit import Vectors, address, choose, load, store
-from xllm_compiler.kernels.tir.linear_tiles import TileSums, byte_totals
-from xllm_compiler.kernels.tir.weights import Ahead, Quantized
+from xllm_compiler.kernels.tir.emit import Vectors, address, choose, fma, load, load_part, splat, stack_array, store
+from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, BlockSums, byte_totals
+from xllm_compiler.kernels.tir.weights import Ahead, Quantized, in_blocks
 
 Expr = Any
+AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
+"""`ahead(panel, place, number, passes)`: what a walk over k asks for meanwhile, `number` of `passes` at `place`."""
+_VECTORS = PANEL // LANES
 
 
-class SlicedRows(TileSums):
-    """Sums of stored integers, up to 32 rows by a panel."""
+class _Sliced(BlockSums):
+    """Up to 32 rows by a panel. `height`: rows of a register tile; `width(rows)`: its vectors."""
+
+    kind: str  # of the sums: i32 or f32
+    row_bytes: int
 
     def __init__(
-        self,
-        form: Quantized,
-        isa: Isa,
-        k: int,
-        height: int,
-        env: dict[str, Expr],
-        ahead: Callable[[Expr, tuple[Expr, Expr], int, int], Ahead],
+        self, env: dict[str, Expr], k: int, length: int, height: int, width: Callable[[int], int], ahead: AheadOf
     ) -> None:
-        """`height`: rows of a register tile. `ahead(panel, place, number, passes)`: as of _Loop."""
-        self._form, self._isa, self._k, self._env, self._ahead = form, isa, k, env, ahead
-        self._height, self.fewest = height, height + 1
-        self.row_bytes = form.q.padded(k)
-        self._length = min(isa.slice_bytes // PANEL, self.row_bytes)
+        """`k` of a row, padding included, of which `length` at a time."""
+        self._env, self._k, self._length, self._ahead = env, k, min(length, k), ahead
+        self._height, self._width = height, width
 
-    @staticmethod
-    def can(form: Quantized, isa: Isa, k: int) -> bool:
-        """Whether the panel is more than a slice: else it stays in the first-level cache by itself."""
-        return form.q.bits == 8 and form.q.group == 0 and 0 < isa.slice_bytes < PANEL * form.q.padded(k)
+    @abstractmethod
+    def open(self, row: Expr, here: Expr, panel: Expr, begin: Expr, length: int) -> None:
+        """Emitted before `here` rows from `row` on meet the slice of `length` k from `begin` on."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        totals: Vectors,
+        row: Expr,
+        first: Expr,
+        count: int,
+        panel: Expr,
+        vectors: range,
+        begin: Expr,
+        length: int,
+        ahead: Ahead,
+    ) -> None:
+        """totals += the slice that is open times `count` rows, of which `first` is the number in the block."""
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
-        with T.serial(0, here * (PANEL // LANES)) as vector:
-            zero = T.broadcast(T.int32(0), LANES)
-            T.evaluate(T.call_extern("int32", "xllm_store_i32", address(sums, vector * LANES), zero))
+        with T.serial(0, here * _VECTORS) as vector:
+            store(sums, vector * LANES, splat(0.0), "f32")  # of integers too
         parts = T.bind(T.truncdiv(here + (self._height - 1), T.int32(self._height)))
-        whole, rest = divmod(self.row_bytes, self._length)
+        whole, rest = divmod(self._k, self._length)
         walks = whole + (rest > 0)
         tile, tiles = place
 
         def meet(number: Expr, length: int) -> None:
+            begin = T.bind(number * self._length)
+            self.open(row, here, panel, begin, length)
             with T.serial(0, parts) as part:
                 first = T.bind(T.truncdiv(here * part, parts))
                 count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
                 walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
-                add = partial(self._add, row, first, panel, walk, T.bind(number * self._length), length, sums)
+                add = partial(self._add, row, first, panel, walk, begin, length, sums)
                 choose(count, {n: partial(add, n) for n in range(1, self._height + 1)})
 
-        if whole:
-            with T.serial(0, whole) as number:
-                meet(number, self._length)
+        with T.serial(0, whole) as number:
+            meet(number, self._length)
         if rest:
             meet(T.int32(whole), rest)
-        q = self._form.q
-        # by way of memory, as without slices: LLVM would fuse the product with a bias that is added to it
-        with T.serial(0, here) as i:
-            places = [T.bind(i * PANEL + vector) for vector in range(0, PANEL, LANES)]
-            stored = [load(sums, at, "f32") for at in places]
-            products = byte_totals(q, q.panel_bytes(self._k), self._env, row + i, panel, stored)
-            for at, product in zip(places, products, strict=True):
-                store(sums, at, product, "f32")
 
     def _add(
         self,
@@ -87,22 +97,121 @@ class SlicedRows(TileSums):
         count: int,
     ) -> None:
         """What `length` k from `begin` on add to the sums of `count` rows."""
-        q = self._form.q
-        width = self._form.width(self._isa, count)
-        passes = PANEL // LANES // width
-        start = T.Cast("int64", panel) * q.panel_bytes(self._k) + q.header_bytes
-        weights = T.bind(start + T.Cast("int64", begin) * PANEL)
-        x_at = T.bind(T.Cast("int64", row + first) * self.row_bytes + begin)
+        width = self._width(count)
+        passes = _VECTORS // width
+        dtype = {"i32": "int32", "f32": "float32"}[self.kind]
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
-            totals = Vectors(count * width, "int32")
+            totals = Vectors(count * width, dtype)
             places = [address(sums, (first + i) * PANEL + vector * LANES) for i in range(count) for vector in vectors]
             for index, where in enumerate(places):
-                totals[index] = T.call_extern("int32x16", "xllm_load_i32", where)
+                totals[index] = T.call_extern(f"{dtype}x16", f"xllm_load_{self.kind}", where)
             ahead = self._ahead(panel, walk, number, passes)
-            self._form.multiply(self._env, totals, weights, x_at, self._k, count, vectors, length, ahead)
+            self.multiply(totals, row, first, count, panel, vectors, begin, length, ahead)
             for index, where in enumerate(places):
-                T.evaluate(T.call_extern("int32", "xllm_store_i32", where, totals[index]))
+                T.evaluate(T.call_extern("int32", f"xllm_store_{self.kind}", where, totals[index]))
 
     def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
         return sums
+
+
+class SlicedBytes(_Sliced):
+    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, which are exact."""
+
+    kind = "i32"
+
+    def __init__(self, form: Quantized, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
+        padded = form.q.padded(k)
+        super().__init__(env, padded, isa.slice_bytes // PANEL, height, partial(form.width, isa), ahead)
+        self._form, self._in, self.row_bytes, self.fewest = form, k, padded, height + 1
+
+    @staticmethod
+    def can(form: Quantized, isa: Isa, k: int) -> bool:
+        """Whether the panel is more than a slice: else it stays in the first-level cache by itself."""
+        return form.q.bits == 8 and form.q.group == 0 and 0 < isa.slice_bytes < PANEL * form.q.padded(k)
+
+    def open(self, row: Expr, here: Expr, panel: Expr, begin: Expr, length: int) -> None:
+        """Bytes are multiplied as they are stored."""
+
+    def multiply(
+        self,
+        totals: Vectors,
+        row: Expr,
+        first: Expr,
+        count: int,
+        panel: Expr,
+        vectors: range,
+        begin: Expr,
+        length: int,
+        ahead: Ahead,
+    ) -> None:
+        q = self._form.q
+        start = T.Cast("int64", panel) * q.panel_bytes(self._in) + q.header_bytes
+        weights = T.bind(start + T.Cast("int64", begin) * PANEL)
+        x_at = T.bind(T.Cast("int64", row + first) * self.row_bytes + begin)
+        self._form.multiply(self._env, totals, weights, x_at, self._in, count, vectors, length, ahead)
+
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        super().emit(row, here, panel, place, sums)
+        q = self._form.q
+        # by way of memory, as without slices: LLVM would fuse the product with a bias that is added to it
+        with T.serial(0, here) as i:
+            places = [T.bind(i * PANEL + vector) for vector in range(0, PANEL, LANES)]
+            stored = [load(sums, at, "f32") for at in places]
+            products = byte_totals(q, q.panel_bytes(self._in), self._env, row + i, panel, stored)
+            for at, product in zip(places, products, strict=True):
+                store(sums, at, product, "f32")
+
+
+class SlicedFloats(_Sliced):
+    """bf16 by bf16 in f32: products are added in the order of k, as pairs of them are elsewhere."""
+
+    kind = "f32"
+    fewest = 12  # widening pays where more rows than that share it
+    _DEEP = 64  # k of a slice: 16 KiB of weights, 8 of rows
+
+    def __init__(self, k: int, height: int, width: Callable[[int], int], env: dict[str, Expr], ahead: AheadOf) -> None:
+        super().__init__(env, k, self._DEEP, height, width, ahead)
+        self.row_bytes = 2 * k
+        self._weights = stack_array(self._DEEP * PANEL, "float32")
+        self._rows = stack_array(self._DEEP * BLOCK_ROWS, "float32")
+
+    def open(self, row: Expr, here: Expr, panel: Expr, begin: Expr, length: int) -> None:
+        pairs = T.bind(T.Cast("int64", panel) * (self._k * PANEL) + begin * PANEL)
+        with T.serial(0, length // 2 * _VECTORS) as vector:
+            both = T.bind(
+                T.call_extern("int32x16", "xllm_load_i32", address(self._env["w"], pairs + vector * 2 * LANES))
+            )
+            even = T.shift_left(both, T.broadcast(T.int32(16), LANES))
+            odd = T.bitwise_and(both, T.broadcast(T.int32(-65536), LANES))
+            pair, column = T.truncdiv(vector, T.int32(_VECTORS)), T.truncmod(vector, T.int32(_VECTORS))
+            at = T.bind(pair * (2 * PANEL) + column * LANES)
+            store(self._weights, at, T.reinterpret("float32x16", even), "f32")
+            store(self._weights, at + PANEL, T.reinterpret("float32x16", odd), "f32")
+        with T.serial(0, here) as i:
+            source = T.bind(T.Cast("int64", row + i) * self._k + begin)
+            for offset in range(0, length, LANES):
+                part = load_part(self._env["x"], source + offset, min(LANES, length - offset), "bf16")
+                store(self._rows, i * self._DEEP + offset, part, "f32")
+
+    def multiply(
+        self,
+        totals: Vectors,
+        row: Expr,
+        first: Expr,
+        count: int,
+        panel: Expr,
+        vectors: range,
+        begin: Expr,
+        length: int,
+        ahead: Ahead,
+    ) -> None:
+        def step(number: Expr) -> None:
+            weights = [T.bind(load(self._weights, number * PANEL + vector * LANES, "f32")) for vector in vectors]
+            for i in range(count):
+                operand = T.bind(splat(self._rows[(first + i) * self._DEEP + number]))
+                for j, weight in enumerate(weights):
+                    index = i * len(weights) + j
+                    totals[index] = fma(operand, weight, totals[index])
+
+        in_blocks(length, ahead, step)

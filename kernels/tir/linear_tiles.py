@@ -38,7 +38,7 @@ def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
     return [*both, (upper, width), (lower, width)] + [(T.int32(width // 4), TILE_BYTES)] * 2
 
 
-class TileSums(ABC):
+class BlockSums(ABC):
     """Sums of up to 32 rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows the panel is
     better read once, for each few rows that registers hold; more than 1 only where both give the same bits."""
 
@@ -63,7 +63,7 @@ class TileSums(ABC):
         return
 
 
-class WholeRows(TileSums):
+class WholeRows(BlockSums):
     """The sums over all of k in one go: bf16, and 8-bit weights with a scale per row."""
 
     def __init__(self, kind: str, row_bytes: int, env: dict[str, Expr]) -> None:

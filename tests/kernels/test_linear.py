@@ -41,10 +41,12 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: 
 )
 def test_linear(isa: str, dtype: str, k: int, n: int, bias: bool, residual: bool, act: str) -> None:
     rng = np.random.default_rng(k)
-    kernel = Standalone(Linear(k, n, dtype, dtype, bias, residual, act), ISAS[isa])
+    level = ISAS[isa]
+    kernel = Standalone(Linear(k, n, dtype, dtype, bias, residual, act), level)
     w, b = normal(rng, (n, k), dtype, 0.3), normal(rng, (n,), dtype)
     packed = layouts.pack_panels(w)
-    most = 15 if isa != "amx" else 70  # tiles of up to 32 rows
+    in_blocks = level.has_tiles or (dtype == "bf16" and not level.has_bf16_dot)
+    most = 70 if in_blocks else 15  # blocks of up to 32 rows
     x, res = normal(rng, (most, k), dtype), normal(rng, (most, n), dtype)
 
     def run(rows: int, team: int) -> np.ndarray:
