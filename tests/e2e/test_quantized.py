@@ -19,7 +19,7 @@ from xllm_compiler.tools.steps import make_trial
 from xllm_compiler.tools.verify import references, run_native
 
 ZEROS = ",".join(PRESETS["cpu-int4"]).replace("group=32", "group=64,zeros=true")
-WEIGHTS_ONLY = ",".join(PRESETS["cpu-int8"]).replace(",quantize-rows", "")
+WEIGHTS_ONLY = ",".join(PRESETS["cpu-int8"]).replace(",quantize-rows", "").replace(",rotate=true", "")
 CASES = [
     ("qwen3", "@cpu-int8", {"q8", "glu_q8"}),
     ("qwen3", "@cpu-int4", {"q4g32", "glu_q4g32"}),

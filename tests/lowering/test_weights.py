@@ -184,3 +184,23 @@ def test_the_library_needs_nothing_but_libm(build: Any) -> None:
     names = {line.split()[-1].split("@")[0] for line in exported.splitlines()}
     team = {f"xllm_team_{name}" for name in ("join", "run", "stop", "ticks")}
     assert names == {"xllm_step_decode", "xllm_step_prefill", *team}
+
+
+def test_a_rotated_weight_needs_rotated_rows(tmp_path: Path) -> None:
+    """quantize-weights{rotate=true} without quantize-rows: no kernel turns a weight back while it is read."""
+    text = """xir 1 stage=graph
+dim N in [1, 512]
+func @step(%ids: i32[N]) -> (bf16[N, 16]) {
+  %e = param(name="e") : bf16[8, 64]
+  %w = param(name="w") : bf16[16, 64]
+  %x = nn.embedding(%ids, %e) : bf16[N, 64]
+  %a = t.relu(%x) : bf16[N, 64]
+  %y = nn.linear(%a, %w) : bf16[N, 16]
+  return %y
+}
+"""
+    module = parse_module(text)
+    run_pipeline("quantize-weights{rotate=true},assign-streams,plan-memory", module)
+    with pytest.raises(XllmError, match="rotated") as e:
+        lower_cpu(module, {}, tmp_path, isas=["avx2"])
+    assert e.value.kind == "unsupported" and "quantize-rows" in e.value.help
