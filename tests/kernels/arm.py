@@ -16,7 +16,7 @@ import pytest
 from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.linker import find_linker
 from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.standalone import call_with
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES
 
 NEEDED = (
@@ -55,8 +55,7 @@ class Emulated:
         library, self._file = (Path(self._folder.name) / name for name in ("kernel.so", "arguments"))
         module = NativeModule(isa)
         with module.entry("xllm_step_kernel") as (args, member, team):
-            values = [Standalone._expression(args, index, arg) for index, arg in enumerate(self._args)]
-            module.call(kernel, values, member, team)
+            call_with(module, kernel, args, member, team)
             module.barrier(args[len(self._args)], team)
         module.write_shared(library)
         self._process = subprocess.Popen(
