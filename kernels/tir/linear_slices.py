@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,16 @@ AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
 _VECTORS = PANEL // LANES
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows from `row` on meet `length` k of a panel, from `begin` on."""
+
+    row: Expr
+    panel: Expr
+    begin: Expr
+    length: int
+
+
 class _Sliced(BlockSums):
     """Up to 32 rows by a panel. `height`: rows of a register tile; `width(rows)`: its vectors."""
 
@@ -43,23 +54,12 @@ class _Sliced(BlockSums):
         self._env, self._k, self._length, self._ahead = env, k, min(length, k), ahead
         self._height, self._width = height, width
 
-    @abstractmethod
-    def open(self, row: Expr, here: Expr, panel: Expr, begin: Expr, length: int) -> None:
-        """Emitted before `here` rows from `row` on meet the slice of `length` k from `begin` on."""
+    def open(self, piece: _Piece, here: Expr) -> None:
+        """Emitted before `here` rows meet a slice; where it is multiplied as it is stored there is nothing to do."""
+        return
 
     @abstractmethod
-    def multiply(
-        self,
-        totals: Vectors,
-        row: Expr,
-        first: Expr,
-        count: int,
-        panel: Expr,
-        vectors: range,
-        begin: Expr,
-        length: int,
-        ahead: Ahead,
-    ) -> None:
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         """totals += the slice that is open times `count` rows, of which `first` is the number in the block."""
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
@@ -71,13 +71,13 @@ class _Sliced(BlockSums):
         tile, tiles = place
 
         def meet(number: Expr, length: int) -> None:
-            begin = T.bind(number * self._length)
-            self.open(row, here, panel, begin, length)
+            piece = _Piece(row, panel, T.bind(number * self._length), length)
+            self.open(piece, here)
             with T.serial(0, parts) as part:
                 first = T.bind(T.truncdiv(here * part, parts))
                 count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
                 walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
-                add = partial(self._add, row, first, panel, walk, begin, length, sums)
+                add = partial(self._add, piece, first, walk, sums)
                 choose(count, {n: partial(add, n) for n in range(1, self._height + 1)})
 
         with T.serial(0, whole) as number:
@@ -85,18 +85,8 @@ class _Sliced(BlockSums):
         if rest:
             meet(T.int32(whole), rest)
 
-    def _add(
-        self,
-        row: Expr,
-        first: Expr,
-        panel: Expr,
-        walk: tuple[Expr, Expr],
-        begin: Expr,
-        length: int,
-        sums: Expr,
-        count: int,
-    ) -> None:
-        """What `length` k from `begin` on add to the sums of `count` rows."""
+    def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], sums: Expr, count: int) -> None:
+        """What a slice adds to the sums of `count` rows."""
         width = self._width(count)
         passes = _VECTORS // width
         dtype = {"i32": "int32", "f32": "float32"}[self.kind]
@@ -106,8 +96,8 @@ class _Sliced(BlockSums):
             places = [address(sums, (first + i) * PANEL + vector * LANES) for i in range(count) for vector in vectors]
             for index, where in enumerate(places):
                 totals[index] = T.call_extern(f"{dtype}x16", f"xllm_load_{self.kind}", where)
-            ahead = self._ahead(panel, walk, number, passes)
-            self.multiply(totals, row, first, count, panel, vectors, begin, length, ahead)
+            ahead = self._ahead(piece.panel, walk, number, passes)
+            self.multiply(totals, piece, first, count, vectors, ahead)
             for index, where in enumerate(places):
                 T.evaluate(T.call_extern("int32", f"xllm_store_{self.kind}", where, totals[index]))
 
@@ -130,26 +120,12 @@ class SlicedBytes(_Sliced):
         """Whether the panel is more than a slice: else it stays in the first-level cache by itself."""
         return form.q.bits == 8 and form.q.group == 0 and 0 < isa.slice_bytes < PANEL * form.q.padded(k)
 
-    def open(self, row: Expr, here: Expr, panel: Expr, begin: Expr, length: int) -> None:
-        """Bytes are multiplied as they are stored."""
-
-    def multiply(
-        self,
-        totals: Vectors,
-        row: Expr,
-        first: Expr,
-        count: int,
-        panel: Expr,
-        vectors: range,
-        begin: Expr,
-        length: int,
-        ahead: Ahead,
-    ) -> None:
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         q = self._form.q
-        start = T.Cast("int64", panel) * q.panel_bytes(self._in) + q.header_bytes
-        weights = T.bind(start + T.Cast("int64", begin) * PANEL)
-        x_at = T.bind(T.Cast("int64", row + first) * self.row_bytes + begin)
-        self._form.multiply(self._env, totals, weights, x_at, self._in, count, vectors, length, ahead)
+        start = T.Cast("int64", piece.panel) * q.panel_bytes(self._in) + q.header_bytes
+        weights = T.bind(start + T.Cast("int64", piece.begin) * PANEL)
+        x_at = T.bind(T.Cast("int64", piece.row + first) * self.row_bytes + piece.begin)
+        self._form.multiply(self._env, totals, weights, x_at, self._in, count, vectors, piece.length, ahead)
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         super().emit(row, here, panel, place, sums)
@@ -176,7 +152,8 @@ class SlicedFloats(_Sliced):
         self._weights = stack_array(self._DEEP * PANEL, "float32")
         self._rows = stack_array(self._DEEP * BLOCK_ROWS, "float32")
 
-    def open(self, row: Expr, here: Expr, panel: Expr, begin: Expr, length: int) -> None:
+    def open(self, piece: _Piece, here: Expr) -> None:
+        panel, begin, length = piece.panel, piece.begin, piece.length
         pairs = T.bind(T.Cast("int64", panel) * (self._k * PANEL) + begin * PANEL)
         with T.serial(0, length // 2 * _VECTORS) as vector:
             both = T.bind(
@@ -189,23 +166,12 @@ class SlicedFloats(_Sliced):
             store(self._weights, at, T.reinterpret("float32x16", even), "f32")
             store(self._weights, at + PANEL, T.reinterpret("float32x16", odd), "f32")
         with T.serial(0, here) as i:
-            source = T.bind(T.Cast("int64", row + i) * self._k + begin)
+            source = T.bind(T.Cast("int64", piece.row + i) * self._k + begin)
             for offset in range(0, length, LANES):
                 part = load_part(self._env["x"], source + offset, min(LANES, length - offset), "bf16")
                 store(self._rows, i * self._DEEP + offset, part, "f32")
 
-    def multiply(
-        self,
-        totals: Vectors,
-        row: Expr,
-        first: Expr,
-        count: int,
-        panel: Expr,
-        vectors: range,
-        begin: Expr,
-        length: int,
-        ahead: Ahead,
-    ) -> None:
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         def step(number: Expr) -> None:
             weights = [T.bind(load(self._weights, number * PANEL + vector * LANES, "f32")) for vector in vectors]
             for i in range(count):
@@ -214,4 +180,4 @@ class SlicedFloats(_Sliced):
                     index = i * len(weights) + j
                     totals[index] = fma(operand, weight, totals[index])
 
-        in_blocks(length, ahead, step)
+        in_blocks(piece.length, ahead, step)
