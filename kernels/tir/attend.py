@@ -26,6 +26,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.tir.attend_bytes import ByteTiles
 from xllm_compiler.kernels.tir.attend_matrix import MatrixTiles
 from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, Tiles
+from xllm_compiler.kernels.tir.attend_wide import WideTiles
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import Scalars, build_function, fma, horizontal_sum, load, splat, store, store_part
 from xllm_compiler.kernels.tir.kv_address import KvLayout
@@ -92,9 +93,12 @@ class _Body:
         self.env = env
         if kernel.kv.quantized:
             self.tiles: Tiles = ByteTiles(kernel, isa, env)
+        elif kernel.kv.dtype == "bf16" and not isa.has_bf16_dot:
+            self.tiles = WideTiles(kernel, isa, env)
+        elif kernel.kv.dtype == "bf16" and isa.has_tiles:
+            self.tiles = MatrixTiles(kernel, isa, env)
         else:
-            matrix = isa.has_tiles and kernel.kv.dtype == "bf16"
-            self.tiles = (MatrixTiles if matrix else Tiles)(kernel, isa, env)
+            self.tiles = Tiles(kernel, isa, env)
         self.vectors = self.tiles.value_vectors
         self.part = (2 + self.vectors) * LANES  # f32 of one row's part of one chunk: its maximum, sums and values
 
@@ -135,8 +139,8 @@ class _Body:
             with T.serial(0, heads) as head, T.serial(0, blocks) as block:
                 first = T.bind(block * QUERY_ROWS)
                 count = T.bind(T.min(rows - first, QUERY_ROWS))
-                lowest, _ = self.tiles.seen(request, first)
-                _, highest = self.tiles.seen(request, first + count - 1)
+                lowest, _ = self.tiles.sees(request, first)
+                _, highest = self.tiles.sees(request, first + count - 1)
                 first_block = T.bind(T.truncdiv(lowest, T.int32(BLOCK)))
                 last_block = T.bind(T.truncdiv(highest - 1, T.int32(BLOCK)))
                 body(Item(request, first, count, first_block, last_block), head)
@@ -242,7 +246,7 @@ class _Body:
         self, item: Item, row: Expr, chunk: Expr, part: tuple[Callable[[], Expr], Callable[[int], Expr]]
     ) -> None:
         """Merges a chunk into the row, if the row sees any of it."""
-        begin, end = self.tiles.seen(item.request, item.first + row)
+        begin, end = self.tiles.sees(item.request, item.first + row)
         with T.If(T.And(begin < (chunk + 1) * CHUNK, end > chunk * CHUNK)), T.Then():
             top, rest = part
             mine, other = T.bind(self.state.maxima[row]), T.bind(top())
@@ -270,7 +274,7 @@ class _Body:
         else:
             inverse = T.bind(splat(T.float32(1.0) / total))
         layout = self.kernel.kv
-        to = self.tiles.query(item.request, item.first + row, head=head, width=layout.v_dim)
+        to = self.tiles.query(item, row, head=head, width=layout.v_dim)
         for vector in range(self.vectors):
             valid = min(layout.v_dim - vector * LANES, LANES)
             buffer, place = self.state.place(row, 1 + vector)

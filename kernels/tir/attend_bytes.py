@@ -48,13 +48,12 @@ class ByteTiles(Tiles):
     """`Tiles` for a quantized cache, whatever it is made of."""
 
     def allocate(self) -> None:
-        super().allocate()
+        self.allocate_state()
         self.queries = stack_array(QUERY_ROWS * self.layout.k_steps * _QUAD + LANES, "uint8")
         self.q_scales = stack_array(QUERY_ROWS, "float32")
         self.sums = stack_array(MAX_ROWS * BLOCK, "int32")
-        self.rounded_weights = stack_array(MAX_ROWS * BLOCK, "uint8")
-        self.p_scales = stack_array(MAX_ROWS, "float32")
-        self.sees = stack_array(MAX_ROWS, "int32")  # whether a row of the tile sees any of the block
+        self.rounded_weights = stack_array(QUERY_ROWS * BLOCK, "uint8")
+        self.p_scales = stack_array(QUERY_ROWS, "float32")
         self.key_scales = stack_array(BLOCK_PAGES, "int64")  # where they are, of the block's pages
         self.value_scales = stack_array(BLOCK_PAGES, "int64")
 
@@ -71,7 +70,7 @@ class ByteTiles(Tiles):
         super().fresh(item, head, shift)
         dim, dtype, q = self.layout.k_dim, self.layout.dtype, self.env["q"]
         with T.serial(0, item.rows) as row:
-            base = self.query(item.request, item.first + row, head=head, width=dim)
+            base = self.query(item, row, head=head, width=dim)
             largest = largest_size(q, base, dim, dtype)
             T.buffer_store(self.q_scales, largest * T.float32(1 / LARGEST), [row])
             factor = inverse_scale(largest)
@@ -83,33 +82,18 @@ class ByteTiles(Tiles):
 
             each_vector(dim, part)
 
-    def tile(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
-        base = T.bind(block * BLOCK)
-        lowest, _ = self.seen(request, first + row)
-        _, highest = self.seen(request, first + row + here - 1)
-        with T.If(T.And(lowest < base + BLOCK, highest > base)), T.Then():
-            pages = self.find_pages(request, head, block, lowest, highest)
-            for i, page in enumerate(pages):
-                T.buffer_store(self.key_scales, self.pages.key_scales(page), [i])
-                T.buffer_store(self.value_scales, self.pages.value_scales(page), [i])
-            sizes = range(1, self.height + 1)
-            choose(here, {count: partial(self._multiply_keys, row, count, pages) for count in sizes})
-            with T.serial(0, here) as i:
-                begin, end = self.seen(request, first + row + i)
-                lo = T.bind(T.max(begin - base, 0))
-                hi = T.bind(T.min(end - base, BLOCK))
-                T.buffer_store(self.sees, T.Cast("int32", lo < hi), [i])
-                with T.If(hi - lo == BLOCK):
-                    with T.Then():
-                        self.weigh(i, self.shift + row + i, None)
-                    with T.Else(), T.If(lo < hi), T.Then():
-                        self.weigh(i, self.shift + row + i, (lo, hi))
-            choose(here, {count: partial(self.add_values, self.shift + row, count) for count in sizes})
+    def open_keys(self, pages: list[Expr]) -> None:
+        for i, page in enumerate(pages):
+            T.buffer_store(self.key_scales, self.pages.key_scales(page), [i])
+            T.buffer_store(self.value_scales, self.pages.value_scales(page), [i])
+
+    def add_tile(self, place: Expr, here: Expr) -> None:
+        choose(here, {count: partial(self.add_values, place, count) for count in self.sizes})
 
     # ---- scores
 
-    def _multiply_keys(self, row: Expr, count: int, pages: list[Expr]) -> None:
-        """sums = q . k in integers for rows `row` .. of the query block."""
+    def score(self, place: Expr, count: int, pages: list[Expr]) -> None:
+        """sums = q . k in integers."""
         width = self.width(count)
         for group in range(0, BLOCK_PAGES, width):
             some = pages[group : group + width]
@@ -123,19 +107,20 @@ class ByteTiles(Tiles):
                 def keys(step: Expr, some: list[Expr] = some) -> list[Expr]:
                     return [self.words(page + step * self.layout.k_row_bytes) for page in some]
 
-                starts = [T.bind((row + i) * (self.layout.k_steps * _QUAD)) for i in range(count)]
+                first = T.bind(place * (self.layout.k_steps * _QUAD))
+                starts = [first + i * (self.layout.k_steps * _QUAD) for i in range(count)]
                 part = Part(group // width, BLOCK_PAGES // width)
-                self._multiply_bytes(self.queries, starts, self.layout.k_steps, keys, self.ask_keys, part, sums)
+                self._multiply_bytes(self.queries, starts, self.key_steps, keys, self.ask_keys, part, sums)
                 for i in range(count):
                     for j in range(width):
                         where = address(self.sums, i * BLOCK + (group + j) * LANES)
                         T.evaluate(T.call_extern("int32", "xllm_store_i32", where, sums[i * width + j]))
 
-    def read_scores(self, tile_row: Expr, row: Expr) -> list[Expr]:
-        scale = T.bind(splat(self.q_scales[row - self.shift]))
+    def read_scores(self, at: Expr, place: Expr) -> list[Expr]:
+        scale = T.bind(splat(self.q_scales[place]))
         scores = []
         for i in range(BLOCK_PAGES):
-            where = address(self.sums, tile_row * BLOCK + i * LANES)
+            where = address(self.sums, at * BLOCK + i * LANES)
             sums = T.Cast("float32x16", T.call_extern("int32x16", "xllm_load_i32", where))
             of_keys = T.call_extern("float32x16", "xllm_load_f32", address(self.env["kv"], self.key_scales[i]))
             scores.append(sums * of_keys * scale)
@@ -143,7 +128,7 @@ class ByteTiles(Tiles):
 
     # ---- values
 
-    def write_weights(self, tile_row: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
+    def write_weights(self, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
         scaled, sizes = [], []
         for i, weight in enumerate(weights):
             scale = T.call_extern("float32x16", "xllm_load_f32", address(self.env["kv"], self.value_scales[i]))
@@ -152,30 +137,31 @@ class ByteTiles(Tiles):
             sizes.append(T.bind(T.bitwise_and(bits, T.broadcast(T.int32(0x7FFFFFFF), LANES))))
         top = T.max(T.max(sizes[0], sizes[1]), T.max(sizes[2], sizes[3]))
         largest = T.bind(T.call_pure_extern("float32", "xllm_largest_size", top))
-        T.buffer_store(self.p_scales, largest * T.float32(1 / _TOP), [tile_row])
+        T.buffer_store(self.p_scales, largest * T.float32(1 / _TOP), [place])
         factor = T.bind(T.Select(largest > T.float32(_LEAST), T.float32(_TOP) / largest, T.float32(0)))
         for i, weight in enumerate(scaled):
-            to = T.bind(tile_row * BLOCK + i * LANES)
+            to = T.bind(place * BLOCK + i * LANES)
             store_integers(self.rounded_weights, to, rounded(weight * splat(factor)))
 
-    def add_to_vectors(self, row: Expr, count: int, vectors: range, part: Part) -> None:
+    def add_to_vectors(self, place: Expr, count: int, vectors: range, part: Part) -> None:
         width = len(vectors)
         sums = Vectors(count * width, "int32")
         for i in range(count * width):
             sums[i] = T.broadcast(T.int32(0), LANES)
-        steps = BLOCK_PAGES * self.layout.v_steps
 
         def values(step: Expr) -> list[Expr]:
             at = self.value_row(step)
             return [self.value(at, vector) for vector in vectors]
 
-        starts = [T.int32(i * BLOCK) for i in range(count)]
-        self._multiply_bytes(self.rounded_weights, starts, steps, values, self.ask_values, part, sums)
+        first = T.bind(place * BLOCK)
+        starts = [first + i * BLOCK for i in range(count)]
+        self._multiply_bytes(self.rounded_weights, starts, self.value_steps, values, self.ask_values, part, sums)
         for i in range(count):
-            scale = T.bind(splat(self.p_scales[i]))
-            sees = T.bind(self.sees[i] > 0)
+            scale = T.bind(splat(self.p_scales[place + i]))
+            lo, hi = self.seen_here(place + i)
+            sees = T.bind(lo < hi)
             for j, vector in enumerate(vectors):
-                at = T.bind(self.state.total(row + i, vector))
+                at = T.bind(self.state.total(self.shift + place + i, vector))
                 before = T.bind(load(self.state.totals, at, "f32"))
                 after = fma(T.Cast("float32x16", sums[i * width + j]), scale, before)
                 # adding nothing would turn -0 into 0
@@ -189,14 +175,14 @@ class ByteTiles(Tiles):
         starts: list[Expr],
         steps: int,
         vectors: Callable[[Expr], list[Expr]],
-        ask: Callable[[Expr, Part], None],
+        ask: Callable[[Expr, int, Part], None],
         part: Part,
         sums: Vectors,
     ) -> None:
         """sums += left . vectors; row i's bytes begin at starts[i]."""
         with T.serial(0, steps) as step:
             right = vectors(step)
-            ask(step, part)
+            ask(step, steps, part)
             for i, start in enumerate(starts):
                 four = T.call_extern("int32", "xllm_load_pair", address(left, start + step * _QUAD))
                 operand = T.bind(T.broadcast(four, LANES))

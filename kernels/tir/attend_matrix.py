@@ -23,7 +23,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, QUERY_ROWS, Item, State, Tiles
+from xllm_compiler.kernels.tir.attend_tiles import BLOCK, QUERY_ROWS, Item, Tiles
 from xllm_compiler.kernels.tir.base import LANES, PAGE
 from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, stack_array, store
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
@@ -42,8 +42,7 @@ class MatrixTiles(Tiles):
     """`Tiles` for bf16 on an instruction set with tile registers."""
 
     def allocate(self) -> None:
-        self.state = State(self.value_vectors)
-        self.values, self.next_keys = stack_array(_PAGES, "int64"), stack_array(_PAGES, "int64")
+        self.allocate_state()
         k_dim = self.layout.k_dim
         self.full_steps, self.tail = k_dim // _ELEMENTS, k_dim % _ELEMENTS // 2
         self.all_steps = self.full_steps + (1 if self.tail else 0)
@@ -67,7 +66,7 @@ class MatrixTiles(Tiles):
             shapes[_TAIL_A], shapes[_TAIL_B] = (rows, self.tail * 4), (T.int32(self.tail), TILE_BYTES)
         self.shapes.set(rows, shapes)
         with T.serial(0, item.rows) as row:
-            query = self.query(item.request, item.first + row, head=head, width=self.layout.k_dim)
+            query = self.query(item, row, head=head, width=self.layout.k_dim)
             tile = T.truncdiv(row, T.int32(TILE_ROWS)) * self.all_steps
             to = T.bind(tile * _TILE + T.truncmod(row, T.int32(TILE_ROWS)) * LANES)
             for step in range(self.all_steps):
@@ -79,54 +78,51 @@ class MatrixTiles(Tiles):
                 _put(self.queries, to + step * _TILE, words)
 
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
-        base = T.bind(block * BLOCK)
-        lowest, low_end = self.seen(item.request, item.first)
-        high_start, high_end = self.seen(item.request, item.first + item.rows - 1)
-        self.first_block = item.first_block
-        with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
-            pages = self.find_pages(item.request, head, block, lowest, high_end)
-            tiles = T.bind(T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS)))
-            with T.serial(0, tiles) as tile:
-                self._multiply_keys(tile, pages, T.And(tile == 0, self.may_begin(item, block)))
-            with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
-                with T.Then():
-                    self._copy_values()
-                    with T.serial(0, item.rows) as row:
-                        self.weigh(row, shift + row, None)
-                    with T.serial(0, tiles) as tile:
-                        at = T.bind(shift + tile * TILE_ROWS)
-                        self._multiply_values(tile, at, self.state.totals, self.state.total(at, 0))
-                with T.Else():
-                    lo, hi = T.bind(T.max(lowest - base, 0)), T.bind(T.min(high_end - base, BLOCK))
-                    odd = T.bind(self._copy_seen_values(lo, hi))
-                    with T.serial(0, tiles) as tile:
-                        self._partly_seen(item, tile, base, shift, odd)
+        self.turn_to(item, head, block, shift)
+        first, last = self.seen_here(item.rows - 1)[0], self.seen_here(T.int32(0))[1]
+        pages = self.find_pages(block)
+        tiles = T.bind(T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS)))
+        with T.serial(0, tiles) as tile:
+            self._multiply_keys(tile, pages, T.And(tile == 0, self.begins))
+        with T.If(last - first == BLOCK):
+            with T.Then():
+                self._copy_values()
+                with T.serial(0, item.rows) as row:
+                    self.weigh(row, row, None)
+                with T.serial(0, tiles) as tile:
+                    at = T.bind(shift + tile * TILE_ROWS)
+                    self._multiply_values(tile, at, self.state.totals, self.state.total(at, 0))
+            with T.Else():
+                lo, hi = self.seen_here(T.int32(0))[0], self.seen_here(item.rows - 1)[1]
+                odd = T.bind(self._copy_seen_values(lo, hi))
+                with T.serial(0, tiles) as tile:
+                    self._partly_seen(tile, odd)
 
-    def _partly_seen(self, item: Item, tile: Expr, base: Expr, shift: Expr, odd: Expr) -> None:
+    def _partly_seen(self, tile: Expr, odd: Expr) -> None:
         """The rows of one tile, of which some see nothing of the block, or not all of it."""
         first = T.bind(tile * TILE_ROWS)
+        at = T.bind(self.shift + first)
 
         def each_row(body: Callable[[Expr, Expr, Expr], None]) -> None:
-            with T.serial(first, T.min(item.rows, first + TILE_ROWS)) as row:
-                begin, end = self.seen(item.request, item.first + row)
-                lo, hi = T.bind(T.max(begin - base, 0)), T.bind(T.min(end - base, BLOCK))
+            with T.serial(first, T.min(self.item.rows, first + TILE_ROWS)) as row:
+                lo, hi = self.seen_here(row)
                 with T.If(lo < hi), T.Then():
                     body(row, lo, hi)
 
         def take(row: Expr) -> None:
             for vector in range(self.value_vectors):
                 value = load(self.part, ((row - first) * self.value_vectors + vector) * LANES, "f32")
-                store(self.state.totals, self.state.total(shift + row, vector), value, "f32")
+                store(self.state.totals, self.state.total(self.shift + row, vector), value, "f32")
 
         def alone(row: Expr, lo: Expr, hi: Expr) -> None:
             T.evaluate(self._copy_seen_values(lo, hi))
-            self._multiply_values(tile, T.bind(shift + first), self.part, T.int32(0))
+            self._multiply_values(tile, at, self.part, T.int32(0))
             take(row)
 
-        each_row(lambda row, lo, hi: self.weigh(row, shift + row, (lo, hi)))
+        each_row(lambda row, lo, hi: self.weigh(row, row, (lo, hi)))
         with T.If(odd == 0):
             with T.Then():
-                self._multiply_values(tile, T.bind(shift + first), self.part, T.int32(0))
+                self._multiply_values(tile, at, self.part, T.int32(0))
                 each_row(lambda row, lo, hi: take(row))
             with T.Else():
                 each_row(alone)

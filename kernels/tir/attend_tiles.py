@@ -1,8 +1,9 @@
 """A softmax over some cached tokens for a block of queries, in register tiles: `Tiles`. Owns that arithmetic.
 
 The rows of a query block (attend.py) are worked on in tiles of up to 6, against KV blocks of 64 tokens that begin at
-multiples of 64, in order. For each KV block every tile of the query block takes its turn, so a block of K and V is read
-from memory once per query block. This is Dao et al., "FlashAttention-2", with one thread per query block.
+multiples of 64, in order. Every tile of the query block meets a KV block's keys before any meets its values, so either
+is read from memory once per query block and then lies in the first-level cache. This is Dao et al.,
+"FlashAttention-2", with one thread per query block.
 
 For one row and one KV block (m, l, acc are the row's running maximum, sum of weights by lane, and weighted sum of
 values):
@@ -121,30 +122,51 @@ class State:
 
 
 class Tiles:
-    """Emits the work on one KV block. Names: `token` is a row of q, `row` a row of the request and KV head at hand."""
+    """Emits the work on one KV block. Names: `token` is a row of q, `row` a row of the request and KV head at hand,
+    `place` a row of the query block."""
 
     def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
         self.kernel = kernel
         self.isa = isa
         self.env = env
         self.layout = kernel.kv
-        self.bf16 = kernel.kv.dtype == "bf16"
         self.group = kernel.q_heads // kernel.kv.heads
         self.pages = Pages(kernel.kv, env["table"], env["width"])
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
-        self.height = tile_rows(self.width, MAX_ROWS)
+        self.pairs = kernel.kv.dtype == "bf16"  # whether two elements are multiplied at a time
+        self.key_steps = self.layout.k_steps  # of a walk over keys
+        self.value_steps = BLOCK_PAGES * self.layout.v_steps  # of a walk over a block's values
+        self.sizes = self.tile_sizes()
+
+    def tile_sizes(self) -> range:
+        """The numbers of rows that a tile may have: up to that of the register tile with the most elements."""
+        return range(1, tile_rows(self.width, MAX_ROWS) + 1)
 
     def width(self, rows: int) -> int:
         """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
-        return tile_width(self.isa, self.layout.dtype, rows)
+        return tile_width(self.isa, "bf16" if self.pairs else "f32", rows)
 
     def allocate(self) -> None:
         """Emits the arrays that blocks are worked on with."""
         self.scores = stack_array(MAX_ROWS * BLOCK, "float32")
-        self.weights = stack_array(MAX_ROWS * BLOCK, "uint16" if self.bf16 else "float32")
+        self.allocate_weights()
+        self.allocate_state()
+
+    def allocate_weights(self) -> None:
+        """The array that weights are kept in."""
+        self.weights = stack_array(QUERY_ROWS * BLOCK, "uint16" if self.pairs else "float32")
+
+    def allocate_state(self) -> None:
+        """The arrays that all kinds of tiles have."""
         self.state = State(self.value_vectors)
         self.values = stack_array(BLOCK_PAGES, "int64")  # where the values of the block's pages begin
         self.next_keys = stack_array(BLOCK_PAGES, "int64")  # and the keys of the next block's
+
+    def allocate_beside(self, other: Tiles) -> None:
+        """`allocate` where another kind of tiles shares the work, and what it leaves in memory."""
+        self.scores, self.state = other.scores, other.state
+        self.values, self.next_keys = other.values, other.next_keys
+        self.allocate_weights()
 
     def release(self) -> None:
         """Emits what must be done when all blocks are."""
@@ -156,36 +178,55 @@ class Tiles:
 
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
         """Takes one KV block into the state at `shift` of all rows of a query block that see any of it."""
-        self.shift = shift
-        self.first_block = item.first_block
-        self.begins = self.may_begin(item, block)
-        tiles = T.truncdiv(item.rows + (self.height - 1), T.int32(self.height))
+        self.turn_to(item, head, block, shift)
+        pages = self.find_pages(block)
+        self.open_keys(pages)
+        self._each_tile(lambda place, here: self.weigh_tile(place, here, pages))
+        self.open_values()
+        self._each_tile(self.add_tile)
+
+    def turn_to(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
+        """Makes this block the one at hand."""
+        self.item, self.head, self.shift, self.base = item, head, shift, T.bind(block * BLOCK)
+        # whether a member may begin with this block, whose values nobody has asked for
+        self.begins = T.bind(T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0))
+
+    def open_keys(self, pages: list[Expr]) -> None:
+        """Emitted before the tiles meet the keys; where they are multiplied as they are stored there is nothing to
+        do."""
+
+    def open_values(self) -> None:
+        """The same for values."""
+
+    def _each_tile(self, body: Callable[[Expr, Expr], None]) -> None:
+        """Emits body(place of the first row, rows) for each tile that sees any of the block; tiles are equal parts."""
+        rows, most = self.item.rows, self.sizes[-1]
+        tiles = T.bind(T.truncdiv(rows + (most - 1), T.int32(most)))
         with T.serial(0, tiles) as tile:
-            row = T.bind(tile * self.height)
-            here = T.bind(T.min(item.rows - row, self.height))
-            self.tile(item.request, item.first, row, here, head, block)
+            place = T.bind(T.truncdiv(rows * tile, tiles))
+            here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - place)
+            # The first row of a tile sees no further than the last one, and from no later on.
+            lowest, _ = self.seen(place)
+            _, highest = self.seen(place + here - 1)
+            with T.If(T.And(lowest < self.base + BLOCK, highest > self.base)), T.Then():
+                body(place, here)
 
-    @staticmethod
-    def may_begin(item: Item, block: Expr) -> Expr:
-        """Whether a member may begin with this block, whose values nobody has asked for."""
-        return T.bind(T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0))
-
-    def ask_keys(self, step: Expr, part: Part) -> None:
-        """In step `step` of k_steps of a walk over keys: asks for some lines of the next block's, and of this one's
+    def ask_keys(self, step: Expr, steps: int, part: Part) -> None:
+        """In step `step` of `steps` of a walk over keys: asks for some lines of the next block's, and of this one's
         values where nobody has."""
-        steps, values = self.layout.k_steps, self.layout.v_steps * self.layout.v_row_bytes
+        values = self.layout.v_steps * self.layout.v_row_bytes
         for page in part.pages:
             self._ask(self.next_keys[page], self.layout.k_bytes, step, steps)
         with T.If(self.begins), T.Then():
             for page in part.pages:
                 self._ask(self.values[page], values, step, steps)
 
-    def ask_values(self, step: Expr, part: Part) -> None:
-        """In step `step` of a walk over the block's values: asks for some lines of the next block's, and for what
-        lies behind them."""
+    def ask_values(self, step: Expr, steps: int, part: Part) -> None:
+        """In step `step` of `steps` of a walk over the block's values: asks for some lines of the next block's, and
+        for what lies behind them."""
         for page in part.pages:
             start = self.pages.values(self.next_keys[page])
-            self._ask(start, self.layout.head_bytes - self.layout.k_bytes, step, BLOCK_PAGES * self.layout.v_steps)
+            self._ask(start, self.layout.head_bytes - self.layout.k_bytes, step, steps)
 
     def _ask(self, start: Expr, size: int, step: Expr, steps: int) -> None:
         each, rest = divmod(-(-size // LINE), steps)
@@ -199,47 +240,35 @@ class Tiles:
         """The token (row of q) of a row of the request."""
         return self.env["start"][request] + T.truncdiv(row, T.int32(self.group))
 
-    def seen(self, request: Expr, row: Expr) -> tuple[Expr, Expr]:
+    def sees(self, request: Expr, row: Expr) -> tuple[Expr, Expr]:
         """[first, last) of the cached tokens that a row sees."""
         position = T.bind(self.env["pos"][self._token(request, row)])
         first = T.bind(T.max(position - (self.kernel.window - 1), 0)) if self.kernel.window else T.int32(0)
         return first, T.bind(position + 1)
 
-    def query(self, request: Expr, row: Expr, *, head: Expr, width: int) -> Expr:
+    def seen(self, place: Expr) -> tuple[Expr, Expr]:
+        """`sees` of a row of the query block at hand."""
+        return self.sees(self.item.request, self.item.first + place)
+
+    def seen_here(self, place: Expr) -> tuple[Expr, Expr]:
+        """[first, last) of the block's 64 tokens that a row sees; of no row that sees none is first < last."""
+        begin, end = self.seen(place)
+        return T.bind(T.max(begin - self.base, 0)), T.bind(T.min(end - self.base, BLOCK))
+
+    def query(self, item: Item, place: Expr, *, head: Expr, width: int) -> Expr:
         """The offset of a row's elements in q (width k_dim) or out (width v_dim)."""
+        row = item.first + place
         query_head = head * self.group + T.truncmod(row, T.int32(self.group))
-        index = T.Cast("int64", self._token(request, row)) * self.kernel.q_heads + T.Cast("int64", query_head)
+        index = T.Cast("int64", self._token(item.request, row)) * self.kernel.q_heads + T.Cast("int64", query_head)
         return T.bind(index * width)
 
-    def tile(self, request: Expr, first: Expr, row: Expr, here: Expr, head: Expr, block: Expr) -> None:
-        base = T.bind(block * BLOCK)
-        lowest, low_end = self.seen(request, first + row)
-        high_start, high_end = self.seen(request, first + row + here - 1)
-        # The first row of a tile sees no further than the last one, and from no later on.
-        with T.If(T.And(lowest < base + BLOCK, high_end > base)), T.Then():
-            pages = self.find_pages(request, head, block, lowest, high_end)
-            sizes = range(1, self.height + 1)
-            queries = partial(self.query, request, head=head, width=self.layout.k_dim)
-            choose(here, {count: partial(self._score, queries, first + row, count, pages) for count in sizes})
-            with T.If(T.And(high_start <= base, low_end >= base + BLOCK)):
-                with T.Then():
-                    with T.serial(0, here) as i:
-                        self.weigh(i, self.shift + row + i, None)
-                    choose(here, {count: partial(self.add_values, self.shift + row, count) for count in sizes})
-                with T.Else(), T.serial(0, here) as i:
-                    one = T.bind(row + i)
-                    begin, end = self.seen(request, first + one)
-                    lo = T.bind(T.max(begin - base, 0))
-                    hi = T.bind(T.min(end - base, BLOCK))
-                    with T.If(lo < hi), T.Then():
-                        self.weigh(i, self.shift + one, (lo, hi))
-                        self._add_seen_values(i, self.shift + one, lo, hi)
-
-    def find_pages(self, request: Expr, head: Expr, block: Expr, lowest: Expr, end: Expr) -> list[Expr]:
-        """The keys of the block's pages for rows that see tokens lowest .. end - 1; fills `values` and `next_keys`."""
-        base = T.bind(block * BLOCK)
-        start = T.bind(T.truncdiv(T.max(lowest - base, 0), T.int32(PAGE)))
-        stop = T.bind(T.truncdiv(T.min(end - base, BLOCK) - 1, T.int32(PAGE)))
+    def find_pages(self, block: Expr) -> list[Expr]:
+        """The keys of the pages of the block at hand; fills `values` and `next_keys`."""
+        request, head = self.item.request, self.head
+        lowest, _ = self.seen(T.int32(0))
+        _, end = self.seen(self.item.rows - 1)
+        start = T.bind(T.truncdiv(T.max(lowest - self.base, 0), T.int32(PAGE)))
+        stop = T.bind(T.truncdiv(T.min(end - self.base, BLOCK) - 1, T.int32(PAGE)))
         # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
         numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(BLOCK_PAGES)]
         pages = [self.pages.page(request, block * BLOCK_PAGES + number, head) for number in numbers]
@@ -247,7 +276,7 @@ class Tiles:
         # after the last block comes the next head's first
         over = T.bind(block * BLOCK_PAGES + BLOCK_PAGES > last)
         next_head = T.bind(T.Select(over, head + 1, head))
-        next_block = T.bind(T.Select(over, self.first_block, block + 1))
+        next_block = T.bind(T.Select(over, self.item.first_block, block + 1))
         for i, page in enumerate(pages):
             T.buffer_store(self.values, self.pages.values(page), [i])
             after = T.min(next_block * BLOCK_PAGES + i, last)
@@ -256,80 +285,111 @@ class Tiles:
 
     # ---- scores and values of one tile
 
-    def _score(self, query: Callable[[Expr], Expr], row: Expr, count: int, pages: list[Expr]) -> None:
-        """scores = q . k for `count` rows from `row` of the request on."""
-        queries = [query(row + i) for i in range(count)]
+    def weigh_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
+        """Scores and weights of `here` rows from `place` on."""
+        self.score_tile(place, here, pages)
+        with T.serial(0, here) as i:
+            one = T.bind(place + i)
+            lo, hi = self.seen_here(one)
+            with T.If(hi - lo == BLOCK):
+                with T.Then():
+                    self.weigh(i, one, None)
+                with T.Else(), T.If(lo < hi), T.Then():
+                    self.weigh(i, one, (lo, hi))
+
+    def score_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
+        """scores = q . k for `here` rows from `place` on."""
+        choose(here, {count: partial(self.score, place, count, pages) for count in self.sizes})
+
+    def add_tile(self, place: Expr, here: Expr) -> None:
+        """acc += p @ v for `here` rows from `place` on."""
+        first, _ = self.seen_here(place + here - 1)
+        _, last = self.seen_here(place)
+        with T.If(last - first == BLOCK):
+            with T.Then():
+                choose(here, {count: partial(self.add_values, place, count) for count in self.sizes})
+            with T.Else(), T.serial(0, here) as i:
+                one = T.bind(place + i)
+                lo, hi = self.seen_here(one)
+                with T.If(lo < hi), T.Then():
+                    self._add_seen_values(one, lo, hi)
+
+    def score(self, place: Expr, count: int, pages: list[Expr]) -> None:
+        """scores = q . k for `count` rows from `place` on."""
+        queries = self.queries_at(place, count)
         width = self.width(count)
         for group in range(0, BLOCK_PAGES, width):
             with all_registers():
                 part = Part(group // width, BLOCK_PAGES // width)
-                totals = self._dots(queries, pages[group : group + width], part)
+                totals = self._dots(queries, pages, range(group, group + width), part)
                 for i in range(count):
                     for j in range(width):
                         store(self.scores, T.int32(i * BLOCK + (group + j) * LANES), totals[i * width + j], "f32")
 
-    def _dots(self, queries: list[Expr], pages: list[Expr], part: Part) -> Vectors:
-        """q . k for some rows by some pages."""
-        totals = Vectors(len(queries) * len(pages))
-        for i in range(len(queries) * len(pages)):
+    def _dots(self, queries: list[Expr], pages: list[Expr], group: range, part: Part) -> Vectors:
+        """q . k for some rows by some of the pages."""
+        totals = Vectors(len(queries) * len(group))
+        for i in range(len(queries) * len(group)):
             totals[i] = splat(0.0)
-        with T.serial(0, self.layout.k_steps) as step:
-            keys = [self.words(page + step * self.layout.k_row_bytes) for page in pages]
-            self.ask_keys(step, part)
+        with T.serial(0, self.key_steps) as step:
+            keys = [self.key(pages, number, step) for number in group]
+            self.ask_keys(step, self.key_steps, part)
             for i, query in enumerate(queries):
-                operand = self._pair(self.env["q"], query, step)
+                operand = self.query_element(query, step)
                 for j, key in enumerate(keys):
                     totals[i * len(keys) + j] = self._multiply(totals[i * len(keys) + j], operand, key)
         return totals
 
-    def add_values(self, row: Expr, count: int) -> None:
+    def add_values(self, place: Expr, count: int) -> None:
         """acc += p @ v for `count` rows that see the whole block."""
         width = self.width(count)
         for vector in range(0, self.value_vectors, width):
             part = Part(vector // width, -(-self.value_vectors // width))
             with all_registers():
-                self.add_to_vectors(row, count, range(vector, min(vector + width, self.value_vectors)), part)
+                self.add_to_vectors(place, count, range(vector, min(vector + width, self.value_vectors)), part)
 
-    def add_to_vectors(self, row: Expr, count: int, vectors: range, part: Part) -> None:
+    def add_to_vectors(self, place: Expr, count: int, vectors: range, part: Part) -> None:
         """`add_values` for some vectors of the value's columns."""
+        row = T.bind(self.shift + place)
+        weights = T.bind(place * BLOCK)  # rows at fixed distances from one address: one register for all of them
         sums = Vectors(count * len(vectors))
         for i in range(count):
             for j, vector in enumerate(vectors):
                 sums[i * len(vectors) + j] = load(self.state.totals, self.state.total(row + i, vector), "f32")
-        steps = BLOCK_PAGES * self.layout.v_steps
         # One loop over the block and not one per page, which LLVM would unroll for every tile size.
-        with T.serial(0, steps) as step:
+        with T.serial(0, self.value_steps) as step:
             at = self.value_row(step)
             values = [self.value(at, vector) for vector in vectors]
-            self.ask_values(step, part)
+            self.ask_values(step, self.value_steps, part)
             for i in range(count):
-                operand = self._pair(self.weights, T.int32(i * BLOCK), step)
+                operand = self.element(self.weights, weights + i * BLOCK, step)
                 for j, value in enumerate(values):
                     sums[i * len(vectors) + j] = self._multiply(sums[i * len(vectors) + j], operand, value)
         for i in range(count):
             for j, vector in enumerate(vectors):
                 store(self.state.totals, self.state.total(row + i, vector), sums[i * len(vectors) + j], "f32")
 
-    def _add_seen_values(self, tile_row: Expr, row: Expr, lo: Expr, hi: Expr) -> None:
+    def _add_seen_values(self, place: Expr, lo: Expr, hi: Expr) -> None:
         """acc += p @ v for one row that sees tokens lo .. hi-1 of the block; other values are not looked at."""
+        row = T.bind(self.shift + place)
         sums = Vectors(self.value_vectors)
         for vector in range(self.value_vectors):
             sums[vector] = load(self.state.totals, self.state.total(row, vector), "f32")
-        weights = T.bind(tile_row * BLOCK)
-        if self.bf16:
+        weights = T.bind(place * BLOCK)
+        if self.pairs:
             with T.serial(T.truncdiv(lo, T.int32(2)), T.truncdiv(hi + 1, T.int32(2))) as pair:
                 # the half of a pair that is out of sight may hold anything
                 first_seen = T.Select(pair * 2 >= lo, T.int32(0xFFFF), T.int32(0))
                 second_seen = T.Select(pair * 2 + 1 < hi, T.int32(-0x10000), T.int32(0))
                 mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
-                operand = self._pair(self.weights, weights, pair)
+                operand = self.element(self.weights, weights, pair)
                 at = self.value_row(pair)
                 for vector in range(self.value_vectors):
                     value = T.bitwise_and(self.value(at, vector), mask)
                     sums[vector] = self._multiply(sums[vector], operand, value)
         else:
             with T.serial(lo, hi) as slot:
-                operand = self._pair(self.weights, weights, slot)
+                operand = self.element(self.weights, weights, slot)
                 at = self.value_row(slot)
                 for vector in range(self.value_vectors):
                     sums[vector] = fma(operand, self.value(at, vector), sums[vector])
@@ -338,12 +398,13 @@ class Tiles:
 
     # ---- the softmax
 
-    def weigh(self, tile_row: Expr, row: Expr, seen: tuple[Expr, Expr] | None) -> None:
-        """Turns a row's 64 scores into weights and brings its maximum, sum and accumulators up to date."""
-        kernel = self.kernel
+    def weigh(self, at: Expr, place: Expr, seen: tuple[Expr, Expr] | None) -> None:
+        """Turns a row's 64 scores, row `at` of `scores`, into weights and brings its maximum, sum and accumulators up
+        to date."""
+        kernel, row = self.kernel, T.bind(self.shift + place)
         factor = splat(kernel.softcap or kernel.scale)
         scores = []
-        for score in self.read_scores(tile_row, row):
+        for score in self.read_scores(at, place):
             if kernel.softcap:
                 score = tanh(score * splat(kernel.scale) * splat(1.0 / kernel.softcap))
             scores.append(T.bind(score))
@@ -364,29 +425,41 @@ class Tiles:
             shrink = exp_of_negative(splat(before) + lower)
             store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") * shrink, "f32")
             for vector in range(self.value_vectors):
-                at = self.state.total(row, vector)
-                store(self.state.totals, at, load(self.state.totals, at, "f32") * shrink, "f32")
+                total = self.state.total(row, vector)
+                store(self.state.totals, total, load(self.state.totals, total, "f32") * shrink, "f32")
         weights = [
             T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0)) for i, score in enumerate(scores)
         ]
-        self.write_weights(tile_row, weights, only_seen)
+        self.write_weights(place, weights, only_seen)
         added = (weights[0] + weights[1]) + (weights[2] + weights[3])
         store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") + added, "f32")
 
-    def read_scores(self, tile_row: Expr, row: Expr) -> list[Expr]:
+    def read_scores(self, at: Expr, place: Expr) -> list[Expr]:
         """The scores of a row before `scale`."""
-        return [load(self.scores, tile_row * BLOCK + i * LANES, "f32") for i in range(BLOCK_PAGES)]
+        return [load(self.scores, at * BLOCK + i * LANES, "f32") for i in range(BLOCK_PAGES)]
 
-    def write_weights(self, tile_row: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        """Keeps the weights of a row for `add_values`. `only_seen(i, value, other)`: vector i of the block's tokens,
+    def write_weights(self, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
+        """Keeps the weights of a row for `add_tile`. `only_seen(i, value, other)`: vector i of the block's tokens,
         with `other` where the row does not see the token."""
         for i, weight in enumerate(weights):
-            store(self.weights, tile_row * BLOCK + i * LANES, weight, self.layout.dtype)
+            store(self.weights, place * BLOCK + i * LANES, weight, self.layout.dtype)
 
     # ---- memory
 
+    def queries_at(self, place: Expr, count: int) -> list[Expr]:
+        """Where the elements of `count` rows of q begin, for `query_element`."""
+        return [self.query(self.item, place + i, head=self.head, width=self.layout.k_dim) for i in range(count)]
+
+    def query_element(self, query: Expr, step: Expr) -> Expr:
+        """What a row multiplies in one step of a walk over keys."""
+        return self.element(self.env["q"], query, step)
+
+    def key(self, pages: list[Expr], number: int, step: Expr) -> Expr:
+        """One vector of K: what 16 tokens multiply."""
+        return self.words(pages[number] + step * self.layout.k_row_bytes)
+
     def words(self, offset: Expr) -> Expr:
-        """One vector of K."""
+        """A vector of the cache."""
         where = address(self.env["kv"], offset)
         if self.layout.element_bytes < 4:
             return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
@@ -410,13 +483,13 @@ class Tiles:
             return T.bind(T.call_extern(kind, f"xllm_load_{first}", where))
         return T.bind(T.call_extern(kind, f"xllm_load_first_{first}", where, T.int32(valid)))
 
-    def _pair(self, buffer: Expr, base: Expr, step: Expr) -> Expr:
-        """One element (f32) or pair (bf16) in all lanes."""
-        if not self.bf16:
+    def element(self, buffer: Expr, base: Expr, step: Expr) -> Expr:
+        """One element or pair in all lanes."""
+        if not self.pairs:
             return T.bind(splat(buffer[base + step]))
         return T.bind(T.broadcast(T.call_extern("int32", "xllm_load_pair", address(buffer, base + step * 2)), LANES))
 
     def _multiply(self, total: Expr, operand: Expr, vector: Expr) -> Expr:
-        if self.bf16:
+        if self.pairs:
             return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, vector)
         return fma(operand, vector, total)

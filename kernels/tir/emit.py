@@ -92,6 +92,13 @@ def store_part(buffer: Expr, index: Expr, value: Expr, count: int, dtype: str) -
         store_first(buffer, index, value, T.int32(count), dtype)
 
 
+def halves(words: Expr) -> tuple[Expr, Expr]:
+    """The even and the odd of 32 bf16 elements that 16 32-bit words hold, as f32."""
+    even = T.shift_left(words, T.broadcast(T.int32(16), LANES))
+    odd = T.bitwise_and(words, T.broadcast(T.int32(-65536), LANES))
+    return T.reinterpret("float32x16", even), T.reinterpret("float32x16", odd)
+
+
 def horizontal_sum(value: Expr) -> Expr:
     """The sum of 16 lanes, in a fixed order."""
     return T.call_pure_extern("float32", "xllm_sum", value)

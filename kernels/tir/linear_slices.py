@@ -21,7 +21,18 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Isa
-from xllm_compiler.kernels.tir.emit import Vectors, address, choose, fma, load, load_part, splat, stack_array, store
+from xllm_compiler.kernels.tir.emit import (
+    Vectors,
+    address,
+    choose,
+    fma,
+    halves,
+    load,
+    load_part,
+    splat,
+    stack_array,
+    store,
+)
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, BlockSums, byte_totals
 from xllm_compiler.kernels.tir.weights import Ahead, Quantized, in_blocks
 
@@ -159,12 +170,11 @@ class SlicedFloats(_Sliced):
             both = T.bind(
                 T.call_extern("int32x16", "xllm_load_i32", address(self._env["w"], pairs + vector * 2 * LANES))
             )
-            even = T.shift_left(both, T.broadcast(T.int32(16), LANES))
-            odd = T.bitwise_and(both, T.broadcast(T.int32(-65536), LANES))
+            even, odd = halves(both)
             pair, column = T.truncdiv(vector, T.int32(_VECTORS)), T.truncmod(vector, T.int32(_VECTORS))
             at = T.bind(pair * (2 * PANEL) + column * LANES)
-            store(self._weights, at, T.reinterpret("float32x16", even), "f32")
-            store(self._weights, at + PANEL, T.reinterpret("float32x16", odd), "f32")
+            store(self._weights, at, even, "f32")
+            store(self._weights, at + PANEL, odd, "f32")
         with T.serial(0, here) as i:
             source = T.bind(T.Cast("int64", piece.row + i) * self._k + begin)
             for offset in range(0, length, LANES):

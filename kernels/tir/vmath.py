@@ -79,6 +79,7 @@ def exp_of_negative(x: Expr) -> Expr:
     and leaves n in the low bits, which 127 more make the exponent of 2^n.
     """
     low, magic = -87.0, 12582912.0 + 127.0
+    x = _bind(x)
     x = T.bind(T.Select(splat(low) > x, splat(low), x))
     shifted = T.bind(fma(x, splat(1.4426950408889634), splat(magic)))
     n = T.bind(shifted - splat(magic))
