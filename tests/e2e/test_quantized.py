@@ -31,7 +31,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family, pipeline, layouts", CASES, ids=lambda value: str(value)[-24:])
+@pytest.mark.parametrize(
+    "family, pipeline, layouts", CASES, ids=lambda value: value[-24:] if isinstance(value, str) else ""
+)
 def test_it_computes_what_the_interpreter_does(
     family: str, pipeline: str, layouts: set[str], artifact: Callable[..., Path]
 ) -> None:
