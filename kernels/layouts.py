@@ -124,6 +124,11 @@ class Quantization:
         return 2 if self.group else 4
 
     @property
+    def rows_by_group(self) -> bool:
+        """Whether 8-bit rows that meet the weight have a scale for each group, as those of 8-bit weights in groups."""
+        return self.bits == 8 and self.group > 0
+
+    @property
     def header_bytes(self) -> int:
         """Scales and zeros of one group of a panel."""
         return PANEL * (self.scale_bytes + self.zeros)

@@ -25,7 +25,8 @@ _MOST_BYTES = 1 << 20  # of a normalised row, which lies on the stack
 class NormRows(Kernel):
     """The norm of x[rows, n] (`kind`: rms or layer) to q i8 [rows, padded n], scale f32 [rows], sum i32 [rows, groups].
 
-    `group`: that of the weights that the rows will meet. `offset` is of rms, `bias` of layer."""
+    `group`: that of the weights that the rows will meet; `by_group`: scale is [rows, groups]. `offset` is of rms,
+    `bias` of layer."""
 
     kind: str
     n: int
@@ -35,6 +36,7 @@ class NormRows(Kernel):
     weight: bool = True
     bias: bool = False
     group: int = 0
+    by_group: bool = False
 
     def __post_init__(self) -> None:
         require(self.kind in ("rms", "layer"), f"a norm of kind {self.kind}", self)
@@ -51,13 +53,14 @@ class NormRows(Kernel):
     def args(self) -> tuple[Arg, ...]:
         weight = (Arg("w", self.dtype, f"{self.n}"),) if self.weight else ()
         bias = (Arg("b", self.dtype, f"{self.n}"),) if self.bias else ()
+        groups = self.form.groups(self.n)
         return (
             Arg("x", self.dtype, f"rows, {self.n}"),
             *weight,
             *bias,
             Arg("q", "i8", f"rows, {self.form.padded(self.n)}", written=True),
-            Arg("scale", "f32", "rows", written=True),
-            Arg("sum", "i32", f"rows, {self.form.groups(self.n)}", written=True),
+            Arg("scale", "f32", f"rows, {groups}" if self.by_group else "rows", written=True),
+            Arg("sum", "i32", f"rows, {groups}", written=True),
             scalar("rows"),
             *MEMBER_ARGS,
         )
@@ -82,6 +85,6 @@ class NormRows(Kernel):
                     scale_row(self, x, base, w, y, T.int32(0))
                 else:
                     centre_row(self, x, base, w, b, y, T.int32(0))
-                quantize_row(self.form, self.n, self.dtype, y, T.int32(0), row, q, scale, sum)
+                quantize_row(self, self.n, y, T.int32(0), row, q, scale, sum)
 
         return build_function(self, isa, body)

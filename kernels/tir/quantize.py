@@ -1,14 +1,15 @@
-"""`QuantizeRows`: activations to 8 bits, row by row, rotated or as they are. Owns that arithmetic.
+"""`QuantizeRows`: activations to 8 bits, by row or by group, rotated or as they are. Owns that arithmetic.
 
 scale = max |x| / 127 over the row; stored = round(x / scale), to nearest, ties to even; and the sums of the stored
 values over each group of k, with which the zero points of weights are taken off. Members share out rows.
-A row that holds NaN or infinity gets the scale NaN, so that what is computed from it says so.
+A row that holds NaN or infinity gets the scale NaN, so that what is computed from it says so. With a scale for each
+group, a group is a row in all this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tvm.tirx.script.builder import ir as T
 
@@ -36,6 +37,7 @@ _MOST_BYTES = 1 << 20  # of a rotated row, which lies on the stack
 @dataclass(frozen=True)
 class QuantizeRows(Kernel):
     """x[rows, k] to q i8 [rows, padded k], scale f32 [rows], sum i32 [rows, groups]; `group`: that of the weights.
+    `by_group`: scale is [rows, groups].
 
     `rotate`: 64 or 16, blocks of a row that go through the orthonormal Walsh-Hadamard transform first, in f32."""
 
@@ -43,6 +45,7 @@ class QuantizeRows(Kernel):
     dtype: str
     group: int = 0
     rotate: int = 0
+    by_group: bool = False
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.dtype in ("bf16", "f32"), f"quantizing rows of {self.k} {self.dtype}", self)
@@ -59,7 +62,7 @@ class QuantizeRows(Kernel):
         return (
             Arg("x", self.dtype, f"rows, {self.k}"),
             Arg("q", "i8", f"rows, {padded}", written=True),
-            Arg("scale", "f32", "rows", written=True),
+            Arg("scale", "f32", f"rows, {groups}" if self.by_group else "rows", written=True),
             Arg("sum", "i32", f"rows, {groups}", written=True),
             scalar("rows"),
             *MEMBER_ARGS,
@@ -72,10 +75,10 @@ class QuantizeRows(Kernel):
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
                 if turned is None:
-                    quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
+                    quantize_row(self, self.k, x, source, row, q, scale, sum)
                 else:
                     self._rotate(x, source, turned)
-                    quantize_row(self.form, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
+                    quantize_row(self, self.k, turned, T.int64(0), row, q, scale, sum, "f32")
 
         return build_function(self, isa, body)
 
@@ -95,19 +98,38 @@ class QuantizeRows(Kernel):
                 store(turned, at + offset, value * splat(self.rotate**-0.5), "f32")
 
 
+class Rounding(Protocol):
+    """How a kernel rounds rows."""
+
+    @property
+    def form(self) -> Quantization: ...
+    @property
+    def by_group(self) -> bool: ...
+    @property
+    def dtype(self) -> str: ...
+
+
 def quantize_row(
-    form: Quantization, k: int, dtype: str, x: Expr, source: Expr, row: Expr, q: Expr, scale: Expr, sum: Expr
+    how: Rounding, k: int, x: Expr, source: Expr, row: Expr, q: Expr, scale: Expr, sum: Expr, dtype: str = ""
 ) -> None:
-    """Row `row` of q, scale and sum (laid out as those of `QuantizeRows`) from the k elements of x at `source`."""
-    padded, groups = form.padded(k), form.groups(k)
-    length = form.group or padded
-    largest = largest_size(x, source, k, dtype)
-    T.buffer_store(scale, largest * T.float32(1 / LARGEST), [row])
-    factor = inverse_scale(largest)
+    """Row `row` of q, scale and sum (laid out as those of `QuantizeRows`) from the k elements of x at `source`, which
+    are `dtype`, or else the kernel's own."""
+    padded, groups, dtype = how.form.padded(k), how.form.groups(k), dtype or how.dtype
+    length = how.form.group or padded
     target = T.bind(T.Cast("int64", row) * padded)
+
+    def factor_of(start: Expr, count: int, index: Expr) -> Expr:
+        """What `count` elements are multiplied by; their scale goes to scale[index]."""
+        largest = largest_size(x, start, count, dtype)
+        T.buffer_store(scale, largest * T.float32(1 / LARGEST), [index])
+        return inverse_scale(largest)
+
+    whole_row = None if how.by_group else factor_of(source, k, row)
 
     def quantize(group: Expr, valid: int) -> None:
         """One group, of which only the first `valid` values exist."""
+        start = T.bind(group * length)
+        factor = factor_of(source + start, valid, row * groups + group) if whole_row is None else whole_row
         total = Vectors(1, "int32")
         total[0] = T.broadcast(T.int32(0), LANES)
 
@@ -118,7 +140,6 @@ def quantize_row(
                 total[0] = total[0] + integers
             store_integers(q, target + at, integers)
 
-        start = T.bind(group * length)
         with T.serial(0, valid // LANES) as i:
             store(T.bind(start + i * LANES), LANES)
         for at in range(valid // LANES * LANES, length, LANES):

@@ -144,9 +144,9 @@ class Quantized(WeightFormat):
     """8- or 4-bit weights by 8-bit activations: integer sums of a group of k are exact, and scaled sums of groups are
     added in order.
 
-    Activations come quantized by row (kernels/tir/quantize.py): `x` [rows, padded k] in -127 .. 127, `xs` their scales
-    and `xsum` [rows, groups] the sums of a row's group. A stored weight is w / scale + zero, unsigned; so a group's sum
-    starts at -zero * xsum and is multiplied by the weight's scale, and the total by the row's.
+    Activations come quantized (kernels/tir/quantize.py): `x` [rows, padded k] in -127 .. 127, `xs` their scales, by row
+    or by group, and `xsum` [rows, groups] the sums of a row's group. A stored weight is w / scale + zero, unsigned; so
+    a group's sum starts at -zero * xsum and is multiplied by the weight's scale, and it or the total by the row's.
     """
 
     q: Quantization
@@ -159,7 +159,7 @@ class Quantized(WeightFormat):
         groups, padded = self.q.groups(k), self.q.padded(k)
         return (
             Arg("x", "i8", f"rows, {padded}"),
-            Arg("xs", "f32", "rows"),
+            Arg("xs", "f32", f"rows, {groups}" if self.q.rows_by_group else "rows"),
             Arg("xsum", "i32", f"rows, {groups}"),
             Arg("w", "u8", f"{rows_of}, {k} in {self.q}"),
         )
@@ -198,9 +198,13 @@ class Quantized(WeightFormat):
                 start = T.bind(base + T.Cast("int64", group) * self.q.group_bytes(k))
                 row_at = T.bind(origin + T.Cast("int64", group) * self.q.group)
                 parts, scales = self._group(env, start, row_at, sums + group, k, count, at, self.q.group, None)
-                for index, ((_, j), part) in enumerate(zip(each, parts, strict=True)):
+                for index, ((i, j), part) in enumerate(zip(each, parts, strict=True)):
+                    if self.q.rows_by_group:
+                        part = part * splat(env["xs"][sums + group + i * groups])
                     slots[index] = fma(part, scales[j], slots[index])
             totals = [slots[index] for index in range(len(each))]
+            if self.q.rows_by_group:
+                return totals
         rows = [T.bind(splat(env["xs"][row + i])) for i in range(count)]
         return [total * rows[i] for (i, _), total in zip(each, totals, strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from xllm_compiler.ir.core import Func, Op
 from xllm_compiler.ir.ops import LayerNorm, QuantNormRows, QuantRows, RmsNorm
@@ -38,16 +39,21 @@ def norm_rows(op: Op, rw: Rewriter) -> bool:
         if rw.ctx is not None:
             rw.ctx.remark(op, "not fused with the quantization of its rows: others read them as they are")
         return False
-    if any(user.group != readers[0].group or user.rotate for user in readers):
+    first = readers[0]
+    if any((user.group, user.by_group) != (first.group, first.by_group) or user.rotate for user in readers):
         if rw.ctx is not None:
             why = "rotated" if any(user.rotate for user in readers) else "for weights of different groups"
             rw.ctx.remark(op, f"not fused with the quantization of its rows: they are {why}")
         return False
-    group, hint = readers[0].group, tuple(r.name for r in readers[0].results)
+    fields: dict[str, Any] = {
+        "group": first.group,
+        "by_group": first.by_group,
+        "hint": tuple(r.name for r in first.results),
+    }
     if isinstance(op, RmsNorm):
-        made = rw.create(QuantNormRows, op.x, w=op.w, eps=op.eps, offset=op.offset, group=group, hint=hint)
+        made = rw.create(QuantNormRows, op.x, w=op.w, eps=op.eps, offset=op.offset, **fields)
     else:
-        made = rw.create(QuantNormRows, op.x, w=op.w, b=op.b, eps=op.eps, kind="layer", group=group, hint=hint)
+        made = rw.create(QuantNormRows, op.x, w=op.w, b=op.b, eps=op.eps, kind="layer", **fields)
     for user in readers:
         rw.replace(user, made)
     rw.erase(op)

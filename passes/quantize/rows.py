@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Func, Value
 from xllm_compiler.ir.ops import Dequantize, Linear, LinearGlu, QuantLinear, QuantLinearGlu, QuantRows
 from xllm_compiler.ir.rewrite import Rewriter, apply_rules, rule
@@ -23,7 +24,7 @@ class QuantizeRows(FuncPass):
              %y = quant.linear(%rows, %s, %t, %stored, %scales, bits=8) : bf16[N, 64]
 
     Layers that read the same input each get rows of their own; cse makes them one. Where the weight was rotated before
-    it was rounded, so is the row.
+    it was rounded, so is the row. Before 8-bit weights in groups a row has a scale for each group.
     """
 
     @property
@@ -56,7 +57,8 @@ def integer_glu(op: LinearGlu, rw: Rewriter) -> bool:
 
 
 def _operands(x: Value, w: Dequantize, rw: Rewriter) -> tuple[Value, ...]:
-    rows = rw.create(QuantRows, x, group=w.group, rotate=w.rotate, hint=("rows", "row_scale", "row_sums"))
+    form: dict[str, Any] = {"group": w.group, "rotate": w.rotate, "by_group": quant.rows_by_group(w.bits, w.group)}
+    rows = rw.create(QuantRows, x, **form, hint=("rows", "row_scale", "row_sums"))
     return (*rows.results, w.values, w.scales)
 
 

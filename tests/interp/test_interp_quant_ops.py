@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from xllm_compiler.interp import run
 from xllm_compiler.ir import quant
+from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.parser import parse_module
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -111,6 +112,39 @@ def test_scales_of_tiny_and_huge_weights() -> None:
     assert (quant.quantize_weight(shape * np.float32(1e-41), 4, 32, False)[1] == 0).all()
 
 
+def test_rows_by_group() -> None:
+    """Each group as a row of its own would be; a group that is not finite spoils no other."""
+    x = np.random.default_rng(5).standard_normal((4, 40)).astype(np.float32)
+    x[1, 35], x[2, :32], x[3, 3] = np.inf, 0, 50
+    types = "i8[N, 64], f32[N, 2], i32[N, 2]"
+    text = f"""xir 1 stage=graph
+dim N in [0, 512]
+
+func @f(%x: f32[N, 40], %w: f32[24, 40]) -> ({types}, f32[N, 24]) {{
+  %q, %s, %t = quant.rows(%x, group=32, by_group=true) : {types}
+  %a, %b = quant.weight(%w, bits=8, group=32) : u8[24, 40], f16[24, 2]
+  %y = quant.linear(%q, %s, %t, %a, %b, bits=8, group=32, dtype=f32) : f32[N, 24]
+  return %q, %s, %t, %y
+}}
+"""
+    w = matrix(6, 24, 40)
+    q, s, t, y = run(parse_module(text, "f.xir"), "f", {"x": x, "w": w}, {})
+    for group, part in enumerate((x[:, :32], x[:, 32:])):
+        alone = quant.quantize_rows(part, 32)
+        assert (q[:, 32 * group : 32 * group + 32] == alone[0]).all() and (t[:, group] == alone[2][:, 0]).all()
+        np.testing.assert_array_equal(s[:, group], alone[1])
+    assert np.isnan(y[1]).all()
+    back = quant.dequantize_weight(*quant.quantize_weight(w, 8, 32, False)[:2], None, 8, 32, np.float64)
+    wide = np.concatenate([q[:, :32] * s[:, :1].astype(np.float64), q[:, 32:40] * s[:, 1:].astype(np.float64)], axis=1)
+    rest = [0, 2, 3]
+    np.testing.assert_allclose(y[rest], wide[rest] @ back.T, rtol=1e-5, atol=1e-5)
+    assert np.abs(wide[3, 4:] - x[3, 4:]).max() < 0.25 and np.abs(wide[3, 32:] - x[3, 32:]).max() < 0.02
+    with pytest.raises(IrError, match="no groups"):
+        parse_module(text.replace("quant.rows(%x, group=32, by", "quant.rows(%x, by"), "f.xir")
+    with pytest.raises(IrError, match="row scales"):
+        parse_module(text.replace(", by_group=true", "").replace("f32[N, 2]", "f32[N]"), "f.xir")
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("k, group", [(1, 0), (37, 0), (40, 32), (64, 16)])
 def test_rows(dtype: str, k: int, group: int) -> None:
@@ -196,7 +230,7 @@ def test_linear_layers(bits: int, group: int, zeros: bool, glu: bool) -> None:
     x[:, :k] = rng.integers(-127, 128, (n, k))
     given_ = {
         "x": x,
-        "s": rng.uniform(0.01, 0.1, n).astype(np.float32),
+        "s": rng.uniform(0.01, 0.1, (n, count) if bits == 8 and group else n).astype(np.float32),
         "t": x.reshape(n, count, -1).sum(axis=2, dtype=np.int32),
         "w": rng.integers(0, 1 << bits, (out, k)).astype(np.uint8),
         "c": rng.uniform(0.001, 0.01, (out, count)).astype(np.float16 if group else np.float32),
@@ -205,9 +239,10 @@ def test_linear_layers(bits: int, group: int, zeros: bool, glu: bool) -> None:
         "r": rng.standard_normal((n, out)).astype(np.float32),
     }  # fmt: skip
     scale = "f16" if group else "f32"
+    by_group = f", {count}" if bits == 8 and group else ""
     args = (
-        f"%x: i8[N, {padded}], %s: f32[N], %t: i32[N, {count}], %w: u8[{out}, {k}], %c: {scale}[{out}, {count}], "
-        f"%z: u8[{out}, {count}], %b: f32[{out}], %r: f32[N, {out}]"
+        f"%x: i8[N, {padded}], %s: f32[N{by_group}], %t: i32[N, {count}], %w: u8[{out}, {k}], "
+        f"%c: {scale}[{out}, {count}], %z: u8[{out}, {count}], %b: f32[{out}], %r: f32[N, {out}]"
     )
     form = f"bits={bits}{f', group={group}' if group else ''}"
     zero = ", zeros=%z" if zeros else ""
@@ -224,8 +259,9 @@ def test_linear_layers(bits: int, group: int, zeros: bool, glu: bool) -> None:
                 ks = range(g * group, min(k, (g + 1) * group)) if group else range(k)
                 point = int(given_["z"][o, g]) if zeros else 1 << (bits - 1)
                 total = sum(int(x[i, j]) * (int(given_["w"][o, j]) - point) for j in ks)
-                want[i, o] += total * float(given_["c"][o, g])
-            want[i, o] = want[i, o] * float(given_["s"][i]) + given_["b"][o]
+                of_row = given_["s"][i, g] if by_group else given_["s"][i]
+                want[i, o] += total * float(given_["c"][o, g]) * float(of_row)
+            want[i, o] += given_["b"][o]
     if glu:
         want = want[:, : out // 2] / (1 + np.exp(-want[:, : out // 2])) * want[:, out // 2 :]
     else:

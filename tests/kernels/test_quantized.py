@@ -35,32 +35,43 @@ def quantized(
 
 
 def rows_reference(x: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """8-bit weights in groups want a scale for each group of a row."""
     rows, k = x.shape
-    wide = x.astype(np.float32)
-    top = np.abs(wide).max(axis=1)
+    wide = np.zeros((rows, form.padded(k)), np.float32)
+    wide[:, :k] = x
+    parts = wide.reshape(rows, form.groups(k) if form.rows_by_group else 1, -1)
+    top = np.abs(parts).max(axis=2, keepdims=True)
     scale = top * np.float32(1 / 127)
     factor = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    q = np.zeros((rows, form.padded(k)), np.int8)
-    q[:, :k] = np.rint(wide * factor[:, None])
-    return q, scale, q.reshape(rows, form.groups(k), -1).astype(np.int32).sum(axis=2, dtype=np.int32)
+    q = np.rint(parts * factor).astype(np.int8).reshape(wide.shape)
+    sums = q.reshape(rows, form.groups(k), -1).astype(np.int32).sum(axis=2, dtype=np.int32)
+    return q, scale[:, :, 0] if form.rows_by_group else scale[:, 0, 0], sums
+
+
+def unrounded(x: np.ndarray, scale: np.ndarray, k: int) -> np.ndarray:
+    """What rows stand for, f64 [rows, k]."""
+    each = scale.reshape(len(x), -1, 1).astype(np.float64)
+    return np.asarray((x.reshape(*each.shape[:2], -1) * each).reshape(x.shape)[:, :k])
 
 
 @pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("form", ["q8", "q4g32", "q4g64"])
+@pytest.mark.parametrize("form", ["q8", "q4g32", "q4g64", "q8g32"])
 @pytest.mark.parametrize("k", [1, 16, 37, 64, 200])
 def test_rows_are_quantized_as_numpy_would(isa: str, form: str, k: int) -> None:
     rng = np.random.default_rng(k)
     parsed = Quantization.parse(form)
     x = (rng.standard_normal((7, k)) * 3).astype(BF16)
     x[3] = 0
-    kernel = Standalone(QuantizeRows(k, "bf16", parsed.group), ISAS[isa])
+    x[4, 32:] = 0  # of groups, some are all zeros
+    kernel = Standalone(QuantizeRows(k, "bf16", parsed.group, by_group=parsed.rows_by_group), ISAS[isa])
     q = np.full((8, parsed.padded(k)), 99, np.int8)
-    scale, sums = np.full(8, 9, np.float32), np.full((8, parsed.groups(k)), 9, np.int32)
+    scale = np.full((8, parsed.groups(k)) if parsed.rows_by_group else 8, 9, np.float32)
+    sums = np.full((8, parsed.groups(k)), 9, np.int32)
     for team in (1, 3):
         kernel(x, q, scale, sums, 7, team=team)
         want = rows_reference(x, parsed)
         assert (q[:7] == want[0]).all() and (scale[:7] == want[1]).all() and (sums[:7] == want[2]).all()
-        assert (q[7] == 99).all() and scale[7] == 9 and (sums[7] == 9).all()
+        assert (q[7] == 99).all() and (scale[7] == 9).all() and (sums[7] == 9).all()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -98,6 +109,11 @@ def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
     scale = np.zeros(3, np.float32)
     kernel(x, np.zeros((3, 48), np.int8), scale, np.zeros((3, 1), np.int32), 3)
     assert np.isnan(scale[[0, 2]]).all() and scale[1] == np.float32(1 / 127)
+    by_group = Standalone(QuantizeRows(40, "f32", 16, by_group=True), ISAS[isa])
+    scale = np.zeros((3, 3), np.float32)
+    by_group(x, np.zeros((3, 48), np.int8), scale, np.zeros((3, 3), np.int32), 3)
+    assert (np.isnan(scale) == [[False, False, True], [False] * 3, [True, False, False]]).all()
+    assert (scale[~np.isnan(scale)] == np.float32(1 / 127)).all()
 
 
 @pytest.mark.parametrize("isa", machine_isas())
@@ -123,7 +139,7 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
     group = q.group or q.padded(k)
     stored = np.repeat(zeros, group, axis=1)[:, :k].astype(np.int64)
     weight = (values.astype(np.int64) - stored) * np.repeat(scales.astype(np.float64), group, axis=1)[:, :k]
-    expected = (x[:, :k].astype(np.float64) @ weight.T) * xs[:, None].astype(np.float64)
+    expected = unrounded(x, xs, k) @ weight.T
     expected = expected + bias.astype(np.float64) + residual.astype(np.float64)
     whole = run(most, 1)
     assert np.abs(whole - expected).max() <= 2e-6 * np.abs(expected).max()
@@ -133,7 +149,7 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("form", ["q8", "q4g32"])
+@pytest.mark.parametrize("form", ["q8", "q4g32", "q8g32"])
 def test_linear_glu(isa: str, form: str) -> None:
     k, f = 96, 40
     rng = np.random.default_rng(1)
@@ -146,7 +162,7 @@ def test_linear_glu(isa: str, form: str) -> None:
     kernel(x, xs, xsum, packed, y, 9, team=2)
     group = q.group or q.padded(k)
     weight = (values.astype(np.float64) - q.middle) * np.repeat(scales.astype(np.float64), group, axis=1)[:, :k]
-    both = (x[:, :k].astype(np.float64) @ weight.T) * xs[:, None]
+    both = unrounded(x, xs, k) @ weight.T
     gate, up = both[:, :f], both[:, f:]
     expected = gate / (1 + np.exp(-gate)) * up
     assert np.abs(y.astype(np.float64) - expected).max() <= 5e-3 * np.abs(expected).max()

@@ -76,7 +76,7 @@ func @step(%x: bf16[N, 64]) -> (bf16[N, 20]) {
   %stored, %scales, %zeros = quant.weight(%w, bits=BITS, group=32, zeros=true) : u8[40, 64], f16[40, 2], u8[40, 2]
   %back = quant.dequantize(%stored, %scales, zeros=%zeros, bits=BITS, group=32) : bf16[40, 64]
   %b = param(name="b") : bf16[40]
-  %rows, %scale, %sums = quant.rows(%x, group=32) : i8[N, 64], f32[N], i32[N, 2]
+  %rows, %scale, %sums = quant.rows(%x, group=32ROWS
   %first = quant.linear(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bias=%b, bits=BITS, group=32, act=silu)
   %y = quant.linear_glu(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bits=BITS, group=32) : bf16[N, 20]
   return %y
@@ -87,17 +87,20 @@ func @step(%x: bf16[N, 64]) -> (bf16[N, 20]) {
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_layers_read_what_is_stored(bits: int) -> None:
     """Two 4-bit values to a byte, an f16 scale and a zero point of a byte for 32 of them."""
-    text = QUANTIZED.replace("BITS", str(bits)).replace("act=silu)", "act=silu) : bf16[N, 40]")
+    rows = ", by_group=true) : i8[N, 64], f32[N, 2], i32[N, 2]" if bits == 8 else ") : i8[N, 64], f32[N], i32[N, 2]"
+    text = QUANTIZED.replace("BITS", str(bits)).replace("act=silu)", "act=silu) : bf16[N, 40]").replace("ROWS", rows)
+    scales = 2 if bits == 8 else 1  # of a row
     stored = 40 * 64 * bits // 8 + 40 * 2 * (2 + 1)
-    activations = 6 * 64 + 6 * 4 + 6 * 2 * 4
+    activations = 6 * 64 + 6 * scales * 4 + 6 * 2 * 4
     linear = numbers("first", {"N": 6}, text)
     assert (linear.weights, linear.read, linear.written) == (stored + 40 * 2, activations, 6 * 40 * 2)
-    assert linear.flops == 2 * 6 * 40 * (64 + 2) + 2 * 6 * 40
+    sums = 2 * 64 + (1 + scales) * 2 if bits == 8 else 2 * (64 + 2)
+    assert linear.flops == 6 * 40 * sums + 2 * 6 * 40
     glu = numbers("y", {"N": 6}, text)
     assert (glu.weights, glu.read, glu.written) == (stored, activations, 6 * 20 * 2)
-    assert glu.flops == 2 * 6 * 40 * (64 + 2) + 2 * 6 * 20
-    rows = numbers("rows", {"N": 6}, text)
-    assert (rows.read, rows.written, rows.flops) == (6 * 64 * 2, activations, 4 * 6 * 64)
+    assert glu.flops == 6 * 40 * sums + 2 * 6 * 20
+    made = numbers("rows", {"N": 6}, text)
+    assert (made.read, made.written, made.flops) == (6 * 64 * 2, activations, 4 * 6 * 64)
     assert numbers("stored", {"N": 6}, text) == numbers("back", {"N": 6}, text) == Amounts()
 
 

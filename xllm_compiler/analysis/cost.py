@@ -26,6 +26,7 @@ from typing import Final
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.dims import Dim, as_dim, ceildiv, dmin, sym
 from xllm_compiler.errors import XllmError
+from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.ops import (
     AddRmsNorm,
@@ -319,9 +320,12 @@ def _quant_weight_bytes(values: Value, bits: int) -> Dim:
 
 
 def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
-    """Integer products and sums by group count like others; each group's sum is scaled and added once."""
+    """Integer products and sums by group count like others; each group's sum is scaled, by the row's scale too where
+    that is the group's, and added once."""
     assert isinstance(op, (QuantLinear, QuantLinearGlu))
-    rows, (out, in_) = op.scale.tensor.elements, op.values.shape
+    out, in_ = op.values.shape
+    rows = op.sums.tensor.elements // op.scales.shape[1]
+    by_group = quant.rows_by_group(op.bits, op.group)
     spare = op.values.tensor.nbytes - _quant_weight_bytes(op.values, op.bits)
     known = op.values in costs.weights
     result = op.result.tensor.elements
@@ -334,7 +338,7 @@ def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
         cost,
         weights=cost.weights - spare if known else cost.weights,
         read=cost.read if known else cost.read - spare,
-        flops=2 * rows * out * (in_ + op.scales.shape[1]) + extras,
+        flops=rows * out * (2 * in_ + (3 if by_group else 2) * op.scales.shape[1]) + extras,
     )
 
 

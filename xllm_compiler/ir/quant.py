@@ -2,7 +2,9 @@
 
 A weight [out, in] is stored as unsigned integers of `bits` bits with a scale, and where asked a zero point, for every
 `group` values along `in` (0: one for the whole row): w = (stored - zero) * scale. Scales are f16 in groups and f32 for
-whole rows. Activations are stored by row as integers in -127 .. 127 with an f32 scale.
+whole rows. Activations are stored by row as integers in -127 .. 127 with an f32 scale for the row, or, where they meet
+8-bit weights in groups, for each group of it: who asks for groups of 8 bits wants precision, and a row's largest value
+would else make the steps of all others coarse.
 
 Both sides of a product may be rotated first, which leaves it as it is: a few large values, which would make the steps
 of all others coarse, are spread over their block (QuaRot, Ashkboos et al. 2024).
@@ -61,6 +63,11 @@ def rotate(x: Array, block: int) -> Array:
 def groups(in_: int, group: int) -> int:
     """Groups of a row of `in_` values; the last one may be short."""
     return -(-in_ // group) if group else 1
+
+
+def rows_by_group(bits: int, group: int) -> bool:
+    """Whether rows that meet weights of this form have a scale for each group."""
+    return bits == 8 and group > 0
 
 
 def scale_dtype(group: int) -> str:
@@ -204,19 +211,22 @@ def dequantize_weight(values: Array, scales: Array, zeros: Array | None, bits: i
     return np.asarray((values.astype(wide) - point) * each)
 
 
-def quantize_rows(x: Array, group: int) -> tuple[Array, Array, Array]:
+def quantize_rows(x: Array, group: int, by_group: bool = False) -> tuple[Array, Array, Array]:
     """Stored values i8 [.., padded], scales f32 [..], and the sums i32 [.., groups] of the stored values.
 
-    scale = max |x| / 127; a row that is not all finite has the scale NaN.
+    scale = max |x| / 127; a row that is not all finite has the scale NaN. `by_group`: each group is a row in this, and
+    scales are [.., groups].
     """
-    wide = x.astype(np.float32)
-    in_ = x.shape[-1]
+    lead, count = x.shape[:-1], groups(x.shape[-1], group)
+    wide = np.zeros((*lead, padded(x.shape[-1], group)), np.float32)
+    wide[..., : x.shape[-1]] = x
+    if by_group:
+        wide = wide.reshape(*lead, count, -1)
     top = np.abs(wide).max(axis=-1, initial=0)
     finite: Array = np.asarray(np.isfinite(wide).all(axis=-1))
     scale = np.where(finite, top * np.float32(1 / LARGEST), np.float32(np.nan)).astype(np.float32)
     usable = finite & (top > 0)
     factor = np.divide(np.float32(LARGEST), top, out=np.zeros_like(top), where=usable)
-    stored = np.zeros((*x.shape[:-1], padded(in_, group)), np.int8)
-    stored[..., :in_] = np.rint(np.where(finite[..., None], wide, 0) * factor[..., None])
-    sums = stored.reshape(*x.shape[:-1], groups(in_, group), -1).sum(axis=-1, dtype=np.int32)
-    return stored, scale, sums
+    stored = np.rint(np.where(finite[..., None], wide, 0) * factor[..., None]).astype(np.int8)
+    sums = stored.reshape(*lead, count, -1).sum(axis=-1, dtype=np.int32)
+    return stored.reshape(*lead, -1), scale, sums

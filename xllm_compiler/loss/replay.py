@@ -117,16 +117,19 @@ def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, wh
     if isinstance(op, (Linear, LinearGlu)):
         form = run.forms.get(op.w)
         if form is not None and form.activations == 8:
-            env[op.x] = _rounded(env[op.x], rotation_of(op.w) if form.rotate else 0)
+            env[op.x] = _rounded(env[op.x], form, rotation_of(op.w) if form.rotate else 0)
     for result, made in zip(op.results, call_op(op, ctx, env), strict=True):
         if result.has_uses:
             run.env[result] = ctx.store(made, result.type)
 
 
-def _rounded(x: Array, block: int) -> Array:
+def _rounded(x: Array, form: QuantForm, block: int) -> Array:
     """A layer's input as what its rows of 8 bits stand for, f32; rounded where blocks are rotated."""
-    stored, scale, _ = quant.quantize_rows(quant.rotate(x.astype(np.float32), block), 0)
-    return quant.rotate(np.asarray(stored[..., : x.shape[-1]].astype(np.float32) * scale[..., None]), block)
+    by_group = quant.rows_by_group(form.weights, form.group)
+    turned = quant.rotate(x.astype(np.float32), block)
+    stored, scale, _ = quant.quantize_rows(turned, form.group if by_group else 0, by_group)
+    parts = stored.reshape(*scale.shape, -1).astype(np.float32) * scale[..., None]
+    return quant.rotate(np.ascontiguousarray(parts.reshape(stored.shape)[..., : x.shape[-1]]), block)
 
 
 def _needed(ops: Any, result: Value) -> list[Op]:

@@ -111,10 +111,16 @@ class Dequantize(Op):
         return quant.rotate(quant.dequantize_weight(values, scales, zeros, self.bits, self.group, wide), self.rotate)
 
 
-def _row_types(x: Value, group: int) -> tuple[Type, ...]:
+def _row_types(op: Op, x: Value, group: int, by_group: bool) -> tuple[Type, ...]:
     *rows, in_ = x.shape
-    sums = Tensor("i32", (*rows, _groups(in_, group)))
-    return Tensor("i8", (*rows, _padded(in_, group))), Tensor("f32", rows), sums
+    if by_group and not group:
+        raise IrError(f"{op.name}: a scale for each group, and no groups", help="group: that of the weights")
+    groups = (*rows, _groups(in_, group))
+    return (
+        Tensor("i8", (*rows, _padded(in_, group))),
+        Tensor("f32", groups if by_group else rows),
+        Tensor("i32", groups),
+    )
 
 
 @op("quant.rows")
@@ -122,12 +128,13 @@ class QuantRows(Op):
     """(stored i8 [.., padded], scale f32 [..], sums i32 [.., groups]) of x [.., in], each row to -127 .. 127.
 
     `group` and `rotate` are those of the weights it will meet: rows are rotated in f32 before they are rounded, padded
-    to whole groups and summed by group.
+    to whole groups and summed by group. `by_group`: each group has a scale of its own, f32 [.., groups].
     """
 
     x: Operand
     group: int = 0
     rotate: int = 0
+    by_group: bool = False
 
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, 8, self.group)
@@ -136,10 +143,10 @@ class QuantRows(Op):
         if self.x.tensor.rank < 1:
             raise IrError("quant.rows of a scalar")
         _check_rotation(self, self.x.shape[-1], self.rotate)
-        return _row_types(self.x, self.group)
+        return _row_types(self, self.x, self.group, self.by_group)
 
     def interp(self, ctx: EvalContext, x: Array) -> tuple[Array, ...]:
-        return quant.quantize_rows(quant.rotate(ctx.up(x), self.rotate), self.group)
+        return quant.quantize_rows(quant.rotate(ctx.up(x), self.rotate), self.group, self.by_group)
 
     def default_hint(self, index: int) -> str:
         return ("rows", "row_scale", "row_sums")[index]
@@ -159,6 +166,7 @@ class QuantNormRows(Op):
     kind: Literal["rms", "layer"] = "rms"
     offset: float = 0.0
     group: int = 0
+    by_group: bool = False
 
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, 8, self.group)
@@ -169,25 +177,28 @@ class QuantNormRows(Op):
             raise IrError("quant.norm_rows: an RMS norm has no b", help="kind=layer")
         if self.kind == "layer" and self.offset:
             raise IrError("quant.norm_rows: a layer norm has no offset", help="kind=rms")
-        return _row_types(self.x, self.group)
+        return _row_types(self, self.x, self.group, self.by_group)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> tuple[Array, ...]:
         wide, w, b = ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b)
         y = rms_norm(wide, w, self.eps, self.offset) if self.kind == "rms" else layer_norm(wide, w, b, self.eps)
-        return quant.quantize_rows(ctx.up(ctx.store(y, self.x.type)), self.group)
+        return quant.quantize_rows(ctx.up(ctx.store(y, self.x.type)), self.group, self.by_group)
 
     def default_hint(self, index: int) -> str:
         return ("rows", "row_scale", "row_sums")[index]
 
 
-def _check_linear(op: Op, x: Value, scale: Value, sums: Value, values: Value, group: int, bias: Value | None) -> None:
+def _check_linear(
+    op: Op, x: Value, scale: Value, sums: Value, values: Value, bits: int, group: int, bias: Value | None
+) -> None:
     in_ = values.shape[1]
     rows = x.shape[:-1]
     if (x.dtype, scale.dtype, sums.dtype) != ("i8", "f32", "i32"):
         raise IrError(f"{op.name} of {x.type}, {scale.type}, {sums.type}", help="quant.rows makes i8, f32 and i32")
     require_same_dim(op.scope, x.shape[-1], _padded(in_, group), f"{op.name}: a row of %{x.name}")
-    require_shape(op.scope, scale.shape, rows, f"{op.name}: row scales")
-    require_shape(op.scope, sums.shape, (*rows, _groups(in_, group)), f"{op.name}: row sums")
+    groups = (*rows, _groups(in_, group))
+    require_shape(op.scope, scale.shape, groups if quant.rows_by_group(bits, group) else rows, f"{op.name}: row scales")
+    require_shape(op.scope, sums.shape, groups, f"{op.name}: row sums")
     if bias is not None:
         require_shape(op.scope, bias.shape, [values.shape[0]], f"{op.name}: bias %{bias.name}")
 
@@ -195,17 +206,22 @@ def _check_linear(op: Op, x: Value, scale: Value, sums: Value, values: Value, gr
 def _product(
     ctx: EvalContext, x: Array, scale: Array, values: Array, scales: Array, zeros: Array | None, bits: int, group: int
 ) -> Array:
-    """Exact integer sums by group, times the group's scale, added up, times the row's scale."""
+    """Exact integer sums by group, times the group's scale, added up, times the row's scale; or times both scales and
+    added up."""
     in_ = values.shape[1]
     wide = np.float64 if ctx.precise else np.float32
     w = quant.dequantize_weight(values, scales, zeros, bits, group, np.float64)
+    if quant.rows_by_group(bits, group):
+        each = np.repeat(scale.astype(np.float64), group, axis=-1)[..., :in_]
+        return np.asarray(np.matmul(x[..., :in_] * each, w.T).astype(wide))
     y = np.matmul(x[..., :in_].astype(np.float64), w.T)
     return np.asarray(y.astype(wide) * scale[..., None].astype(wide))
 
 
 @op("quant.linear")
 class QuantLinear(Op):
-    """y = act(x @ w.T + bias) + residual, where x is scaled by row and w is (values - zero) * scales by group."""
+    """y = act(x @ w.T + bias) + residual, where x is scaled by row, or by group where w has 8 bits in groups, and w is
+    (values - zero) * scales by group."""
 
     x: Operand
     scale: Operand
@@ -223,7 +239,7 @@ class QuantLinear(Op):
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, self.bits, self.group)
         _check_weight(self, self.values, self.scales, self.zeros, self.group)
-        _check_linear(self, self.x, self.scale, self.sums, self.values, self.group, self.bias)
+        _check_linear(self, self.x, self.scale, self.sums, self.values, self.bits, self.group, self.bias)
         shape = (*self.x.shape[:-1], self.values.shape[0])
         for v in (self.bias, self.residual):
             if v is not None and v.dtype != self.dtype:
@@ -270,7 +286,7 @@ class QuantLinearGlu(Op):
     def infer(self) -> tuple[Type, ...]:
         _check_form(self, self.bits, self.group)
         _check_weight(self, self.values, self.scales, self.zeros, self.group)
-        _check_linear(self, self.x, self.scale, self.sums, self.values, self.group, self.bias)
+        _check_linear(self, self.x, self.scale, self.sums, self.values, self.bits, self.group, self.bias)
         if self.bias is not None and self.bias.dtype != self.dtype:
             raise IrError(f"quant.linear_glu: bias is {self.bias.type}, the result is {self.dtype}")
         half = self.values.shape[0] // 2

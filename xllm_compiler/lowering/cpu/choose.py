@@ -49,6 +49,12 @@ def _int(op: Op, name: str) -> int:
     return value
 
 
+def _bool(op: Op, name: str) -> bool:
+    value = op.attrs[name]
+    assert isinstance(value, bool)
+    return value
+
+
 def _text(op: Op, name: str) -> str:
     value = op.attrs[name]
     assert isinstance(value, str)
@@ -164,7 +170,7 @@ def _quantized(s: Selection, op: Op, layout: str) -> Ref:
 def _quant_rows(s: Selection, op: Op) -> None:
     x = _operand(op, "x")
     k = const_dim(x.shape[-1], op, "the row length")
-    kernel = QuantizeRows(k=k, dtype=x.dtype, group=_int(op, "group"), rotate=_int(op, "rotate"))
+    kernel = QuantizeRows(k, x.dtype, _int(op, "group"), _int(op, "rotate"), _bool(op, "by_group"))
     s.call(op, kernel, [s.ref(x), *(s.ref(r) for r in op.results), rows(x)])
 
 
@@ -180,6 +186,7 @@ def _quant_norm_rows(s: Selection, op: Op) -> None:
         weight=w is not None,
         bias=b is not None,
         group=_int(op, "group"),
+        by_group=_bool(op, "by_group"),
     )
     weights = [s.ref(v, x.dtype) for v in (w, b) if v is not None]
     s.call(op, kernel, [s.ref(x), *weights, *(s.ref(r) for r in op.results), rows(x)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
-from xllm_compiler.ir import ops
+from xllm_compiler.ir import ops, quant
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.testing.sketch import Sketch
 
@@ -68,13 +68,14 @@ def quantized(g: Sketch) -> None:
         ids = g.pick(g.ints[:-4:-1]) if g.ints else g.arg("pos")
         g.push(g.op(ops.Linear, g.back(), w) if how == 0 else g.op(ops.Embedding, ids, w))
         return
+    grouping = {"group": form["group"], "by_group": quant.rows_by_group(form["bits"], form["group"])}
     match g.choose(3):
         case 0:
-            given: Op = g.b.create(ops.QuantRows, g.x, group=form["group"])
+            given: Op = g.b.create(ops.QuantRows, g.x, **grouping)
         case 1:
-            given = g.b.create(ops.QuantNormRows, g.x, w=g.param(g.width), eps=1e-5, group=form["group"])
+            given = g.b.create(ops.QuantNormRows, g.x, w=g.param(g.width), eps=1e-5, **grouping)
         case _:
-            given = g.b.create(ops.QuantNormRows, g.x, b=g.param(g.width), eps=1e-5, kind="layer", group=form["group"])
+            given = g.b.create(ops.QuantNormRows, g.x, b=g.param(g.width), eps=1e-5, kind="layer", **grouping)
     operands = (*given.results, stored, scales)
     fields["bias"] = g.pick((None, g.param(rows)))
     if how == 1:
