@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARTIFACT := .cache/demo
+# A worker takes up to 2 GB. One file's tests, or one pass's laws, share what they made: they stay in one worker.
+SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist loadscope --no-loadscope-reorder
 PROMPT ?= Write a Python function `read_lines(path)`. Return the lines of the file at path.
 export PROMPT  # by the environment, since a prompt may hold any quote
 
@@ -32,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP) lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 # The browser tests need Chromium's system libraries too; without them they fail and name the packages.
 $(VENV)/.browser: $(STAMP)
@@ -43,7 +45,7 @@ test-browser: $(STAMP) $(VENV)/.browser
 	$(BIN)/pytest -m browser
 
 test-all: $(STAMP) $(VENV)/.browser lint
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m ''
 
 bench: $(STAMP)
 	$(BIN)/python bench/serving.py
