@@ -75,6 +75,22 @@ def test_error_and_bits(name: str, exact: Callable[[Any], Any], reach: float, ul
         np.testing.assert_array_equal(other.view(np.uint32), results[0].view(np.uint32))
 
 
+def test_weights_of_a_softmax() -> None:
+    """Within 1 ulp down to e^-60, and not below, whatever the distance; the same bits at every level."""
+    x = np.concatenate([np.linspace(-60, 0, 100_000), -np.geomspace(1e-30, 1, 20_000)]).astype(np.float32)
+    far = np.array([-60.5, -87, -104, -1e38, -np.inf, np.nan] + [0.0] * 10, np.float32)
+    found = []
+    for isa in machine_isas():
+        y = np.zeros(x.size + LANES, np.float32)
+        Standalone(Map("exp_of_negative"), ISAS[isa])(np.concatenate([x, far]), y, y.size // LANES)
+        found.append(y)
+    truth = np.exp(x.astype(np.float64))
+    assert (np.abs(found[0][: x.size] - truth) <= np.spacing(truth.astype(np.float32))).all()
+    assert (found[0][x.size :][:5] == found[0][0]).all() and np.isnan(found[0][x.size + 5])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.view(np.uint32), found[0].view(np.uint32))
+
+
 @pytest.mark.parametrize("name", ["exp", "tanh", "sigmoid", "erf", "silu", "relu"])
 def test_special_values(name: str) -> None:
     x = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e38, -1e38, 89.0, -104.0] + [1.0] * 7, np.float32)
