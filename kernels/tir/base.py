@@ -52,6 +52,7 @@ class Isa:
     has_int8_dot: bool
     has_tiles: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
     without_int8_dot: str = ""  # the level to which this one adds the 8-bit dot product and nothing else
+    streamed_rows: int = 0  # so little work that the processor reads weights ahead by itself, and quicker when unasked
     slice_bytes: int = 0  # of 8-bit weights that rows meet in the first-level cache; 0: the second is quick enough
 
     def target(self) -> dict[str, Any]:
@@ -77,8 +78,9 @@ ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
         Isa("avx2", "x86_64", "x86-64-v3", (), 8, 16, False, False),
-        Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False),
-        Isa("avx512_vnni", "x86_64", "x86-64-v4", _VNNI, 16, 32, False, True, False, "avx512", 1 << 14),
+        # Intel from Skylake to Rocket Lake
+        Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False, streamed_rows=2),
+        Isa("avx512_vnni", "x86_64", "x86-64-v4", _VNNI, 16, 32, False, True, False, "avx512", 2, 1 << 14),
         Isa("avx512_bf16", "x86_64", "x86-64-v4", _DOTS, 16, 32, True, True),
         Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_tiles=True),
         Isa("neon", "aarch64", "generic", _ARM, 4, 32, False, True),

@@ -165,6 +165,10 @@ def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
     return WeightOnly(kernel.dtype, form) if kernel.weights.startswith("w") else Quantized(form)
 
 
+def _nothing(block: Expr, of: int) -> None:
+    """Asks for nothing ahead."""
+
+
 Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
 
@@ -324,9 +328,10 @@ class _Loop:
         """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
         width = self.format.width(self.isa, count)
         passes = PANEL // LANES // width
+        streamed = count <= self.isa.streamed_rows and self.format.streams(self.isa)
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
-            ahead = self._ahead(env, panel, place, number, passes)
+            ahead = _nothing if streamed else self._ahead(env, panel, place, number, passes)
             totals = self.format.tile(env, self.k, row, count, panel, vectors, ahead)
             for i in range(count):
                 for j, vector in enumerate(vectors):

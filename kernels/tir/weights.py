@@ -53,6 +53,10 @@ class WeightFormat(ABC):
         """Sums of `count` rows by the vectors `at` of a panel, row by row, as f32. Where `env` has "opened", that is
         the panel as `open` left it."""
 
+    def streams(self, isa: Isa) -> bool:
+        """Whether a row is an instruction or two for each vector of weights."""
+        return False
+
     def opened_bytes(self, k: int) -> int:
         """Bytes of a panel that is taken apart once, where it meets many rows; 0: it is always met as it is stored."""
         return 0
@@ -92,6 +96,9 @@ class Dense(WeightFormat):
 
     def width(self, isa: Isa, rows: int) -> int:
         return tile_width(isa, self.dtype, rows)
+
+    def streams(self, isa: Isa) -> bool:
+        return True
 
     def panel_bytes(self, k: int) -> int:
         return 4 * PANEL * (k if self.dtype == "f32" else -(-k // 2))
@@ -177,6 +184,9 @@ class Quantized(WeightFormat):
 
     def panel_bytes(self, k: int) -> int:
         return self.q.panel_bytes(k)
+
+    def streams(self, isa: Isa) -> bool:
+        return isa.has_int8_dot and self.q.bits == 8 and self.q.group == 0
 
     def tile(
         self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead

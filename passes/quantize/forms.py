@@ -23,8 +23,8 @@ _HELP: Final = "int8, int4, mixed, kv8, or wNaM[-gG][-asym][-kv8] such as w4a8-g
 @dataclass(frozen=True, slots=True)
 class QuantForm:
     """Linear layers on weights of `weights` bits, with a scale per `group` values (0: per row), and zero points where
-    `zeros`; their inputs rounded to 8 bits by row, or (activations=16) as they are; and a cache of `kv` bits. 16 bits
-    stand for what the model has."""
+    `zeros`; their inputs rounded to 8 bits by row (before 8-bit weights in groups: by group), or (activations=16) as
+    they are; and a cache of `kv` bits. 16 bits stand for what the model has."""
 
     weights: int
     activations: int = 8
