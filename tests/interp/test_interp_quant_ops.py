@@ -101,6 +101,21 @@ def test_no_scale_is_much_better_than_the_one_chosen(outlier: int) -> None:
     assert (got < best * 1.15).all() and np.median(got / best) < 1.01
 
 
+def test_of_eight_bits_in_groups_too() -> None:
+    """A fifth less error than with the largest weight as the largest integer; no group is worse but by its f16 scale."""
+    w = matrix(2, 400, 32)
+
+    def errors(scale: np.ndarray) -> np.ndarray:
+        scale = scale.astype(np.float16).astype(np.float64)
+        return np.asarray(np.square(np.clip(np.rint(w / scale), -128, 127) * scale - w).sum(axis=1))
+
+    stored, scales, _ = quant.quantize_weight(w, 8, 32, False)
+    back = quant.dequantize_weight(stored, scales, None, 8, 32, np.float64)
+    got, plain = np.square(back - w).sum(axis=1), errors(np.abs(w).max(axis=1, keepdims=True) / 127)
+    np.testing.assert_allclose(got, errors(scales), rtol=1e-9)
+    assert got.sum() < 0.85 * plain.sum() and (got < 1.1 * plain).all()
+
+
 def test_scales_of_tiny_and_huge_weights() -> None:
     """Nothing overflows on the way to a scale, whatever the magnitude; beyond f16 the scale is its largest or 0."""
     shape = matrix(2, 1, 32)
