@@ -102,7 +102,7 @@ def test_no_scale_is_much_better_than_the_one_chosen(outlier: int) -> None:
 
 
 def test_of_eight_bits_in_groups_too() -> None:
-    """A fifth less error than with the largest weight as the largest integer; no group is worse but by its f16 scale."""
+    """A fifth less error than with the largest weight as the largest integer; no group is worse but for f16."""
     w = matrix(2, 400, 32)
 
     def errors(scale: np.ndarray) -> np.ndarray:
