@@ -164,7 +164,7 @@ def quiet_seconds(case: Case, threads: int, seconds: float) -> float:
     """The lower quartile of single calls within some `seconds`; the first turn through the copies does not count."""
     packed = [case.kernel.pack(*call) for call in case.calls]
     times = []
-    with Team(case.kernel.library, threads) as team:
+    with Team(case.kernel.code, threads) as team:
         for call in packed:
             team.run(case.kernel.step, call)
         deadline = time.perf_counter() + seconds

@@ -30,7 +30,7 @@ class LoadedArtifact:
         self.path = path
         self.manifest = manifest
         self.isa = isa
-        self.library: ctypes.CDLL = load_library(path / manifest.target.kind / f"{isa}.so")
+        self.code: ctypes.CDLL = load_library(path / manifest.target.kind / f"{isa}.so")
         self._map, self.weights = _map_weights(path / WEIGHTS)
         self._error: Exception | None = None
         self._check = threading.Thread(target=self._check_weights, name="xllm-check", daemon=True)

@@ -81,7 +81,7 @@ def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler:
     ledger = _decide_memory(manifest, facts, options)
     phases.mark("decide memory")
     threads = options.threads or host.default_threads()
-    cpu = CpuExecutor(manifest, artifact.library, artifact.weights, pages=ledger.pages, threads=threads)
+    cpu = CpuExecutor(manifest, artifact.code, artifact.weights, pages=ledger.pages, threads=threads)
     executor: Executor = cpu if profiler is None else profiler.wrap(artifact, cpu)
     engine = Engine(executor, facts, tokenizer=tokenizer, max_queued=options.max_queued, gate=artifact.wait_checked)
     if profiler is not None:

@@ -86,7 +86,7 @@ class Standalone:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.so"
             module.write_shared(path)
-            self.library = ctypes.CDLL(str(path))
+            self.code = ctypes.CDLL(str(path))
             self.object = path.read_bytes()
         self._barrier = aligned((BARRIER_BYTES,), np.uint8)
 
@@ -105,11 +105,11 @@ class Standalone:
     @property
     def step(self) -> Any:
         """The native step function."""
-        return self.library[_STEP]
+        return self.code[_STEP]
 
     def __call__(self, *values: Any, team: int = 1) -> None:
         """Runs the kernel once; `values` are arrays and sizes in the order of `kernel.args`."""
-        with Team(self.library, team) as threads:
+        with Team(self.code, team) as threads:
             status = threads.run(self.step, self.pack(*values))
         if status != 0:
             raise RuntimeError(f"{self.kernel.symbol} returned {status}")

@@ -43,7 +43,7 @@ class Profiler:
         """What the engine is to run steps on. Raises XllmError("artifact")."""
         self._table = read_calls(artifact.path, artifact.manifest)
         self._about = {"model": artifact.manifest.model.name, "artifact": artifact.manifest.id, "code": artifact.isa}
-        self._recorder = Recorder(executor, artifact.library, self._table, self._steps, self._on_kind)
+        self._recorder = Recorder(executor, artifact.code, self._table, self._steps, self._on_kind)
         return self._recorder
 
     def watch(self, engine: Engine) -> None:

@@ -34,7 +34,7 @@ class Stepper:
         loaded.wait_checked()
         self.manifest = loaded.manifest
         self._loaded = loaded
-        self.executor = CpuExecutor(loaded.manifest, loaded.library, loaded.weights, pages=pages, threads=threads)
+        self.executor = CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=pages, threads=threads)
         self.batch = self.executor.new_batch()
         self._free = list(range(pages))
 

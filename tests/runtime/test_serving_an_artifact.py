@@ -51,7 +51,7 @@ def test_a_moved_artifact_is_the_same(toy: Path, copy: Path) -> None:
 
 def executor_of(toy: Path, threads: int = 1) -> CpuExecutor:
     loaded = load_artifact(toy)
-    return CpuExecutor(loaded.manifest, loaded.library, loaded.weights, pages=6, threads=threads)
+    return CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=6, threads=threads)
 
 
 def test_programs_are_chosen_by_their_guards(toy: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_library_without_the_functions_is_refused(toy: Path) -> None:
         load_library(toy / "weights.bin")
     assert caught.value.kind == "artifact"
     with pytest.raises(XllmError) as caught:
-        Team(loaded.library, 0)
+        Team(loaded.code, 0)
     assert caught.value.kind == "option"
 
 

@@ -101,7 +101,7 @@ def run_native(path: Path, isa: str, trial: Trial, threads: int) -> list[F32]:
 
     loaded = load_artifact(path, isa)
     loaded.wait_checked()
-    executor = CpuExecutor(loaded.manifest, loaded.library, loaded.weights, pages=trial.pages, threads=threads)
+    executor = CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=trial.pages, threads=threads)
     try:
         logits = []
         batch = executor.new_batch()
