@@ -136,11 +136,8 @@ class Tiles:
         self.pairs = kernel.kv.dtype == "bf16"  # whether two elements are multiplied at a time
         self.key_steps = self.layout.k_steps  # of a walk over keys
         self.value_steps = BLOCK_PAGES * self.layout.v_steps  # of a walk over a block's values
-        self.sizes = self.tile_sizes()
-
-    def tile_sizes(self) -> range:
-        """The numbers of rows that a tile may have: up to that of the register tile with the most elements."""
-        return range(1, tile_rows(self.width, MAX_ROWS) + 1)
+        # the numbers of rows that a tile may have: up to that of the register tile with the most elements
+        self.sizes = range(1, tile_rows(self.width, MAX_ROWS) + 1)
 
     def width(self, rows: int) -> int:
         """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""

@@ -85,6 +85,6 @@ class NormRows(Kernel):
                     scale_row(self, x, base, w, y, T.int32(0))
                 else:
                     centre_row(self, x, base, w, b, y, T.int32(0))
-                quantize_row(self, self.n, y, T.int32(0), row, q, scale, sum)
+                quantize_row(self.form, self.by_group, self.n, self.dtype, y, T.int32(0), row, q, scale, sum)
 
         return build_function(self, isa, body)

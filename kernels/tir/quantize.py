@@ -9,7 +9,7 @@ group, a group is a row in all this.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
@@ -75,10 +75,10 @@ class QuantizeRows(Kernel):
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
                 if turned is None:
-                    quantize_row(self, self.k, x, source, row, q, scale, sum)
+                    quantize_row(self.form, self.by_group, self.k, self.dtype, x, source, row, q, scale, sum)
                 else:
                     self._rotate(x, source, turned)
-                    quantize_row(self, self.k, turned, T.int64(0), row, q, scale, sum, "f32")
+                    quantize_row(self.form, self.by_group, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
 
         return build_function(self, isa, body)
 
@@ -98,24 +98,21 @@ class QuantizeRows(Kernel):
                 store(turned, at + offset, value * splat(self.rotate**-0.5), "f32")
 
 
-class Rounding(Protocol):
-    """How a kernel rounds rows."""
-
-    @property
-    def form(self) -> Quantization: ...
-    @property
-    def by_group(self) -> bool: ...
-    @property
-    def dtype(self) -> str: ...
-
-
 def quantize_row(
-    how: Rounding, k: int, x: Expr, source: Expr, row: Expr, q: Expr, scale: Expr, sum: Expr, dtype: str = ""
+    form: Quantization,
+    by_group: bool,
+    k: int,
+    dtype: str,
+    x: Expr,
+    source: Expr,
+    row: Expr,
+    q: Expr,
+    scale: Expr,
+    sum: Expr,
 ) -> None:
-    """Row `row` of q, scale and sum (laid out as those of `QuantizeRows`) from the k elements of x at `source`, which
-    are `dtype`, or else the kernel's own."""
-    padded, groups, dtype = how.form.padded(k), how.form.groups(k), dtype or how.dtype
-    length = how.form.group or padded
+    """Row `row` of q, scale and sum (laid out as those of `QuantizeRows`) from the k elements of x at `source`."""
+    padded, groups = form.padded(k), form.groups(k)
+    length = form.group or padded
     target = T.bind(T.Cast("int64", row) * padded)
 
     def factor_of(start: Expr, count: int, index: Expr) -> Expr:
@@ -124,7 +121,7 @@ def quantize_row(
         T.buffer_store(scale, largest * T.float32(1 / LARGEST), [index])
         return inverse_scale(largest)
 
-    whole_row = None if how.by_group else factor_of(source, k, row)
+    whole_row = None if by_group else factor_of(source, k, row)
 
     def quantize(group: Expr, valid: int) -> None:
         """One group, of which only the first `valid` values exist."""
