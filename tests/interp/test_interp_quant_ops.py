@@ -149,6 +149,8 @@ func @f(%x: f32[N, 40], %w: f32[24, 40]) -> ({types}, f32[N, 24]) {{
         assert (q[:, 32 * group : 32 * group + 32] == alone[0]).all() and (t[:, group] == alone[2][:, 0]).all()
         np.testing.assert_array_equal(s[:, group], alone[1])
     assert np.isnan(y[1]).all()
+    none = run(parse_module(text, "f.xir"), "f", {"x": x[:0], "w": w}, {})
+    assert [made.shape for made in none] == [(0, 64), (0, 2), (0, 2), (0, 24)]
     back = quant.dequantize_weight(*quant.quantize_weight(w, 8, 32, False)[:2], None, 8, 32, np.float64)
     wide = np.concatenate([q[:, :32] * s[:, :1].astype(np.float64), q[:, 32:40] * s[:, 1:].astype(np.float64)], axis=1)
     rest = [0, 2, 3]

@@ -228,16 +228,16 @@ def quantize_rows(x: Array, group: int, by_group: bool = False) -> tuple[Array, 
     scale = max |x| / 127; a row that is not all finite has the scale NaN. `by_group`: each group is a row in this, and
     scales are [.., groups].
     """
-    lead, count = x.shape[:-1], groups(x.shape[-1], group)
-    wide = np.zeros((*lead, padded(x.shape[-1], group)), np.float32)
+    lead, count, size = x.shape[:-1], groups(x.shape[-1], group), padded(x.shape[-1], group)
+    wide = np.zeros((*lead, size), np.float32)
     wide[..., : x.shape[-1]] = x
     if by_group:
-        wide = wide.reshape(*lead, count, -1)
+        wide = wide.reshape(*lead, count, size // count)
     top = np.abs(wide).max(axis=-1, initial=0)
     finite: Array = np.asarray(np.isfinite(wide).all(axis=-1))
     scale = np.where(finite, top * np.float32(1 / LARGEST), np.float32(np.nan)).astype(np.float32)
     usable = finite & (top > 0)
     factor = np.divide(np.float32(LARGEST), top, out=np.zeros_like(top), where=usable)
     stored = np.rint(np.where(finite[..., None], wide, 0) * factor[..., None]).astype(np.int8)
-    sums = stored.reshape(*lead, count, -1).sum(axis=-1, dtype=np.int32)
-    return stored.reshape(*lead, -1), scale, sums
+    sums = stored.reshape(*lead, count, size // count).sum(axis=-1, dtype=np.int32)
+    return stored.reshape(*lead, size), scale, sums
