@@ -154,6 +154,15 @@ class Scalars:
         T.buffer_store(self._slots[index], value, [0])
 
 
+def hold(value: Expr) -> Expr:
+    """A variable that holds a scalar or a vector. It goes through a stack slot, which LLVM removes: TVM's analysers
+    follow a variable to its definition, in time exponential in the length of such a chain, but do not follow memory."""
+    dtype, _, lanes = str(value.ty).partition("x")
+    slot = Vectors(1, dtype) if lanes else Scalars(1, dtype)
+    slot[0] = value
+    return T.bind(slot[0])
+
+
 @contextmanager
 def all_registers() -> Iterator[None]:
     """No value lives in a vector register across the beginning and the end of this block.

@@ -21,12 +21,13 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PANEL, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import (
+    Scalars,
     address,
     build_function,
     choose,
+    hold,
     load,
     load_part,
-    share,
     stack_array,
     store,
     store_part,
@@ -35,6 +36,7 @@ from xllm_compiler.kernels.tir.emit import (
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
 from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats
 from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, BlockSums, ByteTiles, DenseTiles
+from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
 from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFormat
@@ -46,6 +48,8 @@ _CACHED_BYTES = 1 << 20  # of rows that meet one panel after the other: half of 
 _OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack: as above
 _OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
 _LINE = 64  # bytes that memory gives at once
+_PIECES = 32  # for each member, where there are rows enough to cut a panel's work: the last to finish is late by one
+_UNBOUNDED = 1 << 30  # rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Linear(Kernel):
         if self.residual:
             pointers.append(Arg("residual", self.dtype, f"rows, {self.n}"))
         pointers.append(Arg("y", self.out, f"rows, {self.n}", written=True))
-        return (*pointers, scalar("rows"), *MEMBER_ARGS)
+        return (*pointers, TURNS, scalar("rows"), *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         def finish(env: dict[str, Expr], row: Expr, panel: Expr, totals: Sequence[Expr], columns: int) -> None:
@@ -135,7 +139,7 @@ class LinearGlu(Kernel):
         if self.bias:
             pointers.append(Arg("bias", self.dtype, f"2 * {self.f}"))
         pointers.append(Arg("y", self.dtype, f"rows, {self.f}", written=True))
-        return (*pointers, scalar("rows"), *MEMBER_ARGS)
+        return (*pointers, TURNS, scalar("rows"), *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         half = PANEL // 2
@@ -203,6 +207,7 @@ class _Loop:
     most_rows: int | None
 
     def emit(self, **env: Expr) -> None:
+        env["onward"] = Scalars(1, "int32")  # how far it is to the panel that this member probably meets next
         by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         sums = stack_array(BLOCK_ROWS * PANEL, "float32")
         if by_blocks is None:
@@ -217,60 +222,79 @@ class _Loop:
             self._by_blocks(env, sums, by_blocks)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
-        height = self._height
         opened = self.format.opened_bytes(self.k)
         if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
-            self._panels(env, T.int32(0), env["rows"], height, sums, None)
+            self._pieces(env, sums, None)
             return
         with T.If(env["rows"] < _OPENED_ROWS):
             with T.Then():
-                self._panels(env, T.int32(0), env["rows"], height, sums, None)
+                self._pieces(env, sums, None)
             with T.Else():
-                apart = {**env, "opened": stack_array(opened, "uint8")}
-                self._panels(apart, T.int32(0), env["rows"], height, sums, None)
+                self._pieces({**env, "opened": stack_array(opened, "uint8")}, sums, None)
 
     def _by_blocks(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums) -> None:
-        height = BLOCK_ROWS
-        # So fast that rows must come from the second-level cache: as many at a time as it holds.
-        most = max(1, _CACHED_BYTES // (by_blocks.row_bytes * height)) * height
-        rows = env["rows"]
-        with T.serial(0, T.truncdiv(rows + (most - 1), T.int32(most))) as chunk:
-            top = T.bind(chunk * most)
-            self._panels(env, top, T.bind(T.min(rows - top, most)), height, sums, by_blocks)
+        self._pieces(env, sums, by_blocks)
         by_blocks.release()
 
-    def _panels(
-        self, env: dict[str, Expr], top: Expr, rows: Expr, height: int, sums: Expr, by_blocks: BlockSums | None
-    ) -> None:
-        """The member's share of `rows` rows from row `top` on."""
-        panels = -(-self.n // self.columns)
-        tiles = T.bind(T.max(T.truncdiv(rows + (height - 1), T.int32(height)), 1))
-        first, last = share(tiles * panels * T.min(rows, 1), env["member"], env["team"])
-        with T.If(first < last), T.Then():
-            start = T.bind(T.truncdiv(first, tiles))
-            stop = T.bind(T.truncdiv(last - 1, tiles) + 1)
-            with T.serial(start, stop) as panel:
-                lo = T.bind(T.max(first - panel * tiles, 0))
-                hi = T.bind(T.min(last - panel * tiles, tiles))
-                if by_blocks:
-                    by_blocks.begin(panel)
-                elif "opened" in env:
-                    self.format.open(env, self.k, panel)
-                with T.serial(lo, hi) as tile:
-                    place = (tile, tiles)
+    def _pieces(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums | None) -> None:
+        """The pieces of y that this member gets: some tiles of rows by a panel each."""
+        rows, panels = env["rows"], -(-self.n // self.columns)
+        height = BLOCK_ROWS if by_blocks else self._height
+        # Blocks are so fast that rows must come from the second-level cache: as many at a time as it holds.
+        most = max(1, _CACHED_BYTES // (by_blocks.row_bytes * height)) * height if by_blocks else _UNBOUNDED
+        rounds = hold(T.truncdiv(rows + (most - 1), T.int32(most)))
+        parts = hold(T.truncdiv(env["team"] * _PIECES + (panels - 1), T.max(rounds, 1) * panels))
+        parts = hold(T.max(T.min(parts, T.truncdiv(T.min(rows, most) + (height - 1), T.int32(height))), 1))
+        opened = Scalars(1, "int32")
+        opened[0] = T.int32(-1)
+
+        def piece(number: Expr, onward: Expr) -> None:
+            env["onward"][0] = onward
+            panel_at = hold(T.truncdiv(number, parts))
+            part = hold(number - panel_at * parts)
+            turn = hold(T.truncdiv(panel_at, T.int32(panels)))
+            panel = hold(panel_at - turn * panels)
+            top = hold(turn * most)
+            here = hold(T.min(rows - top, most))
+            tiles = hold(T.truncdiv(here + (height - 1), T.int32(height)))
+            lo, hi = hold(T.truncdiv(tiles * part, parts)), hold(T.truncdiv(tiles * (part + 1), parts))
+            if by_blocks or "opened" in env:
+                with T.If(panel != opened[0]), T.Then():
                     if by_blocks:
-                        row = T.bind(top + tile * height)
-                        here = T.bind(T.min(rows - tile * height, height))
-                        by_blocks.emit(row, here, panel, place, sums)
+                        by_blocks.begin(panel)
                     else:
-                        # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
-                        row = T.bind(top + T.truncdiv(rows * tile, tiles))
-                        here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - (row - top))
-                        sizes = range(1, height + 1)
-                        choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
-                    # After the tile and not in it: the code of an activation once, and not once per row and tile size.
-                    with T.serial(0, here) as i:
-                        self._finish(env, T.bind(row + i), panel, panels, sums, T.bind(i * PANEL), by_blocks)
+                        self.format.open(env, self.k, panel)
+                    opened[0] = panel
+            with T.serial(lo, hi) as tile:
+                self._tile(env, top, here, panel, (tile, tiles), sums, by_blocks)
+
+        by_turns(rounds * panels * parts, env["turns"], env["member"], env["team"], piece)
+
+    def _tile(
+        self,
+        env: dict[str, Expr],
+        top: Expr,
+        rows: Expr,
+        panel: Expr,
+        place: tuple[Expr, Expr],
+        sums: Expr,
+        by_blocks: BlockSums | None,
+    ) -> None:
+        """Tile `place` of `rows` rows from row `top` on, by a panel."""
+        tile, tiles = place
+        if by_blocks:
+            row = T.bind(top + tile * BLOCK_ROWS)
+            here = T.bind(T.min(rows - tile * BLOCK_ROWS, BLOCK_ROWS))
+            by_blocks.emit(row, here, panel, place, sums)
+        else:
+            # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
+            row = T.bind(top + T.truncdiv(rows * tile, tiles))
+            here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - (row - top))
+            sizes = range(1, self._height + 1)
+            choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
+        # After the tile and not in it: the code of an activation once, and not once per row and tile size.
+        with T.serial(0, here) as i:
+            self._finish(env, T.bind(row + i), panel, sums, T.bind(i * PANEL), by_blocks)
 
     def _slices(self, env: dict[str, Expr]) -> BlockSums | None:
         """How vectors make the sums of many rows where panels are better taken in slices."""
@@ -304,11 +328,11 @@ class _Loop:
         env: dict[str, Expr],
         row: Expr,
         panel: Expr,
-        panels: int,
         sums: Expr,
         at: Expr,
         by_blocks: BlockSums | None,
     ) -> None:
+        panels = -(-self.n // self.columns)
         totals = [T.bind(load(sums, at + vector, "f32")) for vector in range(0, PANEL, LANES)]
         if by_blocks:
             totals = by_blocks.totals(row, panel, totals)
@@ -353,7 +377,7 @@ class _Loop:
             each = T.bind(T.truncdiv(lines + (tiles * (passes * of) - 1), tiles * (passes * of)))
             first = T.bind(T.min((walk * of + block) * each, lines))
             last = T.bind(T.min(first + each, lines))
-            start = T.bind((T.Cast("int64", panel) + 1) * (size // element))
+            start = T.bind((T.Cast("int64", panel) + env["onward"][0]) * (size // element))
             with T.serial(first, last) as line:
                 where = start + T.Cast("int64", line) * (_LINE // element)
                 T.evaluate(T.call_extern("int32", "xllm_prefetch", address(env["w"], where)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,9 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
+from xllm_compiler.kernels.tir.turns import TURNS, WORDS
 
+_MOST_MEMBERS = 64
 _STEP = "xllm_step_kernel"
 
 
@@ -36,7 +39,7 @@ class Team:
     """Threads 1 .. size-1 that stay inside the native team runtime of `library` until `close`."""
 
     def __init__(self, library: ctypes.CDLL, size: int) -> None:
-        self._library = library
+        self._library, self.size = library, size
         self._ctx = aligned((CTX_BYTES,), np.uint8)
         self._ctx[CTX_TEAM_OFFSET : CTX_TEAM_OFFSET + 4].view(np.int32)[0] = size
         pointer = ctypes.c_void_p(self._ctx.ctypes.data)
@@ -73,8 +76,21 @@ def call_with(module: NativeModule, kernel: Kernel, args: Any, member: Any, team
     module.call(kernel, values, member, team)
 
 
+def with_turns(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) -> list[Any]:
+    """All arguments but member and team: `values`, and between them `turns` if members take turns. `TypeError` where
+    their number is not the kernel's."""
+    given = list(values)
+    for index, arg in enumerate(kernel.args):
+        if arg == TURNS:
+            given.insert(index, turns)
+    if len(given) != len(kernel.args) - 2:
+        raise TypeError(f"{kernel.describe()} called with {len(given)} arguments")
+    return given
+
+
 class Standalone:
-    """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)` with arrays in argument order."""
+    """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)` with arrays in argument order, without the
+    words by which members take turns."""
 
     def __init__(self, kernel: Kernel, isa: Isa) -> None:
         self.kernel = kernel
@@ -89,17 +105,17 @@ class Standalone:
             self.code = ctypes.CDLL(str(path))
             self.object = path.read_bytes()
         self._barrier = aligned((BARRIER_BYTES,), np.uint8)
+        self._turns = aligned((_MOST_MEMBERS, WORDS), np.int64)
 
     def pack(self, *values: Any) -> Any:
         """The native argument array; it borrows the arrays' memory."""
-        if len(values) != len(self._args):
-            raise TypeError(f"{self.kernel.describe()} called with {len(values)} arguments")
-        packed = (ctypes.c_int64 * (len(values) + 1))()
-        for index, (value, arg) in enumerate(zip(values, self._args, strict=True)):
+        packed = (ctypes.c_int64 * (len(self._args) + 1))()
+        given = with_turns(self.kernel, values, self._turns)
+        for index, (value, arg) in enumerate(zip(given, self._args, strict=True)):
             if arg.pointer and not value.flags.c_contiguous:
                 raise TypeError(f"{arg.name} is not contiguous")
             packed[index] = value.ctypes.data if arg.pointer else value
-        packed[len(values)] = self._barrier.ctypes.data
+        packed[len(given)] = self._barrier.ctypes.data
         return packed
 
     @property

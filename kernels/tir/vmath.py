@@ -13,21 +13,13 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import LANES
-from xllm_compiler.kernels.tir.emit import fma, splat
+from xllm_compiler.kernels.tir.emit import fma, hold, splat
 
 Expr = Any
 
 
 def _unary(name: str, value: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin("float32x16", name, value)
-
-
-def _bind(value: Expr) -> Expr:
-    """A variable that holds a vector. It goes through a stack slot, which LLVM removes: TVM's analysers follow a
-    variable to its definition, in time exponential in the length of such a chain, but do not follow memory."""
-    slot = T.alloc_buffer((LANES,), str(value.ty).removesuffix(f"x{LANES}"), scope="local")
-    T.buffer_store(slot, value, [T.ramp(0, 1, LANES)])
-    return T.bind(slot[T.ramp(0, 1, LANES)])
 
 
 def absolute(value: Expr) -> Expr:
@@ -45,7 +37,7 @@ def _polynomial(x: Expr, coefficients: tuple[float, ...]) -> Expr:
     total = splat(coefficients[0])
     for coefficient in coefficients[1:]:
         total = fma(total, x, splat(coefficient))
-    return _bind(total)
+    return hold(total)
 
 
 # exp(r) for |r| <= ln(2)/2 is 1 + r + r^2 q(r); q interpolated at five Chebyshev nodes, relative error 1.1e-8
@@ -57,19 +49,19 @@ def exp(x: Expr) -> Expr:
 
     x = n ln 2 + r with ln 2 in two parts (Cody and Waite), exp(r) by polynomial, times 2^n through the exponent bits.
     """
-    x = _bind(x)
+    x = hold(x)
     low, high = -87.33654, 88.72283
     # comparisons are false for NaN, so it passes through here and makes the polynomial NaN
-    inside = _bind(T.Select(x < splat(low), splat(low), T.Select(x > splat(high), splat(high), x)))
-    n = _bind(_unary("llvm.roundeven", inside * splat(1.4426950408889634)))
-    r = _bind(fma(n, splat(-0.693145751953125), inside))
-    r = _bind(fma(n, splat(-1.42860682030941723212e-6), r))
+    inside = hold(T.Select(x < splat(low), splat(low), T.Select(x > splat(high), splat(high), x)))
+    n = hold(_unary("llvm.roundeven", inside * splat(1.4426950408889634)))
+    r = hold(fma(n, splat(-0.693145751953125), inside))
+    r = hold(fma(n, splat(-1.42860682030941723212e-6), r))
     p = _polynomial(r, _EXP)
     # 2^n in two factors, since n = 128 has no single one
-    half = _bind(T.shift_right(T.Cast("int32x16", n), T.broadcast(T.int32(1), LANES)))
-    rest = _bind(T.Cast("int32x16", n) - half)
-    result = _bind(p * _power_of_two(half) * _power_of_two(rest))
-    return _bind(T.Select(x < splat(low), splat(0.0), T.Select(x > splat(high), splat(float("inf")), result)))
+    half = hold(T.shift_right(T.Cast("int32x16", n), T.broadcast(T.int32(1), LANES)))
+    rest = hold(T.Cast("int32x16", n) - half)
+    result = hold(p * _power_of_two(half) * _power_of_two(rest))
+    return hold(T.Select(x < splat(low), splat(0.0), T.Select(x > splat(high), splat(float("inf")), result)))
 
 
 def exp_of_negative(x: Expr) -> Expr:
@@ -80,7 +72,7 @@ def exp_of_negative(x: Expr) -> Expr:
     x / ln 2 to an integer n and leaves n in the low bits, which 127 more make the exponent of 2^n.
     """
     low, magic = -60.0, 12582912.0 + 127.0
-    x = _bind(x)
+    x = hold(x)
     x = T.bind(T.Select(splat(low) > x, splat(low), x))
     shifted = T.bind(fma(x, splat(1.4426950408889634), splat(magic)))
     n = T.bind(shifted - splat(magic))
@@ -97,7 +89,7 @@ def _power_of_two(n: Expr) -> Expr:
 
 def sigmoid(x: Expr) -> Expr:
     """1 / (1 + e^-x), within 2 ulp."""
-    return _bind(splat(1.0) / (splat(1.0) + exp(splat(0.0) - x)))
+    return hold(splat(1.0) / (splat(1.0) + exp(splat(0.0) - x)))
 
 
 # x^3, x^5, ... of tanh below 0.625: S. Moshier, Cephes, tanhf
@@ -106,12 +98,12 @@ _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-
 
 def tanh(x: Expr) -> Expr:
     """tanh x within 2 ulp: an odd polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere."""
-    x = _bind(x)
-    square = _bind(x * x)
+    x = hold(x)
+    square = hold(x * x)
     near = fma(_polynomial(square, _TANH) * square, x, x)
-    size = _bind(absolute(x))
-    far = _bind(splat(1.0) - splat(2.0) / (exp(size + size) + splat(1.0)))
-    return _bind(T.Select(size < splat(0.625), near, T.Select(x < splat(0.0), splat(0.0) - far, far)))
+    size = hold(absolute(x))
+    far = hold(splat(1.0) - splat(2.0) / (exp(size + size) + splat(1.0)))
+    return hold(T.Select(size < splat(0.625), near, T.Select(x < splat(0.0), splat(0.0) - far, far)))
 
 
 # N. Juffa's single-precision erff: an odd polynomial below 475/512, 1 - e^P elsewhere
@@ -129,44 +121,44 @@ _ERF_FAR = (
 
 def erf(x: Expr) -> Expr:
     """erf x within 2 ulp."""
-    x = _bind(x)
-    size = _bind(absolute(x))
+    x = hold(x)
+    size = hold(absolute(x))
     near = fma(_polynomial(x * x, _ERF_NEAR), x, x)
-    capped = _bind(T.Select(size > splat(4.0), splat(4.0), size))
+    capped = hold(T.Select(size > splat(4.0), splat(4.0), size))
     far = splat(1.0) - exp(fma(_polynomial(capped, _ERF_FAR), capped, splat(0.0) - capped))
     signed = T.Select(x < splat(0.0), splat(0.0) - far, far)
-    return _bind(T.Select(size < splat(0.927734375), near, signed))
+    return hold(T.Select(size < splat(0.927734375), near, signed))
 
 
 def silu(x: Expr) -> Expr:
     """x / (1 + e^-x)."""
-    x = _bind(x)
-    return _bind(x / (splat(1.0) + exp(splat(0.0) - x)))
+    x = hold(x)
+    return hold(x / (splat(1.0) + exp(splat(0.0) - x)))
 
 
 def gelu(x: Expr) -> Expr:
     """x/2 (1 + erf(x / sqrt 2))."""
-    x = _bind(x)
-    return _bind(splat(0.5) * x * (splat(1.0) + erf(x * splat(0.7071067811865476))))
+    x = hold(x)
+    return hold(splat(0.5) * x * (splat(1.0) + erf(x * splat(0.7071067811865476))))
 
 
 def gelu_tanh(x: Expr) -> Expr:
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-    x = _bind(x)
+    x = hold(x)
     inner = fma(x * x * splat(0.044715), x, x) * splat(0.7978845608028654)
-    return _bind(splat(0.5) * x * (splat(1.0) + tanh(inner)))
+    return hold(splat(0.5) * x * (splat(1.0) + tanh(inner)))
 
 
 def relu(x: Expr) -> Expr:
     """max(x, 0); NaN for NaN."""
-    x = _bind(x)
-    return _bind(T.Select(x < splat(0.0), splat(0.0), x))
+    x = hold(x)
+    return hold(T.Select(x < splat(0.0), splat(0.0), x))
 
 
 def relu2(x: Expr) -> Expr:
     """max(x, 0)^2; NaN for NaN."""
     x = relu(x)
-    return _bind(x * x)
+    return hold(x * x)
 
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {

@@ -108,8 +108,8 @@ class LinearBlockMax(Kernel):
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        *pointers, rows, member, team = self.linear.args
-        return (*pointers, _block_arg(self.n), rows, member, team)
+        *pointers, turns, rows, member, team = self.linear.args
+        return (*pointers, _block_arg(self.n), turns, rows, member, team)
 
     def build(self, isa: Isa) -> Any:
         blocks = -(-self.n // PANEL)

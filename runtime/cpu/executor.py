@@ -82,7 +82,8 @@ class CpuExecutor:
         self._columns = [int(spec.shape[1]) for spec in manifest.outputs]
         self._logits_memory = _anonymous(parse_dim(manifest.memory.logits).evaluate(at_limits))
         self._logits: F32 = np.frombuffer(self._logits_memory, np.float32)
-        self._barrier = np.zeros(2 * _ALIGN, np.uint8)
+        # a barrier, and for each member the words by which it takes turns
+        self._barrier = np.zeros((2 + threads) * _ALIGN, np.uint8)
         barrier = (self._barrier.ctypes.data + _ALIGN - 1) & -_ALIGN
         self._batch: StepBatch | None = None
         self._args = (ctypes.c_int64 * 16)()

@@ -16,8 +16,9 @@ import pytest
 from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.linker import find_linker
 from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.standalone import call_with
+from xllm_compiler.kernels.tir.standalone import call_with, with_turns
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES
+from xllm_compiler.kernels.tir.turns import WORDS
 
 NEEDED = (
     "These tests run Arm's code under qemu, with Arm's libc and, to build their driver, a cross compiler. "
@@ -69,12 +70,12 @@ class Emulated:
 
     def __call__(self, *values: Any, team: int = 1) -> None:
         """Runs the kernel once; arrays are changed in place."""
-        assert len(values) == len(self._args), self.kernel.describe()
+        given = with_turns(self.kernel, values, np.zeros((team, WORDS), np.int64))
         barrier = np.zeros(BARRIER_BYTES, np.uint8)
-        head: list[int] = [len(values) + 1]
+        head: list[int] = [len(given) + 1]
         places: dict[tuple[int, int], tuple[int, Any]] = {}  # one array given twice is one array
         size = -(-8 * (1 + 2 * head[0]) // 64) * 64
-        for value in (*values, barrier):
+        for value in (*given, barrier):
             if isinstance(value, np.ndarray):
                 assert value.flags.c_contiguous
                 offset, _ = places.setdefault((value.ctypes.data, value.nbytes), (size, value))

@@ -18,6 +18,7 @@ from xllm_compiler.ir.verify_buf import arena_results
 
 Space = Literal["arena", "weight", "input", "kv", "logits", "barrier"]
 INPUTS: Final = ("ids", "pos", "seq", "start", "table", "sel")
+_LINE, _WORDS = 64, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Storage:
         self.copies: list[Op] = []
         """Views whose bytes must be copied: the plan gave them a place of their own."""
         self._refs: dict[Value, Ref] = {}
+        self._kernels_by_turns = 0
         self._place_arguments()
         self.logits, self.block_max = self._outputs()
         self._logits_bytes = self._written_as_logits()
@@ -67,7 +69,13 @@ class Storage:
     @property
     def barrier(self) -> Ref:
         """Of kernels whose members meet in the middle; it needs no order, since all members call all kernels."""
-        return Ref("barrier", 0, as_dim(0), as_dim(64))
+        return Ref("barrier", 0, as_dim(0), as_dim(_LINE))
+
+    def turns(self) -> Ref:
+        """The words of a kernel whose members take turns, one in each member's line behind the barrier. There are few,
+        used by turns too: a kernel writes its word, so that a barrier stands before the next that has the same."""
+        word, self._kernels_by_turns = self._kernels_by_turns % _WORDS, self._kernels_by_turns + 1
+        return Ref("barrier", 1 + word, as_dim(_LINE + 8 * word), as_dim(8))
 
     def has_place(self, value: Value) -> bool:
         return value in self._refs
@@ -76,7 +84,7 @@ class Storage:
         """Whether two places may share a byte."""
         if a.space != b.space or a.index != b.index:
             return False
-        if a.space not in ("arena", "kv", "logits"):
+        if a.space not in ("arena", "kv", "logits", "barrier"):
             return False  # never written
         if a.space == "kv":
             return True

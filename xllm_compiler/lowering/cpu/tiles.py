@@ -30,6 +30,7 @@ from xllm_compiler.kernels.tir.linear import Linear, LinearGlu, tile_height, wei
 from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.objects import KernelObjects
 from xllm_compiler.kernels.tir.standalone import Team, aligned, call_with
+from xllm_compiler.kernels.tir.turns import TURNS, WORDS
 from xllm_compiler.kernels.tir.vocab import LinearBlockMax
 
 CANDIDATES: Final = (4, 6, 8, 12, 16)
@@ -159,9 +160,11 @@ def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | N
     weights = [_filled(size) for _ in range(max(1, -(-_COLD_BYTES // size)))]
     rows_tried = [rows for rows in _ROWS if 2.0 * rows * k * panels * PANEL <= _MOST_OPERATIONS] or [1]
     found: dict[int | None, list[float]] = {most: [] for most in steps}
+    turns = aligned((team.size, WORDS), np.int64)
     for rows in rows_tried:
         args = layer.args[:-2]
         memory = {arg.name: _filled(rows * (max(k, 2 * columns) + PANEL) * 4) for arg in args if arg.name != "w"}
+        memory[TURNS.name] = turns
         calls = []
         for weight in weights:
             places = [memory.get(arg.name, weight).ctypes.data if arg.pointer else rows for arg in args]
