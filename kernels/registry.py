@@ -4,10 +4,10 @@ Every kernel is a frozen dataclass below `kernels/tir`; arguments in order, `mem
 are plain addresses; activations are dense and row-major; `rows`, `requests`, `width` are int32.
 
     Linear(k, n, dtype, out, bias, residual, act)                                                tir/linear.py
-        x[rows,k] w(panel) [bias[n]] [residual[rows,n]] y[rows,n] | rows
+        x[rows,k] w(panel) [bias[n]] [residual[rows,n]] y[rows,n] turns | rows
         y = act(x @ w.T + bias) + residual
     LinearGlu(k, f, dtype, act, bias)                                                            tir/linear.py
-        x[rows,k] w(glu panel) [bias[2*f]] y[rows,f] | rows             bias: gate then up, as in the checkpoint
+        x[rows,k] w(glu panel) [bias[2*f]] y[rows,f] turns | rows       bias: gate then up, as in the checkpoint
     RmsNorm(n, dtype, eps, offset, weight)            x[rows,n] [w[n]] y[rows,n] | rows          tir/norms.py
     AddRmsNorm(n, dtype, eps, offset)                 x res w[n] y sum | rows                    tir/norms.py
     LayerNorm(n, dtype, eps, weight, bias)            x [w[n]] [b[n]] y | rows                   tir/norms.py
@@ -24,7 +24,8 @@ are plain addresses; activations are dense and row-major; `rows`, `requests`, `w
         [parts f32[room], barrier if divide] | rows requests width [room]
 
 `kv` is `KvLayout(dtype, heads, k_dim, v_dim)` (tir/kv_address.py) as a field, and as an argument the address of this
-layer's page 0. `width` is the row length of `table`. Weight layouts are packed by `layouts.py`.
+layer's page 0. `width` is the row length of `table`. `turns`: words by which members share work out (tir/turns.py).
+Weight layouts are packed by `layouts.py`.
 
 In-place: `y` of RmsNorm, LayerNorm, Rope and `sum` of AddRmsNorm may be the same memory as `x` (or `res`); `y` of
 Linear may be the same memory as `residual`. No other overlap between an output and an input is allowed.

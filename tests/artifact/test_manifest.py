@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sample_manifest import sample
 
-from xllm_compiler.artifact import DimRange, FileEntry, Limits, Manifest, Program, TensorSpec, Weight, Weights
+from xllm_compiler.artifact import FORMAT, DimRange, FileEntry, Limits, Manifest, Program, TensorSpec, Weight, Weights
 from xllm_compiler.artifact.schema import canonical_json
 from xllm_compiler.errors import XllmError
 
@@ -59,10 +59,10 @@ def test_same_content_in_other_text_is_refused() -> None:
 def test_duplicate_key_is_refused() -> None:
     text = sealed().to_json()
     with pytest.raises(XllmError):
-        Manifest.from_json(text.replace('"format": 2,', '"format": 2,\n "format": 2,'))
+        Manifest.from_json(text.replace('"format":', f'"format": {FORMAT},\n "format":'))
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", True, 2.0, None])
+@pytest.mark.parametrize("version", [0, FORMAT - 1, FORMAT + 1, str(FORMAT), True, float(FORMAT), None])
 def test_other_format_version_names_both(version: Any) -> None:
     value = json.loads(sealed().to_json())
     value["format"] = version
@@ -70,8 +70,8 @@ def test_other_format_version_names_both(version: Any) -> None:
     with pytest.raises(XllmError) as caught:
         Manifest.from_json(canonical_json(value))
     assert caught.value.kind == "artifact"
-    if version not in (True, 2.0):
-        assert "format 2" in str(caught.value) and repr(version) in str(caught.value)
+    if version not in (True, float(FORMAT)):
+        assert f"format {FORMAT}" in str(caught.value) and repr(version) in str(caught.value)
         assert "compile the checkpoint again" in caught.value.help
 
 

@@ -86,13 +86,14 @@ class Compiled:
         pool = aligned(env["P"] * sum(layer.page_bytes for layer in self.lowering.kv_layers), 0)
         if kv is not None:
             pool[:] = kv
-        barrier = aligned(64, 0)
+        meeting = aligned(64 * (2 + team), 0)  # a barrier, a line for each member, and one that nobody may write
         ints = [np.ascontiguousarray(inputs.get(n, np.zeros(0, np.int32)), np.int32) for n in INPUTS]
         places = [arena, weights, pool, *ints, logits]
-        args = [x.ctypes.data for x in places] + [env[n] for n in ("N", "B", "S", "P")] + [barrier.ctypes.data, 0]
+        args = [x.ctypes.data for x in places] + [env[n] for n in ("N", "B", "S", "P")] + [meeting.ctypes.data, 0]
         block = (ctypes.c_int64 * len(args))(*args)
         status = run_team(library, f"xllm_step_{program}", block, team)
         assert status == 0
+        assert not meeting[64 * (1 + team) :].any(), "wrote past the members' words"
         out, *more = [v for v in self.module.func("step").returns if isinstance(v.type, Tensor)]
         shape = [d.evaluate(env) for d in out.shape]
         end = out.tensor.nbytes.evaluate(env)

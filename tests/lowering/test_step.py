@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
+from xllm_compiler.dims import DimScope
 from xllm_compiler.interp import run
 from xllm_compiler.kernels.tir.base import ISAS
 from xllm_compiler.lowering.cpu.build import OBJECTS
+from xllm_compiler.lowering.schedule import barriers
+from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.storage import Storage
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, TABLE = 64, 4, 2, 16, 96, 200, 4
 KV_TYPE = "kv<{t}, heads=2, k=16, v=16, page=16>[P]"
@@ -165,3 +169,11 @@ def test_layers_share_kernels_and_barriers_are_few(build: Any) -> None:
     assert str(program.guard[0]) == "8 - N"
     assert program.kernels == 3 + 2 * 8 + 3
     assert program.barriers <= program.kernels - 3  # the three gathers at the start need none between them
+
+
+def test_kernels_that_share_a_word_of_turns_are_apart(build: Any) -> None:
+    func = build(_text("bf16"), _params("bf16")).module.func("step")
+    storage = Storage(func, DimScope())
+    words = [storage.turns() for _ in range(17)]
+    calls = [Call(None, (), (storage.barrier,), (word,), func.ops[0]) for word in words]
+    assert barriers(calls, storage) == [False] * 8 + [True] + [False] * 7 + [True]

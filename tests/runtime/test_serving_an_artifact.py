@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from toy_artifact import PAGE, VOCAB, WIDTH, build_toy_artifact, toy_answer
 
+from xllm_compiler.artifact import FORMAT
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import resolve
 from xllm_compiler.runtime.cpu import CpuExecutor, Team
@@ -164,7 +165,7 @@ def test_foreign_artifacts(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             load_artifact(copy)
         assert caught.value.kind == "artifact"
     text = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
+    (copy / "manifest.json").write_text(text.replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
     with pytest.raises(XllmError, match="format") as caught:
         load_artifact(copy)
     assert caught.value.kind == "artifact"

@@ -14,7 +14,7 @@ from xllm_compiler.artifact.decode import bad, decode, encode
 from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
 
-FORMAT = 2
+FORMAT = 3
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
 
 MANIFEST = "manifest.json"
