@@ -36,7 +36,7 @@ from xllm_compiler.kernels.tir.emit import (
 )
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
 from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats
-from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, BlockSums, ByteTiles, DenseTiles
+from xllm_compiler.kernels.tir.linear_tiles import BlockSums, ByteTiles, DenseTiles
 from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
@@ -210,7 +210,8 @@ class _Loop:
     def emit(self, **env: Expr) -> None:
         env["onward"] = Scalars(1, "int32")  # how far it is to the panel that this member probably meets next
         by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
-        sums = stack_array(BLOCK_ROWS * PANEL, "float32")
+        most = by_blocks.block_rows if by_blocks else self._height
+        sums = stack_array(most * PANEL, "float32")
         if by_blocks is None:
             self._by_vectors(env, sums)
         elif by_blocks.fewest > 1:
@@ -240,7 +241,7 @@ class _Loop:
     def _pieces(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums | None) -> None:
         """The pieces of y that this member gets: some tiles of rows by a panel each."""
         rows, panels = env["rows"], -(-self.n // self.columns)
-        height = BLOCK_ROWS if by_blocks else self._height
+        height = by_blocks.block_rows if by_blocks else self._height
         # Blocks are so fast that rows must come from the second-level cache: as many at a time as it holds.
         most = max(1, _CACHED_BYTES // (by_blocks.row_bytes * height)) * height if by_blocks else _UNBOUNDED
         rounds = hold(T.truncdiv(rows + (most - 1), T.int32(most)))
@@ -284,8 +285,8 @@ class _Loop:
         """Tile `place` of `rows` rows from row `top` on, by a panel."""
         tile, tiles = place
         if by_blocks:
-            row = T.bind(top + tile * BLOCK_ROWS)
-            here = T.bind(T.min(rows - tile * BLOCK_ROWS, BLOCK_ROWS))
+            row = T.bind(top + tile * by_blocks.block_rows)
+            here = T.bind(T.min(rows - tile * by_blocks.block_rows, by_blocks.block_rows))
             by_blocks.emit(row, here, panel, place, sums)
         else:
             # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2

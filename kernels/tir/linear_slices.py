@@ -33,13 +33,14 @@ from xllm_compiler.kernels.tir.emit import (
     stack_array,
     store,
 )
-from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, BlockSums, byte_totals
+from xllm_compiler.kernels.tir.linear_tiles import BlockSums, byte_totals
 from xllm_compiler.kernels.tir.weights import Ahead, Quantized, in_blocks
 
 Expr = Any
 AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
 """`ahead(panel, place, number, passes)`: what a walk over k asks for meanwhile, `number` of `passes` at `place`."""
 _VECTORS = PANEL // LANES
+_BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Piece:
 
 
 class _Sliced(BlockSums):
-    """Up to 32 rows by a panel. `height`: rows of a register tile; `width(rows)`: its vectors."""
+    """`height`: rows of a register tile, of which a block has some; `width(rows)`: its vectors."""
 
     kind: str  # of the sums: i32 or f32
     row_bytes: int
@@ -64,6 +65,7 @@ class _Sliced(BlockSums):
         """`k` of a row, padding included, of which `length` at a time."""
         self._env, self._k, self._length, self._ahead = env, k, min(length, k), ahead
         self._height, self._width = height, width
+        self.block_rows = _BLOCK_ROWS // height * height
 
     def open(self, piece: _Piece, here: Expr) -> None:
         """Emitted before `here` rows meet a slice; where it is multiplied as it is stored there is nothing to do."""
@@ -155,13 +157,13 @@ class SlicedFloats(_Sliced):
 
     kind = "f32"
     fewest = 12  # widening pays where more rows than that share it
-    _DEEP = 64  # k of a slice: 16 KiB of weights, 8 of rows
+    _DEEP = 64  # k of a slice: 16 KiB of weights, 12 of rows
 
     def __init__(self, k: int, height: int, width: Callable[[int], int], env: dict[str, Expr], ahead: AheadOf) -> None:
         super().__init__(env, k, self._DEEP, height, width, ahead)
         self.row_bytes = 2 * k
         self._weights = stack_array(self._DEEP * PANEL, "float32")
-        self._rows = stack_array(self._DEEP * BLOCK_ROWS, "float32")
+        self._rows = stack_array(self._DEEP * self.block_rows, "float32")
 
     def open(self, piece: _Piece, here: Expr) -> None:
         panel, begin, length = piece.panel, piece.begin, piece.length

@@ -39,9 +39,10 @@ def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
 
 
 class BlockSums(ABC):
-    """Sums of up to 32 rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows the panel is
-    better read once, for each few rows that registers hold; more than 1 only where both give the same bits."""
+    """Sums of up to `block_rows` rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows the
+    panel is better read once, for each few rows that registers hold; more than 1 only where both give the same bits."""
 
+    block_rows: int = BLOCK_ROWS
     row_bytes: int
     fewest: int = 1
 

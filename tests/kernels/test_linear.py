@@ -46,7 +46,7 @@ def test_linear(isa: str, dtype: str, k: int, n: int, bias: bool, residual: bool
     w, b = normal(rng, (n, k), dtype, 0.3), normal(rng, (n,), dtype)
     packed = layouts.pack_panels(w)
     in_blocks = level.has_tiles or (dtype == "bf16" and not level.has_bf16_dot)
-    most = 70 if in_blocks else 15  # blocks of up to 32 rows
+    most = 70 if in_blocks else 15  # blocks of up to 48 rows
     x, res = normal(rng, (most, k), dtype), normal(rng, (most, n), dtype)
 
     def run(rows: int, team: int) -> np.ndarray:
