@@ -21,7 +21,7 @@ are plain addresses; activations are dense and row-major; `rows`, `requests`, `w
         [cos sin if rotary] [qw[k_dim] if q_norm] [kw[k_dim] if k_norm] q[rows,q_heads,k_dim] | rows width
     Attend(kv, q_heads, scale, window, softcap, sinks, divide)                                   tir/attend.py
         kv q[rows,q_heads,k_dim] pos seq start[requests+1] table [sinks f32[q_heads]] out[rows,q_heads,v_dim]
-        [parts f32[room], barrier if divide] | rows requests width [room]
+        [parts f32[room], barrier if divide] turns | rows requests width [room]
 
 `kv` is `KvLayout(dtype, heads, k_dim, v_dim)` (tir/kv_address.py) as a field, and as an argument the address of this
 layer's page 0. `width` is the row length of `table`. `turns`: words by which members share work out (tir/turns.py).

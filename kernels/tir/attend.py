@@ -8,10 +8,10 @@ lane and a weighted sum of values acc, and these are merged into the row's in th
     m' = max(m, mc); a = exp(m - m'); b = exp(mc - m'); l = l*a + lc*b; acc = acc*a + accc*b
 
 So a chunk may be computed by anyone: a row's bits do not depend on the batch, on the tokens that it comes with, or on
-the team. A query block is one member's work, unless it is a notable part of a member's share, of few rows and of many
-chunks, as in decoding one long request: then its chunks are shared out too ("Flash-Decoding", Dao et al., with an order
-of adding that is fixed). What the members find goes to memory of the step, `parts`, and is merged after a barrier; a
-block for which there is no room stays whole.
+the team. Members take equal pieces of the work by turns (turns.py). A query block is of one piece, unless it is a
+notable part of a member's share, of few rows and of many chunks, as in decoding one long request: then its chunks are
+shared out too ("Flash-Decoding", Dao et al., with an order of adding that is fixed). What the members find goes to
+memory of the step, `parts`, and is merged after a barrier; a block for which there is no room stays whole.
 """
 
 from __future__ import annotations
@@ -28,13 +28,26 @@ from xllm_compiler.kernels.tir.attend_matrix import MatrixTiles
 from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, Tiles
 from xllm_compiler.kernels.tir.attend_wide import WideTiles
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
-from xllm_compiler.kernels.tir.emit import Scalars, build_function, fma, horizontal_sum, load, splat, store, store_part
+from xllm_compiler.kernels.tir.emit import (
+    Scalars,
+    build_function,
+    fma,
+    hold,
+    horizontal_sum,
+    load,
+    splat,
+    store,
+    store_part,
+)
 from xllm_compiler.kernels.tir.kv_address import KvLayout
+from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import exp_of_negative
 
 Expr = Any
 _CHUNK_BLOCKS = CHUNK // BLOCK
 _DIVIDED_ROWS = 16  # query blocks of more rows are prompts, of which there are enough to share out whole
+_PIECES = 8  # of the work for each member
+_WORTH_WALKING = 64  # rows times KV blocks of an average query block
 _NOTABLE = 8  # a query block is divided when it costs more than one in so many of a member's share
 
 
@@ -79,7 +92,7 @@ class Attend(Kernel):
         out = Arg("out", dtype, f"rows, {heads}, {self.kv.v_dim}", written=True)
         parts = (Arg("parts", "f32", "room", written=True), Arg("barrier", "u8", "64")) if self.divide else ()
         sizes = (scalar("rows"), scalar("requests"), scalar("width"), *((scalar("room"),) if self.divide else ()))
-        return (*pointers, *sinks, out, *parts, *sizes, *MEMBER_ARGS)
+        return (*pointers, *sinks, out, *parts, TURNS, *sizes, *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         return build_function(self, isa, lambda **env: _Body(self, isa, env).emit())
@@ -105,26 +118,38 @@ class _Body:
     # ---- sharing out
 
     def emit(self) -> None:
-        """Walks the query blocks of all heads in order and works on what of the total cost falls to this member.
+        """Members take pieces of the total cost by turns: a walk over the query blocks of all heads finds those of one.
 
         The cost of a query block is its rows times the KV blocks they see, so that long contexts weigh what they take.
         """
-        self.member, self.team = (T.Cast("int64", self.env[name]) for name in ("member", "team"))
         self.tiles.allocate()
         self.state = self.tiles.state
-        cost, self.passed = Scalars(1, "int64"), Scalars(1, "int64")
-        cost[0] = T.int64(0)
-        heads = self.kernel.kv.heads
+        cost, largest, items = (Scalars(1, "int64") for _ in range(3))
+        self.passed = Scalars(1, "int64")
+        for counter in (cost, largest, items):
+            counter[0] = T.int64(0)
 
         def count(item: Item, head: Expr) -> None:
-            cost[0] = cost[0] + self._cost(item, item.first_block, item.last_block) * heads
+            this = self._cost(item, item.first_block, item.last_block)
+            cost[0] = cost[0] + this
+            items[0] = items[0] + 1
+            with T.If(item.rows <= _DIVIDED_ROWS), T.Then():
+                largest[0] = T.max(largest[0], this)
 
         self._query_blocks(1, count)
-        self.total = T.bind(T.max(cost[0], T.int64(1)))
-        divided = self._each_item(self._work)
+        heads, team = self.kernel.kv.heads, T.Cast("int64", self.env["team"])
+        self.total = hold(T.max(cost[0], T.int64(1)) * heads)
+        # where a query block is soon done, walking past all of them costs more than waiting for whoever is late
+        self.pieces = hold(team * T.Select(cost[0] >= items[0] * _WORTH_WALKING, T.int64(_PIECES), T.int64(1)))
+
+        def piece(number: Expr, onward: Expr) -> None:
+            self.piece = T.bind(T.Cast("int64", number))
+            self._each_item(self._work)
+
+        by_turns(T.Cast("int32", self.pieces), self.env["turns"], self.env["member"], self.env["team"], piece)
         self.tiles.release()
         if self.kernel.divide:
-            with T.If(divided[0] > 0), T.Then():
+            with T.If(largest[0] * team * _NOTABLE > self.total), T.Then():
                 T.evaluate(T.call_extern("int32", "xllm_team_barrier", self.env["barrier"].data, self.env["team"]))
                 self._each_item(self._merge_parts)
 
@@ -148,9 +173,9 @@ class _Body:
     def _cost(self, item: Item, first_block: Expr, last_block: Expr) -> Expr:
         return T.bind(T.Cast("int64", (last_block - first_block + 1) * item.rows))
 
-    def _each_item(self, body: Callable[[Item, Expr, Expr, Expr], None]) -> Scalars:
-        """Emits body(item, head, owner, at) for all query blocks of all KV heads. `owner`: the member whose work it is
-        as a whole, or -1 where it is divided; then its parts begin at `at`. Returns how much of `parts` is in use."""
+    def _each_item(self, body: Callable[[Item, Expr, Expr, Expr], None]) -> None:
+        """Emits body(item, head, piece, at) for all query blocks of all KV heads. `piece`: the one that it is of as a
+        whole, or -1 where it is divided; then its parts begin at `at`."""
         used = Scalars(1, "int32")
         used[0] = T.int32(0)
         self.passed[0] = T.int64(0)
@@ -159,25 +184,26 @@ class _Body:
             cost = self._cost(item, item.first_block, item.last_block)
             chunks = T.bind(self._chunk(item.last_block) - self._chunk(item.first_block) + 1)
             needed = T.bind(chunks * item.rows * self.part)
-            owner = Scalars(1, "int64")
-            owner[0] = self._owner(self.passed[0], cost)
+            piece = Scalars(1, "int64")
+            piece[0] = self._piece_of(self.passed[0], cost, self.pieces)
             at = T.bind(used[0])
             if self.kernel.divide:
-                worth = T.And(item.rows <= _DIVIDED_ROWS, cost * self.team * _NOTABLE > self.total)
-                apart = self._owner(self.passed[0], T.int64(0)) != self._owner(self.passed[0] + cost - 1, T.int64(0))
+                team = T.bind(T.Cast("int64", self.env["team"]))
+                worth = T.And(item.rows <= _DIVIDED_ROWS, cost * team * _NOTABLE > self.total)
+                begins = self._piece_of(self.passed[0], T.int64(0), team)
+                apart = begins != self._piece_of(self.passed[0] + cost - 1, T.int64(0), team)
                 fits = T.And(needed <= self.env["room"] - at, chunks > 1)
                 with T.If(T.And(T.And(worth, fits), apart)), T.Then():
-                    owner[0] = T.int64(-1)
+                    piece[0] = T.int64(-1)
                     used[0] = at + needed
-            body(item, head, T.bind(owner[0]), at)
+            body(item, head, T.bind(piece[0]), at)
             self.passed[0] = self.passed[0] + cost
 
         self._query_blocks(self.kernel.kv.heads, each)
-        return used
 
-    def _owner(self, passed: Expr, cost: Expr) -> Expr:
-        """The member in whose share the middle of the cost `passed` .. `passed + cost` lies."""
-        return T.bind(T.truncdiv((passed * 2 + cost) * self.team, self.total * 2))
+    def _piece_of(self, passed: Expr, cost: Expr, pieces: Expr) -> Expr:
+        """In which of `pieces` equal parts of the total the middle of the cost `passed` .. `passed + cost` lies."""
+        return hold(T.truncdiv((passed * 2 + cost) * pieces, self.total * 2))
 
     @staticmethod
     def _chunk(block: Expr) -> Expr:
@@ -185,10 +211,10 @@ class _Body:
 
     # ---- one query block
 
-    def _work(self, item: Item, head: Expr, owner: Expr, at: Expr) -> None:
-        """Computes this member's chunks of the item: all of them, and the result, or its parts of a divided one."""
-        whole = T.bind(owner == self.member)
-        divided = T.bind(owner < T.int64(0))
+    def _work(self, item: Item, head: Expr, piece: Expr, at: Expr) -> None:
+        """Computes the item's chunks of this piece: all of them, and the result, or its parts of a divided one."""
+        whole = T.bind(piece == self.piece)
+        divided = T.bind(piece < T.int64(0))
         with T.If(T.Or(whole, divided)), T.Then():
             first_chunk = T.bind(self._chunk(item.first_block))
             at_chunk = Scalars(1, "int64")
@@ -197,7 +223,7 @@ class _Body:
                 first = T.bind(T.max(item.first_block, chunk * _CHUNK_BLOCKS))
                 last = T.bind(T.min(item.last_block, chunk * _CHUNK_BLOCKS + (_CHUNK_BLOCKS - 1)))
                 cost = self._cost(item, first, last)
-                mine = T.Or(whole, self._owner(at_chunk[0], cost) == self.member)
+                mine = T.Or(whole, self._piece_of(at_chunk[0], cost, self.pieces) == self.piece)
                 at_chunk[0] = at_chunk[0] + cost
                 # Merging into nothing changes nothing: the first chunk is worked on where all are merged into.
                 shift = T.bind(T.Select(T.And(whole, chunk == first_chunk), T.int32(0), T.int32(QUERY_ROWS)))
@@ -213,10 +239,10 @@ class _Body:
             with T.If(whole), T.Then(), T.serial(0, item.rows) as row:
                 self._finish(item, row, head)
 
-    def _merge_parts(self, item: Item, head: Expr, owner: Expr, at: Expr) -> None:
-        """Puts together the rows of a divided item; members take turns."""
+    def _merge_parts(self, item: Item, head: Expr, piece: Expr, at: Expr) -> None:
+        """Puts together the rows of a divided item, which members deal out."""
         first_chunk = T.bind(self._chunk(item.first_block))
-        with T.If(owner < T.int64(0)), T.Then(), T.serial(0, item.rows) as row:
+        with T.If(piece < T.int64(0)), T.Then(), T.serial(0, item.rows) as row:
             turn = T.truncmod(head * item.rows + row, self.env["team"])
             with T.If(turn == self.env["member"]), T.Then():
                 self.state.begin(row)

@@ -370,6 +370,7 @@ def _kv_attend(s: Selection, op: Op) -> None:
     if kernel.divide:
         places.append(s.storage.barrier)
         room = [op.results[1].tensor.elements]
+    places.append(s.storage.turns())
     s.call(op, kernel, [*places, q.shape[0], _operand(op, "table").shape[0], _width(op), *room])
 
 
