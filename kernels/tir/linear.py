@@ -254,9 +254,9 @@ class _Loop:
             env["onward"][0] = onward
             panel_at = hold(T.truncdiv(number, parts))
             part = hold(number - panel_at * parts)
-            turn = hold(T.truncdiv(panel_at, T.int32(panels)))
-            panel = hold(panel_at - turn * panels)
-            top = hold(turn * most)
+            round_of = hold(T.truncdiv(panel_at, T.int32(panels)))
+            panel = hold(panel_at - round_of * panels)
+            top = hold(round_of * most)
             here = hold(T.min(rows - top, most))
             tiles = hold(T.truncdiv(here + (height - 1), T.int32(height)))
             lo, hi = hold(T.truncdiv(tiles * part, parts)), hold(T.truncdiv(tiles * (part + 1), parts))

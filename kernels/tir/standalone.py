@@ -6,6 +6,7 @@ Owns no part of an artifact: the lowering compiles whole programs with the same 
 from __future__ import annotations
 
 import ctypes
+import os
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
 from xllm_compiler.kernels.tir.turns import TURNS, WORDS
 
-_MOST_MEMBERS = 64
+_MOST_MEMBERS = max(64, os.cpu_count() or 1)
 _STEP = "xllm_step_kernel"
 
 
