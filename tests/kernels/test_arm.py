@@ -129,6 +129,13 @@ def test_float_kernels(isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("team", [1, 3])
+def test_turns(team: int) -> None:
+    turns = load("test_turns")
+    turns.test_every_piece_is_done_once(standalone(turns.Pieces(), ISAS[LEVELS[0]]), team)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", LEVELS)
 def test_quantized_kernels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(
