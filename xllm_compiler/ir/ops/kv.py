@@ -156,7 +156,7 @@ class KvAttend(Op):
         return (out, np.zeros(self.scratch, up.dtype)) if self.scratch else out
 
     def default_hint(self, index: int) -> str:
-        return ("a", "scratch")[index]
+        return (super().default_hint(0), "scratch")[index]
 
 
 @op("kv.append", consumes="kv")
