@@ -137,10 +137,10 @@ class _Body:
                 largest[0] = T.max(largest[0], this)
 
         self._query_blocks(1, count)
-        heads, team = self.kernel.kv.heads, T.Cast("int64", self.env["team"])
-        self.total = hold(T.max(cost[0], T.int64(1)) * heads)
+        self.team = T.Cast("int64", self.env["team"])
+        self.total = hold(T.max(cost[0], T.int64(1)) * self.kernel.kv.heads)
         # where a query block is soon done, walking past all of them costs more than waiting for whoever is late
-        self.pieces = hold(team * T.Select(cost[0] >= items[0] * _WORTH_WALKING, T.int64(_PIECES), T.int64(1)))
+        self.pieces = hold(self.team * T.Select(cost[0] >= items[0] * _WORTH_WALKING, T.int64(_PIECES), T.int64(1)))
 
         def piece(number: Expr, onward: Expr) -> None:
             self.piece = T.bind(T.Cast("int64", number))
@@ -149,7 +149,7 @@ class _Body:
         by_turns(T.Cast("int32", self.pieces), self.env["turns"], self.env["member"], self.env["team"], piece)
         self.tiles.release()
         if self.kernel.divide:
-            with T.If(largest[0] * team * _NOTABLE > self.total), T.Then():
+            with T.If(largest[0] * self.team * _NOTABLE > self.total), T.Then():
                 T.evaluate(T.call_extern("int32", "xllm_team_barrier", self.env["barrier"].data, self.env["team"]))
                 self._each_item(self._merge_parts)
 
@@ -188,10 +188,9 @@ class _Body:
             piece[0] = self._piece_of(self.passed[0], cost, self.pieces)
             at = T.bind(used[0])
             if self.kernel.divide:
-                team = T.bind(T.Cast("int64", self.env["team"]))
-                worth = T.And(item.rows <= _DIVIDED_ROWS, cost * team * _NOTABLE > self.total)
-                begins = self._piece_of(self.passed[0], T.int64(0), team)
-                apart = begins != self._piece_of(self.passed[0] + cost - 1, T.int64(0), team)
+                worth = T.And(item.rows <= _DIVIDED_ROWS, cost * self.team * _NOTABLE > self.total)
+                begins = self._piece_of(self.passed[0], T.int64(0), self.team)
+                apart = begins != self._piece_of(self.passed[0] + cost - 1, T.int64(0), self.team)
                 fits = T.And(needed <= self.env["room"] - at, chunks > 1)
                 with T.If(T.And(T.And(worth, fits), apart)), T.Then():
                     piece[0] = T.int64(-1)

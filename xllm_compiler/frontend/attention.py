@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import library
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from xllm_compiler.errors import XllmError
@@ -78,7 +79,7 @@ class AttendCall:
 _calls: list[AttendCall] | None = None
 
 
-@torch.library.custom_op("xllm::attend", mutates_args=())
+@library.custom_op("xllm::attend", mutates_args=())
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
