@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from xllm_compiler.passes.quantize.forms import QuantForm
+from xllm_compiler.passes.quantize.forms import QuantForm, parse_form
 
 _BEFORE: Final[tuple[str, ...]] = (
     "import-clean",  # what export leaves behind (unit batch dim, no-op casts) would hide every later pattern
@@ -56,5 +56,5 @@ PRESETS: Final[dict[str, tuple[str, ...]]] = {
     "cpu": _BEFORE + _AFTER,
     "cpu-rows": (*_BEFORE, "quantize-rows", *_AFTER),  # checkpoints whose weights come quantized, for rounded inputs
     "cpu-int8": quantized(QuantForm(8)),
-    "cpu-int4": quantized(QuantForm(4, group=32)),
+    "cpu-int4": quantized(parse_form("int4")),
 }

@@ -14,7 +14,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.quantized_config import quantized_config
 from xllm_compiler.passes.pipelines import quantized
-from xllm_compiler.passes.quantize.forms import MIXED, QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import MIXED, NARROW, parse_form
 
 TARGETS = ("cpu",)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
@@ -200,7 +200,7 @@ def _pipeline(options: CompileOptions, target: str, checkpoint: Checkpoint) -> t
     if options.quantize is None:
         return options.pipeline if options.pipeline is not None else _default_pipeline(target, checkpoint), None
     mixed = options.quantize.strip().lower() == MIXED
-    form = QuantForm(4, group=32) if mixed else parse_form(options.quantize)
+    form = NARROW if mixed else parse_form(options.quantize)
     if options.pipeline is not None:
         raise XllmError(
             "option",

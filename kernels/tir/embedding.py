@@ -5,6 +5,7 @@ An id is trusted to be in range: the runtime checks token ids when a request arr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,12 @@ class Embedding(Kernel):
     def _dequantize(self, form: Quantization, w: Expr, panel: Expr, column: Expr, y: Expr, to: Expr) -> None:
         """One row of a quantized panel: a column of it, a quad at a time."""
         length = form.group or form.padded(self.dim)
+        name = "xllm_put_f32" if self.dtype == "f32" else "xllm_round_put_bf16"
+
+        def put(i: Expr, stored: Expr, zero: Expr, scale: Expr) -> None:
+            value = T.bind((T.Cast("float32", stored) - zero) * scale)
+            T.evaluate(T.call_extern("int32", name, address(y, to + i), value))
+
         with T.serial(0, form.groups(self.dim)) as group:
             start = T.bind(panel * form.panel_bytes(self.dim) + T.Cast("int64", group) * form.group_bytes(self.dim))
             scale = T.call_extern(
@@ -77,6 +84,9 @@ class Embedding(Kernel):
             zero = T.float32(form.middle)
             if form.zeros:
                 zero = T.bind(T.Cast("float32", w[start + PANEL * form.scale_bytes + column]))
+            if form.grid:
+                _on_grids(form, w, start, column, self.dim, lambda i, stored: put(i, stored, zero, scale))
+                return
             values = T.bind(start + form.header_bytes + column * QUAD)
             with T.serial(0, T.min(length, self.dim - group * length)) as i:
                 quad, rest = T.truncdiv(i, T.int32(QUAD)), T.truncmod(i, T.int32(QUAD))
@@ -85,9 +95,25 @@ class Embedding(Kernel):
                 else:
                     byte = T.Cast("int32", w[values + T.truncdiv(quad, T.int32(2)) * (PANEL * QUAD) + rest])
                     stored = T.bitwise_and(T.shift_right(byte, T.truncmod(quad, T.int32(2)) * 4), T.int32(15))
-                value = T.bind((T.Cast("float32", stored) - zero) * scale)
-                put = "xllm_put_f32" if self.dtype == "f32" else "xllm_round_put_bf16"
-                T.evaluate(T.call_extern("int32", put, address(y, to + group * length + i), value))
+                put(group * length + i, stored, zero, scale)
+
+
+def _on_grids(
+    form: Quantization, w: Expr, start: Expr, column: Expr, dim: int, put: Callable[[Expr, Expr], None]
+) -> None:
+    """`put(i, byte)` for the first `dim` values of a column of the panel at byte `start`, which is on grids."""
+    a, rest = T.truncdiv(column, T.int64(LANES)), T.truncmod(column, T.int64(LANES))
+    b, c = T.truncdiv(rest, T.int64(4)), T.truncmod(rest, T.int64(4))
+    head_at = T.bind(LANES * b + 4 * a + c)
+    with T.serial(0, -(-dim // form.grid)) as run:
+        at = T.bind(start + form.header_bytes + T.Cast("int64", run) * form.run_bytes)
+        head = T.bind(T.Cast("int32", w[at + head_at]))
+        step, point = T.bitwise_and(head, T.int32(15)), T.shift_right(head, T.int32(4))
+        with T.serial(0, T.min(form.grid, dim - run * form.grid)) as i:
+            quad, rest = T.truncdiv(i, T.int32(QUAD)), T.truncmod(i, T.int32(QUAD))
+            both = T.Cast("int32", w[at + PANEL + T.truncdiv(quad, T.int32(2)) * (PANEL * QUAD) + column * QUAD + rest])
+            n = T.bitwise_and(T.shift_right(both, T.truncmod(quad, T.int32(2)) * 4), T.int32(15))
+            put(run * form.grid + i, T.bind((n - point) * step + form.middle))
 
 
 def _copy(y: Expr, to: Expr, w: Expr, source: Expr, count: int) -> None:

@@ -16,12 +16,18 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL
 from xllm_compiler.kernels.tir.emit import address, fma, load, splat, stack_array, store
-from xllm_compiler.kernels.tir.linear_tiles import BLOCK_ROWS, STEP_BYTES, BlockSums, narrow_shape, wide_shape
+from xllm_compiler.kernels.tir.linear_tiles import (
+    BLOCK_ROWS,
+    MOST_BYTES,
+    STEP_BYTES,
+    BlockSums,
+    narrow_shape,
+    wide_shape,
+)
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 from xllm_compiler.kernels.tir.weight_only import open_group
 
 Expr = Any
-_MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
 _PART = BLOCK_ROWS * PANEL
 
 
@@ -132,7 +138,7 @@ class _Groups(BlockSums):
 def _fits(length: int, row_bytes: int) -> bool:
     """Whether a group fits a tile or is whole tiles, rows are whole groups, and a panel taken apart fits the stack."""
     tiles = length <= TILE_BYTES or length % TILE_BYTES == 0
-    return tiles and row_bytes % length == 0 and PANEL * row_bytes <= _MOST_BYTES
+    return tiles and row_bytes % length == 0 and PANEL * row_bytes <= MOST_BYTES
 
 
 class RoundedRows(_Groups):

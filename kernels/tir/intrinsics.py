@@ -204,6 +204,49 @@ def _rotate() -> str:
     return "\n".join([*lines, f"  ret <16 x float> {name}", "}", ""])
 
 
+def _grids() -> str:
+    """Runs of bytes on grids (grid_bytes.py). Of the heads of 64 columns their steps, and 128 - point * step; of these
+    for 16 columns the step in both halves of each 32-bit lane, and the other in all four bytes; and the bytes."""
+    lines = [
+        "define linkonce_odr <16 x i32> @xllm_grid_steps(<16 x i32> %v) {",
+        "  %r = and <16 x i32> %v, splat (i32 252645135)",
+        "  ret <16 x i32> %r",
+        "}",
+        "define linkonce_odr <16 x i32> @xllm_grid_bases(<16 x i32> %v) {",
+        "  %a = bitcast <16 x i32> %v to <64 x i8>",
+        "  %s = and <64 x i8> %a, splat (i8 15)",
+        "  %z = lshr <64 x i8> %a, splat (i8 4)",
+        "  %x = mul <64 x i8> %s, %z",
+        "  %b = sub <64 x i8> splat (i8 -128), %x",
+        "  %r = bitcast <64 x i8> %b to <16 x i32>",
+        "  ret <16 x i32> %r",
+        "}",
+        "define linkonce_odr <16 x i32> @xllm_on_grid(<16 x i32> %n, <16 x i32> %steps, <16 x i32> %bases) {",
+        "  %a = bitcast <16 x i32> %n to <32 x i16>",
+        "  %s = bitcast <16 x i32> %steps to <32 x i16>",
+        "  %x = mul <32 x i16> %a, %s",  # of two bytes at once: a product of a byte stays in its byte
+        "  %y = bitcast <32 x i16> %x to <64 x i8>",
+        "  %b = bitcast <16 x i32> %bases to <64 x i8>",
+        "  %z = add <64 x i8> %y, %b",
+        "  %r = bitcast <64 x i8> %z to <16 x i32>",
+        "  ret <16 x i32> %r",
+        "}",
+    ]
+    for vector in range(4):
+        from_ = [byte & ~15 | 4 * vector | (byte & 15) // 4 for byte in range(4 * LANES)]
+        for name, bytes_ in (("steps", [64 if i % 2 else byte for i, byte in enumerate(from_)]), ("bases", from_)):
+            lines += [
+                f"define linkonce_odr <16 x i32> @xllm_grid_{name}_{vector}(<16 x i32> %v) {{",
+                "  %a = bitcast <16 x i32> %v to <64 x i8>",
+                "  %b = shufflevector <64 x i8> %a, <64 x i8> zeroinitializer, <64 x i32> "
+                f"<{', '.join(f'i32 {byte}' for byte in bytes_)}>",
+                "  %r = bitcast <64 x i8> %b to <16 x i32>",
+                "  ret <16 x i32> %r",
+                "}",
+            ]
+    return "\n".join([*lines, ""])
+
+
 _OF_MACHINE = {"x86_64": x86_intrinsics, "aarch64": arm_intrinsics}
 _REGISTERS = {"x86_64": "xmm", "aarch64": "v"}
 
@@ -220,4 +263,4 @@ def _forget_vectors(isa: Isa) -> str:
 @cache
 def intrinsics(isa: Isa) -> str:
     """The LLVM text to import into a kernel for `isa`."""
-    return _COMMON + _rotate() + _forget_vectors(isa) + _OF_MACHINE[isa.machine](isa)
+    return _COMMON + _grids() + _rotate() + _forget_vectors(isa) + _OF_MACHINE[isa.machine](isa)

@@ -36,7 +36,7 @@ from xllm_compiler.kernels.tir.emit import (
 )
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
 from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats
-from xllm_compiler.kernels.tir.linear_tiles import BlockSums, ByteTiles, DenseTiles
+from xllm_compiler.kernels.tir.linear_tiles import BlockSums, ByteTiles, DenseTiles, GridTiles
 from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
@@ -302,7 +302,8 @@ class _Loop:
         """How vectors make the sums of many rows where panels are better taken in slices."""
         form, ahead = self.format, partial(self._ahead, env)
         if isinstance(form, Quantized) and SlicedBytes.can(form, self.isa, self.k):
-            return SlicedBytes(form, self.isa, self.k, self._height, env, ahead)
+            height = _height(Quantized(form.q.multiplied), self.isa, self.most_rows)
+            return SlicedBytes(form, self.isa, self.k, height, env, ahead)
         if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
             width = partial(Dense("f32").width, self.isa)
             return SlicedFloats(self.k, tile_rows(width, self.most_rows or MOST_ROWS), width, env, ahead)
@@ -319,6 +320,8 @@ class _Loop:
             return DenseTiles(self.k, env)
         if isinstance(form, Quantized) and form.q.bits == 8 and form.q.group == 0:
             return ByteTiles(form.q, self.k, env)
+        if isinstance(form, Quantized) and GridTiles.can(form.q, self.k):
+            return GridTiles(form.q, self.k, env)
         if isinstance(form, Quantized) and RoundedRows.can(form.q, self.k):
             return RoundedRows(form.q, self.k, env)
         if isinstance(form, WeightOnly) and form.dtype == "bf16" and FloatRows.can(form.q, self.k):

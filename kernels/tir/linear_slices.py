@@ -33,6 +33,7 @@ from xllm_compiler.kernels.tir.emit import (
     stack_array,
     store,
 )
+from xllm_compiler.kernels.tir.grid_bytes import open_runs
 from xllm_compiler.kernels.tir.linear_tiles import BlockSums, byte_totals
 from xllm_compiler.kernels.tir.weights import Ahead, Quantized, in_blocks
 
@@ -40,6 +41,7 @@ Expr = Any
 AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
 """`ahead(panel, place, number, passes)`: what a walk over k asks for meanwhile, `number` of `passes` at `place`."""
 _VECTORS = PANEL // LANES
+_OPENED_BYTES = 1 << 14  # of a slice where none is needed but to turn it into bytes
 _BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
 
 
@@ -119,26 +121,45 @@ class _Sliced(BlockSums):
 
 
 class SlicedBytes(_Sliced):
-    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, which are exact."""
+    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, which are exact. What lies on grids
+    becomes bytes slice by slice."""
 
     kind = "i32"
 
     def __init__(self, form: Quantized, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
-        padded = form.q.padded(k)
-        super().__init__(env, padded, isa.slice_bytes // PANEL, height, partial(form.width, isa), ahead)
-        self._form, self._in, self.row_bytes, self.fewest = form, k, padded, height + 1
+        padded, bytes_ = form.q.padded(k), Quantized(form.q.multiplied)
+        length = (isa.slice_bytes or _OPENED_BYTES) // PANEL
+        super().__init__(env, padded, length, height, partial(bytes_.width, isa), ahead)
+        self._form, self._bytes, self._in, self.row_bytes, self.fewest = form, bytes_, k, padded, height + 1
+        if form.q.grid:
+            self.fewest = 9  # up to 8 rows become products in registers
+        self._opened = stack_array(self._length * PANEL, "uint8") if form.q.grid else None
 
     @staticmethod
     def can(form: Quantized, isa: Isa, k: int) -> bool:
-        """Whether the panel is more than a slice: else it stays in the first-level cache by itself."""
-        return form.q.bits == 8 and form.q.group == 0 and 0 < isa.slice_bytes < PANEL * form.q.padded(k)
+        """Whether the panel is on grids, or more than a slice: else it stays in the first-level cache by itself."""
+        whole = form.q.bits == 8 and form.q.group == 0
+        return form.q.grid > 0 or (whole and 0 < isa.slice_bytes < PANEL * form.q.padded(k))
+
+    def open(self, piece: _Piece, here: Expr) -> None:
+        q = self._form.q
+        if self._opened is not None:
+            run = T.truncdiv(piece.begin, T.int32(q.grid))
+            open_runs(q, self._env["w"], T.bind(self._values(piece) + run * q.run_bytes), piece.length, self._opened)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
-        q = self._form.q
-        start = T.Cast("int64", piece.panel) * q.panel_bytes(self._in) + q.header_bytes
-        weights = T.bind(start + T.Cast("int64", piece.begin) * PANEL)
+        env, weights = self._env, T.int64(0)
+        if self._opened is None:
+            weights = T.bind(self._values(piece) + T.Cast("int64", piece.begin) * PANEL)
+        else:
+            env = {**env, "w": self._opened}
         x_at = T.bind(T.Cast("int64", piece.row + first) * self.row_bytes + piece.begin)
-        self._form.multiply(self._env, totals, weights, x_at, self._in, count, vectors, piece.length, ahead)
+        self._bytes.multiply(env, totals, weights, x_at, self._in, count, vectors, piece.length, ahead)
+
+    def _values(self, piece: _Piece) -> Expr:
+        """Where the panel's values begin."""
+        q = self._form.q
+        return T.Cast("int64", piece.panel) * q.panel_bytes(self._in) + q.header_bytes
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         super().emit(row, here, panel, place, sums)

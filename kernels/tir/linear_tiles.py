@@ -17,11 +17,13 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL
-from xllm_compiler.kernels.tir.emit import address, load, splat
+from xllm_compiler.kernels.tir.emit import address, load, splat, stack_array
+from xllm_compiler.kernels.tir.grid_bytes import open_runs
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 
 Expr = Any
 BLOCK_ROWS = 2 * TILE_ROWS
+MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
 STEP_BYTES = PANEL * 4  # of a panel, from one 4-byte piece of k to the next
 _SUMS_STRIDE = PANEL * 4
 
@@ -186,6 +188,28 @@ class ByteTiles(WholeRows):
 
     def _start(self, panel: Expr) -> Expr:
         return T.Cast("int64", panel) * self._panel_bytes
+
+
+class GridTiles(ByteTiles):
+    """Weights on grids, which become a panel of bytes once for all rows that meet it."""
+
+    fewest = 13  # with fewer rows registers are quicker
+
+    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
+        super().__init__(q, k, env)
+        self._in, self._packed = k, env["w"]
+        self._w = stack_array(PANEL * q.padded(k), "uint8")
+
+    @staticmethod
+    def can(q: Quantization, k: int) -> bool:
+        return q.grid > 0 and PANEL * q.padded(k) <= MOST_BYTES
+
+    def begin(self, panel: Expr) -> None:
+        start = T.bind(self._start(panel) + self._q.header_bytes)
+        open_runs(self._q, self._packed, start, self._q.padded(self._in), self._w)
+
+    def values_at(self, panel: Expr) -> Expr:
+        return T.int64(0)
 
 
 def byte_totals(

@@ -7,6 +7,7 @@ its scale, added in order. Nothing is rounded that the dequantized matrix would 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
 from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat
+from xllm_compiler.kernels.tir.grid_bytes import Run
 from xllm_compiler.kernels.tir.weights import Ahead, WeightFormat, in_blocks
 
 Expr = Any
@@ -126,22 +128,13 @@ class WeightOnly(WeightFormat):
         parts = Vectors(count * len(at))
         for index in range(count * len(at)):
             parts[index] = splat(0.0)
-        points = [zero_point(self.q, w, start, vector) for vector in at]
-        values = T.bind(start + self.q.header_bytes)
-        halves = 8 // self.q.bits
+        stored, halves = _Stored(self.q, w, start, at), 8 // self.q.bits
 
         def step(number: Expr, here: int) -> None:
-            where = values + number * _STEP_BYTES
-            loaded = [
-                T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, where + vector * LANES * QUAD)))
-                for vector in at
-            ]
+            value = stored.step(number)
             for first in range(0, here, 2):
                 pair = min(2, here - first)
-                wide = [
-                    [widened(self.q, v, first + i, point) for i in range(pair)]
-                    for v, point in zip(loaded, points, strict=True)
-                ]
+                wide = [[value(j, first + i) for i in range(pair)] for j in range(len(at))]
                 if self.dtype == "bf16":
                     both = [as_pair(values) for values in wide]
                 for i in range(count):
@@ -174,16 +167,40 @@ class WeightOnly(WeightFormat):
 def open_group(q: Quantization, w: Expr, start: Expr, length: int, to: Expr, at: Expr) -> None:
     """Writes the `length` values of the group of a panel that begins at byte `start` of `w`, less their zero points, as
     pairs of bf16 along k for each of the 64 columns, to `to` from byte `at` on."""
-    points = [zero_point(q, w, start, vector) for vector in range(PANEL // LANES)]
-    values, elements = T.bind(start + q.header_bytes), QUAD * 8 // q.bits
+    vectors, elements = range(PANEL // LANES), QUAD * 8 // q.bits
+    stored = _Stored(q, w, start, vectors)
     with T.serial(0, length // elements) as step:
-        for vector, point in enumerate(points):
-            where = values + step * _STEP_BYTES + vector * LANES * QUAD
-            loaded = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, where)))
+        value = stored.step(step)
+        for vector in vectors:
             for first in range(0, elements, 2):
-                pair = as_pair([widened(q, loaded, first + i, point) for i in range(2)])
+                pair = as_pair([value(vector, first + i) for i in range(2)])
                 place = at + step * (elements * 2 * PANEL) + (first // 2 * _STEP_BYTES + vector * LANES * QUAD)
                 T.evaluate(T.call_extern("int32", "xllm_store_i32", address(to, place), pair))
+
+
+class _Stored:
+    """The values of the group at byte `start`, of the columns of the vectors `at`."""
+
+    def __init__(self, q: Quantization, w: Expr, start: Expr, at: range) -> None:
+        self._q, self._w, self._at = q, w, at
+        self._values = T.bind(start + q.header_bytes)
+        self._points = [zero_point(q, w, start, vector) for vector in at]
+
+    def step(self, number: Expr) -> Callable[[int, int], Expr]:
+        """`value(j, element)`: of the j-th vector, an element of the 4 or 8 of step `number`, less its zero point."""
+        q, w = self._q, self._w
+        if q.grid:
+            steps = q.grid // (2 * QUAD)
+            run = T.truncdiv(number, T.int32(steps))
+            opened = Run(w, T.bind(self._values + T.Cast("int64", run) * q.run_bytes))
+            quads = [opened.columns(vector)(number - run * steps) for vector in self._at]
+            return lambda j, element: widened(q.multiplied, quads[j][element // QUAD], element % QUAD, self._points[j])
+        where = self._values + number * _STEP_BYTES
+        loaded = [
+            T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, where + vector * LANES * QUAD)))
+            for vector in self._at
+        ]
+        return lambda j, element: widened(q, loaded[j], element, self._points[j])
 
 
 def zero_point(q: Quantization, w: Expr, start: Expr, vector: int) -> Expr:

@@ -17,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
 from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat, tile_width
+from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
@@ -149,7 +150,7 @@ class Dense(WeightFormat):
 @dataclass(frozen=True)
 class Quantized(WeightFormat):
     """8- or 4-bit weights by 8-bit activations: integer sums of a group of k are exact, and scaled sums of groups are
-    added in order.
+    added in order. Weights on grids become bytes in registers, and are then those of 8 bits.
 
     Activations come quantized (kernels/tir/quantize.py): `x` [rows, padded k] in -127 .. 127, `xs` their scales, by row
     or by group, and `xsum` [rows, groups] the sums of a row's group. A stored weight is w / scale + zero, unsigned; so
@@ -175,6 +176,8 @@ class Quantized(WeightFormat):
         each = LANES // isa.register_lanes
         # the sums so far stay on the stack while a group is added up
         held = (1 if self.q.bits == 8 else 2) + (0 if isa.has_int8_dot else 2)
+        if self.q.grid:
+            held = 4  # steps and points, what was loaded, and a quad
         for width in (4, 2, 1):
             fits = each * (rows * width + width * held + 2) <= isa.vector_registers
             # measured: beyond half the registers the sums so far cost more than a larger tile saves
@@ -255,7 +258,7 @@ class Quantized(WeightFormat):
     ) -> None:
         """totals += the stored weights at byte `weights` times `count` rows of x from `x_at` on, over `length` k."""
         padded = self.q.padded(k)
-        dot = "xllm_dot_u8i8" if self.q.bits == 8 else "xllm_dot_u4i8"
+        dot = "xllm_dot_u8i8" if self.q.multiplied.bits == 8 else "xllm_dot_u4i8"
 
         def add(quad: Expr, operands: list[Expr]) -> None:
             for i in range(count):
@@ -276,12 +279,40 @@ class Quantized(WeightFormat):
             add(number * 2, [T.bind(T.bitwise_and(v, low)) for v in loaded])
             add(number * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded])
 
+        if self.q.grid:
+            self._runs(env["w"], weights, at, length, add, ahead)
+            return
         steps = length // QUAD // (1 if self.q.bits == 8 else 2)
         if ahead is None:
             with T.serial(0, steps) as number:
                 step(number)
         else:
             in_blocks(steps, ahead, step)
+
+    def _runs(
+        self,
+        w: Expr,
+        weights: Expr,
+        at: range,
+        length: int,
+        add: Callable[[Expr, list[Expr]], None],
+        ahead: Ahead | None,
+    ) -> None:
+        """`add(quad, its bytes)` for all quads of runs that begin at byte `weights`."""
+        runs = -(-length // self.q.grid)
+
+        def run(number: Expr, valid: int) -> None:
+            if ahead is not None:
+                ahead(number, runs)
+            opened = Run(w, T.bind(weights + T.Cast("int64", number) * self.q.run_bytes))
+            columns = [opened.columns(vector) for vector in at]
+            with T.serial(0, valid // (2 * QUAD)) as pair:
+                both = [quads(pair) for quads in columns]
+                first = T.bind(number * (self.q.grid // QUAD) + pair * 2)
+                for half in range(2):
+                    add(first + half, [quads[half] for quads in both])
+
+        each_run(self.q, length, run)
 
     def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
         """-zero * the row's sum."""

@@ -26,6 +26,8 @@ from xllm_compiler.ir.ops import (
 )
 from xllm_compiler.ir.rewrite import Rewriter
 
+_FORM = ("bits", "group", "rotate", "grid", "dtype")  # attributes of quant.dequantize
+
 
 def hoist(values: Iterable[Value | None], anchor: Op) -> None:
     """Moves weight expressions, with all they are made of, before `anchor`, where they do not stand there already."""
@@ -167,8 +169,8 @@ def same_form(weights: Sequence[Value]) -> bool:
     forms: list[object] = []
     for w in weights:
         op = w.op
-        form = (op.bits, op.group, op.rotate, op.dtype, op.zeros is None) if isinstance(op, Dequantize) else None
-        forms.append(form)
+        form = [op.attrs[name] for name in _FORM] if isinstance(op, Dequantize) else []
+        forms.append((form, isinstance(op, Dequantize) and op.zeros is not None))
     return all(form == forms[0] for form in forms)
 
 
@@ -184,7 +186,7 @@ def by_part(rw: Rewriter, weights: Sequence[Value], rows: Callable[[Sequence[Val
     if values is first.values:
         return first.result
     zeros = rows(points) if points else None
-    form: dict[str, Any] = {name: first.attrs[name] for name in ("bits", "group", "rotate", "dtype")}
+    form: dict[str, Any] = {name: first.attrs[name] for name in _FORM}
     return rw.create(Dequantize, values, scales, zeros=zeros, **form).result
 
 

@@ -63,4 +63,4 @@ def _operands(x: Value, w: Dequantize, rw: Rewriter) -> tuple[Value, ...]:
 
 
 def _form(x: Value, w: Dequantize) -> dict[str, Any]:
-    return {"zeros": w.zeros, "bits": w.bits, "group": w.group, "dtype": x.dtype}
+    return {"zeros": w.zeros, "bits": w.bits, "group": w.group, "grid": w.grid, "dtype": x.dtype}

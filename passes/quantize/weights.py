@@ -41,14 +41,21 @@ class QuantizeWeights(FuncPass):
 
     A weight that an embedding reads too stays one. `keep`: patterns of checkpoint names, separated by ":", whose layers
     stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are left alone.
+    `grid`, of 4 bits: a scale per row, and every so many values on a grid of 16 numbers; the integers are then bytes.
     `rotate`: weights that meet only what comes out of a gate or an activation, where single values are far larger than
-    the others, are rotated first (ir/quant.py).
+    the others, are rotated first (ir/quant.py has both).
     """
 
-    samples: ClassVar[tuple[str, ...]] = ("{bits=4,group=32}", "{bits=4,group=32,zeros=true}", "{rotate=true}")
+    samples: ClassVar[tuple[str, ...]] = (
+        "{bits=4,group=32}",
+        "{bits=4,group=32,zeros=true}",
+        "{bits=4,grid=32}",
+        "{rotate=true}",
+    )
 
     bits: int = 8
     group: int = 0
+    grid: int = 0
     zeros: bool = False
     rotate: bool = False
     keep: str = ""
@@ -59,7 +66,7 @@ class QuantizeWeights(FuncPass):
         """What normally distributed weights lose, rounded up; 4 bits lose more the longer a group is."""
         if self.bits != 4:
             return 0.01
-        return 0.12 if 0 < self.group <= 128 else 0.2
+        return 0.12 if self.grid or 0 < self.group <= 128 else 0.2
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
         if self.bits not in (4, 8) or self.group < 0 or self.group % 16:
@@ -67,6 +74,12 @@ class QuantizeWeights(FuncPass):
                 "option",
                 f"weights of {self.bits} bits in groups of {self.group}",
                 help="bits: 4 or 8; group: 16 * n, or 0",
+            )
+        if self.grid and (self.grid not in quant.GRIDS or self.bits != 4 or self.group or self.zeros):
+            raise XllmError(
+                "option",
+                f"weights of {self.bits} bits on grids of {self.grid}",
+                help=f"grid: {' or '.join(map(str, quant.GRIDS))}, with 4 bits and neither group nor zeros",
             )
         done = 0
         for w, layer in layer_weights(func).items():
@@ -86,7 +99,7 @@ class QuantizeWeights(FuncPass):
     def _quantize(self, w: Value, op: Op) -> None:
         users = w.uses
         b = Builder.after(op, op.loc.touched_by(_RULE))
-        form: dict[str, Any] = {"bits": self.bits, "group": self.group}
+        form: dict[str, Any] = {"bits": 8 if self.grid else self.bits, "group": self.group, "grid": self.grid}
         form["rotate"] = rotation_of(w) if self.rotate else 0
         made = b.create(QuantWeight, w, zeros=self.zeros, **form)
         zeros = made.results[2] if self.zeros else None

@@ -136,11 +136,13 @@ def test_spelled_out_defaults_are_the_same_request(tmp_path: Path) -> None:
 
 def test_a_form_is_its_pipeline(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
-    named = [prepare(root, CompileOptions(quantize=form)).factors for form in ("int4", "W4A8", "w4a8-g32", "int4-g64")]
+    named = [
+        prepare(root, CompileOptions(quantize=form)).factors for form in ("int4", "W4A8", "w4a8-grid32", "int4-g64")
+    ]
     text = [factors.read("pipeline.text") for factors in named]
     assert text[0] == text[1] == text[2] != text[3]
     assert named[0].hash() == named[1].hash() == named[2].hash() != named[3].hash()
-    assert "quantize-weights{bits=4,group=32},quantize-rows" in text[0]
+    assert "quantize-weights{bits=4,grid=32},quantize-rows" in text[0]
 
 
 def test_files_are_factors_by_content(tmp_path: Path) -> None:

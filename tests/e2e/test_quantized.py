@@ -18,11 +18,14 @@ from xllm_compiler.tools import verify
 from xllm_compiler.tools.steps import make_trial
 from xllm_compiler.tools.verify import references, run_native
 
-ZEROS = ",".join(PRESETS["cpu-int4"]).replace("group=32", "group=64,zeros=true")
+ZEROS = ",".join(PRESETS["cpu-int4"]).replace("grid=32", "group=64,zeros=true")
+FINE = ",".join(PRESETS["cpu-int4"]).replace("grid=32", "grid=16")
 WEIGHTS_ONLY = ",".join(PRESETS["cpu-int8"]).replace(",quantize-rows", "").replace(",rotate=true", "")
 CASES = [
     ("qwen3", "@cpu-int8", {"q8", "glu_q8"}),
-    ("qwen3", "@cpu-int4", {"q4g32", "glu_q4g32"}),
+    ("qwen3", "@cpu-int4", {"q4grid32", "glu_q4grid32"}),
+    ("llama", FINE, {"q4grid16", "glu_q4grid16"}),
+    ("llama", FINE.replace(",quantize-rows", ""), {"q4grid16", "glu_q4grid16"}),
     ("qwen3", ZEROS, {"q4g64z", "glu_q4g64z"}),
     ("llama", "@cpu-int8", {"q8", "glu_q8"}),  # tied embeddings, biases
     ("llama", ZEROS, {"q4g64z", "glu_q4g64z"}),
@@ -66,7 +69,7 @@ def test_verify_takes_it(pipeline: str, artifact: Callable[..., Path], capsys: p
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_bytes_of_the_weights(family: str, artifact: Callable[..., Path]) -> None:
-    """8 bits take half of the bytes of bf16, 4 bits in groups of 32 a little over a quarter; scales come on top."""
+    """8 bits take half of the bytes of bf16, 4 bits on grids a little over a quarter; scales come on top."""
     full, eight, four = (
         sum(t.bytes for t in read_manifest(artifact(family, "bfloat16", p)).weights.tensors if len(t.shape) > 1)
         for p in (None, "@cpu-int8", "@cpu-int4")

@@ -149,7 +149,11 @@ def test_quantized_kernels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch,
         "test_quantized",
         "test_linear",
-        *((isa, form, k, n) for form in ("q8", "q4g32", "q4g32z", "q8g32") for k, n in ((64, 192), (37, 100))),
+        *(
+            (isa, form, k, n)
+            for form in ("q8", "q4g32", "q4g32z", "q8g32", "q4grid32")
+            for k, n in ((64, 192), (37, 100))
+        ),
     )
     run(monkeypatch, "test_quantized", "test_linear_glu", (isa, "q4g32"))
     run(monkeypatch, "test_weight_only", "test_linear", (isa, "q8", "bf16", 37, 100), (isa, "q4g64", "f32", 64, 192))

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
 from xllm_compiler.kernels.tir.base import ISAS
@@ -16,7 +17,7 @@ from xllm_compiler.kernels.tir.quantize import QuantizeRows
 from xllm_compiler.kernels.tir.standalone import Standalone, aligned
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-FORMS = ["q8", "q4g32", "q4g64", "q4g32z", "q8g32"]
+FORMS = ["q8", "q4g32", "q4g64", "q4g32z", "q8g32", "q4grid16", "q4grid32"]
 
 
 def quantized(
@@ -25,6 +26,8 @@ def quantized(
     """Stored values, scales, zeros of a random weight."""
     groups = form.groups(k)
     values = rng.integers(0, 1 << form.bits, (n, k)).astype(np.uint8)
+    if form.grid:
+        values = bytes_on_grids(rng, n, k, form.grid)
     scales = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16 if form.group else np.float32)
     zeros = (
         rng.integers(0, 1 << form.bits, (n, groups)).astype(np.uint8)
@@ -126,7 +129,7 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
     kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), level)
     packed = aligned(q.shape(n, k), np.uint8)
     packed[:] = pack_quantized(q, values, scales, zeros)
-    most = 70 if level.has_tiles or level.slice_bytes else 15  # blocks of up to 48 rows
+    most = 70 if level.has_tiles or level.slice_bytes or q.grid else 15  # blocks of up to 48 rows
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), q)
     bias, residual = rng.standard_normal(n).astype(BF16), rng.standard_normal((most, n)).astype(BF16)
 
@@ -149,13 +152,13 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("form", ["q8", "q4g32", "q8g32"])
+@pytest.mark.parametrize("form", ["q8", "q4g32", "q8g32", "q4grid16"])
 def test_linear_glu(isa: str, form: str) -> None:
     k, f = 96, 40
     rng = np.random.default_rng(1)
     q = Quantization.parse(form)
     values, scales, zeros = quantized(rng, q, 2 * f, k)
-    packed = pack_quantized(q, interleave_glu(values), interleave_glu(scales), interleave_glu(zeros))
+    packed = pack_quantized(q, interleave_glu(values, q.middle), interleave_glu(scales), interleave_glu(zeros))
     kernel = Standalone(LinearGlu(k, f, "bf16", weights=form), ISAS[isa])
     x, xs, xsum = rows_reference(rng.standard_normal((9, k)).astype(BF16), q)
     y = np.zeros((9, f), BF16)
@@ -166,3 +169,21 @@ def test_linear_glu(isa: str, form: str) -> None:
     gate, up = both[:, :f], both[:, f:]
     expected = gate / (1 + np.exp(-gate)) * up
     assert np.abs(y.astype(np.float64) - expected).max() <= 5e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("form", ["q4grid16", "q4grid32"])
+@pytest.mark.parametrize("rows", [1, 8, 9, 70])
+def test_weights_on_grids_are_those_of_8_bits(form: str, rows: int) -> None:
+    """Bit for bit, at every level, whatever they are stored as: sums of integers are exact."""
+    k, n, rng = 1100, 130, np.random.default_rng(rows)
+    q, plain = Quantization.parse(form), Quantization(8)
+    values, scales, _ = quantized(rng, q, n, k)
+    x, xs, xsum = rows_reference(rng.standard_normal((rows, k)).astype(BF16), plain)
+    bias, found = rng.standard_normal(n).astype(BF16), set()
+    for isa in machine_isas():
+        for one in (q, plain):
+            kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, weights=str(one)), ISAS[isa])
+            y = np.zeros((rows, n), np.float32)
+            kernel(x, xs, xsum, pack_quantized(one, values, scales), bias, y, rows, team=2)
+            found.add(y.tobytes())
+    assert len(found) == 1

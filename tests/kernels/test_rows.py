@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from levels import ISA_TYPES
 
+from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.kernels import layouts
 from xllm_compiler.kernels.tir.base import ISAS
 from xllm_compiler.kernels.tir.embedding import Embedding
@@ -75,6 +76,24 @@ def test_embedding_copies_rows_and_panels(isa: str, dtype: str, dim: int) -> Non
         y = np.zeros((ROWS, dim), NUMPY[dtype])
         Standalone(Embedding(dim, dtype, layout), ISAS[isa])(ids, w, y, ROWS, team=2)
         assert y.tobytes() == table[ids].tobytes()
+
+
+@pytest.mark.parametrize("isa, dtype", ISA_TYPES)
+@pytest.mark.parametrize("dim", [1, 37, 64, 144])
+@pytest.mark.parametrize("form", ["q8", "q4g32z", "q4grid16", "q4grid32"])
+def test_embedding_widens_quantized_rows(isa: str, dtype: str, dim: int, form: str) -> None:
+    rng, q = np.random.default_rng(dim), layouts.Quantization.parse(form)
+    values = rng.integers(0, 1 << q.bits, (130, dim)).astype(np.uint8)
+    if q.grid:
+        values = bytes_on_grids(rng, 130, dim, q.grid)
+    scales = rng.uniform(0.01, 0.1, (130, q.groups(dim))).astype(np.float16 if q.group else np.float32)
+    zeros = rng.integers(0, 16, scales.shape).astype(np.uint8) if q.zeros else None
+    ids, y = np.array([0, 129, 64, 63, 7, 7, 100], np.int32), np.zeros((ROWS, dim), NUMPY[dtype])
+    packed = layouts.pack_quantized(q, values, scales, zeros)
+    Standalone(Embedding(dim, dtype, form), ISAS[isa])(ids, packed, y, ROWS, team=2)
+    each = (scales.repeat(q.group, axis=1)[:, :dim] if q.group else scales).astype(np.float32)
+    point = q.middle if zeros is None else zeros.repeat(q.group, axis=1)[:, :dim].astype(np.float32)
+    assert y.tobytes() == ((values.astype(np.float32) - point) * each)[ids].astype(NUMPY[dtype]).tobytes()
 
 
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rotary: int, style: str) -> np.ndarray:

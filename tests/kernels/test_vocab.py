@@ -62,7 +62,9 @@ def _best_block_max() -> Standalone:
 
 
 @pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("dtype, weights", [("bf16", ""), ("f32", ""), ("bf16", "q8"), ("bf16", "q4g32")])
+@pytest.mark.parametrize(
+    "dtype, weights", [("bf16", ""), ("f32", ""), ("bf16", "q8"), ("bf16", "q4g32"), ("bf16", "q4grid32")]
+)
 @pytest.mark.parametrize("n, bias", [(200, True), (128, False)])
 def test_projection(isa: str, dtype: str, weights: str, n: int, bias: bool) -> None:
     """The same logits as without maxima, bit for bit, and the maxima of those."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
 from xllm_compiler.kernels.tir.base import ISAS
@@ -13,11 +14,17 @@ from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+FORMS = [
+    *(("q8", "bf16"), ("q4g32z", "bf16"), ("q4g64", "f32"), ("q8g32z", "f32")),
+    *(("q4grid16", "bf16"), ("q4grid32", "bf16"), ("q4grid32", "f32")),
+]
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def random_weight(rng: np.random.Generator, q: Quantization, n: int, k: int) -> Parts:
     values = rng.integers(0, 1 << q.bits, (n, k)).astype(np.uint8)
+    if q.grid:
+        values = bytes_on_grids(rng, n, k, q.grid)
     scales = rng.uniform(0.01, 0.1, (n, q.groups(k))).astype(np.float16 if q.group else np.float32)
     zeros = rng.integers(0, 1 << q.bits, scales.shape).astype(np.uint8) if q.zeros else None
     return values, scales, zeros
@@ -35,7 +42,7 @@ def meaning(q: Quantization, values: np.ndarray, scales: np.ndarray, zeros: np.n
 
 
 @pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("form, dtype", [("q8", "bf16"), ("q4g32z", "bf16"), ("q4g64", "f32"), ("q8g32z", "f32")])
+@pytest.mark.parametrize("form, dtype", FORMS)
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (1, 1)])
 def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
     rng = np.random.default_rng(n)

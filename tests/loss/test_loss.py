@@ -24,7 +24,7 @@ from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.passes.pipelines import UNQUANTIZED
-from xllm_compiler.passes.quantize.forms import parse_form
+from xllm_compiler.passes.quantize.forms import NARROW, WIDE, parse_form
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
 
@@ -95,13 +95,13 @@ def whole(module: object, model: Traced) -> np.ndarray:
 
 def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
     bench = Bench(model.module, model.weights, IDS, "")
-    narrow = bench.losses(IDS, [dict.fromkeys(bench.weights, mixed.NARROW)])[0].kl
-    wide = bench.losses(IDS, [dict.fromkeys(bench.weights, mixed.WIDE)])[0].kl
+    narrow = bench.losses(IDS, [dict.fromkeys(bench.weights, NARROW)])[0].kl
+    wide = bench.losses(IDS, [dict.fromkeys(bench.weights, WIDE)])[0].kl
     assert wide < narrow / 10
-    assert set(mixed.choose(bench, narrow * 2)[0].values()) == {mixed.NARROW}
-    assert set(mixed.choose(bench, wide / 2)[0].values()) == {mixed.WIDE}
+    assert set(mixed.choose(bench, narrow * 2)[0].values()) == {NARROW}
+    assert set(mixed.choose(bench, wide / 2)[0].values()) == {WIDE}
     forms, layers = mixed.choose(bench, narrow / 2)
-    assert set(forms.values()) == {mixed.WIDE, mixed.NARROW}
+    assert set(forms.values()) == {WIDE, NARROW}
     assert bench.losses(IDS, [forms])[0].kl < narrow / 2
     gains = {
         form: [
@@ -109,9 +109,9 @@ def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
             for w, layer in zip(bench.weights, layers, strict=True)
             if layer.form == str(form)
         ]
-        for form in (mixed.WIDE, mixed.NARROW)
+        for form in (WIDE, NARROW)
     }
-    assert min(gains[mixed.WIDE]) >= max(gains[mixed.NARROW])
+    assert min(gains[WIDE]) >= max(gains[NARROW])
     assert mixed.choose(bench, narrow / 2)[0] == forms
 
 

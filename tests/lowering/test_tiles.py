@@ -45,7 +45,7 @@ def test_another_tile_must_be_clearly_quicker() -> None:
 
 
 @pytest.mark.parametrize("isa", machine_isas())
-@pytest.mark.parametrize("form", ["", "q8", "q4g32", "wq8", "wq4g32"])
+@pytest.mark.parametrize("form", ["", "q8", "q4g32", "q4grid32", "wq8", "wq4g32"])
 def test_no_bit_depends_on_the_tile(isa: str, form: str) -> None:
     k, n, rows = 96, 80, 19
     rng = np.random.default_rng(0)

@@ -7,9 +7,11 @@ import itertools
 import pytest
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.ir import quant
+from xllm_compiler.kernels import grids
 from xllm_compiler.passes.manager import parse_pipeline
 from xllm_compiler.passes.pipelines import PRESETS, quantized
-from xllm_compiler.passes.quantize.forms import GROUPS, QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import GRIDS, GROUPS, QuantForm, parse_form
 
 
 @pytest.mark.parametrize(
@@ -19,8 +21,12 @@ from xllm_compiler.passes.quantize.forms import GROUPS, QuantForm, parse_form
         ("W8A8", QuantForm(8, 8), "w8a8"),
         ("w8a16", QuantForm(8, 16), "w8a16"),
         ("w8a8-g32", QuantForm(8, 8, 32), "w8a8-g32"),
-        ("int4", QuantForm(4, 8, 32), "w4a8-g32"),
-        ("w4a8", QuantForm(4, 8, 32), "w4a8-g32"),
+        ("int4", QuantForm(4, 8, grid=32), "w4a8-grid32"),
+        ("w4a8", QuantForm(4, 8, grid=32), "w4a8-grid32"),
+        ("int4-GRID16-kv8", QuantForm(4, 8, kv=8, grid=16), "w4a8-grid16-kv8"),
+        ("int4-g32", QuantForm(4, 8, 32), "w4a8-g32"),
+        ("int4-asym", QuantForm(4, 8, 32, True), "w4a8-g32-asym"),
+        ("w4a16", QuantForm(4, 16, 32), "w4a16-g32"),
         ("int4-g128", QuantForm(4, 8, 128), "w4a8-g128"),
         ("w4a16-g64-asym", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
         ("w4a16-asym-g64", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
@@ -41,7 +47,12 @@ def test_every_form_survives_its_name_and_makes_a_pipeline() -> None:
         text = str(parse_pipeline(",".join(quantized(form))))
         assert ("quantize-rows" in text) == (acts == 8) and ("quantize-kv" in text) == (kv == 8)
         assert f"bits={bits}" in text or bits == 8  # the default is not printed
-        assert (f"group={group}" in text) == bool(group) and ("zeros=true" in text) == zeros
+        assert (f"group={group}" in text) == bool(group) and ("zeros=true" in text) == zeros and "grid" not in text
+    for grid in GRIDS:
+        form = QuantForm(4, grid=grid)
+        assert parse_form(str(form)) == form
+        assert f"quantize-weights{{bits=4,grid={grid}}}" in str(parse_pipeline(",".join(quantized(form))))
+    assert set(GRIDS) == set(quant.GRIDS) == set(grids.GRIDS)
 
 
 def test_the_presets_are_the_short_names() -> None:
@@ -59,6 +70,11 @@ def test_the_presets_are_the_short_names() -> None:
         ("w4a4", "weights of 4 bits by activations of 4", "activations 8, or 16"),
         ("w3a8", "weights of 3 bits", "8 or 4 bits"),
         ("w4a8-g48", "groups of 48", "g32, g64 or g128"),
+        ("w4a8-grid64", "grids of 64", "grid16 or grid32"),
+        ("w8a8-grid32", "grids of 32", "of w4a8"),
+        ("w4a16-grid32", "grids of 32", "of w4a8"),
+        ("int4-grid16-asym", "grids of 16", "zero point"),
+        ("int4-g32-grid32", "says twice", ""),
         ("w8a8-g0", "groups of 0", "a scale per row"),
         ("w4a8-sym", "'sym' is not known", "-asym"),
         ("w4a8-", "'' is not known", "such as"),

@@ -120,6 +120,26 @@ func @step(%x: bf16[N, 64]) -> (bf16[N, 40]) {
     assert (got.weights, got.read, got.flops) == (40 * 64 // 2 + 40 * 2 * (2 + 1), 6 * 64 * 2, 2 * 6 * 40 * 64)
 
 
+def test_weights_on_grids_are_read_as_they_are_stored() -> None:
+    """Two values to a byte, a byte for 32 of them, an f32 scale for each row."""
+    text = """xir 1 stage=graph
+dim N in [1, 512]
+
+func @step(%x: bf16[N, 64], %ids: i32[N]) -> (bf16[N, 40], bf16[N, 40], bf16[N, 64]) {
+  %w = param(name="w") : bf16[40, 64]
+  %stored, %scales = quant.weight(%w, bits=8, grid=32) : u8[40, 64], f32[40, 1]
+  %back = quant.dequantize(%stored, %scales, bits=8, grid=32) : bf16[40, 64]
+  %y = nn.linear(%x, %back) : bf16[N, 40]
+  %rows, %scale, %sums = quant.rows(%x) : i8[N, 64], f32[N], i32[N, 1]
+  %z = quant.linear(%rows, %scale, %sums, %stored, %scales, bits=8, grid=32) : bf16[N, 40]
+  %e = nn.embedding(%ids, %back) : bf16[N, 64]
+  return %y, %z, %e
+}
+"""
+    for name, rows in (("y", 40), ("z", 40), ("e", 6)):
+        assert numbers(name, {"N": 6}, text).weights == rows * (32 + 2 + 4), name
+
+
 def test_rows_of_a_quantized_table() -> None:
     text = """xir 1 stage=graph
 dim N in [1, 512]
@@ -215,6 +235,10 @@ def test_machines() -> None:
         Machine("m", 1.0, 1.0, -1.0)
 
 
+def _half(op: Op) -> bool:
+    return op.attrs.get("bits") == 4 or bool(op.attrs.get("grid"))
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 40))
 def test_of_any_graph(seed: int, tokens: int) -> None:
@@ -235,12 +259,12 @@ def test_of_any_graph(seed: int, tokens: int) -> None:
             if isinstance(op, (Embedding, Take)):
                 gathered.add(op)
         read = [v for v in weight_roots(func) if any(u not in gathered and u is not func.ret for u in v.users)]
-        # two values of 4 bits are a byte, though their type says u8
-        part = {v: 1 + any(u.attrs.get("bits") == 4 and v.dtype == "u8" for u in v.users) for v in read}
+        # two values of 4 bits, or on grids, are a byte, though their type says u8
+        part = {v: 1 + any(_half(u) and v.dtype == "u8" for u in v.users) for v in read}
         whole_read = [v for v in read if all(u.name not in ("t.slice", "t.reshape") for u in v.users)]
         # a linear layer widens a quantized weight as it reads it; whoever else reads it has it stored whole
         whole = sum(
-            v.op.values.tensor.nbytes.value * v.op.bits // 8 + v.op.scales.tensor.nbytes.value
+            v.op.values.tensor.nbytes.value // (1 + _half(v.op)) + v.op.scales.tensor.nbytes.value
             if isinstance(v.op, Dequantize) and any(isinstance(u, (Linear, LinearGlu)) for u in v.users)
             else v.tensor.nbytes.value // part[v]
             for v in whole_read

@@ -269,6 +269,8 @@ def _embedding(costs: Costs, op: Op, cost: Cost) -> Cost:
         rows, table = op.ids.tensor.elements, (w.scales, *([w.zeros] if w.zeros else []))
         heads = sum(w.scales.shape[1].value * DTYPE_BYTES[v.dtype] for v in table)
         stored = rows * (op.w.shape[1].value * w.bits // 8 + heads)
+        if w.grid:
+            stored = rows * (_grid_row(op.w.shape[1], w.grid) + heads)
         return replace(cost, weights=stored, read=_bytes(op.ids, costs.weights), flops=2 * op.result.tensor.elements)
     return costs.rows(op, op.w, op.ids, cost)
 
@@ -284,7 +286,7 @@ def _widened_weight(costs: Costs, w: Value, cost: Cost) -> Cost:
     if not isinstance(made, Dequantize) or w not in costs.weights:
         return cost
     table = made.scales.tensor.nbytes + (made.zeros.tensor.nbytes if made.zeros else _ZERO)
-    stored = _quant_weight_bytes(made.values, made.bits) + table
+    stored = _quant_weight_bytes(made.values, made.bits, made.grid) + table
     return replace(cost, weights=cost.weights - w.tensor.nbytes + stored)
 
 
@@ -314,9 +316,15 @@ def _quant_norm_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
     return replace(cost, flops=(8 if op.kind == "rms" else 11) * op.x.tensor.elements)
 
 
-def _quant_weight_bytes(values: Value, bits: int) -> Dim:
-    """What kernels read of stored values: two to a byte at 4 bits, whatever the IR's type says."""
-    return values.tensor.elements * bits // 8
+def _quant_weight_bytes(values: Value, bits: int, grid: int) -> Dim:
+    """What kernels read of stored values: two to a byte at 4 bits, whatever the IR's type says, and on grids."""
+    out, in_ = values.shape
+    return out * _grid_row(in_, grid) if grid else out * in_ * bits // 8
+
+
+def _grid_row(in_: Dim, grid: int) -> Dim:
+    """Bytes of a row on grids: two values to a byte, and a byte for each run."""
+    return ceildiv(in_, 2) + ceildiv(in_, grid)
 
 
 def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
@@ -326,7 +334,7 @@ def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
     out, in_ = op.values.shape
     rows = op.sums.tensor.elements // op.scales.shape[1]
     by_group = quant.rows_by_group(op.bits, op.group)
-    spare = op.values.tensor.nbytes - _quant_weight_bytes(op.values, op.bits)
+    spare = op.values.tensor.nbytes - _quant_weight_bytes(op.values, op.bits, op.grid)
     known = op.values in costs.weights
     result = op.result.tensor.elements
     extras = rows * out if op.bias is not None else _ZERO

@@ -6,6 +6,12 @@ whole rows. Activations are stored by row as integers in -127 .. 127 with an f32
 8-bit weights in groups, for each group of it: who asks for groups of 8 bits wants precision, and a row's largest value
 would else make the steps of all others coarse.
 
+On grids a weight is one of 8 bits with a scale for the row, of which every `grid` values (a run) are (n - point) * step
+from the middle, where n is one of 16 numbers, and step and point are the run's own, in 4 bits each. So it takes 4 bits
+and half a byte or a quarter for each value more, where f16 scales in groups of 32 take as much and know no points; and
+products are summed up over whole rows as those of 8 bits are. (Scales of scales are those of llama.cpp's K-quants; that
+both are whole numbers, so that the integer product is that of 8 bits, is ours.)
+
 Both sides of a product may be rotated first, which leaves it as it is: a few large values, which would make the steps
 of all others coarse, are spread over their block (QuaRot, Ashkboos et al. 2024).
 """
@@ -25,6 +31,13 @@ ROTATIONS: Final = (64, 16)
 """Blocks that are rotated, largest first: powers of 4, since their rotations scale by powers of 2, without loss."""
 STEP: Final = 16  # rows of quantized activations are padded to a multiple of so many values, or to whole groups
 LARGEST: Final = 127  # of a quantized activation
+GRIDS: Final = (16, 32)  # lengths of runs
+_MIDDLE: Final = 128  # of 8 bits
+_TOP: Final = 15  # of a grid's numbers, steps and points
+_GRID_STARTS: Final = (0.95, 1.05, 1.15)
+"""Scales of rows on grids that are tried, as multiples of the one that gives the largest weight 127: larger ones leave
+the run it is in a point near the middle."""
+_STEPS_TRIED: Final = 2  # the least that holds all of a run, and one less: it cuts off the ends
 _CANDIDATES: Final = 12  # scales tried for a group of 4 bits with a zero point
 _STARTS: Final = (*(1.1 - 0.05 * i for i in range(10)), *(-8 / 7 * (1 - 0.06 * i) for i in range(6)))
 """Of a group of 4 bits without one: scales from which a fit starts, as multiples of the one that gives the largest
@@ -95,29 +108,23 @@ def quantize_weight(w: Array, bits: int, group: int, zeros: bool) -> tuple[Array
     dtype = np.dtype(np.float16 if group else np.float32)
     values = np.empty((out, in_), np.uint8)
     scales, points = np.empty((out, count), dtype), np.empty((out, count), np.uint8)
-    rows = max(1, _BLOCK // max(count * size, 1))
     short = size <= _SHORT
     starts: tuple[float, ...] = () if zeros else _STARTS if bits == 4 else _STARTS_8 if group else ()
 
-    def block(start: int) -> None:
-        part = np.zeros((min(rows, out - start), count * size), np.float32)
-        part[:, :in_] = w[start : start + rows]
+    def block(rows: slice) -> None:
+        part = np.zeros((len(w[rows]), count * size), np.float32)
+        part[:, :in_] = w[rows]
         each = part.reshape(-1, size)
         if short:  # groups side by side: what is computed per group is then computed for many at once
             v, s, z = _quantize_groups(np.ascontiguousarray(each.T), 0, bits, zeros, starts, dtype)
             v = v.T
         else:
             v, s, z = _quantize_groups(each, 1, bits, zeros, starts, dtype)
-        values[start : start + rows] = v.reshape(len(part), -1)[:, :in_]
-        scales[start : start + rows] = s.reshape(len(part), count)
-        points[start : start + rows] = z.reshape(len(part), count)
+        values[rows] = v.reshape(len(part), -1)[:, :in_]
+        scales[rows] = s.reshape(len(part), count)
+        points[rows] = z.reshape(len(part), count)
 
-    blocks = range(0, out, rows)
-    if len(blocks) > 1:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(block, blocks))
-    elif blocks:
-        block(0)
+    _in_blocks(out, count * size, block)
     return values, scales, points
 
 
@@ -209,6 +216,72 @@ def _scale(scale: Array, dtype: np.dtype[np.generic]) -> tuple[Array, Array, Arr
     stored = np.clip(scale, -largest, largest).astype(dtype)
     wide = stored.astype(np.float32)
     return stored, np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0), wide
+
+
+def quantize_on_grids(w: Array, grid: int) -> tuple[Array, Array]:
+    """Stored values u8 [out, in] and scales f32 [out, 1] of a weight on grids: of three scales of a row, each with the
+    best of two steps for every run, the one that leaves the smallest sum of squared errors, after its least-squares fit
+    to the numbers that it leads to. Of ties the first is taken; a row depends on nothing but itself."""
+    out, in_ = w.shape
+    runs = -(-in_ // grid)
+    values, scales = np.empty((out, in_), np.uint8), np.empty((out, 1), np.float32)
+
+    def block(rows: slice) -> None:
+        part = np.zeros((len(w[rows]), runs * grid), np.float32)
+        part[:, :in_] = w[rows]
+        found, scale = _rows_on_grids(part.reshape(len(part), runs, grid))
+        values[rows] = found.reshape(part.shape)[:, :in_]
+        scales[rows, 0] = scale
+
+    _in_blocks(out, runs * grid, block)
+    return values, scales
+
+
+def _rows_on_grids(w: Array) -> tuple[Array, Array]:
+    """The same of f32 [rows, runs, grid]: values of that shape, and scales [rows]."""
+    top = np.abs(w).max(axis=(1, 2), initial=0)
+    low, high = (np.asarray(f(w, axis=2, initial=0, keepdims=True)) for f in (np.min, np.max))
+    best, best_scale = np.zeros(w.shape, np.int16), np.zeros(len(w), np.float32)
+    best_error = np.full(len(w), np.inf, np.float32)
+    for start in _GRID_STARTS:
+        scale = (top * np.float32(start / (_MIDDLE - 1)))[:, None, None]
+        usable = scale >= np.finfo(np.float32).tiny
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=usable)
+        units = w * inverse
+        first, last = low * inverse, high * inverse
+        whole = np.clip(np.ceil((last - first) / np.float32(_TOP)), 1, _TOP)
+        on, error = np.zeros_like(units), np.full_like(low, np.inf)
+        for less in range(_STEPS_TRIED):
+            step = np.maximum(whole - less, 1)
+            # in the middle of what is to be held, and so that all 16 numbers are bytes
+            point = np.rint(np.float32(_TOP / 2) - (first + last) / (2 * step))
+            point = np.clip(point, _TOP - (_MIDDLE - 1) // step, np.minimum(_MIDDLE // step, _TOP))
+            point = np.maximum(point, 0)
+            tried = units / step
+            np.rint(tried, out=tried)
+            np.clip(tried, -point, _TOP - point, out=tried)
+            tried *= step
+            off = np.add.reduce(np.square(tried - units), axis=2, keepdims=True)
+            better = off < error
+            np.copyto(on, tried, where=better)
+            np.copyto(error, off, where=better)
+        along, own = (np.add.reduce((x * on).reshape(len(w), -1), axis=1) for x in (w, on))
+        fit = np.divide(along, own, out=np.zeros_like(own), where=own > 0)
+        left = np.add.reduce(np.square(on * fit[:, None, None] - w).reshape(len(w), -1), axis=1)
+        better = left < best_error
+        best[better], best_scale[better], best_error[better] = on[better], fit[better], left[better]
+    return (best + _MIDDLE).astype(np.uint8), best_scale
+
+
+def _in_blocks(rows: int, length: int, block: Callable[[slice], None]) -> None:
+    """`block` of some rows of `length` values after the other, side by side on all processors."""
+    size = max(1, _BLOCK // max(length, 1))
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    if len(parts) > 1:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(block, parts))
+    elif parts:
+        block(parts[0])
 
 
 def dequantize_weight(values: Array, scales: Array, zeros: Array | None, bits: int, group: int, wide: type) -> Array:

@@ -18,7 +18,7 @@ from xllm_compiler.loss.report import LayerLoss, LossReport
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
 from xllm_compiler.passes.pipelines import UNQUANTIZED, quantized
-from xllm_compiler.passes.quantize.forms import MIXED, QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import MIXED, NARROW, QuantForm, parse_form
 
 
 class Judge:
@@ -45,7 +45,7 @@ class Judge:
         if self._form == MIXED:
             assert self._limit is not None
             forms, self._layers = mixed.choose(self._bench, self._limit)
-            self._pipeline = str(parse_pipeline(",".join(quantized(mixed.NARROW, mixed.names_of(forms)))))
+            self._pipeline = str(parse_pipeline(",".join(quantized(NARROW, mixed.names_of(forms)))))
         return self._pipeline
 
     def report(self, folder: Path, manifest: Manifest) -> LossReport:

@@ -13,10 +13,8 @@ from xllm_compiler.ir.core import Value
 from xllm_compiler.loss.compare import Loss
 from xllm_compiler.loss.measure import Bench
 from xllm_compiler.loss.report import LayerLoss
-from xllm_compiler.passes.quantize.forms import QuantForm
+from xllm_compiler.passes.quantize.forms import NARROW, WIDE, QuantForm
 
-NARROW: Final = QuantForm(4, group=32)
-WIDE: Final = QuantForm(8)
 _SHARE: Final = 0.9  # of the limit: the compiled programs round in other places than the interpreter
 _TRIES: Final = 4
 

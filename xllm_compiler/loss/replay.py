@@ -55,10 +55,7 @@ class _Weights:
             if form is not None:
                 block = rotation_of(value) if form.rotate else 0
                 turned = quant.rotate(plain, block)
-                made, scales, zeros = quant.quantize_weight(turned, form.weights, form.group, form.zeros)
-                points = zeros if form.zeros else None
-                back = quant.dequantize_weight(made, scales, points, form.weights, form.group, np.float32)
-                self._held[value, form] = quant.rotate(back, block)
+                self._held[value, form] = quant.rotate(_rounded_weight(turned, form), block)
         return self._held[value, form]
 
     def drop(self) -> None:
@@ -121,6 +118,16 @@ def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, wh
     for result, made in zip(op.results, call_op(op, ctx, env), strict=True):
         if result.has_uses:
             run.env[result] = ctx.store(made, result.type)
+
+
+def _rounded_weight(w: Array, form: QuantForm) -> Array:
+    """A weight as what its integers stand for, f32."""
+    if form.grid:
+        made, scales = quant.quantize_on_grids(w, form.grid)
+        return quant.dequantize_weight(made, scales, None, 8, 0, np.float32)
+    made, scales, zeros = quant.quantize_weight(w, form.weights, form.group, form.zeros)
+    points = zeros if form.zeros else None
+    return quant.dequantize_weight(made, scales, points, form.weights, form.group, np.float32)
 
 
 def _rounded(x: Array, form: QuantForm, block: int) -> Array:

@@ -1,7 +1,8 @@
 """Quantized weights and linear layers on them. Owns their shape rules and reference meanings (numbers: ir/quant.py).
 
 `bits` is 4 or 8; `group` the number of values along `in` that share a scale, 0 for the whole row; `rotate` the length
-of the blocks along `in` that are rotated (ir/quant.py), 0 for none.
+of the blocks along `in` that are rotated (ir/quant.py), 0 for none; `grid` says of 8 bits with a scale per row that
+every `grid` values along `in` lie on a grid of 16 numbers, so that they can be stored in 4 bits; 0: it says nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, req
 from xllm_compiler.ir.types import FLOATS, Tensor, Type
 
 
-def _check_form(op: Op, bits: int, group: int) -> None:
+def _check_form(op: Op, bits: int, group: int, grid: int = 0, zeros: bool = False) -> None:
     if bits not in (4, 8):
         raise IrError(f"{op.name}: {bits} bits", help="4 or 8")
     if group < 0 or group % quant.STEP:
         raise IrError(f"{op.name}: groups of {group}", help=f"0 for whole rows, or a multiple of {quant.STEP}")
+    if grid and (grid not in quant.GRIDS or bits != 8 or group or zeros):
+        known = " or ".join(map(str, quant.GRIDS))
+        raise IrError(f"{op.name}: a grid of {grid}", help=f"{known}, of 8 bits by whole rows without zeros")
 
 
 def _check_rotation(op: Op, in_: Dim, rotate: int) -> None:
@@ -66,9 +70,10 @@ class QuantWeight(Op):
     group: int = 0
     zeros: bool = False
     rotate: int = 0
+    grid: int = 0
 
     def infer(self) -> tuple[Type, ...]:
-        _check_form(self, self.bits, self.group)
+        _check_form(self, self.bits, self.group, self.grid, self.zeros)
         no_partial(self)
         require_float(self, self.w)
         require_rank(self, self.w, 2)
@@ -79,7 +84,10 @@ class QuantWeight(Op):
         return (*made, Tensor("u8", shape)) if self.zeros else tuple(made)
 
     def interp(self, ctx: EvalContext, w: Array) -> tuple[Array, ...]:
-        made = quant.quantize_weight(quant.rotate(ctx.up(w), self.rotate), self.bits, self.group, self.zeros)
+        turned = quant.rotate(ctx.up(w), self.rotate)
+        if self.grid:
+            return quant.quantize_on_grids(turned, self.grid)
+        made = quant.quantize_weight(turned, self.bits, self.group, self.zeros)
         return made if self.zeros else made[:2]
 
     def default_hint(self, index: int) -> str:
@@ -96,10 +104,11 @@ class Dequantize(Op):
     bits: int
     group: int = 0
     rotate: int = 0
+    grid: int = 0
     dtype: DType = "bf16"
 
     def infer(self) -> tuple[Type, ...]:
-        _check_form(self, self.bits, self.group)
+        _check_form(self, self.bits, self.group, self.grid, self.zeros is not None)
         _check_weight(self, self.values, self.scales, self.zeros, self.group)
         _check_rotation(self, self.values.shape[1], self.rotate)
         if self.dtype not in FLOATS:
@@ -233,11 +242,12 @@ class QuantLinear(Op):
     residual: OptOperand
     bits: int
     group: int = 0
+    grid: int = 0
     act: Activation = "none"
     dtype: DType = "bf16"
 
     def infer(self) -> tuple[Type, ...]:
-        _check_form(self, self.bits, self.group)
+        _check_form(self, self.bits, self.group, self.grid, self.zeros is not None)
         _check_weight(self, self.values, self.scales, self.zeros, self.group)
         _check_linear(self, self.x, self.scale, self.sums, self.values, self.bits, self.group, self.bias)
         shape = (*self.x.shape[:-1], self.values.shape[0])
@@ -280,11 +290,12 @@ class QuantLinearGlu(Op):
     bias: OptOperand
     bits: int
     group: int = 0
+    grid: int = 0
     act: Activation = "silu"
     dtype: DType = "bf16"
 
     def infer(self) -> tuple[Type, ...]:
-        _check_form(self, self.bits, self.group)
+        _check_form(self, self.bits, self.group, self.grid, self.zeros is not None)
         _check_weight(self, self.values, self.scales, self.zeros, self.group)
         _check_linear(self, self.x, self.scale, self.sums, self.values, self.bits, self.group, self.bias)
         if self.bias is not None and self.bias.dtype != self.dtype:

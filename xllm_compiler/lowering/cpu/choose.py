@@ -155,6 +155,8 @@ def _linear_glu(s: Selection, op: Op) -> None:
 
 
 def _form(op: Op) -> Quantization:
+    if grid := _int(op, "grid"):
+        return Quantization(4, grid=grid)
     return Quantization(_int(op, "bits"), _int(op, "group"), _one(op, "zeros") is not None)
 
 

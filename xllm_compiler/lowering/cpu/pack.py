@@ -136,7 +136,7 @@ def _pack_quantized(request: WeightRequest, params: Mapping[str, Array], sources
             _check_finite(params[name], request.name, [name], params)
     form, glu = quantized_layout(request.layout)
     if glu:
-        parts = [interleave_glu(part) for part in parts]
+        parts = [interleave_glu(part, 0 if i else form.middle) for i, part in enumerate(parts)]
     return pack_quantized(form, *parts)
 
 

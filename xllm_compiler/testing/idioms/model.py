@@ -61,7 +61,10 @@ def quantized(g: Sketch) -> None:
     how = g.choose(4)
     f = 3 + g.choose(4)
     rows = (g.width, g.width, 2 * f, 64)[how]
-    stored, scales, *zeros = g.b.create(ops.QuantWeight, g.param(rows, g.width), zeros=g.choose(2) == 1, **form).results
+    if form == {"bits": 8, "group": 0}:
+        form["grid"] = g.pick((0, 16, 32))
+    points = not form.get("grid") and g.choose(2) == 1
+    stored, scales, *zeros = g.b.create(ops.QuantWeight, g.param(rows, g.width), zeros=points, **form).results
     fields: dict[str, object] = {"zeros": zeros[0] if zeros else None, "dtype": g.dtype, **form}
     if how in (0, 3):
         w = g.op(ops.Dequantize, stored, scales, **fields)

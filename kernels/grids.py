@@ -1,0 +1,54 @@
+"""Bytes on grids: which 4-bit numbers, step and point stand for a run of bytes. Owns that arithmetic, in numpy.
+
+A byte is 128 + (n - point) * step, with n in 0 .. 15, and a run of bytes shares a step of 1 .. 15 and a point of
+0 .. 15. Whatever the step, a run that holds 128 can say so; so 0 stays 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from xllm_compiler.errors import XllmError
+
+GRIDS: Final = (16, 32)
+"""Lengths of a run."""
+MIDDLE: Final = 128
+MOST: Final = 15  # of n, step and point
+
+Array = npt.NDArray[Any]
+
+_SIZES: Final = np.abs(np.arange(256) - MIDDLE)
+_DIVISORS: Final[Array] = np.bitwise_or.reduce(
+    [(_SIZES % step == 0).astype(np.uint16) << step for step in range(1, MOST + 1)]
+)
+"""Of each byte, the steps that its distance from the middle is a multiple of: bit `step` of a word."""
+
+
+def to_grids(values: Array, grid: int) -> tuple[Array, Array]:
+    """The n u8 [rows, k] and the heads step + 16 * point u8 [rows, k / grid] of bytes [rows, k], with the smallest step
+    that there is. Raises "internal" where a run is on no grid."""
+    rows, k = values.shape
+    runs = values.reshape(rows, -1, grid)
+    low = MIDDLE - np.minimum(runs.min(axis=2), MIDDLE).astype(np.int16)
+    high = np.maximum(runs.max(axis=2), MIDDLE).astype(np.int16) - MIDDLE
+    common = np.bitwise_and.reduce(_DIVISORS[runs], axis=2)
+    steps = np.zeros(low.shape, np.int16)
+    for step in range(MOST, 0, -1):
+        fits = (common >> step & 1).astype(bool) & (low + high <= MOST * step)
+        steps[fits] = step
+    if not steps.all():
+        row, run = np.argwhere(steps == 0)[0]
+        raise XllmError("internal", f"row {row}, run {run} of {grid}: {runs[row, run].tolist()} are on no grid")
+    points = low // steps
+    n = (runs.astype(np.int16) - MIDDLE) // steps[:, :, None] + points[:, :, None]
+    return n.astype(np.uint8).reshape(rows, k), (steps + 16 * points).astype(np.uint8)
+
+
+def from_grids(n: Array, heads: Array, grid: int) -> Array:
+    """The inverse of `to_grids`."""
+    steps, points = (heads & 15).astype(np.int16), (heads >> 4).astype(np.int16)
+    runs = (n.reshape(len(n), -1, grid) - points[:, :, None]) * steps[:, :, None] + MIDDLE
+    return np.asarray(runs.astype(np.uint8).reshape(n.shape))
