@@ -85,7 +85,7 @@ def matrix_cases(
 
 def quantized_cases(isa: Isa) -> Iterator[Case]:
     """Linear layers on quantized weights; "w" before a form: by bf16 activations, widened in registers."""
-    for form in ("q8", "q4g32", "q4g128", "wq8", "wq4g32", "wq4g128"):
+    for form in ("q8", "q4grid32", "q4grid16", "q4g32", "q4g128", "wq8", "wq4g32", "wq4g128"):
         q = layouts.Quantization.parse(form.removeprefix("w"))
         for name, k, n in (("qkv", HIDDEN, QKV), ("down", FFN, HIDDEN)):
             kernel = Standalone(Linear(k, n, "bf16", "bf16", weights=form), isa)

@@ -45,7 +45,7 @@ VOCAB: Final = 4096
 OURS: Final = {
     **{
         form: (form, None)
-        for form in ("int8", "int8-kv8", "w8a8-g32", "w8a16", "int4", "int4-kv8", "int4-asym", "w4a16")
+        for form in ("int8", "int8-kv8", "w8a8-g32", "w8a16", "int4", "int4-kv8", "int4-grid16", "int4-g32", "w4a16")
     },
     **{f"mixed, {limit}": ("mixed", limit) for limit in (0.002, 0.004, 0.006)},
 }

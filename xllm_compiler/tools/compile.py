@@ -57,11 +57,11 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         metavar="FORM",
         help="int8: weights of 8 bits, a scale per row, by activations of 8 bits (w8a8). int4: weights of 4 bits, a "
-        "scale for each 32, by activations of 8 (w4a8-g32). In general w4a8, w4a16, w8a8 or w8a16 (a16: activations as "
-        "they are), then -g32, -g64 or -g128 (values that share a scale), then -asym (4 bits: with zero points), "
-        "then -kv8 (keys and values are cached in 8 bits; kv8 alone quantizes nothing else). "
-        "mixed: int4, and 8 bits for the weights where that saves most loss per byte, until --max-kl is kept. The loss "
-        "is measured, and stored in the artifact",
+        "grid for each 32 values, by activations of 8 (w4a8-grid32; int4-grid16 loses less). In general w4a8, w4a16, "
+        "w8a8 or w8a16 (a16: activations as they are), then -g32, -g64 or -g128 (values that share a scale), then "
+        "-asym (4 bits: with zero points), then -kv8 (keys and values are cached in 8 bits; kv8 alone quantizes "
+        "nothing else). mixed: int4-grid16, and 8 bits for the weights where that saves most loss per byte, until "
+        "--max-kl is kept. The loss is measured, and stored in the artifact",
     )
     parser.add_argument(
         "--max-kl",
