@@ -265,11 +265,12 @@ def _rows_on_grids(w: Array) -> tuple[Array, Array]:
             better = off < error
             np.copyto(on, tried, where=better)
             np.copyto(error, off, where=better)
-        along, own = (np.add.reduce((x * on).reshape(len(w), -1), axis=1) for x in (w, on))
+        along, own = (np.add.reduce((x * on).reshape(len(w), -1), axis=1) for x in (units, on))
         fit = np.divide(along, own, out=np.zeros_like(own), where=own > 0)
-        left = np.add.reduce(np.square(on * fit[:, None, None] - w).reshape(len(w), -1), axis=1)
+        left = np.add.reduce(np.square(on * fit[:, None, None] - units).reshape(len(w), -1), axis=1)
+        left *= np.float32(start**2)  # in units that are the same for all starts
         better = left < best_error
-        best[better], best_scale[better], best_error[better] = on[better], fit[better], left[better]
+        best[better], best_scale[better], best_error[better] = on[better], (fit * scale[:, 0, 0])[better], left[better]
     return (best + _MIDDLE).astype(np.uint8), best_scale
 
 
