@@ -117,12 +117,17 @@ def keep_between(value: Expr, first: Expr, last: Expr, other: float) -> Expr:
     return T.call_pure_extern("float32x16", "xllm_keep_between", value, first, last, T.float32(other))
 
 
+def address_of(buffer: Expr) -> Expr:
+    """Where a buffer begins, as a number of bytes."""
+    return T.reinterpret("int64", T.address_of(buffer[0]))
+
+
 def stack_array(count: int, dtype: str) -> Expr:
     """An array on the stack that begins at a cache line: LLVM aligns a stack slot to 16 bytes, and a vector that lies
     across two lines takes twice as long."""
     size = {"uint8": 1, "int8": 1, "uint16": 2, "float32": 4, "int32": 4, "int64": 8}[dtype]
     slot = T.alloc_buffer((count * size + _LINE,), "uint8", scope="local")
-    begin = T.bind(T.bitwise_and(T.reinterpret("int64", T.address_of(slot[0])) + (_LINE - 1), T.int64(-_LINE)))
+    begin = T.bind(T.bitwise_and(address_of(slot) + (_LINE - 1), T.int64(-_LINE)))
     data = T.bind(Call(T.reinterpret("handle", begin).op, [begin], ret_ty=T.handle(dtype).ty))
     return T.decl_buffer((count,), dtype, data=data)
 

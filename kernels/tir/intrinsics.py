@@ -42,6 +42,11 @@ define linkonce_odr i32 @xllm_prefetch(ptr %p) {
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
   ret i32 0
 }
+define linkonce_odr i32 @xllm_prefetch_at(i64 %at) {
+  %p = inttoptr i64 %at to ptr
+  %r = call i32 @xllm_prefetch(ptr %p)
+  ret i32 %r
+}
 define linkonce_odr i32 @xllm_put_f32(ptr %p, float %v) {
   store float %v, ptr %p, align 4
   ret i32 0

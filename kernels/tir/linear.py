@@ -23,12 +23,13 @@ from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, PANEL, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import (
     Scalars,
-    address,
+    address_of,
     build_function,
     choose,
     hold,
     load,
     load_part,
+    share,
     stack_array,
     store,
     store_part,
@@ -51,6 +52,11 @@ _OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
 _LINE = 64  # bytes that memory gives at once
 _PIECES = 32  # for each member, where there are rows enough to cut a panel's work: the last to finish is late by one
 _UNBOUNDED = 1 << 30  # rows
+NEXT = Arg("next", "u8", "the weight of the linear layer that is called next")
+NEXT_PANELS, NEXT_BYTES = scalar("next_panels"), scalar("next_bytes")
+"""Its panels, and the bytes of one; 0 where none follows. It is only asked for, at the end of a member's share: so it
+comes while the others finish, and while what is between the layers is computed."""
+_TAIL = (NEXT, TURNS, scalar("rows"), NEXT_PANELS, NEXT_BYTES, *MEMBER_ARGS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Linear(Kernel):
         if self.residual:
             pointers.append(Arg("residual", self.dtype, f"rows, {self.n}"))
         pointers.append(Arg("y", self.out, f"rows, {self.n}", written=True))
-        return (*pointers, TURNS, scalar("rows"), *MEMBER_ARGS)
+        return (*pointers, *_TAIL)
 
     def build(self, isa: Isa) -> Any:
         def finish(env: dict[str, Expr], row: Expr, panel: Expr, totals: Sequence[Expr], columns: int) -> None:
@@ -140,7 +146,7 @@ class LinearGlu(Kernel):
         if self.bias:
             pointers.append(Arg("bias", self.dtype, f"2 * {self.f}"))
         pointers.append(Arg("y", self.dtype, f"rows, {self.f}", written=True))
-        return (*pointers, TURNS, scalar("rows"), *MEMBER_ARGS)
+        return (*pointers, *_TAIL)
 
     def build(self, isa: Isa) -> Any:
         half = PANEL // 2
@@ -160,6 +166,12 @@ class LinearGlu(Kernel):
 
         loop = _Loop(isa, self.k, self.f, weight_format(self), half, finish, self.most_rows)
         return build_function(self, isa, loop.emit)
+
+
+def panels_of(kernel: Linear | LinearGlu) -> tuple[int, int]:
+    """How many panels a layer's weight has, and the bytes of one."""
+    count = -(-kernel.f // (PANEL // 2)) if isinstance(kernel, LinearGlu) else -(-kernel.n // PANEL)
+    return count, weight_format(kernel).panel_bytes(kernel.k)
 
 
 def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
@@ -208,7 +220,7 @@ class _Loop:
     most_rows: int | None
 
     def emit(self, **env: Expr) -> None:
-        env["onward"] = Scalars(1, "int32")  # how far it is to the panel that this member probably meets next
+        env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
         by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         most = by_blocks.block_rows if by_blocks else self._height
         sums = stack_array(most * PANEL, "float32")
@@ -251,7 +263,6 @@ class _Loop:
         opened[0] = T.int32(-1)
 
         def piece(number: Expr, onward: Expr) -> None:
-            env["onward"][0] = onward
             panel_at = hold(T.truncdiv(number, parts))
             part = hold(number - panel_at * parts)
             round_of = hold(T.truncdiv(panel_at, T.int32(panels)))
@@ -259,6 +270,7 @@ class _Loop:
             top = hold(round_of * most)
             here = hold(T.min(rows - top, most))
             tiles = hold(T.truncdiv(here + (height - 1), T.int32(height)))
+            env["ahead"][0] = self._address_ahead(env, panel, onward)
             lo, hi = hold(T.truncdiv(tiles * part, parts)), hold(T.truncdiv(tiles * (part + 1), parts))
             if by_blocks or "opened" in env:
                 with T.If(panel != opened[0]), T.Then():
@@ -372,9 +384,7 @@ class _Loop:
         The arithmetic of some rows keeps the machine from running far enough ahead to do so by itself. The walks over
         k of all register tiles that read this panel share the lines out.
         """
-        size = self.format.panel_bytes(self.k)
-        lines = -(-size // _LINE)
-        element = self.format.element_bytes
+        lines = -(-self.format.panel_bytes(self.k) // _LINE)
         tile, tiles = place
         walk = tile * passes + number
 
@@ -382,9 +392,17 @@ class _Loop:
             each = T.bind(T.truncdiv(lines + (tiles * (passes * of) - 1), tiles * (passes * of)))
             first = T.bind(T.min((walk * of + block) * each, lines))
             last = T.bind(T.min(first + each, lines))
-            start = T.bind((T.Cast("int64", panel) + env["onward"][0]) * (size // element))
+            start = T.bind(env["ahead"][0])
             with T.serial(first, last) as line:
-                where = start + T.Cast("int64", line) * (_LINE // element)
-                T.evaluate(T.call_extern("int32", "xllm_prefetch", address(env["w"], where)))
+                T.evaluate(T.call_extern("int32", "xllm_prefetch_at", start + T.Cast("int64", line) * _LINE))
 
         return ahead
+
+    def _address_ahead(self, env: dict[str, Expr], panel: Expr, onward: Expr) -> Expr:
+        """Of the panel to ask for while this one is multiplied: `onward` from it, or at 0 where this member's share of
+        the next layer begins."""
+        first, _ = share(env["next_panels"], env["member"], env["team"])
+        following = address_of(env["next"]) + T.Cast("int64", first) * T.Cast("int64", env["next_bytes"])
+        beside = T.Cast("int64", panel) + T.Cast("int64", onward)
+        own = address_of(env["w"]) + beside * self.format.panel_bytes(self.k)
+        return T.if_then_else(onward == 0, following, own)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import Isa, Kernel
+from xllm_compiler.kernels.tir.linear import NEXT, NEXT_BYTES, NEXT_PANELS
 from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
 from xllm_compiler.kernels.tir.turns import TURNS, WORDS
@@ -77,13 +78,15 @@ def call_with(module: NativeModule, kernel: Kernel, args: Any, member: Any, team
     module.call(kernel, values, member, team)
 
 
-def with_turns(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) -> list[Any]:
-    """All arguments but member and team: `values`, and between them `turns` if members take turns. `TypeError` where
-    their number is not the kernel's."""
+def completed(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) -> list[Any]:
+    """All arguments but member and team: `values`, between them `turns` if members take turns, and that no layer
+    follows a linear one. `TypeError` where their number is not the kernel's."""
     given = list(values)
     for index, arg in enumerate(kernel.args):
-        if arg == TURNS:
+        if arg in (TURNS, NEXT):
             given.insert(index, turns)
+        elif arg in (NEXT_PANELS, NEXT_BYTES):
+            given.insert(index, 0)
     if len(given) != len(kernel.args) - 2:
         raise TypeError(f"{kernel.describe()} called with {len(given)} arguments")
     return given
@@ -91,7 +94,7 @@ def with_turns(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) -
 
 class Standalone:
     """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)` with arrays in argument order, without the
-    words by which members take turns."""
+    words by which members take turns, and what follows."""
 
     def __init__(self, kernel: Kernel, isa: Isa) -> None:
         self.kernel = kernel
@@ -111,7 +114,7 @@ class Standalone:
     def pack(self, *values: Any) -> Any:
         """The native argument array; it borrows the arrays' memory."""
         packed = (ctypes.c_int64 * (len(self._args) + 1))()
-        given = with_turns(self.kernel, values, self._turns)
+        given = completed(self.kernel, values, self._turns)
         for index, (value, arg) in enumerate(zip(given, self._args, strict=True)):
             if arg.pointer and not value.flags.c_contiguous:
                 raise TypeError(f"{arg.name} is not contiguous")

@@ -72,13 +72,12 @@ none:
 
 def by_turns(total: Expr, turns: Expr, member: Expr, team: Expr, body: Callable[[Expr, Expr], None]) -> None:
     """Emits `body(piece, onward)` for each of `total` pieces, on one member each. `onward`: how far it is to the piece
-    that this member probably takes next, 1 or -1."""
+    that this member probably takes next, 1 or -1; 0 at the end of its share, where the others probably are too."""
     first, last = share(total, member, team)
     with T.attr("default", "pragma_import_llvm", _WORDS):
         T.evaluate(T.call_extern("int32", "xllm_turns_fill", address(turns, member * WORDS), first, last))
     with T.serial(0, team) as other:
         whose = T.bind(T.truncmod(member + other, team) * WORDS)
-        onward = T.bind(T.if_then_else(other == 0, T.int32(1), T.int32(-1)))
 
         def take() -> Expr:
             return T.call_extern("int32", "xllm_turns_take", address(turns, whose), other)
@@ -86,5 +85,7 @@ def by_turns(total: Expr, turns: Expr, member: Expr, team: Expr, body: Callable[
         piece = Scalars(1, "int32")
         piece[0] = take()
         with T.While(piece[0] >= 0):
-            body(T.bind(piece[0]), onward)
+            here = T.bind(piece[0])
+            own = T.if_then_else(here + 1 == last, T.int32(0), T.int32(1))
+            body(here, T.bind(T.if_then_else(other == 0, own, T.int32(-1))))
             piece[0] = take()

@@ -23,7 +23,7 @@ from xllm_compiler.kernels.tir.emit import (
     splat,
     store_part,
 )
-from xllm_compiler.kernels.tir.linear import Linear, panel_loop
+from xllm_compiler.kernels.tir.linear import NEXT, Linear, panel_loop
 
 Expr = Any
 
@@ -108,8 +108,9 @@ class LinearBlockMax(Kernel):
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        *pointers, turns, rows, member, team = self.linear.args
-        return (*pointers, _block_arg(self.n), turns, rows, member, team)
+        args = self.linear.args
+        after = args.index(NEXT)
+        return (*args[:after], _block_arg(self.n), *args[after:])
 
     def build(self, isa: Isa) -> Any:
         blocks = -(-self.n // PANEL)

@@ -16,7 +16,7 @@ import pytest
 from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.linker import find_linker
 from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.standalone import call_with, with_turns
+from xllm_compiler.kernels.tir.standalone import call_with, completed
 from xllm_compiler.kernels.tir.team import BARRIER_BYTES
 from xllm_compiler.kernels.tir.turns import WORDS
 
@@ -70,7 +70,7 @@ class Emulated:
 
     def __call__(self, *values: Any, team: int = 1) -> None:
         """Runs the kernel once; arrays are changed in place."""
-        given = with_turns(self.kernel, values, np.zeros((team, WORDS), np.int64))
+        given = completed(self.kernel, values, np.zeros((team, WORDS), np.int64))
         barrier = np.zeros(BARRIER_BYTES, np.uint8)
         head: list[int] = [len(given) + 1]
         places: dict[tuple[int, int], tuple[int, Any]] = {}  # one array given twice is one array

@@ -34,7 +34,7 @@ class Pieces(Kernel):
         def body(counts: Any, who: Any, slow: Any, turns: Any, total: Any, member: Any, team: Any) -> None:
             def piece(number: Any, onward: Any) -> None:
                 T.buffer_store(counts, counts[number] + 1, [number])
-                T.buffer_store(who, member * onward, [number])
+                T.buffer_store(who, member * 10 + onward, [number])
                 until = T.bind(ticks() + slow[member])
                 with T.While(ticks() < until):
                     T.evaluate(T.int32(0))
@@ -66,9 +66,10 @@ def test_whoever_is_quick_does_more(pieces: Standalone) -> None:
     time.sleep(0.1)
     second = (pieces.code.xllm_team_ticks() - first) * 10
     counts, who = np.zeros((2, 60), np.int32)
-    pieces(counts, who, np.array([second // 250, 0]), 60, team=2)
+    # the quick one takes 15 ms for its own part: time enough for the slow one to say what its part is
+    pieces(counts, who, np.array([second // 50, second // 2000]), 60, team=2)
     assert (counts == 1).all()
-    own = int((who[:30] == 0).sum())
-    # the slow one from the front; the other its own part, and then from the end of the slow one's
+    own = int((who[:30] == 1).sum())
+    # the slow one from the front; the other its own part to its end, and then from the end of the slow one's
     assert 1 <= own < 20
-    assert (who == [0] * own + [-1] * (30 - own) + [1] * 30).all()
+    assert (who == [1] * own + [9] * (30 - own) + [11] * 29 + [10]).all()

@@ -118,11 +118,11 @@ def _call_linear(s: Selection, op: Op, kernel: Linear, places: list[Ref | Dim], 
     block_max = s.storage.block_max
     plain = kernel.out == "f32" and not kernel.residual and kernel.act == "none"
     if block_max is None or block_max.op is None or out is not s.storage.logits or not plain:
-        s.call(op, kernel, [*places, s.storage.turns(), rows(out)])
+        s.call_linear(op, kernel, places, rows(out))
         return
     _check_block(block_max.op)
     fused = LinearBlockMax(k=kernel.k, n=kernel.n, dtype=kernel.dtype, bias=kernel.bias, weights=kernel.weights)
-    s.call(op, fused, [*places, s.ref(block_max), s.storage.turns(), rows(out)])
+    s.call_linear(op, fused, [*places, s.ref(block_max)], rows(out))
     s.done.add(block_max.op)
 
 
@@ -148,7 +148,7 @@ def _linear_glu(s: Selection, op: Op) -> None:
     kernel = LinearGlu(k=k, f=n // 2, dtype=x.dtype, bias=bias is not None, act=_text(op, "act"), weights=weights)
     args: list[Ref | Dim] = [s.ref(x), packed]
     args += [s.ref(v, x.dtype) for v in (bias,) if v is not None]
-    s.call(op, kernel, [*args, s.ref(op.result), s.storage.turns(), rows(x)])
+    s.call_linear(op, kernel, [*args, s.ref(op.result)], rows(x))
 
 
 # ------------------------------------------------------------------------------------------------------------ quantized
@@ -224,7 +224,7 @@ def _quant_linear_glu(s: Selection, op: Op) -> None:
     args: list[Ref | Dim] = [s.ref(_operand(op, name)) for name in ("x", "scale", "sums")]
     args.append(_quantized(s, op, f"glu_{form}"))
     args += [s.ref(v, dtype) for v in (bias,) if v is not None]
-    s.call(op, kernel, [*args, s.ref(op.result), s.storage.turns(), rows(x)])
+    s.call_linear(op, kernel, [*args, s.ref(op.result)], rows(x))
 
 
 # ---------------------------------------------------------------------------------------------------- norms, embedding
@@ -417,4 +417,5 @@ def select(func: Func, weights: WeightTable) -> Selection:
     logits = storage.logits
     if logits.op is None or logits in storage.weights:
         raise XllmError("ir", f"the logits of @{func.name} are not computed in the step", where=str(logits))
+    s.name_what_follows()
     return s

@@ -5,6 +5,7 @@ Must not know any op: choosers (choose.py, tensor_ops.py) do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from xllm_compiler.dims import Dim, as_dim
@@ -12,11 +13,14 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import DTYPE_BYTES, Tensor
 from xllm_compiler.kernels.tir.base import Kernel
+from xllm_compiler.kernels.tir.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu, panels_of
+from xllm_compiler.kernels.tir.vocab import LinearBlockMax
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.select import Call, Registry
 from xllm_compiler.lowering.storage import Ref, Storage, where
 from xllm_compiler.lowering.weights import WeightTable
 
+AnyLinear = Linear | LinearGlu | LinearBlockMax
 _WIDENS: Final = frozenset([("bf16", "f32"), ("f16", "f32")])
 
 
@@ -28,6 +32,7 @@ class Selection:
         self.calls: list[Call] = []
         self.done: set[Op] = set()
         """Ops that an earlier op's kernel has computed as well."""
+        self._linears: list[tuple[int, Ref | Dim]] = []  # of each its number among the calls, and its weight
         self.panels = _panel_keys(func, storage, weights)
 
     def ref(self, value: Value, dtype: str | None = None) -> Ref:
@@ -56,17 +61,36 @@ class Selection:
         rest = (scales,) if zeros is None else (scales, zeros)
         return Ref("weight", self.weights.request(values, layout, rest=rest), as_dim(0), values.tensor.elements)
 
+    def call_linear(self, op: Op, kernel: AnyLinear, places: list[Ref | Dim], rows: Dim) -> None:
+        """Adds the call of a linear layer. `places`: of all that its kernel reads and writes but what calls of linear
+        layers have among themselves, whose turn it is and which is next (`name_what_follows`)."""
+        weight = places[next(i for i, arg in enumerate(kernel.args) if arg.name == "w")]
+        self._linears.append((len(self.calls), weight))
+        self.call(op, kernel, [*places, weight, self.storage.turns(), rows, as_dim(0), as_dim(0)])
+
+    def name_what_follows(self) -> None:
+        """Tells every linear layer where the weight of the next one is; the last one's is the first's, in the step
+        that follows."""
+        for (index, _), (after, weight) in zip(self._linears, self._linears[1:] + self._linears[:1], strict=True):
+            call, kernel = self.calls[index], self.calls[after].kernel
+            panels, size = panels_of(kernel.linear if isinstance(kernel, LinearBlockMax) else kernel)
+            named = {NEXT: weight, NEXT_PANELS: as_dim(panels), NEXT_BYTES: as_dim(size)}
+            args = [named.get(arg, given) for arg, given in zip(call.kernel.args[:-2], call.args, strict=True)]
+            self.calls[index] = _made(call.op, call.kernel, args)
+
     def call(self, op: Op, kernel: Kernel, args: list[Ref | Dim]) -> None:
         """Adds a kernel call; what it reads and writes follows from the kernel's own declaration."""
-        declared = kernel.args[:-2]
-        if len(args) != len(declared) or any(
-            a.pointer != isinstance(x, Ref) for a, x in zip(declared, args, strict=True)
-        ):
-            raise XllmError("internal", f"{kernel.describe()} called with {len(args)} arguments", where=where(op))
-        refs = [(a, x) for a, x in zip(declared, args, strict=True) if isinstance(x, Ref)]
-        reads = tuple(x for a, x in refs if not a.written)
-        writes = tuple(x for a, x in refs if a.written)
-        self.calls.append(Call(kernel, tuple(args), reads, writes, op))
+        self.calls.append(_made(op, kernel, args))
+
+
+def _made(op: Op, kernel: Kernel, args: Sequence[Ref | Dim]) -> Call:
+    declared = kernel.args[:-2]
+    if len(args) != len(declared) or any(a.pointer != isinstance(x, Ref) for a, x in zip(declared, args, strict=True)):
+        raise XllmError("internal", f"{kernel.describe()} called with {len(args)} arguments", where=where(op))
+    refs = [(a, x) for a, x in zip(declared, args, strict=True) if isinstance(x, Ref)]
+    reads = tuple(x for a, x in refs if not a.written)
+    writes = tuple(x for a, x in refs if a.written)
+    return Call(kernel, tuple(args), reads, writes, op)
 
 
 def rows(value: Value) -> Dim:

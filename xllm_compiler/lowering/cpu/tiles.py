@@ -26,7 +26,15 @@ import numpy as np
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.layouts import PANEL
 from xllm_compiler.kernels.tir.base import Isa, Kernel
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu, tile_height, weight_format
+from xllm_compiler.kernels.tir.linear import (
+    NEXT,
+    NEXT_BYTES,
+    NEXT_PANELS,
+    Linear,
+    LinearGlu,
+    panels_of,
+    tile_height,
+)
 from xllm_compiler.kernels.tir.native import NativeModule
 from xllm_compiler.kernels.tir.objects import KernelObjects
 from xllm_compiler.kernels.tir.standalone import Team, aligned, call_with
@@ -155,8 +163,8 @@ def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | N
     """For every candidate the best of its rounds at each number of rows."""
     plain = _plain(layer)
     k, columns = plain.k, plain.f if isinstance(plain, LinearGlu) else plain.n
-    panels = -(-columns // (PANEL // 2 if isinstance(plain, LinearGlu) else PANEL))
-    size = panels * weight_format(plain).panel_bytes(k)
+    panels, each = panels_of(plain)
+    size = panels * each
     weights = [_filled(size) for _ in range(max(1, -(-_COLD_BYTES // size)))]
     rows_tried = [rows for rows in _ROWS if 2.0 * rows * k * panels * PANEL <= _MOST_OPERATIONS] or [1]
     found: dict[int | None, list[float]] = {most: [] for most in steps}
@@ -165,9 +173,11 @@ def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | N
         args = layer.args[:-2]
         memory = {arg.name: _filled(rows * (max(k, 2 * columns) + PANEL) * 4) for arg in args if arg.name != "w"}
         memory[TURNS.name] = turns
+        sizes = {"rows": rows, NEXT_PANELS.name: panels, NEXT_BYTES.name: each}
         calls = []
-        for weight in weights:
-            places = [memory.get(arg.name, weight).ctypes.data if arg.pointer else rows for arg in args]
+        for weight, after in zip(weights, weights[1:] + weights[:1], strict=True):
+            named = {**memory, "w": weight, NEXT.name: after}
+            places = [named[arg.name].ctypes.data if arg.pointer else sizes[arg.name] for arg in args]
             calls.append((ctypes.c_int64 * len(places))(*places))
         best = dict.fromkeys(steps, math.inf)
         for _ in range(_ROUNDS):
