@@ -31,20 +31,20 @@ def to_grids(values: Array, grid: int) -> tuple[Array, Array]:
     """The n u8 [rows, k] and the heads step + 16 * point u8 [rows, k / grid] of bytes [rows, k], with the smallest step
     that there is. Raises "internal" where a run is on no grid."""
     rows, k = values.shape
-    runs = values.reshape(rows, -1, grid)
-    low = MIDDLE - np.minimum(runs.min(axis=2), MIDDLE).astype(np.int16)
-    high = np.maximum(runs.max(axis=2), MIDDLE).astype(np.int16) - MIDDLE
-    common = np.bitwise_and.reduce(_DIVISORS[runs], axis=2)
+    runs = np.ascontiguousarray(values.reshape(rows, -1, grid).transpose(2, 0, 1))  # side by side
+    low = MIDDLE - np.minimum(runs.min(axis=0), MIDDLE).astype(np.int16)
+    high = np.maximum(runs.max(axis=0), MIDDLE).astype(np.int16) - MIDDLE
+    common = np.bitwise_and.reduce(_DIVISORS[runs], axis=0)
     steps = np.zeros(low.shape, np.int16)
     for step in range(MOST, 0, -1):
-        fits = (common >> step & 1).astype(bool) & (low + high <= MOST * step)
-        steps[fits] = step
+        steps[(common >> step & 1).astype(bool) & (low + high <= MOST * step)] = step
     if not steps.all():
         row, run = np.argwhere(steps == 0)[0]
-        raise XllmError("internal", f"row {row}, run {run} of {grid}: {runs[row, run].tolist()} are on no grid")
+        raise XllmError("internal", f"row {row}, run {run} of {grid}: {runs[:, row, run].tolist()} are on no grid")
     points = low // steps
-    n = (runs.astype(np.int16) - MIDDLE) // steps[:, :, None] + points[:, :, None]
-    return n.astype(np.uint8).reshape(rows, k), (steps + 16 * points).astype(np.uint8)
+    n = (runs - np.float32(MIDDLE)) * (1 / steps.astype(np.float32)) + points.astype(np.float32)
+    whole = np.rint(n, out=n).astype(np.uint8).transpose(1, 2, 0)
+    return whole.reshape(rows, k), (steps + 16 * points).astype(np.uint8)
 
 
 def from_grids(n: Array, heads: Array, grid: int) -> Array:
