@@ -30,22 +30,32 @@ class Run:
 
     def columns(self, vector: int) -> Callable[[Expr | int], Quads]:
         """Of 16 columns: what gives their bytes at quads 2 * n of the run and the one after it, for any n."""
-        steps, bases = (
-            T.bind(T.call_pure_extern("int32x16", f"xllm_grid_{name}_{vector}", whole))
-            for name, whole in (("steps", self._steps), ("bases", self._bases))
-        )
+        steps, bases = self.steps(vector), self.bases(vector)
 
         def quads(number: Expr | int) -> Quads:
-            where = self._start + PANEL + number * _BOTH + vector * LANES * QUAD
-            both = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(self._w, where)))
-            low = T.broadcast(T.int32(0x0F0F0F0F), LANES)
             first, second = (
-                T.bind(T.call_pure_extern("int32x16", "xllm_on_grid", T.bitwise_and(half, low), steps, bases))
-                for half in (both, T.shift_right(both, T.broadcast(T.int32(4), LANES)))
+                T.bind(T.call_pure_extern("int32x16", "xllm_on_grid", half, steps, bases))
+                for half in self.numbers(vector, number)
             )
             return first, second
 
         return quads
+
+    def numbers(self, vector: int, number: Expr | int) -> Quads:
+        """The same of what is stored, the n from 0 to 15."""
+        where = self._start + PANEL + number * _BOTH + vector * LANES * QUAD
+        both = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(self._w, where)))
+        low = T.broadcast(T.int32(0x0F0F0F0F), LANES)
+        high = T.shift_right(both, T.broadcast(T.int32(4), LANES))
+        return T.bind(T.bitwise_and(both, low)), T.bind(T.bitwise_and(high, low))
+
+    def steps(self, vector: int) -> Expr:
+        """Of 16 columns, in both halves of each 32 bits."""
+        return T.bind(T.call_pure_extern("int32x16", f"xllm_grid_steps_{vector}", self._steps))
+
+    def bases(self, vector: int) -> Expr:
+        """The byte of n = 0, in all four bytes of each 32 bits."""
+        return T.bind(T.call_pure_extern("int32x16", f"xllm_grid_bases_{vector}", self._bases))
 
 
 def each_run(q: Quantization, length: int, body: Callable[[Expr, int], None]) -> None:

@@ -83,6 +83,14 @@ define linkonce_odr i32 @xllm_sum_i32(<16 x i32> %v) {
   %r = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %v)
   ret i32 %r
 }
+declare i16 @llvm.vector.reduce.add.v16i16(<16 x i16>)
+define linkonce_odr i32 @xllm_sum_i8(ptr %p) {
+  %v = load <16 x i8>, ptr %p, align 1
+  %w = sext <16 x i8> %v to <16 x i16>
+  %s = call i16 @llvm.vector.reduce.add.v16i16(<16 x i16> %w)
+  %r = sext i16 %s to i32
+  ret i32 %r
+}
 declare i32 @llvm.vector.reduce.smax.v16i32(<16 x i32>)
 ; the largest of 16 sizes, given as the bits of |x|, which are ordered as integers: infinity and NaN, which come last,
 ; make it NaN

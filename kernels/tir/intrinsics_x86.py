@@ -138,13 +138,19 @@ define linkonce_odr <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <1
   %r = add <16 x i32> %acc, %both
   ret <16 x i32> %r
 }
-; 4 times 15 * 127 stays within 16 bits, so the instruction that adds bytes in 16 bits loses nothing
-define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
+; 4 times 15 * 127 stays within 16 bits, so the instruction that adds bytes in 16 bits loses nothing; where its sums are
+; widened they are multiplied by a step at no cost
+define linkonce_odr <16 x i32> @xllm_dot_u4i8_by(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b, <16 x i32> %steps) {
   %a8 = bitcast <16 x i32> %a to <64 x i8>
   %b8 = bitcast <16 x i32> %b to <64 x i8>
+  %s16 = bitcast <16 x i32> %steps to <32 x i16>
   %pairs = call <32 x i16> @xllm_bytes(<64 x i8> %a8, <64 x i8> %b8)
-  %quads = call <16 x i32> @xllm_pairs(<32 x i16> %pairs, <32 x i16> splat (i16 1))
+  %quads = call <16 x i32> @xllm_pairs(<32 x i16> %pairs, <32 x i16> %s16)
   %r = add <16 x i32> %acc, %quads
+  ret <16 x i32> %r
+}
+define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
+  %r = call <16 x i32> @xllm_dot_u4i8_by(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b, <16 x i32> splat (i32 65537))
   ret <16 x i32> %r
 }
 """

@@ -236,6 +236,11 @@ class _Loop:
             self._by_blocks(env, sums, by_blocks)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
+        form = self.format
+        if isinstance(form, Quantized) and form.q.grid and not self.isa.has_int8_dot:
+            runs = -(-form.q.padded(self.k) // form.q.grid)
+            self._pieces({**env, "run_sums": stack_array(self._height * runs, "int32")}, sums, None)
+            return
         opened = self.format.opened_bytes(self.k)
         if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
             self._pieces(env, sums, None)
@@ -315,7 +320,7 @@ class _Loop:
         form, ahead = self.format, partial(self._ahead, env)
         if isinstance(form, Quantized) and SlicedBytes.can(form, self.isa, self.k):
             height = _height(Quantized(form.q.multiplied), self.isa, self.most_rows)
-            return SlicedBytes(form, self.isa, self.k, height, env, ahead)
+            return SlicedBytes(form, self.isa, self.k, height, self._height + 1, env, ahead)
         if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
             width = partial(Dense("f32").width, self.isa)
             return SlicedFloats(self.k, tile_rows(width, self.most_rows or MOST_ROWS), width, env, ahead)

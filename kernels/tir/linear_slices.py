@@ -126,20 +126,22 @@ class SlicedBytes(_Sliced):
 
     kind = "i32"
 
-    def __init__(self, form: Quantized, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
+    def __init__(
+        self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
+    ) -> None:
+        """`height`: of a tile of bytes; `fewest`: more rows than a tile of stored weights has."""
         padded, bytes_ = form.q.padded(k), Quantized(form.q.multiplied)
         length = (isa.slice_bytes or _OPENED_BYTES) // PANEL
         super().__init__(env, padded, length, height, partial(bytes_.width, isa), ahead)
-        self._form, self._bytes, self._in, self.row_bytes, self.fewest = form, bytes_, k, padded, height + 1
-        if form.q.grid:
-            self.fewest = 9  # up to 8 rows become products in registers
+        self._form, self._bytes, self._in, self.row_bytes, self.fewest = form, bytes_, k, padded, fewest
         self._opened = stack_array(self._length * PANEL, "uint8") if form.q.grid else None
 
     @staticmethod
     def can(form: Quantized, isa: Isa, k: int) -> bool:
-        """Whether the panel is on grids, or more than a slice: else it stays in the first-level cache by itself."""
+        """Whether the panel is more than a slice, else it stays in the first-level cache by itself, or on grids, which
+        are worth becoming bytes where those are multiplied in one instruction."""
         whole = form.q.bits == 8 and form.q.group == 0
-        return form.q.grid > 0 or (whole and 0 < isa.slice_bytes < PANEL * form.q.padded(k))
+        return (form.q.grid > 0 and isa.has_int8_dot) or (whole and 0 < isa.slice_bytes < PANEL * form.q.padded(k))
 
     def open(self, piece: _Piece, here: Expr) -> None:
         q = self._form.q

@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import QUAD, Quantization
+from xllm_compiler.kernels.layouts import QUAD, STEP, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
 from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat, tile_width
 from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
@@ -177,7 +177,7 @@ class Quantized(WeightFormat):
         # the sums so far stay on the stack while a group is added up
         held = (1 if self.q.bits == 8 else 2) + (0 if isa.has_int8_dot else 2)
         if self.q.grid:
-            held = 4  # steps and points, what was loaded, and a quad
+            held = 4 if isa.has_int8_dot else 3  # steps and bases, what was loaded, and a quad; or steps and two quads
         for width in (4, 2, 1):
             fits = each * (rows * width + width * held + 2) <= isa.vector_registers
             # measured: beyond half the registers the sums so far cost more than a larger tile saves
@@ -279,8 +279,11 @@ class Quantized(WeightFormat):
             add(number * 2, [T.bind(T.bitwise_and(v, low)) for v in loaded])
             add(number * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded])
 
+        if "run_sums" in env:
+            self._numbers(env, totals, weights, x_at, k, count, at, length, ahead)
+            return
         if self.q.grid:
-            self._runs(env["w"], weights, at, length, add, ahead)
+            self._bytes(env["w"], weights, at, length, add, ahead)
             return
         steps = length // QUAD // (1 if self.q.bits == 8 else 2)
         if ahead is None:
@@ -289,7 +292,7 @@ class Quantized(WeightFormat):
         else:
             in_blocks(steps, ahead, step)
 
-    def _runs(
+    def _bytes(
         self,
         w: Expr,
         weights: Expr,
@@ -299,20 +302,69 @@ class Quantized(WeightFormat):
         ahead: Ahead | None,
     ) -> None:
         """`add(quad, its bytes)` for all quads of runs that begin at byte `weights`."""
-        runs = -(-length // self.q.grid)
 
-        def run(number: Expr, valid: int) -> None:
-            if ahead is not None:
-                ahead(number, runs)
-            opened = Run(w, T.bind(weights + T.Cast("int64", number) * self.q.run_bytes))
-            columns = [opened.columns(vector) for vector in at]
+        def body(run: Run, number: Expr, valid: int) -> None:
+            columns = [run.columns(vector) for vector in at]
             with T.serial(0, valid // (2 * QUAD)) as pair:
                 both = [quads(pair) for quads in columns]
                 first = T.bind(number * (self.q.grid // QUAD) + pair * 2)
                 for half in range(2):
                     add(first + half, [quads[half] for quads in both])
 
-        each_run(self.q, length, run)
+        self._runs(w, weights, length, ahead, body)
+
+    def _numbers(
+        self,
+        env: dict[str, Expr],
+        totals: Vectors,
+        weights: Expr,
+        x_at: Expr,
+        k: int,
+        count: int,
+        at: range,
+        length: int,
+        ahead: Ahead | None,
+    ) -> None:
+        """The same sums without bytes, where what multiplies them is slow: of the n times the step, where pairs of
+        products are widened, and of the byte of n = 0 times the sum of a row's run."""
+        padded, runs = self.q.padded(k), -(-length // self.q.grid)
+        if at.start == 0:
+            for i in range(count):
+                _sum_runs(env, x_at + i * padded, i * runs, self.q.grid, length)
+
+        def body(run: Run, number: Expr, valid: int) -> None:
+            steps = [run.steps(vector) for vector in at]
+            for j, vector in enumerate(at):
+                base = T.bind(T.bitwise_and(run.bases(vector), T.broadcast(T.int32(255), LANES)))
+                for i in range(count):
+                    index = i * len(at) + j
+                    totals[index] = totals[index] + base * T.broadcast(env["run_sums"][i * runs + number], LANES)
+            with T.serial(0, valid // (2 * QUAD)) as pair:
+                both = [run.numbers(vector, pair) for vector in at]
+                first = T.bind(x_at + number * self.q.grid + pair * (2 * QUAD))
+                for half in range(2):
+                    for i in range(count):
+                        where = address(env["x"], first + half * QUAD + i * padded)
+                        operand = T.bind(T.broadcast(T.call_extern("int32", "xllm_load_pair", where), LANES))
+                        for j, numbers in enumerate(both):
+                            index, given = i * len(at) + j, (numbers[half], operand, steps[j])
+                            made = T.call_pure_extern("int32x16", "xllm_dot_u4i8_by", totals[index], *given)
+                            totals[index] = made
+
+        self._runs(env["w"], weights, length, ahead, body)
+
+    def _runs(
+        self, w: Expr, weights: Expr, length: int, ahead: Ahead | None, body: Callable[[Run, Expr, int], None]
+    ) -> None:
+        """`body(run, its number, its values)` for the runs of `length` k that begin at byte `weights`."""
+        runs = -(-length // self.q.grid)
+
+        def one(number: Expr, valid: int) -> None:
+            if ahead is not None:
+                ahead(number, runs)
+            body(Run(w, T.bind(weights + T.Cast("int64", number) * self.q.run_bytes)), number, valid)
+
+        each_run(self.q, length, one)
 
     def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
         """-zero * the row's sum."""
@@ -324,3 +376,14 @@ class Quantized(WeightFormat):
 
     def _load(self, w: Expr, index: Expr) -> Expr:
         return T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, index)))
+
+
+def _sum_runs(env: dict[str, Expr], x_at: Expr, to: int, grid: int, length: int) -> None:
+    """The sums of a row's runs, of the `length` values of x from `x_at` on, to env["run_sums"] from `to` on."""
+
+    def one(number: Expr, valid: int) -> None:
+        starts = [x_at + number * grid + at for at in range(0, valid, STEP)]
+        parts = [T.call_extern("int32", "xllm_sum_i8", address(env["x"], start)) for start in starts]
+        T.buffer_store(env["run_sums"], sum(parts[1:], parts[0]), [to + number])
+
+    each_run(Quantization(4, grid=grid), length, one)
