@@ -34,7 +34,7 @@ LARGEST: Final = 127  # of a quantized activation
 GRIDS: Final = (16, 32)  # lengths of runs
 _MIDDLE: Final = 128  # of 8 bits
 _TOP: Final = 15  # of a grid's numbers, steps and points
-_GRID_STARTS: Final = (1.02, 1.12)
+_GRID_STARTS: Final = (0.95, 1.05, 1.15)
 """Scales of rows on grids that are tried, as multiples of the one that gives the largest weight 127: larger ones leave
 the run it is in a point near the middle."""
 _STEPS_TRIED: Final = 2  # the least that holds all of a run, and one less: it cuts off the ends
@@ -219,7 +219,7 @@ def _scale(scale: Array, dtype: np.dtype[np.generic]) -> tuple[Array, Array, Arr
 
 
 def quantize_on_grids(w: Array, grid: int) -> tuple[Array, Array]:
-    """Stored values u8 [out, in] and scales f32 [out, 1] of a weight on grids: of two scales of a row, each with the
+    """Stored values u8 [out, in] and scales f32 [out, 1] of a weight on grids: of three scales of a row, each with the
     best of two steps for every run, the one that leaves the smallest sum of squared errors, after its least-squares fit
     to the numbers that it leads to. Of ties the first is taken; a row depends on nothing but itself."""
     out, in_ = w.shape
