@@ -160,8 +160,11 @@ class Quantization:
 
     def group_bytes(self, in_: int) -> int:
         """Bytes of one group of a panel."""
-        runs = -(-self.padded(in_) // self.grid) if self.grid else 0
-        return self.header_bytes + PANEL * (runs + (self.group or self.padded(in_)) * self.bits // 8)
+        return self.header_bytes + PANEL * (self.runs(in_) + (self.group or self.padded(in_)) * self.bits // 8)
+
+    def runs(self, in_: int) -> int:
+        """Runs of a row on grids, of which the last may be half a one; 0 without grids."""
+        return -(-self.padded(in_) // self.grid) if self.grid else 0
 
     @property
     def run_bytes(self) -> int:
@@ -184,7 +187,7 @@ def pack_quantized(q: Quantization, values: Array, scales: Array, zeros: Array |
     """
     out, in_ = values.shape
     panels, groups, padded = -(-out // PANEL), q.groups(in_), q.padded(in_)
-    runs, length = (-(-padded // q.grid), q.grid) if q.grid else (groups, padded // groups)
+    runs, length = (q.runs(in_), q.grid) if q.grid else (groups, padded // groups)
     whole = np.full((panels * PANEL, runs * length), q.middle, np.uint8)
     whole[:out, :in_] = values
     header = np.zeros((panels * PANEL, groups), np.float16 if q.group else np.float32)
@@ -216,10 +219,10 @@ def unpack_quantized(q: Quantization, packed: Array, out: int, in_: int) -> tupl
     zeros = _rows(blocks[:, :, PANEL * q.scale_bytes : q.header_bytes]) if q.zeros else None
     stored = blocks[:, :, q.header_bytes :]
     if q.grid:
-        groups = -(-stored.shape[2] // q.run_bytes)
-        runs = np.zeros((panels, groups * q.run_bytes), np.uint8)
-        runs[:, : stored.shape[2]] = stored[:, 0]
-        runs = runs.reshape(panels, groups, -1)
+        groups = q.runs(in_)
+        filled = np.zeros((panels, groups * q.run_bytes), np.uint8)
+        filled[:, : stored.shape[2]] = stored[:, 0]
+        runs = filled.reshape(panels, groups, -1)
         heads, stored = _rows(_turned(runs[:, :, :PANEL])), runs[:, :, PANEL:]
     quads = stored.reshape(panels, groups, -1, PANEL, QUAD)
     if q.bits == 4:

@@ -88,6 +88,11 @@ class Linear(Kernel):
         return self.weights.startswith("q")
 
     @property
+    def panels(self) -> tuple[int, int]:
+        """How many panels the weight has, and the bytes of one."""
+        return -(-self.n // PANEL), weight_format(self).panel_bytes(self.k)
+
+    @property
     def args(self) -> tuple[Arg, ...]:
         pointers = [*weight_format(self).args(self.k, f"panels of {self.n}")]
         if self.bias:
@@ -141,6 +146,11 @@ class LinearGlu(Kernel):
         return self.weights.startswith("q")
 
     @property
+    def panels(self) -> tuple[int, int]:
+        """As of `Linear`."""
+        return -(-self.f // (PANEL // 2)), weight_format(self).panel_bytes(self.k)
+
+    @property
     def args(self) -> tuple[Arg, ...]:
         pointers = [*weight_format(self).args(self.k, f"glu panels of {self.f}")]
         if self.bias:
@@ -166,12 +176,6 @@ class LinearGlu(Kernel):
 
         loop = _Loop(isa, self.k, self.f, weight_format(self), half, finish, self.most_rows)
         return build_function(self, isa, loop.emit)
-
-
-def panels_of(kernel: Linear | LinearGlu) -> tuple[int, int]:
-    """How many panels a layer's weight has, and the bytes of one."""
-    count = -(-kernel.f // (PANEL // 2)) if isinstance(kernel, LinearGlu) else -(-kernel.n // PANEL)
-    return count, weight_format(kernel).panel_bytes(kernel.k)
 
 
 def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
@@ -238,10 +242,10 @@ class _Loop:
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
         form = self.format
         if isinstance(form, Quantized) and form.q.grid and not self.isa.has_int8_dot:
-            runs = -(-form.q.padded(self.k) // form.q.grid)
-            self._pieces({**env, "run_sums": stack_array(self._height * runs, "int32")}, sums, None)
+            run_sums = stack_array(self._height * form.q.runs(self.k), "int32")
+            self._pieces({**env, "run_sums": run_sums}, sums, None)
             return
-        opened = self.format.opened_bytes(self.k)
+        opened = form.opened_bytes(self.k)
         if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
             self._pieces(env, sums, None)
             return

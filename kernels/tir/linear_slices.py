@@ -41,7 +41,7 @@ Expr = Any
 AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
 """`ahead(panel, place, number, passes)`: what a walk over k asks for meanwhile, `number` of `passes` at `place`."""
 _VECTORS = PANEL // LANES
-_OPENED_BYTES = 1 << 14  # of a slice where none is needed but to turn it into bytes
+_SLICE_BYTES = 1 << 14  # of a slice where none is needed but to turn it into bytes
 _BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
 
 
@@ -131,10 +131,11 @@ class SlicedBytes(_Sliced):
     ) -> None:
         """`height`: of a tile of bytes; `fewest`: more rows than a tile of stored weights has."""
         padded, bytes_ = form.q.padded(k), Quantized(form.q.multiplied)
-        length = (isa.slice_bytes or _OPENED_BYTES) // PANEL
+        length = (isa.slice_bytes or _SLICE_BYTES) // PANEL
         super().__init__(env, padded, length, height, partial(bytes_.width, isa), ahead)
         self._form, self._bytes, self._in, self.row_bytes, self.fewest = form, bytes_, k, padded, fewest
         self._opened = stack_array(self._length * PANEL, "uint8") if form.q.grid else None
+        self._met = env if self._opened is None else {**env, "w": self._opened}
 
     @staticmethod
     def can(form: Quantized, isa: Isa, k: int) -> bool:
@@ -150,13 +151,11 @@ class SlicedBytes(_Sliced):
             open_runs(q, self._env["w"], T.bind(self._values(piece) + run * q.run_bytes), piece.length, self._opened)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
-        env, weights = self._env, T.int64(0)
+        weights = T.int64(0)
         if self._opened is None:
             weights = T.bind(self._values(piece) + T.Cast("int64", piece.begin) * PANEL)
-        else:
-            env = {**env, "w": self._opened}
         x_at = T.bind(T.Cast("int64", piece.row + first) * self.row_bytes + piece.begin)
-        self._bytes.multiply(env, totals, weights, x_at, self._in, count, vectors, piece.length, ahead)
+        self._bytes.multiply(self._met, totals, weights, x_at, self._in, count, vectors, piece.length, ahead)
 
     def _values(self, piece: _Piece) -> Expr:
         """Where the panel's values begin."""

@@ -107,6 +107,11 @@ class LinearBlockMax(Kernel):
         return self.linear.int8_dots
 
     @property
+    def panels(self) -> tuple[int, int]:
+        """As of `Linear`."""
+        return self.linear.panels
+
+    @property
     def args(self) -> tuple[Arg, ...]:
         args = self.linear.args
         after = args.index(NEXT)

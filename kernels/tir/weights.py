@@ -8,8 +8,9 @@ tile, one output element is computed by the same operations in the same order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -259,15 +260,24 @@ class Quantized(WeightFormat):
         """totals += the stored weights at byte `weights` times `count` rows of x from `x_at` on, over `length` k."""
         padded = self.q.padded(k)
         dot = "xllm_dot_u8i8" if self.q.multiplied.bits == 8 else "xllm_dot_u4i8"
+        if "run_sums" in env:
+            dot = "xllm_dot_u4i8_by"
 
-        def add(quad: Expr, operands: list[Expr]) -> None:
+        def add(quad: Expr, operands: list[Expr], steps: Sequence[Expr] = ()) -> None:
             for i in range(count):
                 # rows at fixed distances from one address: one register for all of them
                 four = T.call_extern("int32", "xllm_load_pair", address(env["x"], x_at + quad * QUAD + i * padded))
                 operand = T.bind(T.broadcast(four, LANES))
                 for j, weight in enumerate(operands):
-                    index = i * len(at) + j
-                    totals[index] = T.call_pure_extern("int32x16", dot, totals[index], weight, operand)
+                    index, by = i * len(at) + j, steps[j : j + 1]
+                    totals[index] = T.call_pure_extern("int32x16", dot, totals[index], weight, operand, *by)
+
+        def begin(run: Run, number: Expr) -> None:
+            for j, vector in enumerate(at):
+                base = T.bind(T.bitwise_and(run.bases(vector), T.broadcast(T.int32(255), LANES)))
+                for i in range(count):
+                    index, whole = i * len(at) + j, env["run_sums"][i * self.q.runs(k) + number]
+                    totals[index] = totals[index] + base * T.broadcast(whole, LANES)
 
         def step(number: Expr) -> None:
             loaded = [self._load(env["w"], weights + number * _BYTE_STEP + vector * LANES * QUAD) for vector in at]
@@ -279,11 +289,11 @@ class Quantized(WeightFormat):
             add(number * 2, [T.bind(T.bitwise_and(v, low)) for v in loaded])
             add(number * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded])
 
-        if "run_sums" in env:
-            self._numbers(env, totals, weights, x_at, k, count, at, length, ahead)
-            return
         if self.q.grid:
-            self._bytes(env["w"], weights, at, length, add, ahead)
+            if "run_sums" in env and at.start == 0:
+                for i in range(count):
+                    _sum_runs(self.q, k, env, x_at + i * padded, i * self.q.runs(k))
+            self._by_runs(env, k, weights, at, begin, add, ahead)
             return
         steps = length // QUAD // (1 if self.q.bits == 8 else 2)
         if ahead is None:
@@ -292,79 +302,39 @@ class Quantized(WeightFormat):
         else:
             in_blocks(steps, ahead, step)
 
-    def _bytes(
-        self,
-        w: Expr,
-        weights: Expr,
-        at: range,
-        length: int,
-        add: Callable[[Expr, list[Expr]], None],
-        ahead: Ahead | None,
-    ) -> None:
-        """`add(quad, its bytes)` for all quads of runs that begin at byte `weights`."""
-
-        def body(run: Run, number: Expr, valid: int) -> None:
-            columns = [run.columns(vector) for vector in at]
-            with T.serial(0, valid // (2 * QUAD)) as pair:
-                both = [quads(pair) for quads in columns]
-                first = T.bind(number * (self.q.grid // QUAD) + pair * 2)
-                for half in range(2):
-                    add(first + half, [quads[half] for quads in both])
-
-        self._runs(w, weights, length, ahead, body)
-
-    def _numbers(
+    def _by_runs(
         self,
         env: dict[str, Expr],
-        totals: Vectors,
-        weights: Expr,
-        x_at: Expr,
         k: int,
-        count: int,
+        weights: Expr,
         at: range,
-        length: int,
+        begin: Callable[[Run, Expr], None],
+        add: Callable[[Expr, list[Expr], list[Expr]], None],
         ahead: Ahead | None,
     ) -> None:
-        """The same sums without bytes, where what multiplies them is slow: of the n times the step, where pairs of
-        products are widened, and of the byte of n = 0 times the sum of a row's run."""
-        padded, runs = self.q.padded(k), -(-length // self.q.grid)
-        if at.start == 0:
-            for i in range(count):
-                _sum_runs(env, x_at + i * padded, i * runs, self.q.grid, length)
+        """`add(quad, its bytes, [])` for all quads of a row, whose runs begin at byte `weights`.
 
-        def body(run: Run, number: Expr, valid: int) -> None:
-            steps = [run.steps(vector) for vector in at]
-            for j, vector in enumerate(at):
-                base = T.bind(T.bitwise_and(run.bases(vector), T.broadcast(T.int32(255), LANES)))
-                for i in range(count):
-                    index = i * len(at) + j
-                    totals[index] = totals[index] + base * T.broadcast(env["run_sums"][i * runs + number], LANES)
-            with T.serial(0, valid // (2 * QUAD)) as pair:
-                both = [run.numbers(vector, pair) for vector in at]
-                first = T.bind(x_at + number * self.q.grid + pair * (2 * QUAD))
-                for half in range(2):
-                    for i in range(count):
-                        where = address(env["x"], first + half * QUAD + i * padded)
-                        operand = T.bind(T.broadcast(T.call_extern("int32", "xllm_load_pair", where), LANES))
-                        for j, numbers in enumerate(both):
-                            index, given = i * len(at) + j, (numbers[half], operand, steps[j])
-                            made = T.call_pure_extern("int32x16", "xllm_dot_u4i8_by", totals[index], *given)
-                            totals[index] = made
-
-        self._runs(env["w"], weights, length, ahead, body)
-
-    def _runs(
-        self, w: Expr, weights: Expr, length: int, ahead: Ahead | None, body: Callable[[Run, Expr, int], None]
-    ) -> None:
-        """`body(run, its number, its values)` for the runs of `length` k that begin at byte `weights`."""
-        runs = -(-length // self.q.grid)
+        Where `env` has "run_sums", since what multiplies bytes is slow, `add(quad, its n, steps)`, which multiplies by
+        the step where pairs of products are widened, and before each run `begin(run, its number)`, which adds the byte
+        of n = 0 times the sum of a row's run: the same sums.
+        """
+        runs, by_numbers = self.q.runs(k), "run_sums" in env
 
         def one(number: Expr, valid: int) -> None:
             if ahead is not None:
                 ahead(number, runs)
-            body(Run(w, T.bind(weights + T.Cast("int64", number) * self.q.run_bytes)), number, valid)
+            run = Run(env["w"], T.bind(weights + T.Cast("int64", number) * self.q.run_bytes))
+            steps = [run.steps(vector) for vector in at] if by_numbers else []
+            quads = [partial(run.numbers, vector) if by_numbers else run.columns(vector) for vector in at]
+            if by_numbers:
+                begin(run, number)
+            with T.serial(0, valid // (2 * QUAD)) as pair:
+                both = [of(pair) for of in quads]
+                first = T.bind(number * (self.q.grid // QUAD) + pair * 2)
+                for half in range(2):
+                    add(first + half, [quad[half] for quad in both], steps)
 
-        each_run(self.q, length, one)
+        each_run(self.q, self.q.padded(k), one)
 
     def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
         """-zero * the row's sum."""
@@ -378,12 +348,12 @@ class Quantized(WeightFormat):
         return T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, index)))
 
 
-def _sum_runs(env: dict[str, Expr], x_at: Expr, to: int, grid: int, length: int) -> None:
-    """The sums of a row's runs, of the `length` values of x from `x_at` on, to env["run_sums"] from `to` on."""
+def _sum_runs(q: Quantization, k: int, env: dict[str, Expr], x_at: Expr, to: int) -> None:
+    """The sums of the runs of the row of x that begins at `x_at`, to env["run_sums"] from `to` on."""
 
     def one(number: Expr, valid: int) -> None:
-        starts = [x_at + number * grid + at for at in range(0, valid, STEP)]
+        starts = [x_at + number * q.grid + at for at in range(0, valid, STEP)]
         parts = [T.call_extern("int32", "xllm_sum_i8", address(env["x"], start)) for start in starts]
         T.buffer_store(env["run_sums"], sum(parts[1:], parts[0]), [to + number])
 
-    each_run(Quantization(4, grid=grid), length, one)
+    each_run(q, q.padded(k), one)

@@ -268,9 +268,7 @@ def _embedding(costs: Costs, op: Op, cost: Cost) -> Cost:
     if isinstance(w, Dequantize) and op.w in costs.weights:
         rows, table = op.ids.tensor.elements, (w.scales, *([w.zeros] if w.zeros else []))
         heads = sum(w.scales.shape[1].value * DTYPE_BYTES[v.dtype] for v in table)
-        stored = rows * (op.w.shape[1].value * w.bits // 8 + heads)
-        if w.grid:
-            stored = rows * (_grid_row(op.w.shape[1], w.grid) + heads)
+        stored = rows * (_row_bytes(op.w.shape[1], w.bits, w.grid) + heads)
         return replace(cost, weights=stored, read=_bytes(op.ids, costs.weights), flops=2 * op.result.tensor.elements)
     return costs.rows(op, op.w, op.ids, cost)
 
@@ -319,12 +317,12 @@ def _quant_norm_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
 def _quant_weight_bytes(values: Value, bits: int, grid: int) -> Dim:
     """What kernels read of stored values: two to a byte at 4 bits, whatever the IR's type says, and on grids."""
     out, in_ = values.shape
-    return out * _grid_row(in_, grid) if grid else out * in_ * bits // 8
+    return out * _row_bytes(in_, bits, grid) if grid else out * in_ * bits // 8
 
 
-def _grid_row(in_: Dim, grid: int) -> Dim:
-    """Bytes of a row on grids: two values to a byte, and a byte for each run."""
-    return ceildiv(in_, 2) + ceildiv(in_, grid)
+def _row_bytes(in_: Dim, bits: int, grid: int) -> Dim:
+    """The same of one row; on grids there is a byte for each run."""
+    return ceildiv(in_, 2) + ceildiv(in_, grid) if grid else in_ * bits // 8
 
 
 def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:

@@ -13,7 +13,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import DTYPE_BYTES, Tensor
 from xllm_compiler.kernels.tir.base import Kernel
-from xllm_compiler.kernels.tir.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu, panels_of
+from xllm_compiler.kernels.tir.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu
 from xllm_compiler.kernels.tir.vocab import LinearBlockMax
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.select import Call, Registry
@@ -32,7 +32,6 @@ class Selection:
         self.calls: list[Call] = []
         self.done: set[Op] = set()
         """Ops that an earlier op's kernel has computed as well."""
-        self._linears: list[tuple[int, Ref | Dim]] = []  # of each its number among the calls, and its weight
         self.panels = _panel_keys(func, storage, weights)
 
     def ref(self, value: Value, dtype: str | None = None) -> Ref:
@@ -64,16 +63,16 @@ class Selection:
     def call_linear(self, op: Op, kernel: AnyLinear, places: list[Ref | Dim], rows: Dim) -> None:
         """Adds the call of a linear layer. `places`: of all that its kernel reads and writes but what calls of linear
         layers have among themselves, whose turn it is and which is next (`name_what_follows`)."""
-        weight = places[next(i for i, arg in enumerate(kernel.args) if arg.name == "w")]
-        self._linears.append((len(self.calls), weight))
-        self.call(op, kernel, [*places, weight, self.storage.turns(), rows, as_dim(0), as_dim(0)])
+        own = _weight_of(kernel, places)
+        self.call(op, kernel, [*places, own, self.storage.turns(), rows, as_dim(0), as_dim(0)])
 
     def name_what_follows(self) -> None:
         """Tells every linear layer where the weight of the next one is; the last one's is the first's, in the step
         that follows."""
-        for (index, _), (after, weight) in zip(self._linears, self._linears[1:] + self._linears[:1], strict=True):
-            call, kernel = self.calls[index], self.calls[after].kernel
-            panels, size = panels_of(kernel.linear if isinstance(kernel, LinearBlockMax) else kernel)
+        linears = [(index, call) for index, call in enumerate(self.calls) if NEXT in call.kernel.args]
+        for (index, call), (_, after) in zip(linears, linears[1:] + linears[:1], strict=True):
+            panels, size = after.kernel.panels
+            weight = _weight_of(after.kernel, after.args)
             named = {NEXT: weight, NEXT_PANELS: as_dim(panels), NEXT_BYTES: as_dim(size)}
             args = [named.get(arg, given) for arg, given in zip(call.kernel.args[:-2], call.args, strict=True)]
             self.calls[index] = _made(call.op, call.kernel, args)
@@ -81,6 +80,10 @@ class Selection:
     def call(self, op: Op, kernel: Kernel, args: list[Ref | Dim]) -> None:
         """Adds a kernel call; what it reads and writes follows from the kernel's own declaration."""
         self.calls.append(_made(op, kernel, args))
+
+
+def _weight_of(kernel: AnyLinear, args: Sequence[Ref | Dim]) -> Ref | Dim:
+    return args[next(i for i, arg in enumerate(kernel.args) if arg.name == "w")]
 
 
 def _made(op: Op, kernel: Kernel, args: Sequence[Ref | Dim]) -> Call:

@@ -32,7 +32,6 @@ from xllm_compiler.kernels.tir.linear import (
     NEXT_PANELS,
     Linear,
     LinearGlu,
-    panels_of,
     tile_height,
 )
 from xllm_compiler.kernels.tir.native import NativeModule
@@ -163,7 +162,7 @@ def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | N
     """For every candidate the best of its rounds at each number of rows."""
     plain = _plain(layer)
     k, columns = plain.k, plain.f if isinstance(plain, LinearGlu) else plain.n
-    panels, each = panels_of(plain)
+    panels, each = plain.panels
     size = panels * each
     weights = [_filled(size) for _ in range(max(1, -(-_COLD_BYTES // size)))]
     rows_tried = [rows for rows in _ROWS if 2.0 * rows * k * panels * PANEL <= _MOST_OPERATIONS] or [1]
