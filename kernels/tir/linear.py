@@ -41,12 +41,12 @@ from xllm_compiler.kernels.tir.linear_tiles import BlockSums, ByteTiles, DenseTi
 from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.weight_only import WeightOnly
-from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFormat
+from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, WeightFormat, Widened
+from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 _DTYPES = ("bf16", "f32")
 MOST_ROWS = 8  # of a register tile, unless a kernel says otherwise
-_CACHED_BYTES = 1 << 20  # of rows that meet one panel after the other: half of a second-level cache
 _OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack: as above
 _OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
 _LINE = 64  # bytes that memory gives at once
@@ -174,7 +174,8 @@ class LinearGlu(Kernel):
                 value = ACTIVATIONS[self.act](gate) * up
                 store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
 
-        loop = _Loop(isa, self.k, self.f, weight_format(self), half, finish, self.most_rows)
+        form = _walked(weight_format(self), isa, self.k)
+        loop = _Loop(isa, self.k, self.f, form, half, finish, self.most_rows or MOST_ROWS)
         return build_function(self, isa, loop.emit)
 
 
@@ -195,16 +196,20 @@ Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
 def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
     """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
-    return _Loop(isa, kernel.k, kernel.n, weight_format(kernel), PANEL, finish, kernel.most_rows).emit
+    form = _walked(weight_format(kernel), isa, kernel.k)
+    return _Loop(isa, kernel.k, kernel.n, form, PANEL, finish, kernel.most_rows or MOST_ROWS).emit
 
 
 def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
     """Rows of the register tile that a kernel uses where it has rows enough."""
-    return _height(weight_format(kernel), isa, kernel.most_rows)
+    return _walked(weight_format(kernel), isa, kernel.k).height(isa, kernel.most_rows or MOST_ROWS)
 
 
-def _height(form: WeightFormat, isa: Isa, most_rows: int | None) -> int:
-    return tile_rows(partial(form.width, isa), most_rows or MOST_ROWS)
+def _walked(form: WeightFormat, isa: Isa, k: int) -> WeightFormat:
+    """How register tiles read a weight of this format."""
+    if isinstance(form, Dense) and form.dtype == "bf16" and not isa.has_bf16_dot and Widened.can(k):
+        return Widened("bf16")
+    return form
 
 
 @dataclass(frozen=True)
@@ -221,10 +226,12 @@ class _Loop:
     format: WeightFormat
     columns: int
     finish: Finish
-    most_rows: int | None
+    most_rows: int
 
     def emit(self, **env: Expr) -> None:
         env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
+        if isinstance(self.format, Widened):
+            env["wide"] = WideRows(env["x"], self.k)
         by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         most = by_blocks.block_rows if by_blocks else self._height
         sums = stack_array(most * PANEL, "float32")
@@ -264,7 +271,7 @@ class _Loop:
         rows, panels = env["rows"], -(-self.n // self.columns)
         height = by_blocks.block_rows if by_blocks else self._height
         # Blocks are so fast that rows must come from the second-level cache: as many at a time as it holds.
-        most = max(1, _CACHED_BYTES // (by_blocks.row_bytes * height)) * height if by_blocks else _UNBOUNDED
+        most = by_blocks.most_rows if by_blocks else _UNBOUNDED
         rounds = hold(T.truncdiv(rows + (most - 1), T.int32(most)))
         parts = hold(T.truncdiv(env["team"] * _PIECES + (panels - 1), T.max(rounds, 1) * panels))
         parts = hold(T.max(T.min(parts, T.truncdiv(T.min(rows, most) + (height - 1), T.int32(height))), 1))
@@ -280,6 +287,10 @@ class _Loop:
             here = hold(T.min(rows - top, most))
             tiles = hold(T.truncdiv(here + (height - 1), T.int32(height)))
             env["ahead"][0] = self._address_ahead(env, panel, onward)
+            if by_blocks:
+                by_blocks.take(top, here)
+            elif "wide" in env:
+                env["wide"].take(top, here)
             lo, hi = hold(T.truncdiv(tiles * part, parts)), hold(T.truncdiv(tiles * (part + 1), parts))
             if by_blocks or "opened" in env:
                 with T.If(panel != opened[0]), T.Then():
@@ -323,16 +334,16 @@ class _Loop:
         """How vectors make the sums of many rows where panels are better taken in slices."""
         form, ahead = self.format, partial(self._ahead, env)
         if isinstance(form, Quantized) and SlicedBytes.can(form, self.isa, self.k):
-            height = _height(Quantized(form.q.multiplied), self.isa, self.most_rows)
+            height = Quantized(form.q.multiplied).height(self.isa, self.most_rows)
             return SlicedBytes(form, self.isa, self.k, height, self._height + 1, env, ahead)
         if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
             width = partial(Dense("f32").width, self.isa)
-            return SlicedFloats(self.k, tile_rows(width, self.most_rows or MOST_ROWS), width, env, ahead)
+            return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead)
         return None
 
     @property
     def _height(self) -> int:
-        return _height(self.format, self.isa, self.most_rows)
+        return self.format.height(self.isa, self.most_rows)
 
     def _tiles(self, env: dict[str, Expr]) -> BlockSums | None:
         """How matrix tiles make the sums; None where they cannot, and vectors do."""

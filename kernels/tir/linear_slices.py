@@ -36,6 +36,7 @@ from xllm_compiler.kernels.tir.emit import (
 from xllm_compiler.kernels.tir.grid_bytes import open_runs
 from xllm_compiler.kernels.tir.linear_tiles import BlockSums, byte_totals
 from xllm_compiler.kernels.tir.weights import Ahead, Quantized, in_blocks
+from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
@@ -185,7 +186,17 @@ class SlicedFloats(_Sliced):
         super().__init__(env, k, self._DEEP, height, width, ahead)
         self.row_bytes = 2 * k
         self._weights = stack_array(self._DEEP * PANEL, "float32")
-        self._rows = stack_array(self._DEEP * self.block_rows, "float32")
+        # where all of a block's rows fit, they are there already
+        self._wide = env["wide"] if "wide" in env and WideRows.most(k) >= self.block_rows else None
+        self._rows = stack_array(0 if self._wide else self._DEEP * self.block_rows, "float32")
+
+    @property
+    def most_rows(self) -> int:
+        return WideRows.most(self._k) // self._height * self._height if self._wide else super().most_rows
+
+    def take(self, top: Expr, here: Expr) -> None:
+        if self._wide:
+            self._wide.take(top, here)
 
     def open(self, piece: _Piece, here: Expr) -> None:
         panel, begin, length = piece.panel, piece.begin, piece.length
@@ -199,6 +210,8 @@ class SlicedFloats(_Sliced):
             at = T.bind(pair * (2 * PANEL) + column * LANES)
             store(self._weights, at, even, "f32")
             store(self._weights, at + PANEL, odd, "f32")
+        if self._wide:
+            return
         with T.serial(0, here) as i:
             source = T.bind(T.Cast("int64", piece.row + i) * self._k + begin)
             for offset in range(0, length, LANES):
@@ -206,10 +219,15 @@ class SlicedFloats(_Sliced):
                 store(self._rows, i * self._DEEP + offset, part, "f32")
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+        wide = self._wide.of(piece.row + first, count) if self._wide else None
+
         def step(number: Expr) -> None:
             weights = [T.bind(load(self._weights, number * PANEL + vector * LANES, "f32")) for vector in vectors]
             for i in range(count):
-                operand = T.bind(splat(self._rows[(first + i) * self._DEEP + number]))
+                if wide:
+                    operand = wide(i, piece.begin + number)
+                else:
+                    operand = T.bind(splat(self._rows[(first + i) * self._DEEP + number]))
                 for j, weight in enumerate(weights):
                     index = i * len(weights) + j
                     totals[index] = fma(operand, weight, totals[index])

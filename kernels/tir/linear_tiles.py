@@ -24,6 +24,7 @@ from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, d
 Expr = Any
 BLOCK_ROWS = 2 * TILE_ROWS
 MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
+_CACHED_BYTES = 1 << 20  # of rows that meet one panel after the other: half of a second-level cache
 STEP_BYTES = PANEL * 4  # of a panel, from one 4-byte piece of k to the next
 _SUMS_STRIDE = PANEL * 4
 
@@ -47,6 +48,16 @@ class BlockSums(ABC):
     block_rows: int = BLOCK_ROWS
     row_bytes: int
     fewest: int = 1
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that meet all panels before others do: blocks are so fast that they must come from the second-level
+        cache."""
+        return max(1, _CACHED_BYTES // (self.row_bytes * self.block_rows)) * self.block_rows
+
+    def take(self, top: Expr, here: Expr) -> None:
+        """Emitted before any of the `here` <= `most_rows` rows from `top` on meet panels; most have nothing to do."""
+        return
 
     def begin(self, panel: Expr) -> None:
         """Emitted before the rows that meet `panel`; most have nothing to prepare."""

@@ -17,11 +17,13 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.layouts import QUAD, STEP, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
-from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat, tile_width
+from xllm_compiler.kernels.tir.emit import Vectors, address, fma, halves, load, splat, tile_rows, tile_width
 from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
+from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
+_WIDE_ROWS = 16  # at least, else too few to be worth widening
 _BLOCK = 8  # steps between two requests for weights that will be needed later
 
 Ahead = Callable[[Expr, int], None]
@@ -43,6 +45,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def width(self, isa: Isa, rows: int) -> int:
         """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
+
+    def height(self, isa: Isa, most: int) -> int:
+        """Rows, at most `most`, of the register tile that is used where there are rows enough."""
+        return tile_rows(partial(self.width, isa), most)
 
     @abstractmethod
     def panel_bytes(self, k: int) -> int:
@@ -146,6 +152,43 @@ class Dense(WeightFormat):
         if self.dtype == "f32":
             return fma(operand, weight, total)
         return T.call_pure_extern("float32x16", "xllm_dot_bf16", total, operand, weight)
+
+
+@dataclass(frozen=True)
+class Widened(Dense):
+    """bf16 by bf16 in f32: `env["wide"]` has the rows of x (wide_rows.py), and a weight's pairs are taken apart in
+    registers. Products are added in the order of k, as pairs of them are elsewhere."""
+
+    @staticmethod
+    def can(k: int) -> bool:
+        """Whether there is room for the rows of the largest tile."""
+        return k % 2 == 0 and WideRows.most(k) >= _WIDE_ROWS
+
+    def height(self, isa: Isa, most: int) -> int:
+        # each row more shares the taking apart
+        return max(rows for rows in range(1, most + 1) if self.width(isa, rows))
+
+    def tile(
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+    ) -> list[Expr]:
+        totals = Vectors(count * len(at))
+        for index in range(count * len(at)):
+            totals[index] = splat(0.0)
+        base = T.bind(T.Cast("int64", panel) * (k // 2 * PANEL))
+        operand = env["wide"].of(row, count)
+
+        def step(pair: Expr) -> None:
+            both = [halves(self._weight(env["w"], base + pair * PANEL + vector * LANES)) for vector in at]
+            for half in range(2):
+                weights = [T.bind(weight[half]) for weight in both]
+                for i in range(count):
+                    single = operand(i, pair * 2 + half)
+                    for j, weight in enumerate(weights):
+                        index = i * len(at) + j
+                        totals[index] = fma(single, weight, totals[index])
+
+        in_blocks(k // 2, ahead, step)
+        return [totals[index] for index in range(count * len(at))]
 
 
 @dataclass(frozen=True)
