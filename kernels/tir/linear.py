@@ -207,7 +207,7 @@ def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
 
 def _walked(form: WeightFormat, isa: Isa, k: int) -> WeightFormat:
     """How register tiles read a weight of this format."""
-    if isinstance(form, Dense) and form.dtype == "bf16" and not isa.has_bf16_dot and Widened.can(k):
+    if isinstance(form, Dense) and WideRows.can(isa, form.dtype, k) and k % 2 == 0:
         return Widened("bf16")
     return form
 
@@ -230,7 +230,8 @@ class _Loop:
 
     def emit(self, **env: Expr) -> None:
         env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
-        if isinstance(self.format, Widened):
+        form = self.format
+        if isinstance(form, Widened) or (isinstance(form, WeightOnly) and WideRows.can(self.isa, form.dtype, self.k)):
             env["wide"] = WideRows(env["x"], self.k)
         by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         most = by_blocks.block_rows if by_blocks else self._height
@@ -270,8 +271,10 @@ class _Loop:
         """The pieces of y that this member gets: some tiles of rows by a panel each."""
         rows, panels = env["rows"], -(-self.n // self.columns)
         height = by_blocks.block_rows if by_blocks else self._height
-        # Blocks are so fast that rows must come from the second-level cache: as many at a time as it holds.
-        most = by_blocks.most_rows if by_blocks else _UNBOUNDED
+        if by_blocks:
+            most = by_blocks.most_rows
+        else:
+            most = WideRows.most(self.k) // height * height if "wide" in env else _UNBOUNDED
         rounds = hold(T.truncdiv(rows + (most - 1), T.int32(most)))
         parts = hold(T.truncdiv(env["team"] * _PIECES + (panels - 1), T.max(rounds, 1) * panels))
         parts = hold(T.max(T.min(parts, T.truncdiv(T.min(rows, most) + (height - 1), T.int32(height))), 1))

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
-from xllm_compiler.kernels.tir.emit import Vectors, address, fma, load, splat
+from xllm_compiler.kernels.tir.emit import Vectors, address, fma, halves, load, splat
 from xllm_compiler.kernels.tir.grid_bytes import Run
 from xllm_compiler.kernels.tir.weights import Ahead, WeightFormat, in_blocks
 
@@ -53,18 +53,18 @@ class WeightOnly(WeightFormat):
     ) -> list[Expr]:
         length = self.q.group or self.q.padded(k)
         base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
-        origin = T.bind(T.Cast("int64", row) * k)
+        rows = _Rows(env, self.dtype, row, k, count)
         totals = Vectors(count * len(at))
         for index in range(count * len(at)):
             totals[index] = splat(0.0)
 
         def group(number: Expr, valid: int, ahead: Ahead | None) -> None:
             start = T.bind(base + T.Cast("int64", number) * self.q.group_bytes(k))
-            x_at = T.bind(origin + T.Cast("int64", number) * length)
+            begin = T.bind(number * length)
             if "opened" in env:
-                parts = self._opened_group(env, T.bind(number * (length // 2)), x_at, k, count, at, valid)
+                parts = self._opened_group(env, T.bind(number * (length // 2)), rows, begin, at, valid)
             else:
-                parts = self._group(env, start, x_at, k, count, at, valid, ahead)
+                parts = self._group(env, start, rows, begin, at, valid, ahead)
             scales = [self._header(env["w"], start, vector) for vector in at]
             for index, part in enumerate(parts):
                 totals[index] = fma(part, scales[index % len(at)], totals[index])
@@ -94,74 +94,97 @@ class WeightOnly(WeightFormat):
             open_group(self.q, env["w"], start, length, env["opened"], to)
 
     def _opened_group(
-        self, env: dict[str, Expr], pairs_at: Expr, x_at: Expr, k: int, count: int, at: range, valid: int
+        self, env: dict[str, Expr], pairs_at: Expr, rows: _Rows, begin: Expr, at: range, valid: int
     ) -> list[Expr]:
         """`_group` of an opened panel, whose pairs of the group begin with number `pairs_at`."""
-        parts = Vectors(count * len(at))
-        for index in range(count * len(at)):
-            parts[index] = splat(0.0)
+        parts = rows.sums(at)
 
         def add(pair: Expr, size: int) -> None:
             where = [((pairs_at + pair) * PANEL + vector * LANES) * 4 for vector in at]
             weights = [T.bind(T.call_extern("int32x16", "xllm_load_i32", address(env["opened"], w))) for w in where]
-            for i in range(count):
-                operand = _bf16_operand(env["x"], x_at + pair * 2 + i * k, size)
-                for j, weight in enumerate(weights):
-                    index = i * len(at) + j
-                    parts[index] = T.call_pure_extern("float32x16", "xllm_dot_bf16", parts[index], operand, weight)
+            if rows.in_pairs:
+                rows.add_pairs(parts, T.bind(begin + pair * 2), weights, size)
+            else:
+                rows.add(parts, T.bind(begin + pair * 2), [list(halves(weight))[:size] for weight in weights])
 
         if valid >= 2:
             with T.serial(0, valid // 2) as pair:
                 add(pair, 2)
         if valid % 2:
             add(T.int32(valid // 2), 1)
-        return [parts[index] for index in range(count * len(at))]
+        return [parts[index] for index in range(rows.count * len(at))]
 
     def _header(self, w: Expr, start: Expr, vector: int) -> Expr:
         return T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype))
 
     def _group(
-        self, env: dict[str, Expr], start: Expr, x_at: Expr, k: int, count: int, at: range, valid: int, ahead: Any
+        self, env: dict[str, Expr], start: Expr, rows: _Rows, begin: Expr, at: range, valid: int, ahead: Any
     ) -> list[Expr]:
         """Sums over the first `valid` values of a group, not scaled; x has nothing beyond them that may be read."""
-        w, x = env["w"], env["x"]
-        parts = Vectors(count * len(at))
-        for index in range(count * len(at)):
-            parts[index] = splat(0.0)
-        stored, halves = _Stored(self.q, w, start, at), 8 // self.q.bits
+        parts, stored, each = rows.sums(at), _Stored(self.q, env["w"], start, at), QUAD * 8 // self.q.bits
 
         def step(number: Expr, here: int) -> None:
             value = stored.step(number)
             for first in range(0, here, 2):
                 pair = min(2, here - first)
                 wide = [[value(j, first + i) for i in range(pair)] for j in range(len(at))]
-                if self.dtype == "bf16":
-                    both = [as_pair(values) for values in wide]
-                for i in range(count):
-                    element = x_at + number * (QUAD * halves) + first + i * k
-                    if self.dtype == "bf16":
-                        operand = _bf16_operand(x, element, pair)
-                        for j, weight in enumerate(both):
-                            index = i * len(at) + j
-                            parts[index] = T.call_pure_extern(
-                                "float32x16", "xllm_dot_bf16", parts[index], operand, weight
-                            )
-                        continue
-                    for p in range(pair):
-                        single = T.bind(splat(x[element + p]))
-                        for j in range(len(at)):
-                            index = i * len(at) + j
-                            parts[index] = fma(single, wide[j][p], parts[index])
+                element = T.bind(begin + number * each + first)
+                if rows.in_pairs:
+                    rows.add_pairs(parts, element, [as_pair(values) for values in wide], pair)
+                else:
+                    rows.add(parts, element, wide)
 
-        steps, rest = divmod(valid, QUAD * halves)
+        steps, rest = divmod(valid, each)
         if steps and ahead is not None:
-            in_blocks(steps, ahead, lambda number: step(number, QUAD * halves))
+            in_blocks(steps, ahead, lambda number: step(number, each))
         elif steps:
             with T.serial(0, steps) as number:
-                step(number, QUAD * halves)
+                step(number, each)
         if rest:
             step(T.int32(steps), rest)
-        return [parts[index] for index in range(count * len(at))]
+        return [parts[index] for index in range(rows.count * len(at))]
+
+
+class _Rows:
+    """`count` rows of x from row `row` on, which are multiplied one element of k at a time, or in pairs of bf16."""
+
+    def __init__(self, env: dict[str, Expr], dtype: str, row: Expr, k: int, count: int) -> None:
+        self._x, self._k, self.count = env["x"], k, count
+        self._origin = T.bind(T.Cast("int64", row) * k)
+        self._wide = env["wide"].of(row, count) if "wide" in env else None
+        self.in_pairs = dtype == "bf16" and self._wide is None
+
+    def sums(self, at: range) -> Vectors:
+        """Zero for each row and vector, row by row."""
+        parts = Vectors(self.count * len(at))
+        for index in range(self.count * len(at)):
+            parts[index] = splat(0.0)
+        return parts
+
+    def add(self, parts: Vectors, element: Expr, weights: list[list[Expr]]) -> None:
+        """parts += x[:, element + p] * weights[j][p] for each vector j and then p."""
+        for i in range(self.count):
+            for p in range(len(weights[0])):
+                if self._wide:
+                    single = self._wide(i, element + p)
+                else:
+                    single = T.bind(splat(self._x[self._origin + element + p + i * self._k]))
+                for j, weight in enumerate(weights):
+                    index = i * len(weights) + j
+                    parts[index] = fma(single, weight[p], parts[index])
+
+    def add_pairs(self, parts: Vectors, element: Expr, weights: list[Expr], size: int) -> None:
+        """The same for `size` elements, 1 or 2, of weights in pairs."""
+        for i in range(self.count):
+            at = self._origin + element + i * self._k
+            if size == 2:
+                both = T.call_extern("int32", "xllm_load_pair", address(self._x, at))
+            else:
+                both = T.Cast("int32", self._x[at])
+            operand = T.bind(T.broadcast(both, LANES))
+            for j, weight in enumerate(weights):
+                index = i * len(weights) + j
+                parts[index] = T.call_pure_extern("float32x16", "xllm_dot_bf16", parts[index], operand, weight)
 
 
 def open_group(q: Quantization, w: Expr, start: Expr, length: int, to: Expr, at: Expr) -> None:
@@ -226,8 +249,3 @@ def as_pair(values: list[Expr]) -> Expr:
     bits = [T.reinterpret("int32x16", value) for value in values]
     low = T.bitwise_and(T.shift_right(bits[0], T.broadcast(T.int32(16), LANES)), T.broadcast(T.int32(0xFFFF), LANES))
     return T.bind(low if len(bits) == 1 else T.bitwise_or(low, bits[1]))
-
-
-def _bf16_operand(x: Expr, element: Expr, pair: int) -> Expr:
-    both = T.call_extern("int32", "xllm_load_pair", address(x, element))
-    return T.bind(T.broadcast(both if pair == 2 else T.Cast("int32", x[element]), LANES))

@@ -19,11 +19,9 @@ from xllm_compiler.kernels.layouts import QUAD, STEP, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
 from xllm_compiler.kernels.tir.emit import Vectors, address, fma, halves, load, splat, tile_rows, tile_width
 from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
-from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
-_WIDE_ROWS = 16  # at least, else too few to be worth widening
 _BLOCK = 8  # steps between two requests for weights that will be needed later
 
 Ahead = Callable[[Expr, int], None]
@@ -158,11 +156,6 @@ class Dense(WeightFormat):
 class Widened(Dense):
     """bf16 by bf16 in f32: `env["wide"]` has the rows of x (wide_rows.py), and a weight's pairs are taken apart in
     registers. Products are added in the order of k, as pairs of them are elsewhere."""
-
-    @staticmethod
-    def can(k: int) -> bool:
-        """Whether there is room for the rows of the largest tile."""
-        return k % 2 == 0 and WideRows.most(k) >= _WIDE_ROWS
 
     def height(self, isa: Isa, most: int) -> int:
         # each row more shares the taking apart

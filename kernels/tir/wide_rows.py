@@ -10,11 +10,12 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.base import LANES
+from xllm_compiler.kernels.tir.base import LANES, Isa
 from xllm_compiler.kernels.tir.emit import Scalars, load_part, splat, stack_array, store
 
 Expr = Any
 _BYTES = 1 << 20
+_LEAST = 16  # rows: with room for fewer it is not done
 
 
 class WideRows:
@@ -25,6 +26,11 @@ class WideRows:
         self._held = stack_array(self.most(k) * self._stride, "float32")
         self._top = Scalars(1, "int32")
         self._top[0] = T.int32(-1)
+
+    @staticmethod
+    def can(isa: Isa, dtype: str, k: int) -> bool:
+        """Whether rows of `dtype` are to be widened at this level, and there is room for them."""
+        return dtype == "bf16" and not isa.has_bf16_dot and WideRows.most(k) >= _LEAST
 
     @staticmethod
     def most(k: int) -> int:
