@@ -22,6 +22,7 @@ from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
+_FEW = 8  # rows
 _BLOCK = 8  # steps between two requests for weights that will be needed later
 
 Ahead = Callable[[Expr, int], None]
@@ -158,8 +159,8 @@ class Widened(Dense):
     registers. Products are added in the order of k, as pairs of them are elsewhere."""
 
     def height(self, isa: Isa, most: int) -> int:
-        # each row more shares the taking apart
-        return max(rows for rows in range(1, most + 1) if self.width(isa, rows))
+        # each row more shares the taking apart, but there are never many: more rows meet slices
+        return max(rows for rows in range(1, min(most, _FEW) + 1) if self.width(isa, rows))
 
     def tile(
         self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "write-a-pass.md").read_text()
 SETUP = "make setup"  # done already, or this test would not run
@@ -33,6 +35,7 @@ def run(command: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow  # it judges a pass by all laws three times
 def test_the_page_runs(tmp_path: Path) -> None:
     printed: dict[str, str] = {}
     for name, text in steps():

@@ -68,6 +68,22 @@ def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("isa", machine_isas())
+def test_more_rows_than_are_taken_at_a_time(isa: str) -> None:
+    """Where nothing multiplies bf16 there is room for 52 widened rows of these, and with k of 20,000 for too few."""
+    for k in (5000, 20000):
+        rng, q, n, most = np.random.default_rng(k), Quantization.parse("q4g128"), 70, 110
+        packed = pack_quantized(q, *random_weight(rng, q, n, k))
+        kernel = Standalone(Linear(k, n, "bf16", "f32", weights="wq4g128"), ISAS[isa])
+        x, alone = rng.standard_normal((most, k)).astype(NUMPY["bf16"]), np.zeros((most, n), np.float32)
+        for row in range(most):
+            kernel(x[row : row + 1], packed, alone[row : row + 1], 1)
+        for team in (1, 2):
+            together = np.full((most, n), 7, np.float32)
+            kernel(x, packed, together, most, team=team)
+            assert together.tobytes() == alone.tobytes(), (k, team)
+
+
+@pytest.mark.parametrize("isa", machine_isas())
 def test_linear_glu(isa: str) -> None:
     k, f, rng, q = 96, 40, np.random.default_rng(1), Quantization.parse("q4g32")
     values, scales, zeros = random_weight(rng, q, 2 * f, k)
