@@ -22,7 +22,6 @@ from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
-_FEW = 8  # rows
 _BLOCK = 8  # steps between two requests for weights that will be needed later
 
 Ahead = Callable[[Expr, int], None]
@@ -157,10 +156,6 @@ class Dense(WeightFormat):
 class Widened(Dense):
     """bf16 by bf16 in f32: `env["wide"]` has the rows of x (wide_rows.py), and a weight's pairs are taken apart in
     registers. Products are added in the order of k, as pairs of them are elsewhere."""
-
-    def height(self, isa: Isa, most: int) -> int:
-        # each row more shares the taking apart, but there are never many: more rows meet slices
-        return max(rows for rows in range(1, min(most, _FEW) + 1) if self.width(isa, rows))
 
     def tile(
         self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
