@@ -47,7 +47,7 @@ from xllm_compiler.kernels.tir.wide_rows import WideRows
 Expr = Any
 _DTYPES = ("bf16", "f32")
 MOST_ROWS = 8  # of a register tile, unless a kernel says otherwise
-_OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack: as above
+_OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack
 _OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
 _LINE = 64  # bytes that memory gives at once
 _PIECES = 32  # for each member, where there are rows enough to cut a panel's work: the last to finish is late by one
@@ -207,9 +207,7 @@ def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
 
 def _walked(form: WeightFormat, isa: Isa, k: int) -> WeightFormat:
     """How register tiles read a weight of this format."""
-    if isinstance(form, Dense) and WideRows.can(isa, form.dtype, k) and k % 2 == 0:
-        return Widened("bf16")
-    return form
+    return Widened(form.dtype) if isinstance(form, Dense) and form.widens(isa, k) else form
 
 
 @dataclass(frozen=True)
@@ -230,8 +228,7 @@ class _Loop:
 
     def emit(self, **env: Expr) -> None:
         env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
-        form = self.format
-        if isinstance(form, Widened) or (isinstance(form, WeightOnly) and WideRows.can(self.isa, form.dtype, self.k)):
+        if self.format.widens(self.isa, self.k):
             env["wide"] = WideRows(env["x"], self.k)
         by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
         most = by_blocks.block_rows if by_blocks else self._height

@@ -18,6 +18,7 @@ from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
 from xllm_compiler.kernels.tir.emit import Vectors, address, fma, halves, load, splat
 from xllm_compiler.kernels.tir.grid_bytes import Run
 from xllm_compiler.kernels.tir.weights import Ahead, WeightFormat, in_blocks
+from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 _STEP_BYTES = PANEL * QUAD
@@ -40,6 +41,9 @@ class WeightOnly(WeightFormat):
 
     def panel_bytes(self, k: int) -> int:
         return self.q.panel_bytes(k)
+
+    def widens(self, isa: Isa, k: int) -> bool:
+        return WideRows.can(isa, self.dtype, k)
 
     def width(self, isa: Isa, rows: int) -> int:
         each = LANES // isa.register_lanes

@@ -19,6 +19,7 @@ from xllm_compiler.kernels.layouts import QUAD, STEP, Quantization
 from xllm_compiler.kernels.tir.base import LANES, PANEL, Arg, Isa
 from xllm_compiler.kernels.tir.emit import Vectors, address, fma, halves, load, splat, tile_rows, tile_width
 from xllm_compiler.kernels.tir.grid_bytes import Run, each_run
+from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
@@ -47,6 +48,10 @@ class WeightFormat(ABC):
     def height(self, isa: Isa, most: int) -> int:
         """Rows, at most `most`, of the register tile that is used where there are rows enough."""
         return tile_rows(partial(self.width, isa), most)
+
+    def widens(self, isa: Isa, k: int) -> bool:
+        """Whether tiles want the rows of x in env["wide"]."""
+        return False
 
     @abstractmethod
     def panel_bytes(self, k: int) -> int:
@@ -105,6 +110,9 @@ class Dense(WeightFormat):
 
     def streams(self, isa: Isa) -> bool:
         return True
+
+    def widens(self, isa: Isa, k: int) -> bool:
+        return k % 2 == 0 and WideRows.can(isa, self.dtype, k)
 
     def panel_bytes(self, k: int) -> int:
         return 4 * PANEL * (k if self.dtype == "f32" else -(-k // 2))
