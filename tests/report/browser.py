@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ class Browser:
 
     def js(self, expression: str) -> Any:
         return self.tell(js=expression).get("value")
+
+    def comes(self, expression: str, expected: Any, seconds: float = 20.0) -> Any:
+        """The value of an expression once it is `expected`, or what it still is after `seconds`: for what the page puts
+        off until nobody types any more."""
+        end = time.monotonic() + seconds
+        while (value := self.js(expression)) != expected and time.monotonic() < end:
+            time.sleep(0.05)
+        return value
 
     def click(self, selector: str) -> None:
         """A real click on the middle of the first such element, which is scrolled to before."""

@@ -135,7 +135,7 @@ def test_the_filter_finds_words_anywhere_in_an_op(page: Page) -> None:
         i for i, op in enumerate(ops) if "fuse-qkv/stack-projections" in op["lineage"] and "layers.2" in op["source"]
     ]
     hits = [i for i in wanted if not ops[i]["weight"]]
-    assert browser.js("[...document.querySelectorAll('#matches .op')].map((e) => +e.dataset.op)") == hits != []
+    assert browser.comes("[...document.querySelectorAll('#matches .op')].map((e) => +e.dataset.op)", hits) == hits != []
     assert browser.texts("#found") == [f"{len(hits)} ops"] and browser.js("document.getElementById('layers').hidden")
     browser.click("#weights")
     assert browser.count("#matches .op") == len(wanted) > len(hits)
