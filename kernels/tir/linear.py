@@ -174,8 +174,7 @@ class LinearGlu(Kernel):
                 value = ACTIVATIONS[self.act](gate) * up
                 store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
 
-        form = _walked(weight_format(self), isa, self.k)
-        loop = _Loop(isa, self.k, self.f, form, half, finish, self.most_rows or MOST_ROWS)
+        loop = _Loop(isa, self.k, self.f, _walked(self, isa), half, finish, self.most_rows or MOST_ROWS)
         return build_function(self, isa, loop.emit)
 
 
@@ -196,18 +195,19 @@ Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
 def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
     """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
-    form = _walked(weight_format(kernel), isa, kernel.k)
-    return _Loop(isa, kernel.k, kernel.n, form, PANEL, finish, kernel.most_rows or MOST_ROWS).emit
+    form, most_rows = _walked(kernel, isa), kernel.most_rows or MOST_ROWS
+    return _Loop(isa, kernel.k, kernel.n, form, PANEL, finish, most_rows).emit
 
 
 def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
     """Rows of the register tile that a kernel uses where it has rows enough."""
-    return _walked(weight_format(kernel), isa, kernel.k).height(isa, kernel.most_rows or MOST_ROWS)
+    return _walked(kernel, isa).height(isa, kernel.most_rows or MOST_ROWS)
 
 
-def _walked(form: WeightFormat, isa: Isa, k: int) -> WeightFormat:
-    """How register tiles read a weight of this format."""
-    return Widened(form.dtype) if isinstance(form, Dense) and form.widens(isa, k) else form
+def _walked(kernel: Linear | LinearGlu, isa: Isa) -> WeightFormat:
+    """How register tiles read a kernel's weight at this level."""
+    form = weight_format(kernel)
+    return Widened(form.dtype) if isinstance(form, Dense) and form.widens(isa, kernel.k) else form
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ class WeightOnly(WeightFormat):
         length = self.q.group or self.q.padded(k)
         base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
         rows = _Rows(env, self.dtype, row, k, count)
-        totals = Vectors(count * len(at))
-        for index in range(count * len(at)):
-            totals[index] = splat(0.0)
+        totals = rows.sums(at)
 
         def group(number: Expr, valid: int, ahead: Ahead | None) -> None:
             start = T.bind(base + T.Cast("int64", number) * self.q.group_bytes(k))

@@ -12,6 +12,7 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.base import LANES, Isa
 from xllm_compiler.kernels.tir.emit import Scalars, load_part, splat, stack_array, store
+from xllm_compiler.kernels.tir.norms import each_vector
 
 Expr = Any
 _BYTES = 1 << 20
@@ -43,13 +44,12 @@ class WideRows:
             self._top[0] = top
             with T.serial(0, here) as i:
                 source = T.bind(T.Cast("int64", top + i) * self._k)
-                whole, rest = divmod(self._k, LANES)
-                with T.serial(0, whole) as part:
-                    wide = load_part(self._x, source + part * LANES, LANES, "bf16")
-                    store(self._held, i * self._stride + part * LANES, wide, "f32")
-                if rest:
-                    wide = load_part(self._x, source + whole * LANES, rest, "bf16")
-                    store(self._held, i * self._stride + whole * LANES, wide, "f32")
+                to = T.bind(i * self._stride)
+
+                def part(at: Expr, valid: int) -> None:
+                    store(self._held, to + at, load_part(self._x, source + at, valid, "bf16"), "f32")
+
+                each_vector(self._k, part)
 
     def of(self, row: Expr, count: int) -> Any:
         """`operand(i, at)`: element `at` of row `row + i`, in all lanes; i < `count`."""
