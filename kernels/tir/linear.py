@@ -36,7 +36,7 @@ from xllm_compiler.kernels.tir.emit import (
     tile_rows,
 )
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
-from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats
+from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats, SlicedPairs
 from xllm_compiler.kernels.tir.linear_tiles import BlockSums, ByteTiles, DenseTiles, GridTiles
 from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
@@ -50,6 +50,7 @@ MOST_ROWS = 8  # of a register tile, unless a kernel says otherwise
 _OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack
 _OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
 _LINE = 64  # bytes that memory gives at once
+_NEAR = 1 << 14  # bytes from where weights are met to where they are asked for: some 2 us of memory's time
 _PIECES = 32  # for each member, where there are rows enough to cut a panel's work: the last to finish is late by one
 _UNBOUNDED = 1 << 30  # rows
 NEXT = Arg("next", "u8", "the weight of the linear layer that is called next")
@@ -338,7 +339,10 @@ class _Loop:
             return SlicedBytes(form, self.isa, self.k, height, self._height + 1, env, ahead)
         if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
             width = partial(Dense("f32").width, self.isa)
-            return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead)
+            few = None
+            if isinstance(form, Widened):
+                few = SlicedPairs(form, self.isa, self.k, self._height, env, ahead)
+            return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead, few)
         return None
 
     @property
@@ -389,30 +393,41 @@ class _Loop:
         """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
         width = self.format.width(self.isa, count)
         passes = PANEL // LANES // width
+        tile, tiles = place
         streamed = count <= self.isa.streamed_rows and self.format.streams(self.isa)
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
-            ahead = _nothing if streamed else self._ahead(env, panel, place, number, passes)
+            walk = tile * passes + number, tiles * passes
+            ahead = _nothing if streamed else self._ahead(env, panel, walk, passes == 1 and tiles == 1)
             totals = self.format.tile(env, self.k, row, count, panel, vectors, ahead)
             for i in range(count):
                 for j, vector in enumerate(vectors):
                     store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
 
-    def _ahead(self, env: dict[str, Expr], panel: Expr, place: tuple[Expr, Expr], number: int, passes: int) -> Ahead:
-        """While a panel is multiplied, the lines of the next one are asked for, a few with each block of steps.
+    def _ahead(self, env: dict[str, Expr], panel: Expr, walk: tuple[Expr, Expr], along: Expr | bool) -> Ahead:
+        """While a panel is multiplied, lines of weights are asked for, a few with each block of steps.
 
         The arithmetic of some rows keeps the machine from running far enough ahead to do so by itself. The walks over
-        k of all register tiles that read this panel share the lines out.
+        k of all register tiles that read this panel share the lines out: this one is `walk` = (its number, of how
+        many). Where they go `along` the panel together, so that none comes to what none has met before, they ask for
+        what lies `_NEAR` behind: a deep panel and all of the next one are more than a second-level cache that
+        neighbours use too. Else they ask for the next panel.
         """
-        lines = -(-self.format.panel_bytes(self.k) // _LINE)
-        tile, tiles = place
-        walk = tile * passes + number
+        size = self.format.panel_bytes(self.k)
+        lines = -(-size // _LINE)
+        near = min(_NEAR // _LINE, lines)
+        number, of_all = walk
 
         def ahead(block: Expr, of: int) -> None:
-            each = T.bind(T.truncdiv(lines + (tiles * (passes * of) - 1), tiles * (passes * of)))
-            first = T.bind(T.min((walk * of + block) * each, lines))
+            each = T.bind(T.truncdiv(lines + (of_all * of - 1), of_all * of))
+            first = T.bind(T.min((number * of + block) * each, lines))
             last = T.bind(T.min(first + each, lines))
             start = T.bind(env["ahead"][0])
+            if along is not False:
+                distance = T.bind(T.if_then_else(along, T.int32(near), T.int32(lines)))
+                onward = start + T.Cast("int64", distance - lines) * _LINE
+                own = address_of(env["w"]) + T.Cast("int64", panel) * size + T.Cast("int64", distance) * _LINE
+                start = T.bind(T.if_then_else(first + distance < lines, own, onward))
             with T.serial(first, last) as line:
                 T.evaluate(T.call_extern("int32", "xllm_prefetch_at", start + T.Cast("int64", line) * _LINE))
 

@@ -35,12 +35,12 @@ from xllm_compiler.kernels.tir.emit import (
 )
 from xllm_compiler.kernels.tir.grid_bytes import open_runs
 from xllm_compiler.kernels.tir.linear_tiles import BlockSums, byte_totals
-from xllm_compiler.kernels.tir.weights import Ahead, Quantized, in_blocks
+from xllm_compiler.kernels.tir.weights import Ahead, Quantized, Widened, in_blocks
 from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
-AheadOf = Callable[[Expr, tuple[Expr, Expr], int, int], Ahead]
-"""`ahead(panel, place, number, passes)`: what a walk over k asks for meanwhile, `number` of `passes` at `place`."""
+AheadOf = Callable[[Expr, tuple[Expr, Expr], Expr], Ahead]
+"""`ahead(panel, walk, along)`: what a walk over k asks for meanwhile; see linear.py."""
 _VECTORS = PANEL // LANES
 _SLICE_BYTES = 1 << 14  # of a slice where none is needed but to turn it into bytes
 _BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
@@ -93,7 +93,7 @@ class _Sliced(BlockSums):
                 first = T.bind(T.truncdiv(here * part, parts))
                 count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
                 walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
-                add = partial(self._add, piece, first, walk, sums)
+                add = partial(self._add, piece, first, walk, tiles == 1, sums)
                 choose(count, {n: partial(add, n) for n in range(1, self._height + 1)})
 
         with T.serial(0, whole) as number:
@@ -101,10 +101,11 @@ class _Sliced(BlockSums):
         if rest:
             meet(T.int32(whole), rest)
 
-    def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], sums: Expr, count: int) -> None:
+    def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
         """What a slice adds to the sums of `count` rows."""
         width = self._width(count)
         passes = _VECTORS // width
+        at, of = walk
         dtype = {"i32": "int32", "f32": "float32"}[self.kind]
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
@@ -112,7 +113,7 @@ class _Sliced(BlockSums):
             places = [address(sums, (first + i) * PANEL + vector * LANES) for i in range(count) for vector in vectors]
             for index, where in enumerate(places):
                 totals[index] = T.call_extern(f"{dtype}x16", f"xllm_load_{self.kind}", where)
-            ahead = self._ahead(piece.panel, walk, number, passes)
+            ahead = self._ahead(piece.panel, (at * passes + number, of * passes), along)
             self.multiply(totals, piece, first, count, vectors, ahead)
             for index, where in enumerate(places):
                 T.evaluate(T.call_extern("int32", f"xllm_store_{self.kind}", where, totals[index]))
@@ -175,15 +176,41 @@ class SlicedBytes(_Sliced):
                 store(sums, at, product, "f32")
 
 
+class SlicedPairs(_Sliced):
+    """bf16 by bf16 in f32, for a few more rows than a register tile has: each tile takes a slice's pairs apart."""
+
+    kind = "f32"
+    _DEEP = 128  # k of a slice: 16 KiB
+
+    def __init__(self, form: Widened, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
+        super().__init__(env, k, self._DEEP, height, partial(form.width, isa), ahead)
+        self._form, self.row_bytes, self.fewest = form, 2 * k, height + 1
+
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+        weights = T.bind(self._form.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
+        row = T.bind(piece.row + first)
+        self._form.multiply(self._env, totals, weights, row, piece.begin, count, vectors, piece.length, ahead)
+
+
 class SlicedFloats(_Sliced):
     """bf16 by bf16 in f32: products are added in the order of k, as pairs of them are elsewhere."""
 
     kind = "f32"
-    fewest = 12  # widening pays where more rows than that share it
     _DEEP = 64  # k of a slice: 16 KiB of weights, 12 of rows
+    _MANY = 12  # rows: fewer do not pay for widening
 
-    def __init__(self, k: int, height: int, width: Callable[[int], int], env: dict[str, Expr], ahead: AheadOf) -> None:
+    def __init__(
+        self,
+        k: int,
+        height: int,
+        width: Callable[[int], int],
+        env: dict[str, Expr],
+        ahead: AheadOf,
+        few: SlicedPairs | None,
+    ) -> None:
+        """`few`: what makes the sums of fewer rows."""
         super().__init__(env, k, self._DEEP, height, width, ahead)
+        self._few, self.fewest = few, few.fewest if few else self._MANY
         self.row_bytes = 2 * k
         self._weights = stack_array(self._DEEP * PANEL, "float32")
         # where all of a block's rows fit, they are there already
@@ -197,6 +224,18 @@ class SlicedFloats(_Sliced):
     def take(self, top: Expr, here: Expr) -> None:
         if self._wide:
             self._wide.take(top, here)
+
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        if self._few is None:
+            super().emit(row, here, panel, place, sums)
+            return
+        with T.If(here < self._MANY):
+            with T.Then():
+                if not self._wide:
+                    self._env["wide"].take(row, here)
+                self._few.emit(row, here, panel, place, sums)
+            with T.Else():
+                super().emit(row, here, panel, place, sums)
 
     def open(self, piece: _Piece, here: Expr) -> None:
         panel, begin, length = piece.panel, piece.begin, piece.length

@@ -171,21 +171,39 @@ class Widened(Dense):
         totals = Vectors(count * len(at))
         for index in range(count * len(at)):
             totals[index] = splat(0.0)
-        base = T.bind(T.Cast("int64", panel) * (k // 2 * PANEL))
+        self.multiply(env, totals, self.begins(k, panel), row, T.int32(0), count, at, k, ahead)
+        return [totals[index] for index in range(count * len(at))]
+
+    def begins(self, k: int, panel: Expr) -> Expr:
+        """Where a panel does, in pairs."""
+        return T.bind(T.Cast("int64", panel) * (k // 2 * PANEL))
+
+    def multiply(
+        self,
+        env: dict[str, Expr],
+        totals: Vectors,
+        weights: Expr,
+        row: Expr,
+        begin: Expr,
+        count: int,
+        at: range,
+        length: int,
+        ahead: Ahead,
+    ) -> None:
+        """totals += the pairs from `weights` on times `count` rows from k = `begin` on, over `length` k."""
         operand = env["wide"].of(row, count)
 
         def step(pair: Expr) -> None:
-            both = [halves(self._weight(env["w"], base + pair * PANEL + vector * LANES)) for vector in at]
+            both = [halves(self._weight(env["w"], weights + pair * PANEL + vector * LANES)) for vector in at]
             for half in range(2):
-                weights = [T.bind(weight[half]) for weight in both]
+                columns = [T.bind(weight[half]) for weight in both]
                 for i in range(count):
-                    single = operand(i, pair * 2 + half)
-                    for j, weight in enumerate(weights):
+                    single = operand(i, begin + pair * 2 + half)
+                    for j, column in enumerate(columns):
                         index = i * len(at) + j
-                        totals[index] = fma(single, weight, totals[index])
+                        totals[index] = fma(single, column, totals[index])
 
-        in_blocks(k // 2, ahead, step)
-        return [totals[index] for index in range(count * len(at))]
+        in_blocks(length // 2, ahead, step)
 
 
 @dataclass(frozen=True)

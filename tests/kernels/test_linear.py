@@ -75,10 +75,11 @@ def test_more_rows_than_are_taken_at_a_time(isa: str, k: int) -> None:
     packed, together, alone = layouts.pack_panels(w), np.zeros((most, n), np.float32), np.zeros((most, n), np.float32)
     for row in range(most):
         kernel(x[row : row + 1], packed, alone[row : row + 1], 1)
-    for team in (1, 2, 3):
-        together[:] = 7
-        kernel(x, packed, together, most, team=team)
-        assert together.tobytes() == alone.tobytes()
+    for rows in (7, 11, most):  # a slice of pairs, or of what was widened
+        for team in (1, 2, 3):
+            together[:] = 7
+            kernel(x, packed, together, rows, team=team)
+            assert together[:rows].tobytes() == alone[:rows].tobytes(), (rows, team)
     expected = x.astype(np.float64) @ w.astype(np.float64).T
     assert np.abs(together - expected).max() <= 1e-5 * np.abs(expected).max()
 
