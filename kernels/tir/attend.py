@@ -25,7 +25,8 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.attend_bytes import ByteTiles
 from xllm_compiler.kernels.tir.attend_matrix import MatrixTiles
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, CHUNK, QUERY_ROWS, Item, Tiles
+from xllm_compiler.kernels.tir.attend_state import BLOCK, CHUNK, QUERY_ROWS, Item
+from xllm_compiler.kernels.tir.attend_tiles import Tiles
 from xllm_compiler.kernels.tir.attend_wide import WideTiles
 from xllm_compiler.kernels.tir.base import LANES, MEMBER_ARGS, Arg, Isa, Kernel, require, scalar
 from xllm_compiler.kernels.tir.emit import (

@@ -21,7 +21,9 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, BLOCK_PAGES, MAX_ROWS, QUERY_ROWS, Item, OnlySeen, Part, Tiles
+from xllm_compiler.kernels.tir.attend_softmax import OnlySeen, PartOfWeighing, Seen
+from xllm_compiler.kernels.tir.attend_state import BLOCK, BLOCK_PAGES, QUERY_ROWS, Item
+from xllm_compiler.kernels.tir.attend_tiles import MAX_ROWS, Part, Tiles
 from xllm_compiler.kernels.tir.base import LANES
 from xllm_compiler.kernels.tir.emit import (
     Vectors,
@@ -52,6 +54,7 @@ class ByteTiles(Tiles):
         self.queries = stack_array(QUERY_ROWS * self.layout.k_steps * _QUAD + LANES, "uint8")
         self.q_scales = stack_array(QUERY_ROWS, "float32")
         self.sums = stack_array(MAX_ROWS * BLOCK, "int32")
+        self.scores = stack_array(MAX_ROWS * BLOCK, "float32")
         self.rounded_weights = stack_array(QUERY_ROWS * BLOCK, "uint8")
         self.p_scales = stack_array(QUERY_ROWS, "float32")
         self.key_scales = stack_array(BLOCK_PAGES, "int64")  # where they are, of the block's pages
@@ -123,25 +126,35 @@ class ByteTiles(Tiles):
             where = address(self.sums, at * BLOCK + i * LANES)
             sums = T.Cast("float32x16", T.call_extern("int32x16", "xllm_load_i32", where))
             of_keys = T.call_extern("float32x16", "xllm_load_f32", address(self.env["kv"], self.key_scales[i]))
-            scores.append(sums * of_keys * scale)
+            scores.append(T.bind(sums * of_keys * scale))
+            store(self.scores, at * BLOCK + i * LANES, scores[i], "f32")
         return scores
 
     # ---- values
 
-    def write_weights(self, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        scaled, sizes = [], []
+    def parts_of_weighing(self) -> list[PartOfWeighing]:
+        return [*super().parts_of_weighing(), self.round_weights]
+
+    def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
+        """scores = weights by the values' scales, and tops = the largest of them."""
+        sizes = []
         for i, weight in enumerate(weights):
             scale = T.call_extern("float32x16", "xllm_load_f32", address(self.env["kv"], self.value_scales[i]))
-            scaled.append(T.bind(only_seen(i, weight * scale, 0.0)))  # what is not seen has any scale
-            bits = T.reinterpret("int32x16", scaled[i])
+            scaled = T.bind(only_seen(i, weight * scale, 0.0))  # what is not seen has any scale
+            store(self.scores, at * BLOCK + i * LANES, scaled, "f32")
+            bits = T.reinterpret("int32x16", scaled)
             sizes.append(T.bind(T.bitwise_and(bits, T.broadcast(T.int32(0x7FFFFFFF), LANES))))
         top = T.max(T.max(sizes[0], sizes[1]), T.max(sizes[2], sizes[3]))
-        largest = T.bind(T.call_pure_extern("float32", "xllm_largest_size", top))
+        T.buffer_store(self.tops, T.call_pure_extern("float32", "xllm_largest_size", top), [place])
+
+    def round_weights(self, at: Expr, place: Expr, seen: Seen) -> None:
+        """From there to the integers that meet the values."""
+        largest = T.bind(self.tops[place])
         T.buffer_store(self.p_scales, largest * T.float32(1 / _TOP), [place])
         factor = T.bind(T.Select(largest > T.float32(_LEAST), T.float32(_TOP) / largest, T.float32(0)))
-        for i, weight in enumerate(scaled):
-            to = T.bind(place * BLOCK + i * LANES)
-            store_integers(self.rounded_weights, to, rounded(weight * splat(factor)))
+        for i in range(BLOCK_PAGES):
+            scaled = load(self.scores, at * BLOCK + i * LANES, "f32")
+            store_integers(self.rounded_weights, T.bind(place * BLOCK + i * LANES), rounded(scaled * splat(factor)))
 
     def add_to_vectors(self, place: Expr, count: int, vectors: range, part: Part) -> None:
         width = len(vectors)

@@ -1,6 +1,6 @@
 """Attention's work on one KV block with an instruction that multiplies matrices (Intel AMX): `MatrixTiles`.
 
-Owns what differs from attend_tiles.py, whose online softmax, scratch and addresses it uses. Rows are worked on in tiles
+Owns what differs from attend_tiles.py, whose scratch and addresses it uses. Rows are worked on in tiles
 of 16. A page of K is, 32 elements at a time, what the instruction takes for its second operand; its first is 16 rows of
 q, which `fresh` lays out. Values lie in pairs of tokens, 8 rows of a page at a time, and the instruction takes as long
 for 8 as for 16: so a block of V is copied once for all rows, two pages to a tile. acc is loaded into a tile, has p @ v
@@ -23,7 +23,8 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, QUERY_ROWS, Item, Tiles
+from xllm_compiler.kernels.tir.attend_state import BLOCK, QUERY_ROWS, Item
+from xllm_compiler.kernels.tir.attend_tiles import Tiles
 from xllm_compiler.kernels.tir.base import LANES, PAGE
 from xllm_compiler.kernels.tir.emit import Scalars, Vectors, address, load, stack_array, store
 from xllm_compiler.kernels.tir.tiles import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
@@ -87,8 +88,7 @@ class MatrixTiles(Tiles):
         with T.If(last - first == BLOCK):
             with T.Then():
                 self._copy_values()
-                with T.serial(0, item.rows) as row:
-                    self.weigh(row, row, None)
+                self.weigh_rows(T.int32(0), item.rows, T.int32(0))
                 with T.serial(0, tiles) as tile:
                     at = T.bind(shift + tile * TILE_ROWS)
                     self._multiply_values(tile, at, self.state.totals, self.state.total(at, 0))
@@ -119,7 +119,7 @@ class MatrixTiles(Tiles):
             self._multiply_values(tile, at, self.part, T.int32(0))
             take(row)
 
-        each_row(lambda row, lo, hi: self.weigh(row, row, (lo, hi)))
+        self.weigh_rows(first, T.bind(T.min(self.item.rows - first, TILE_ROWS)), first)
         with T.If(odd == 0):
             with T.Then():
                 self._multiply_values(tile, at, self.part, T.int32(0))

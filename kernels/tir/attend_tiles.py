@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script.builder import ir as T
 
+from xllm_compiler.kernels.tir.attend_softmax import OnlySeen, Softmax
+from xllm_compiler.kernels.tir.attend_state import BLOCK, BLOCK_PAGES, CHUNK, QUERY_ROWS, Item, State
 from xllm_compiler.kernels.tir.base import LANES, PAGE, Isa
 from xllm_compiler.kernels.tir.emit import (
     Vectors,
@@ -36,8 +38,6 @@ from xllm_compiler.kernels.tir.emit import (
     all_registers,
     choose,
     fma,
-    horizontal_max,
-    keep_between,
     load,
     splat,
     stack_array,
@@ -46,32 +46,13 @@ from xllm_compiler.kernels.tir.emit import (
     tile_width,
 )
 from xllm_compiler.kernels.tir.kv_address import Pages
-from xllm_compiler.kernels.tir.vmath import exp_of_negative, maximum, tanh
 
 if TYPE_CHECKING:
     from xllm_compiler.kernels.tir.attend import Attend
 
 Expr = Any
-BLOCK = 64
-CHUNK = 512  # tokens that are one softmax; the unit of sharing out a row
-QUERY_ROWS = 48
-BLOCK_PAGES = BLOCK // PAGE
 MAX_ROWS = 6
 LINE = 64  # bytes of a cache line
-
-
-@dataclass(frozen=True)
-class Item:
-    """A query block: rows `first` .. `first + rows - 1` of a request, which see KV blocks first_block .. last_block."""
-
-    request: Expr
-    first: Expr
-    rows: Expr
-    first_block: Expr
-    last_block: Expr
-
-
-OnlySeen = Callable[[int, Expr, float], Expr]
 
 
 @dataclass(frozen=True)
@@ -88,40 +69,7 @@ class Part:
         return range(BLOCK_PAGES * self.number // self.of, BLOCK_PAGES * (self.number + 1) // self.of)
 
 
-class State:
-    """What is known of the rows of a query block: maximum, sums by lane and weighted values.
-
-    Twice QUERY_ROWS places: what all chunks so far have left, then what the chunk at hand does.
-    """
-
-    def __init__(self, value_vectors: int) -> None:
-        self.value_vectors = value_vectors
-        self.maxima = stack_array(2 * QUERY_ROWS, "float32")
-        self.sums = stack_array(2 * QUERY_ROWS * LANES, "float32")
-        self.totals = stack_array(2 * QUERY_ROWS * value_vectors * LANES, "float32")
-
-    def begin(self, row: Expr) -> None:
-        """Nothing seen yet. Values are -0, to which anything may be added without a change, so that merging a first
-        chunk into nothing gives that chunk."""
-        T.buffer_store(self.maxima, T.float32(float("-inf")), [row])
-        store(self.sums, row * LANES, splat(0.0), "f32")
-        for i in range(self.value_vectors):
-            store(self.totals, self.total(row, i), splat(-0.0), "f32")
-
-    def total(self, row: Expr, vector: int) -> Expr:
-        """The index of one vector of a row's values in `totals`."""
-        return (row * self.value_vectors + vector) * LANES
-
-    def place(self, row: Expr, index: int) -> tuple[Expr, Expr]:
-        """Buffer and index of a row's sums (0) or of vector index - 1 of its values."""
-        return (self.sums, row * LANES) if index == 0 else (self.totals, self.total(row, index - 1))
-
-    def reader(self, row: Expr) -> tuple[Callable[[], Expr], Callable[[int], Expr]]:
-        """Functions that read a row's maximum and what `place` names."""
-        return lambda: self.maxima[row], lambda i: load(*self.place(row, i), "f32")
-
-
-class Tiles:
+class Tiles(Softmax):
     """Emits the work on one KV block. Names: `token` is a row of q, `row` a row of the request and KV head at hand,
     `place` a row of the query block."""
 
@@ -156,6 +104,7 @@ class Tiles:
     def allocate_state(self) -> None:
         """The arrays that all kinds of tiles have."""
         self.state = State(self.value_vectors)
+        self.tops = stack_array(QUERY_ROWS, "float32")  # a row's largest score of the block at hand
         self.values = stack_array(BLOCK_PAGES, "int64")  # where the values of the block's pages begin
         self.next_keys = stack_array(BLOCK_PAGES, "int64")  # and the keys of the next block's
 
@@ -285,14 +234,7 @@ class Tiles:
     def weigh_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
         """Scores and weights of `here` rows from `place` on."""
         self.score_tile(place, here, pages)
-        with T.serial(0, here) as i:
-            one = T.bind(place + i)
-            lo, hi = self.seen_here(one)
-            with T.If(hi - lo == BLOCK):
-                with T.Then():
-                    self.weigh(i, one, None)
-                with T.Else(), T.If(lo < hi), T.Then():
-                    self.weigh(i, one, (lo, hi))
+        self.weigh_rows(place, here, T.int32(0))
 
     def score_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
         """scores = q . k for `here` rows from `place` on."""
@@ -393,51 +335,8 @@ class Tiles:
         for vector in range(self.value_vectors):
             store(self.state.totals, self.state.total(row, vector), sums[vector], "f32")
 
-    # ---- the softmax
-
-    def weigh(self, at: Expr, place: Expr, seen: tuple[Expr, Expr] | None) -> None:
-        """Turns a row's 64 scores, row `at` of `scores`, into weights and brings its maximum, sum and accumulators up
-        to date."""
-        kernel, row = self.kernel, T.bind(self.shift + place)
-        factor = splat(kernel.softcap or kernel.scale)
-        scores = []
-        for score in self.read_scores(at, place):
-            if kernel.softcap:
-                score = tanh(score * splat(kernel.scale) * splat(1.0 / kernel.softcap))
-            scores.append(T.bind(score))
-
-        def only_seen(i: int, value: Expr, other: float) -> Expr:
-            if seen is None:
-                return value
-            return keep_between(value, seen[0] - i * LANES, seen[1] - i * LANES, other)
-
-        tops = [only_seen(i, score * factor, float("-inf")) for i, score in enumerate(scores)]
-        top = T.bind(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])))
-        before = T.bind(self.state.maxima[row])
-        highest = T.bind(horizontal_max(top))
-        now = T.bind(T.Select(before < highest, highest, before))
-        T.buffer_store(self.state.maxima, now, [row])
-        lower = T.bind(splat(0.0) - splat(now))
-        with T.If(before < highest), T.Then():
-            shrink = exp_of_negative(splat(before) + lower)
-            store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") * shrink, "f32")
-            for vector in range(self.value_vectors):
-                total = self.state.total(row, vector)
-                store(self.state.totals, total, load(self.state.totals, total, "f32") * shrink, "f32")
-        weights = [
-            T.bind(only_seen(i, exp_of_negative(fma(score, factor, lower)), 0.0)) for i, score in enumerate(scores)
-        ]
-        self.write_weights(place, weights, only_seen)
-        added = (weights[0] + weights[1]) + (weights[2] + weights[3])
-        store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") + added, "f32")
-
-    def read_scores(self, at: Expr, place: Expr) -> list[Expr]:
-        """The scores of a row before `scale`."""
-        return [load(self.scores, at * BLOCK + i * LANES, "f32") for i in range(BLOCK_PAGES)]
-
-    def write_weights(self, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        """Keeps the weights of a row for `add_tile`. `only_seen(i, value, other)`: vector i of the block's tokens,
-        with `other` where the row does not see the token."""
+    def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
+        """Keeps the weights of a row, whose scores nobody reads any more, for `add_tile`."""
         for i, weight in enumerate(weights):
             store(self.weights, place * BLOCK + i * LANES, weight, self.layout.dtype)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attend_tiles import BLOCK, BLOCK_PAGES, MAX_ROWS, QUERY_ROWS, Item, OnlySeen, Part, Tiles
+from xllm_compiler.kernels.tir.attend_softmax import OnlySeen
+from xllm_compiler.kernels.tir.attend_state import BLOCK, BLOCK_PAGES, QUERY_ROWS, Item
+from xllm_compiler.kernels.tir.attend_tiles import MAX_ROWS, Part, Tiles
 from xllm_compiler.kernels.tir.base import LANES
 from xllm_compiler.kernels.tir.emit import halves, load, load_part, stack_array, store, tile_rows
 from xllm_compiler.kernels.tir.norms import each_vector
@@ -102,11 +104,11 @@ class WideTiles(Tiles):
             with T.Else():
                 self.narrow.add_tile(place, here)
 
-    def write_weights(self, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        self.narrow.write_weights(place, weights, only_seen)
-        for at in range(0, BLOCK, LANES):
-            rounded = load(self.narrow.weights, place * BLOCK + at, "bf16")
-            store(self.weights, place * BLOCK + at, rounded, "f32")
+    def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
+        self.narrow.write_weights(at, place, weights, only_seen)
+        for token in range(0, BLOCK, LANES):
+            rounded = load(self.narrow.weights, place * BLOCK + token, "bf16")
+            store(self.weights, place * BLOCK + token, rounded, "f32")
 
     def queries_at(self, place: Expr, count: int) -> list[Expr]:
         first = T.bind(place * self.query_width)

@@ -105,7 +105,7 @@ def horizontal_sum(value: Expr) -> Expr:
 
 
 def horizontal_max(value: Expr) -> Expr:
-    """The largest of 16 lanes; NaN only if all are."""
+    """The largest of 16 lanes; any of them, or NaN, if one is NaN."""
     return T.call_pure_extern("float32", "xllm_max", value)
 
 

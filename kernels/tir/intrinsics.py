@@ -186,17 +186,21 @@ define linkonce_odr float @xllm_max(<16 x float> %v) {
     <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %a1 = shufflevector <16 x float> %v, <16 x float> poison,
     <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %a = call <8 x float> @llvm.maxnum.v8f32(<8 x float> %a0, <8 x float> %a1)
+  %ac = fcmp ogt <8 x float> %a0, %a1
+  %a = select <8 x i1> %ac, <8 x float> %a0, <8 x float> %a1
   %b0 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
   %b1 = shufflevector <8 x float> %a, <8 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %b = call <4 x float> @llvm.maxnum.v4f32(<4 x float> %b0, <4 x float> %b1)
+  %bc = fcmp ogt <4 x float> %b0, %b1
+  %b = select <4 x i1> %bc, <4 x float> %b0, <4 x float> %b1
   %c0 = shufflevector <4 x float> %b, <4 x float> poison, <2 x i32> <i32 0, i32 1>
   %c1 = shufflevector <4 x float> %b, <4 x float> poison, <2 x i32> <i32 2, i32 3>
-  %c = call <2 x float> @llvm.maxnum.v2f32(<2 x float> %c0, <2 x float> %c1)
+  %cc = fcmp ogt <2 x float> %c0, %c1
+  %c = select <2 x i1> %cc, <2 x float> %c0, <2 x float> %c1
   %d0 = extractelement <2 x float> %c, i32 0
   %d1 = extractelement <2 x float> %c, i32 1
-  %d = call float @llvm.maxnum.f32(float %d0, float %d1)
-  ret float %d
+  %dc = fcmp ogt float %d0, %d1
+  %r = select i1 %dc, float %d0, float %d1
+  ret float %r
 }
 """
 
