@@ -69,6 +69,7 @@ class _Sliced(BlockSums):
         self._env, self._k, self._length, self._ahead = env, k, min(length, k), ahead
         self._height, self._width = height, width
         self.block_rows = _BLOCK_ROWS // height * height
+        self._sizes = range(1, height + 1)  # of the register tiles that rows come in
 
     def open(self, piece: _Piece, here: Expr) -> None:
         """Emitted before `here` rows meet a slice; where it is multiplied as it is stored there is nothing to do."""
@@ -94,7 +95,7 @@ class _Sliced(BlockSums):
                 count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
                 walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
                 add = partial(self._add, piece, first, walk, tiles == 1, sums)
-                choose(count, {n: partial(add, n) for n in range(1, self._height + 1)})
+                choose(count, {n: partial(add, n) for n in self._sizes})
 
         with T.serial(0, whole) as number:
             meet(number, self._length)
@@ -180,11 +181,13 @@ class SlicedPairs(_Sliced):
     """bf16 by bf16 in f32, for a few more rows than a register tile has: each tile takes a slice's pairs apart."""
 
     kind = "f32"
+    most = 11  # rows: more pay for widening
     _DEEP = 128  # k of a slice: 16 KiB
 
     def __init__(self, form: Widened, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
         super().__init__(env, k, self._DEEP, height, partial(form.width, isa), ahead)
         self._form, self.row_bytes, self.fewest = form, 2 * k, height + 1
+        self._sizes = range(min(n // -(-n // height) for n in range(self.fewest, self.most + 1)), height + 1)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         weights = T.bind(self._form.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
@@ -197,7 +200,6 @@ class SlicedFloats(_Sliced):
 
     kind = "f32"
     _DEEP = 64  # k of a slice: 16 KiB of weights, 12 of rows
-    _MANY = 12  # rows: fewer do not pay for widening
 
     def __init__(
         self,
@@ -208,9 +210,9 @@ class SlicedFloats(_Sliced):
         ahead: AheadOf,
         few: SlicedPairs | None,
     ) -> None:
-        """`few`: what makes the sums of fewer rows."""
+        """`few`: what makes the sums of few rows."""
         super().__init__(env, k, self._DEEP, height, width, ahead)
-        self._few, self.fewest = few, few.fewest if few else self._MANY
+        self._few, self.fewest = few, few.fewest if few else SlicedPairs.most + 1
         self.row_bytes = 2 * k
         self._weights = stack_array(self._DEEP * PANEL, "float32")
         # where all of a block's rows fit, they are there already
@@ -229,7 +231,7 @@ class SlicedFloats(_Sliced):
         if self._few is None:
             super().emit(row, here, panel, place, sums)
             return
-        with T.If(here < self._MANY):
+        with T.If(T.And(here >= self._few.fewest, here <= self._few.most)):
             with T.Then():
                 if not self._wide:
                     self._env["wide"].take(row, here)
