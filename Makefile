@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_FLAGS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[compile,dev]'
+	$(BIN)/python -m compileall -q xllm_compiler passes runtime kernels models  # where Python may not write bytecode, each start would
 	touch $(STAMP)
 
 demo: $(STAMP)

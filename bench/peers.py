@@ -14,6 +14,7 @@ out of memory costs its rows and is listed with the reason.
 from __future__ import annotations
 
 import argparse
+import compileall
 import datetime
 import json
 import os
@@ -34,6 +35,7 @@ from peers.store import Store
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+OURS = ("xllm_compiler", "passes", "runtime", "kernels", "models")
 
 
 def choice(text: str | None, known: list[str], what: str) -> list[str]:
@@ -85,6 +87,8 @@ def make_ready(
     if name is None:
         place = Place("xllm", cache / "xllm")
         place.folder.mkdir(parents=True, exist_ok=True)
+        for package in OURS:  # as pip has done with what the others are made of
+            compileall.compile_dir(ROOT / package, quiet=1)
     else:
         place = set_up(name, cache, flags)
         store.data["versions"].setdefault(peer.name, {}).update(versions(name, cache))
