@@ -159,6 +159,13 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     assert caught.value.kind == "request" and "chat template" in caught.value.message
 
 
+def test_another_template_takes_the_place_of_the_models(tmp_path: Path) -> None:
+    ours, _ = both(tmp_path, "x")
+    chat = [{"role": "user", "content": "hello"}]
+    assert ours.render_chat(chat) == "x"
+    assert ours.render_chat(chat, chat_template="<{{ messages[0].content }}>") == "<hello>"
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "Nonsense"}}', b"\xff\xfe"])
 def test_a_damaged_tokenizer_is_a_typed_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
