@@ -3,8 +3,8 @@
 One loop serves decode and prefill. A tile is up to 8 rows by one 64-column panel, and a piece of work all tiles of a
 panel, or where panels are few and rows many, some of them; members take pieces by turns (turns.py), numbered panel by
 panel. So with few rows each weight panel is read once, front to back, by one member; with many rows a panel stays in
-the second-level cache while the rows pass by. Rows are cut into equal tiles, and while they pass the lines of the next
-panel are fetched.
+the second-level cache while the rows pass by. Rows are cut into equal tiles, and while they pass the lines that are
+met next are fetched.
 
 Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them),
 whatever the tile: a row's bits do not depend on the other rows, on the tile or on the team.

@@ -1,11 +1,13 @@
-"""The sums of a linear layer for many rows by vectors, a slice of a panel at a time. Owns the slices.
+"""The sums of a linear layer for some rows by vectors, a slice of a panel at a time. Owns the slices.
 
 A piece of the panel that the first-level cache holds meets all of a block of rows before the next piece does, and what
 is summed up so far waits in memory.
 
     SlicedBytes   8-bit weights by 8-bit rows, where bytes are multiplied faster than the second-level cache gives them
-    SlicedFloats  bf16 by bf16, where there is no dot product for it: a slice is widened to f32 once for all rows of the
-                  block, and a row once for all columns, and not both once for every product
+    SlicedPairs   bf16 by bf16 where there is no dot product for it, and rows are few more than a register tile has:
+                  what tiles read again comes from the first-level cache, while memory is read front to back
+    SlicedFloats  the same for more rows: a slice is widened to f32 once for all rows of the block, and a row once for
+                  all columns, and not both once for every product
 
 Each sum is made by the same operations in the same order as without slices, so that no bit depends on them.
 """
