@@ -78,6 +78,8 @@ ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
         Isa("avx2", "x86_64", "x86-64-v3", (), 8, 16, False, False),
+        # Intel's client processors from Alder Lake on
+        Isa("avx_vnni", "x86_64", "x86-64-v3", ("+avxvnni",), 8, 16, False, True, without_int8_dot="avx2"),
         # Intel from Skylake to Rocket Lake
         Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False, streamed_rows=2),
         Isa("avx512_vnni", "x86_64", "x86-64-v4", _VNNI, 16, 32, False, True, False, "avx512", 2, 1 << 14),

@@ -109,15 +109,22 @@ define linkonce_odr <16 x i32> @xllm_round_i32(<16 x float> %v) {
 """
 
 _INT8_INSTRUCTION = """
-declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
 define linkonce_odr <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
   %x = bitcast <16 x i32> %a to <64 x i8>
   %y = bitcast <16 x i32> %b to <64 x i8>
-  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %acc, <64 x i8> %x, <64 x i8> %y)
+  %r = call <16 x i32> @xllm_quads(<16 x i32> %acc, <64 x i8> %x, <64 x i8> %y)
   ret <16 x i32> %r
 }
 define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
   %r = call <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b)
+  ret <16 x i32> %r
+}
+"""
+
+_QUADS_512 = """
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+define linkonce_odr <16 x i32> @xllm_quads(<16 x i32> %acc, <64 x i8> %a, <64 x i8> %b) {
+  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %acc, <64 x i8> %a, <64 x i8> %b)
   ret <16 x i32> %r
 }
 """
@@ -169,29 +176,40 @@ define linkonce_odr <32 x i16> @xllm_bytes(<64 x i8> %a, <64 x i8> %b) {
 """
 
 
-def _halves(name: str, intrinsic: str, of: tuple[str, int], to: tuple[str, int]) -> str:
+Lanes = tuple[str, int]
+
+
+def _halves(name: str, intrinsic: str, operands: list[Lanes], to: Lanes) -> str:
     """A function on vectors of 512 bits that calls an instruction for 256 bits on each half."""
-    lo, hi = (", ".join(f"i32 {i}" for i in range(s, s + of[1] // 2)) for s in (0, of[1] // 2))
-    whole, half = f"<{of[1]} x {of[0]}>", f"<{of[1] // 2} x {of[0]}>"
-    result, part = f"<{to[1]} x {to[0]}>", f"<{to[1] // 2} x {to[0]}>"
-    mask = f"<{of[1] // 2} x i32>"
+
+    def vector(lanes: Lanes, parts: int) -> str:
+        return f"<{lanes[1] // parts} x {lanes[0]}>"
+
+    names = [f"%{letter}" for letter in "abc"[: len(operands)]]
+    wholes, halves = ([vector(lanes, parts) for lanes in operands] for parts in (1, 2))
+    result, part = vector(to, 1), vector(to, 2)
+    taken = ", ".join(f"{whole} {v}" for whole, v in zip(wholes, names, strict=True))
     lines = [
-        f"declare {part} @{intrinsic}({half}, {half})",
-        f"define linkonce_odr {result} @{name}({whole} %a, {whole} %b) {{",
+        f"declare {part} @{intrinsic}({', '.join(halves)})",
+        f"define linkonce_odr {result} @{name}({taken}) {{",
     ]
-    for v in "ab":
-        for end, places in (("0", lo), ("1", hi)):
-            lines.append(f"  %{v}{end} = shufflevector {whole} %{v}, {whole} poison, {mask} <{places}>")
-    for end in "01":
-        lines.append(f"  %r{end} = call {part} @{intrinsic}({half} %a{end}, {half} %b{end})")
+    for v, whole, (_, count) in zip(names, wholes, operands, strict=True):
+        for end in range(2):
+            places = ", ".join(f"i32 {end * count // 2 + i}" for i in range(count // 2))
+            mask = f"<{count // 2} x i32> <{places}>"
+            lines.append(f"  {v}{end} = shufflevector {whole} {v}, {whole} poison, {mask}")
+    for end in range(2):
+        given = ", ".join(f"{half} {v}{end}" for half, v in zip(halves, names, strict=True))
+        lines.append(f"  %r{end} = call {part} @{intrinsic}({given})")
     places = ", ".join(f"i32 {i}" for i in range(to[1]))
     lines.append(f"  %r = shufflevector {part} %r0, {part} %r1, <{to[1]} x i32> <{places}>")
     return "\n".join([*lines, f"  ret {result} %r", "}", ""])
 
 
-_PAIRS_256 = _halves("xllm_pairs", "llvm.x86.avx2.pmadd.wd", ("i16", 32), ("i32", 16)) + _halves(
-    "xllm_bytes", "llvm.x86.avx2.pmadd.ub.sw", ("i8", 64), ("i16", 32)
+_PAIRS_256 = _halves("xllm_pairs", "llvm.x86.avx2.pmadd.wd", [("i16", 32)] * 2, ("i32", 16)) + _halves(
+    "xllm_bytes", "llvm.x86.avx2.pmadd.ub.sw", [("i8", 64)] * 2, ("i16", 32)
 )
+_QUADS_256 = _halves("xllm_quads", "llvm.x86.avx512.vpdpbusd.256", [("i32", 16), ("i8", 64), ("i8", 64)], ("i32", 16))
 
 
 def x86_intrinsics(isa: Isa) -> str:
@@ -200,5 +218,8 @@ def x86_intrinsics(isa: Isa) -> str:
     masks = _MASKED_32 + (_MASKED_16 + _SPREAD if wide else LOOPED_16 + LOOPED_SPREAD)
     rounds = _ROUND_512 if wide else _ROUND_256
     bf16 = _DOT_INSTRUCTION if isa.has_bf16_dot else DOT_WITH_FMA + ROUND_BF16
-    int8 = _INT8_INSTRUCTION if isa.has_int8_dot else _INT8_WITH_PAIRS + (_PAIRS_512 if wide else _PAIRS_256)
+    if isa.has_int8_dot:
+        int8 = _INT8_INSTRUCTION + (_QUADS_512 if wide else _QUADS_256)
+    else:
+        int8 = _INT8_WITH_PAIRS + (_PAIRS_512 if wide else _PAIRS_256)
     return masks + rounds + bf16 + int8 + (tile_intrinsics() if isa.has_tiles else "")

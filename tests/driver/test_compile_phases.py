@@ -124,6 +124,7 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
         "cpu/avx512.so",
         "cpu/avx512_bf16.so",
         "cpu/avx512_vnni.so",
+        "cpu/avx_vnni.so",
         "generation_config.json",
         "step.xir",
         "tokenizer.json",

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from xllm_compiler.kernels.tir.attend import Attend
-from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.base import ISAS, Isa
 from xllm_compiler.kernels.tir.kv_address import KvLayout
 from xllm_compiler.kernels.tir.kv_append import KvWrite
 from xllm_compiler.kernels.tir.standalone import Standalone, aligned
@@ -39,7 +39,7 @@ class Case:
     def __init__(
         self,
         lengths: Sequence[int],
-        isa: str,
+        isa: str | Isa,
         dtype: str,
         q_heads: int,
         heads: int,
@@ -52,6 +52,7 @@ class Case:
         rng = np.random.default_rng(q_heads)
         self.dtype, self.group, self.v_dim, self.options = NUMPY[dtype], q_heads // heads, v_dim, options
         self.tolerance = EIGHT_BIT_TOLERANCE if quantized else TOLERANCE[dtype]
+        level = ISAS[isa] if isinstance(isa, str) else isa
         layout = KvLayout(dtype, heads, k_dim, v_dim, quantized)
         self.width = -(-max(lengths) // 16)
         pages = len(lengths) * self.width + 2
@@ -62,13 +63,13 @@ class Case:
         self.q = [rng.standard_normal((n, q_heads, k_dim)).astype(self.dtype) for n in lengths]
         self.sinks = rng.standard_normal(q_heads).astype(np.float32)
         self.scale, self.room = k_dim**-0.5, room
-        write = Standalone(KvWrite(layout), ISAS[isa])
+        write = Standalone(KvWrite(layout), level)
         for request, n in enumerate(lengths):
             pos, seq = np.arange(n, dtype=np.int32), np.full(n, request, np.int32)
             write(self.pool, self.k[request], self.v[request], pos, seq, self.table, n, self.width)
         if quantized:
             self.k, self.v = ([eight_bits(x) for x in xs] for xs in (self.k, self.v))
-        self.kernel = Standalone(Attend(layout, q_heads, self.scale, **options), ISAS[isa])
+        self.kernel = Standalone(Attend(layout, q_heads, self.scale, **options), level)
 
     def run(self, parts: Sequence[Part], team: int = 1) -> list[np.ndarray]:
         q = np.concatenate([self.q[request][first:last] for request, first, last in parts])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attend_case import Case, Part
-from levels import ISA_TYPES
+from levels import BYTE_LEVELS, ISA_TYPES
 
 LENGTHS = (147, 70, 5)
 
@@ -54,3 +54,13 @@ def test_attend(
     for parts in CHUNKS:
         for (request, first, last), out in zip(parts, case.run(parts, 2), strict=True):
             assert out.tobytes() == whole[request][first:last].tobytes(), (parts, request)
+
+
+def test_eight_bit_pages_give_the_same_bits_at_every_level() -> None:
+    found = set()
+    for level in BYTE_LEVELS:
+        case = Case(LENGTHS, level, "bf16", 4, 2, 64, 64, quantized=True)
+        outs = case.run([(0, 0, 147), (1, 64, 70), (2, 3, 5)], 2)
+        assert np.isfinite(outs[0].astype(np.float32)).all()
+        found.add(tuple(out.tobytes() for out in outs))
+    assert len(found) == 1

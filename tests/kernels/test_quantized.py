@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 
 import ml_dtypes
 import numpy as np
 import pytest
+from levels import BYTE_LEVELS
 
 from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
-from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.base import ISAS, Isa
 from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.quantize import QuantizeRows
 from xllm_compiler.kernels.tir.standalone import Standalone, aligned
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+NAME = attrgetter("name")
 FORMS = ["q8", "q4g32", "q4g64", "q4g32z", "q8g32", "q4grid16", "q4grid32"]
 
 
@@ -119,12 +122,11 @@ def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
     assert (scale[~np.isnan(scale)] == np.float32(1 / 127)).all()
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("level", BYTE_LEVELS, ids=NAME)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1), (600, 70)])
-def test_linear(isa: str, form: str, k: int, n: int) -> None:
-    rng = np.random.default_rng(n)
-    q, level = Quantization.parse(form), ISAS[isa]
+def test_linear(level: Isa, form: str, k: int, n: int) -> None:
+    rng, q = np.random.default_rng(n), Quantization.parse(form)
     values, scales, zeros = quantized(rng, q, n, k)
     kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), level)
     packed = aligned(q.shape(n, k), np.uint8)
@@ -151,15 +153,15 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
             assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("level", BYTE_LEVELS, ids=NAME)
 @pytest.mark.parametrize("form", ["q8", "q4g32", "q8g32", "q4grid16"])
-def test_linear_glu(isa: str, form: str) -> None:
+def test_linear_glu(level: Isa, form: str) -> None:
     k, f = 96, 40
     rng = np.random.default_rng(1)
     q = Quantization.parse(form)
     values, scales, zeros = quantized(rng, q, 2 * f, k)
     packed = pack_quantized(q, interleave_glu(values, q.middle), interleave_glu(scales), interleave_glu(zeros))
-    kernel = Standalone(LinearGlu(k, f, "bf16", weights=form), ISAS[isa])
+    kernel = Standalone(LinearGlu(k, f, "bf16", weights=form), level)
     x, xs, xsum = rows_reference(rng.standard_normal((9, k)).astype(BF16), q)
     y = np.zeros((9, f), BF16)
     kernel(x, xs, xsum, packed, y, 9, team=2)
@@ -179,9 +181,9 @@ def test_weights_on_grids_are_those_of_8_bits(form: str) -> None:
     values, scales, _ = quantized(rng, q, n, k)
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), plain)
     bias, found = rng.standard_normal(n).astype(BF16), set()
-    for isa in machine_isas():
+    for level in BYTE_LEVELS:
         for one in (q, plain):
-            kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, weights=str(one)), ISAS[isa])
+            kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, weights=str(one)), level)
             packed = pack_quantized(one, values, scales)
             for rows in (1, 8, 9, most):
                 y = np.zeros((rows, n), np.float32)

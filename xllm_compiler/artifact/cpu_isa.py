@@ -20,6 +20,7 @@ _NEON = ("asimd", "atomics", "asimdrdm", "crc32", "asimddp")
 CPU_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx2": _AVX2,
+        "avx_vnni": (*_AVX2, "avx_vnni"),
         "avx512": _AVX512,
         "avx512_vnni": (*_AVX512, "avx512_vnni"),
         "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
@@ -31,7 +32,8 @@ CPU_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """By `platform.machine()`, levels from the widest spread to the best, with the /proc/cpuinfo flags that the code of
-each may use: x86-64-v3, x86-64-v4, v4 with the bf16 and 8-bit dot products, and that with Intel's matrix tiles; Armv8.2
+each may use: x86-64-v3, that with the 8-bit dot product (what Intel's client processors from Alder Lake on have),
+x86-64-v4, v4 with the 8-bit dot product, and with that of bf16 too, and that with Intel's matrix tiles; Armv8.2
 with the 8-bit dot product (Neoverse N1 and later), and that with those of bf16 and of mixed signs (Armv8.6, Neoverse
 V1). Linux lists a flag only where it also saves the registers."""
 

@@ -76,7 +76,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         "--isas",
         metavar="LIST",
         help="instruction sets to make code for; default all of this machine's architecture: "
-        "avx2,avx512,avx512_vnni,avx512_bf16,amx or neon,neon_bf16",
+        "avx2,avx_vnni,avx512,avx512_vnni,avx512_bf16,amx or neon,neon_bf16",
     )
     parser.add_argument(
         "--tune",
