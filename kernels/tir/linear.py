@@ -340,7 +340,7 @@ class _Loop:
         if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
             width = partial(Dense("f32").width, self.isa)
             few = None
-            if isinstance(form, Widened):
+            if isinstance(form, Widened) and self._height < SlicedPairs.most:
                 few = SlicedPairs(form, self.isa, self.k, self._height, env, ahead)
             return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead, few)
         return None

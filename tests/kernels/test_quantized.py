@@ -122,11 +122,12 @@ def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
     assert (scale[~np.isnan(scale)] == np.float32(1 / 127)).all()
 
 
-@pytest.mark.parametrize("level", BYTE_LEVELS, ids=NAME)
+@pytest.mark.parametrize("isa", machine_isas())
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1), (600, 70)])
-def test_linear(level: Isa, form: str, k: int, n: int) -> None:
-    rng, q = np.random.default_rng(n), Quantization.parse(form)
+def test_linear(isa: str, form: str, k: int, n: int) -> None:
+    rng = np.random.default_rng(n)
+    q, level = Quantization.parse(form), ISAS[isa]
     values, scales, zeros = quantized(rng, q, n, k)
     kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), level)
     packed = aligned(q.shape(n, k), np.uint8)
