@@ -81,6 +81,7 @@ def test_no_bit_depends_on_the_tile(form: str, isa: str) -> None:
 
 def test_what_was_chosen_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real search, on a layer of each kind; afterwards nothing is tried again, by us or by another process."""
+    monkeypatch.setattr(tiles, "CANDIDATES", (4, 12))
     layers = [LAYER, LinearGlu(64, 32, "bf16"), LinearBlockMax(64, 70, "bf16", weights="wq8")]
     kernels = [*layers, RmsNorm(64, "bf16", 1e-6), LAYER]
     path = tmp_path / "deep" / "tiles.json"
