@@ -410,7 +410,7 @@ class _Loop:
         The arithmetic of some rows keeps the machine from running far enough ahead to do so by itself. The walks over
         k of all register tiles that read this panel share the lines out: this one is `walk` = (its number, of how
         many). Where they go `along` the panel together, so that none comes to what none has met before, they ask for
-        what lies `_NEAR` behind: a deep panel and all of the next one are more than a second-level cache that
+        what lies `_NEAR` further on: a deep panel and all of the next one are more than a second-level cache that
         neighbours use too. Else they ask for the next panel.
         """
         size = self.format.panel_bytes(self.k)
