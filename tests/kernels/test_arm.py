@@ -155,7 +155,7 @@ def test_quantized_kernels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
             for k, n in ((64, 192), (37, 100))
         ),
     )
-    run(monkeypatch, "test_quantized", "test_linear_glu", (isa, "q4g32"))
+    run(monkeypatch, "test_quantized", "test_linear_glu", (ISAS[isa], "q4g32"))
     run(monkeypatch, "test_weight_only", "test_linear", (isa, "q8", "bf16", 37, 100), (isa, "q4g64", "f32", 64, 192))
 
 
