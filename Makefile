@@ -14,11 +14,12 @@ export PROMPT  # by the environment, since a prompt may hold any quote
 setup: $(STAMP)
 
 # TORCH_FLAGS="--index-url <PyTorch's CPU wheel index>" spares a Linux machine the gigabytes of CUDA that the default wheel brings.
+# Bytecode: where Python may not write it, each start would compile our modules.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_FLAGS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[compile,dev]'
-	$(BIN)/python -m compileall -q xllm_compiler passes runtime kernels models  # where Python may not write bytecode, each start would
+	$(BIN)/python -m compileall -q xllm_compiler passes runtime kernels models
 	touch $(STAMP)
 
 demo: $(STAMP)

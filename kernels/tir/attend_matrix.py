@@ -80,12 +80,12 @@ class MatrixTiles(Tiles):
 
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
         self.turn_to(item, head, block, shift)
-        first, last = self.seen_here(item.rows - 1)[0], self.seen_here(T.int32(0))[1]
+        whole = T.bind(self.all_see_all(T.int32(0), item.rows))
         pages = self.find_pages(block)
         tiles = T.bind(T.truncdiv(item.rows + (TILE_ROWS - 1), T.int32(TILE_ROWS)))
         with T.serial(0, tiles) as tile:
             self._multiply_keys(tile, pages, T.And(tile == 0, self.begins))
-        with T.If(last - first == BLOCK):
+        with T.If(whole):
             with T.Then():
                 self._copy_values()
                 self.weigh_rows(T.int32(0), item.rows, T.int32(0))

@@ -39,6 +39,12 @@ class Softmax(ABC):
     def seen_here(self, place: Expr) -> tuple[Expr, Expr]:
         """[first, last) of the block's 64 tokens that a row sees; of no row that sees none is first < last."""
 
+    def all_see_all(self, place: Expr, here: Expr) -> Expr:
+        """Whether `here` rows from `place` on see the whole block."""
+        first, _ = self.seen_here(place + here - 1)
+        _, last = self.seen_here(place)
+        return last - first == BLOCK
+
     @abstractmethod
     def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
         """Keeps the weights of a row, whose scores nobody reads any more, for the values."""
@@ -50,9 +56,7 @@ class Softmax(ABC):
         A row's softmax is one long chain, in which each instruction waits for the one before. So all rows go through
         one part of it before any goes through the next: parts are short enough for the processor to see some rows.
         """
-        first, _ = self.seen_here(place + here - 1)
-        _, last = self.seen_here(place)
-        whole = T.bind(last - first == BLOCK)
+        whole = T.bind(self.all_see_all(place, here))
         for part in self.parts_of_weighing():
             with T.If(whole):
                 with T.Then(), T.serial(0, here) as i:

@@ -1,4 +1,5 @@
-"""A softmax over some cached tokens for a block of queries, in register tiles: `Tiles`. Owns that arithmetic.
+"""A softmax over some cached tokens for a block of queries, in register tiles: `Tiles`. Owns that arithmetic,
+but for what turns scores into weights (attend_softmax.py).
 
 The rows of a query block (attend.py) are worked on in tiles of up to 6, against KV blocks of 64 tokens that begin at
 multiples of 64, in order. Every tile of the query block meets a KV block's keys before any meets its values, so either
@@ -242,9 +243,7 @@ class Tiles(Softmax):
 
     def add_tile(self, place: Expr, here: Expr) -> None:
         """acc += p @ v for `here` rows from `place` on."""
-        first, _ = self.seen_here(place + here - 1)
-        _, last = self.seen_here(place)
-        with T.If(last - first == BLOCK):
+        with T.If(self.all_see_all(place, here)):
             with T.Then():
                 choose(here, {count: partial(self.add_values, place, count) for count in self.sizes})
             with T.Else(), T.serial(0, here) as i:

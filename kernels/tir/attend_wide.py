@@ -16,7 +16,7 @@ from xllm_compiler.kernels.tir.attend_softmax import OnlySeen
 from xllm_compiler.kernels.tir.attend_state import BLOCK, BLOCK_PAGES, QUERY_ROWS, Item
 from xllm_compiler.kernels.tir.attend_tiles import MAX_ROWS, Part, Tiles
 from xllm_compiler.kernels.tir.base import LANES
-from xllm_compiler.kernels.tir.emit import halves, load, load_part, stack_array, store, tile_rows
+from xllm_compiler.kernels.tir.emit import halves, load, load_part, stack_array, store, tile_rows, tile_sizes
 from xllm_compiler.kernels.tir.norms import each_vector
 
 Expr = Any
@@ -34,8 +34,7 @@ class WideTiles(Tiles):
         self.narrow = Tiles(*args)
         self.few = self.narrow.sizes[-1]  # rows, at most, of a query block that is left to `narrow`: one tile
         most = tile_rows(self.width, MAX_ROWS)
-        least = min(rows // -(-rows // most) for rows in range(self.few + 1, QUERY_ROWS + 1))
-        self.sizes = range(least, most + 1)
+        self.sizes = tile_sizes(range(self.few + 1, QUERY_ROWS + 1), most)
 
     def allocate(self) -> None:
         super().allocate()

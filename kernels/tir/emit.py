@@ -8,7 +8,7 @@ a product that meets a sum is always written as `fma`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -204,6 +204,11 @@ def tile_width(isa: Isa, dtype: str, rows: int) -> int:
 def tile_rows(width: Callable[[int], int], most: int) -> int:
     """The number of rows, at most `most`, whose register tile has the most elements; `width(rows)` is its width."""
     return max(range(1, most + 1), key=lambda rows: (rows * width(rows), rows))
+
+
+def tile_sizes(rows: Iterable[int], most: int) -> range:
+    """The numbers of rows of the tiles, of at most `most`, that any of `rows` is cut into in equal parts."""
+    return range(min(count // -(-count // most) for count in rows), most + 1)
 
 
 def choose(value: Expr, cases: dict[int, Callable[[], None]]) -> None:

@@ -34,6 +34,7 @@ from xllm_compiler.kernels.tir.emit import (
     splat,
     stack_array,
     store,
+    tile_sizes,
 )
 from xllm_compiler.kernels.tir.grid_bytes import open_runs
 from xllm_compiler.kernels.tir.linear_tiles import BlockSums, byte_totals
@@ -189,7 +190,7 @@ class SlicedPairs(_Sliced):
     def __init__(self, form: Widened, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
         super().__init__(env, k, self._DEEP, height, partial(form.width, isa), ahead)
         self._form, self.row_bytes, self.fewest = form, 2 * k, height + 1
-        self._sizes = range(min(n // -(-n // height) for n in range(self.fewest, self.most + 1)), height + 1)
+        self._sizes = tile_sizes(range(self.fewest, self.most + 1), height)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         weights = T.bind(self._form.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
