@@ -36,7 +36,7 @@ from xllm_compiler.kernels.tir.emit import (
     tile_rows,
 )
 from xllm_compiler.kernels.tir.grouped_tiles import FloatRows, RoundedRows
-from xllm_compiler.kernels.tir.linear_slices import SlicedBytes, SlicedFloats, SlicedPairs
+from xllm_compiler.kernels.tir.linear_slices import WIDEN_ROWS, SlicedBytes, SlicedFloats, SlicedGrids, SlicedPairs
 from xllm_compiler.kernels.tir.linear_tiles import BlockSums, ByteTiles, DenseTiles, GridTiles
 from xllm_compiler.kernels.tir.turns import TURNS, by_turns
 from xllm_compiler.kernels.tir.vmath import ACTIVATIONS
@@ -187,7 +187,7 @@ def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
     return WeightOnly(kernel.dtype, form) if kernel.weights.startswith("w") else Quantized(form)
 
 
-def _nothing(block: Expr, of: int) -> None:
+def _nothing(block: Expr, of: Expr | int) -> None:
     """Asks for nothing ahead."""
 
 
@@ -236,14 +236,17 @@ class _Loop:
         sums = stack_array(most * PANEL, "float32")
         if by_blocks is None:
             self._by_vectors(env, sums)
-        elif by_blocks.fewest > 1:
-            with T.If(env["rows"] < by_blocks.fewest):
-                with T.Then():
-                    self._by_vectors(env, sums)
-                with T.Else():
-                    self._by_blocks(env, sums, by_blocks)
-        else:
+        elif by_blocks.fewest == 1 and by_blocks.greatest is None:
             self._by_blocks(env, sums, by_blocks)
+        else:
+            blocks = env["rows"] >= by_blocks.fewest
+            if by_blocks.greatest is not None:
+                blocks = T.And(blocks, env["rows"] <= by_blocks.greatest)
+            with T.If(blocks):
+                with T.Then():
+                    self._by_blocks(env, sums, by_blocks)
+                with T.Else():
+                    self._by_vectors(env, sums)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
         form = self.format
@@ -334,16 +337,20 @@ class _Loop:
     def _slices(self, env: dict[str, Expr]) -> BlockSums | None:
         """How vectors make the sums of many rows where panels are better taken in slices."""
         form, ahead = self.format, partial(self._ahead, env)
-        if isinstance(form, Quantized) and SlicedBytes.can(form, self.isa, self.k):
+        if isinstance(form, Quantized):
+            by_slices = SlicedGrids if form.q.grid else SlicedBytes
+            if not by_slices.can(form, self.isa, self.k):
+                return None
             height = Quantized(form.q.multiplied).height(self.isa, self.most_rows)
-            return SlicedBytes(form, self.isa, self.k, height, self._height + 1, env, ahead)
-        if isinstance(form, Dense) and form.dtype == "bf16" and not self.isa.has_bf16_dot and self.k % 2 == 0:
-            width = partial(Dense("f32").width, self.isa)
-            few = None
-            if isinstance(form, Widened) and self._height < SlicedPairs.most:
-                few = SlicedPairs(form, self.isa, self.k, self._height, env, ahead)
-            return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead, few)
-        return None
+            return by_slices(form, self.isa, self.k, height, self._height + 1, env, ahead)
+        if not isinstance(form, Dense) or form.dtype != "bf16" or self.k % 2:
+            return None
+        pairs = partial(SlicedPairs, form, self.isa, self.k, self._height, env, ahead)
+        if self.isa.has_bf16_dot:
+            return pairs()
+        few = pairs() if isinstance(form, Widened) and self._height < WIDEN_ROWS - 1 else None
+        width = partial(Dense("f32").width, self.isa)
+        return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead, few)
 
     @property
     def _height(self) -> int:
@@ -418,7 +425,7 @@ class _Loop:
         near = min(_NEAR // _LINE, lines)
         number, of_all = walk
 
-        def ahead(block: Expr, of: int) -> None:
+        def ahead(block: Expr, of: Expr | int) -> None:
             each = T.bind(T.truncdiv(lines + (of_all * of - 1), of_all * of))
             first = T.bind(T.min((number * of + block) * each, lines))
             last = T.bind(T.min(first + each, lines))

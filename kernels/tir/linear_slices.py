@@ -3,11 +3,13 @@
 A piece of the panel that the first-level cache holds meets all of a block of rows before the next piece does, and what
 is summed up so far waits in memory.
 
-    SlicedBytes   8-bit weights by 8-bit rows, where bytes are multiplied faster than the second-level cache gives them
-    SlicedPairs   bf16 by bf16 where there is no dot product for it, and rows are few more than a register tile has:
-                  what tiles read again comes from the first-level cache, while memory is read front to back
-    SlicedFloats  the same for more rows: a slice is widened to f32 once for all rows of the block, and a row once for
-                  all columns, and not both once for every product
+    SlicedBytes   8-bit weights by 8-bit rows, where bytes are multiplied faster than the second-level cache gives them,
+                  or rows are few more than a register tile has: what tiles read again comes from the first-level cache,
+                  while memory is read front to back
+    SlicedGrids   4-bit weights on grids, which become bytes on the way
+    SlicedPairs   bf16 by bf16 for few rows, as bytes
+    SlicedFloats  bf16 by bf16 where there is no dot product for it, and more rows: a slice is widened to f32 once for
+                  all rows of the block, and a row once for all columns, and not both once for every product
 
 Each sum is made by the same operations in the same order as without slices, so that no bit depends on them.
 """
@@ -37,16 +39,23 @@ from xllm_compiler.kernels.tir.emit import (
     tile_sizes,
 )
 from xllm_compiler.kernels.tir.grid_bytes import open_runs
-from xllm_compiler.kernels.tir.linear_tiles import BlockSums, byte_totals
-from xllm_compiler.kernels.tir.weights import Ahead, Quantized, Widened, in_blocks
+from xllm_compiler.kernels.tir.linear_tiles import MOST_BYTES, BlockSums, byte_totals
+from xllm_compiler.kernels.tir.weights import Ahead, Dense, Quantized, Widened, in_blocks
 from xllm_compiler.kernels.tir.wide_rows import WideRows
 
 Expr = Any
 AheadOf = Callable[[Expr, tuple[Expr, Expr], Expr], Ahead]
 """`ahead(panel, walk, along)`: what a walk over k asks for meanwhile; see linear.py."""
 _VECTORS = PANEL // LANES
-_SLICE_BYTES = 1 << 14  # of a slice where none is needed but to turn it into bytes
+_SLICE_BYTES = 1 << 14  # of a slice of bytes where many rows need none
+WIDEN_ROWS = 12  # at least, where widening a panel of bf16 for them pays
+_NEVER = 0x7FFFFFFF  # rows
 _BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
+
+
+def _slice_bytes(isa: Isa) -> int:
+    """Of a slice of bytes."""
+    return isa.slice_bytes or _SLICE_BYTES
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class _Piece:
     row: Expr
     panel: Expr
     begin: Expr
-    length: int
+    length: Expr | int
+    shortest: int  # of the lengths that it can have
 
 
 class _Sliced(BlockSums):
@@ -74,6 +84,11 @@ class _Sliced(BlockSums):
         self.block_rows = _BLOCK_ROWS // height * height
         self._sizes = range(1, height + 1)  # of the register tiles that rows come in
 
+    def _take_few(self, fewest: int, greatest: int) -> None:
+        """Of any block there are from `fewest` to `greatest` rows."""
+        self.fewest, self.greatest = fewest, greatest
+        self._sizes = tile_sizes(range(fewest, greatest + 1), self._height)
+
     def open(self, piece: _Piece, here: Expr) -> None:
         """Emitted before `here` rows meet a slice; where it is multiplied as it is stored there is nothing to do."""
         return
@@ -87,11 +102,12 @@ class _Sliced(BlockSums):
             store(sums, vector * LANES, splat(0.0), "f32")  # of integers too
         parts = T.bind(T.truncdiv(here + (self._height - 1), T.int32(self._height)))
         whole, rest = divmod(self._k, self._length)
-        walks = whole + (rest > 0)
+        times, length = self._walks(whole)
+        walks = times + (rest > 0)
         tile, tiles = place
 
-        def meet(number: Expr, length: int) -> None:
-            piece = _Piece(row, panel, T.bind(number * self._length), length)
+        def meet(begin: Expr, number: Expr, length: Expr | int, shortest: int) -> None:
+            piece = _Piece(row, panel, T.bind(begin), length, shortest)
             self.open(piece, here)
             with T.serial(0, parts) as part:
                 first = T.bind(T.truncdiv(here * part, parts))
@@ -100,10 +116,14 @@ class _Sliced(BlockSums):
                 add = partial(self._add, piece, first, walk, tiles == 1, sums)
                 choose(count, {n: partial(add, n) for n in self._sizes})
 
-        with T.serial(0, whole) as number:
-            meet(number, self._length)
+        with T.serial(0, times) as number:
+            meet(number * length, number, length, self._length)
         if rest:
-            meet(T.int32(whole), rest)
+            meet(T.int32(whole * self._length), times, rest, rest)
+
+    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+        """How many times rows walk along a panel of so many slices, and how long: one after the other, or all."""
+        return slices, self._length
 
     def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
         """What a slice adds to the sums of `count` rows."""
@@ -127,8 +147,8 @@ class _Sliced(BlockSums):
 
 
 class SlicedBytes(_Sliced):
-    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, which are exact. What lies on grids
-    becomes bytes slice by slice."""
+    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, exact. Where the second-level
+    cache is quick enough, for few rows only, as `SlicedPairs`."""
 
     kind = "i32"
 
@@ -136,37 +156,33 @@ class SlicedBytes(_Sliced):
         self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
     ) -> None:
         """`height`: of a tile of bytes; `fewest`: more rows than a tile of stored weights has."""
-        padded, bytes_ = form.q.padded(k), Quantized(form.q.multiplied)
-        length = (isa.slice_bytes or _SLICE_BYTES) // PANEL
-        super().__init__(env, padded, length, height, partial(bytes_.width, isa), ahead)
-        self._form, self._bytes, self._in, self.row_bytes, self.fewest = form, bytes_, k, padded, fewest
-        self._opened = stack_array(self._length * PANEL, "uint8") if form.q.grid else None
-        self._met = env if self._opened is None else {**env, "w": self._opened}
+        self._form, self._bytes, self._in = form, Quantized(form.q.multiplied), k
+        padded, length = form.q.padded(k), _slice_bytes(isa) // PANEL
+        super().__init__(env, padded, length, height, partial(self._bytes.width, isa), ahead)
+        self.row_bytes, self.fewest = padded, fewest
+        if not isa.slice_bytes and not form.q.grid:
+            self._take_few(fewest, 2 * height)
 
     @staticmethod
     def can(form: Quantized, isa: Isa, k: int) -> bool:
-        """Whether the panel is more than a slice, else it stays in the first-level cache by itself, or on grids, which
-        are worth becoming bytes where those are multiplied in one instruction."""
-        whole = form.q.bits == 8 and form.q.group == 0
-        return (form.q.grid > 0 and isa.has_int8_dot) or (whole and 0 < isa.slice_bytes < PANEL * form.q.padded(k))
-
-    def open(self, piece: _Piece, here: Expr) -> None:
-        q = self._form.q
-        if self._opened is not None:
-            run = T.truncdiv(piece.begin, T.int32(q.grid))
-            open_runs(q, self._env["w"], T.bind(self._values(piece) + run * q.run_bytes), piece.length, self._opened)
+        """Whether bytes are multiplied in one instruction, and a panel is more than a slice, else it stays in the
+        first-level cache by itself."""
+        q = form.q
+        return isa.has_int8_dot and q.bits == 8 and q.group == 0 and PANEL * q.padded(k) > _slice_bytes(isa)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
-        weights = T.int64(0)
-        if self._opened is None:
-            weights = T.bind(self._values(piece) + T.Cast("int64", piece.begin) * PANEL)
+        env, weights = self._met(piece)
         x_at = T.bind(T.Cast("int64", piece.row + first) * self.row_bytes + piece.begin)
-        self._bytes.multiply(self._met, totals, weights, x_at, self._in, count, vectors, piece.length, ahead)
+        self._bytes.multiply(env, totals, T.bind(weights), x_at, self._in, count, vectors, piece.length, ahead)
 
-    def _values(self, piece: _Piece) -> Expr:
-        """Where the panel's values begin."""
+    def _met(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
+        """What has the bytes, and where they begin in it."""
+        return self._env, self._values(piece.panel) + T.Cast("int64", piece.begin) * PANEL
+
+    def _values(self, panel: Expr) -> Expr:
+        """Where a panel's values begin."""
         q = self._form.q
-        return T.Cast("int64", piece.panel) * q.panel_bytes(self._in) + q.header_bytes
+        return T.Cast("int64", panel) * q.panel_bytes(self._in) + q.header_bytes
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         super().emit(row, here, panel, place, sums)
@@ -179,23 +195,68 @@ class SlicedBytes(_Sliced):
             for at, product in zip(places, products, strict=True):
                 store(sums, at, product, "f32")
 
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        return sums
+
+
+class SlicedGrids(SlicedBytes):
+    """The same for weights on grids. A block of rows that is the only one meets slices, each of which becomes bytes in
+    the first-level cache before; for more blocks the panel becomes bytes once, and they meet slices of it only where
+    the second-level cache is too slow."""
+
+    def __init__(
+        self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
+    ) -> None:
+        super().__init__(form, isa, k, height, fewest, env, ahead)
+        whole = PANEL * self._k <= MOST_BYTES
+        self._opened = stack_array(PANEL * (self._k if whole else self._length), "uint8")
+        self._once = T.bind(env["rows"] > (self.block_rows if whole else _NEVER))
+        self._along = not isa.slice_bytes
+
+    @staticmethod
+    def can(form: Quantized, isa: Isa, k: int) -> bool:
+        """Whether grids are worth becoming bytes, which they are where those are multiplied in one instruction."""
+        return isa.has_int8_dot and form.q.grid > 0
+
+    def begin(self, panel: Expr) -> None:
+        with T.If(self._once), T.Then():
+            self._open(panel, T.int32(0), self._k)
+
+    def open(self, piece: _Piece, here: Expr) -> None:
+        with T.If(T.Not(self._once)), T.Then():
+            self._open(piece.panel, piece.begin, piece.shortest)
+
+    def _open(self, panel: Expr, begin: Expr, length: int) -> None:
+        q = self._form.q
+        start = T.bind(self._values(panel) + T.truncdiv(begin, T.int32(q.grid)) * q.run_bytes)
+        open_runs(q, self._env["w"], start, length, self._opened)
+
+    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+        if not self._along or slices == 1:
+            return super()._walks(slices)
+        times = T.bind(T.if_then_else(self._once, T.int32(1), T.int32(slices)))
+        return times, T.bind(T.if_then_else(self._once, T.int32(slices), T.int32(1)) * self._length)
+
+    def _met(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
+        opened = T.if_then_else(self._once, T.Cast("int64", piece.begin) * PANEL, T.int64(0))
+        return {**self._env, "w": self._opened}, opened
+
 
 class SlicedPairs(_Sliced):
-    """bf16 by bf16 in f32, for a few more rows than a register tile has: each tile takes a slice's pairs apart."""
+    """bf16 by bf16, for a few more rows than a register tile has: each takes a slice's pairs as they are stored."""
 
     kind = "f32"
-    most = 11  # rows: more pay for widening
     _DEEP = 128  # k of a slice: 16 KiB
 
-    def __init__(self, form: Widened, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
+    def __init__(self, form: Dense, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
         super().__init__(env, k, self._DEEP, height, partial(form.width, isa), ahead)
-        self._form, self.row_bytes, self.fewest = form, 2 * k, height + 1
-        self._sizes = tile_sizes(range(self.fewest, self.most + 1), height)
+        self._form, self.row_bytes = form, 2 * k
+        self._take_few(height + 1, WIDEN_ROWS - 1 if isinstance(form, Widened) else 2 * height)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         weights = T.bind(self._form.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
         row = T.bind(piece.row + first)
-        self._form.multiply(self._env, totals, weights, row, piece.begin, count, vectors, piece.length, ahead)
+        self._form.multiply(self._env, totals, weights, self._k, row, piece.begin, count, vectors, piece.length, ahead)
 
 
 class SlicedFloats(_Sliced):
@@ -215,7 +276,7 @@ class SlicedFloats(_Sliced):
     ) -> None:
         """`few`: what makes the sums of few rows."""
         super().__init__(env, k, self._DEEP, height, width, ahead)
-        self._few, self.fewest = few, few.fewest if few else SlicedPairs.most + 1
+        self._few, self.fewest = few, few.fewest if few else WIDEN_ROWS
         self.row_bytes = 2 * k
         self._weights = stack_array(self._DEEP * PANEL, "float32")
         # where all of a block's rows fit, they are there already
@@ -234,7 +295,7 @@ class SlicedFloats(_Sliced):
         if self._few is None:
             super().emit(row, here, panel, place, sums)
             return
-        with T.If(T.And(here >= self._few.fewest, here <= self._few.most)):
+        with T.If(T.And(here >= self._few.fewest, here <= self._few.greatest)):
             with T.Then():
                 if not self._wide:
                     self._env["wide"].take(row, here)

@@ -42,12 +42,14 @@ def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
 
 
 class BlockSums(ABC):
-    """Sums of up to `block_rows` rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows the
-    panel is better read once, for each few rows that registers hold; more than 1 only where both give the same bits."""
+    """Sums of up to `block_rows` rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows, or
+    more than `greatest`, each few that registers hold better meet the whole panel; only where that gives the same bits.
+    """
 
     block_rows: int = BLOCK_ROWS
     row_bytes: int
     fewest: int = 1
+    greatest: int | None = None
 
     @property
     def most_rows(self) -> int:

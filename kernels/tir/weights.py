@@ -25,7 +25,7 @@ Expr = Any
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
 _BLOCK = 8  # steps between two requests for weights that will be needed later
 
-Ahead = Callable[[Expr, int], None]
+Ahead = Callable[[Expr, Expr | int], None]
 """`ahead(block, of)`: block number `block` of the `of` that a register tile's walk over k has begins."""
 
 
@@ -77,11 +77,12 @@ class WeightFormat(ABC):
         raise AssertionError("opened_bytes says 0")
 
 
-def in_blocks(steps: int, ahead: Ahead, body: Callable[[Expr], None]) -> None:
-    """`body(step)` for all steps in order, telling `ahead` about every block of them."""
-    whole, rest = divmod(steps, _BLOCK)
+def in_blocks(steps: Expr | int, ahead: Ahead, body: Callable[[Expr], None]) -> None:
+    """`body(step)` for all steps in order, telling `ahead` about every block of them. Where their number is known at
+    run time only, it is one of whole blocks."""
+    whole, rest = divmod(steps, _BLOCK) if isinstance(steps, int) else (T.truncdiv(steps, T.int32(_BLOCK)), 0)
     blocks = whole + (rest > 0)
-    if whole:
+    if not isinstance(whole, int) or whole:
         with T.serial(0, whole) as block:
             ahead(block, blocks)
             with T.serial(0, _BLOCK) as step:
@@ -120,28 +121,53 @@ class Dense(WeightFormat):
     def tile(
         self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
     ) -> list[Expr]:
-        x, w = env["x"], env["w"]
         totals = Vectors(count * len(at))
-        for i in range(count * len(at)):
-            totals[i] = splat(0.0)
-        depth = k if self.dtype == "f32" else -(-k // 2)
-        base = T.bind(T.Cast("int64", panel) * (depth * PANEL))
-        origin = T.bind(T.Cast("int64", row) * k)
+        for index in range(count * len(at)):
+            totals[index] = splat(0.0)
+        weights = self.begins(k, panel)
+        self.multiply(env, totals, weights, k, row, T.int32(0), count, at, k, ahead)
+        if self.dtype == "bf16" and k % 2:
+            # the last of an odd number: its partner in the pair is zero, not the next row's first
+            last = T.bind(T.Cast("int64", row) * k + (k - 1))
+            single = [T.Cast("int32", env["x"][last + i * k]) for i in range(count)]
+            operands = [T.bind(T.broadcast(value, LANES)) for value in single]
+            self._add(env, totals, weights + k // 2 * PANEL, at, operands)
+        return [totals[index] for index in range(count * len(at))]
 
-        def add(step: Expr, operands: list[Expr]) -> None:
-            weights = [self._weight(w, base + step * PANEL + vector * LANES) for vector in at]
-            for i, operand in enumerate(operands):
-                for j, weight in enumerate(weights):
-                    index = i * len(at) + j
-                    totals[index] = self._multiply(totals[index], operand, weight)
+    def begins(self, k: int, panel: Expr) -> Expr:
+        """Where a panel does: its number of f32, or of pairs."""
+        return T.bind(T.Cast("int64", panel) * (PANEL * (k if self.dtype == "f32" else -(-k // 2))))
 
-        whole = k if self.dtype == "f32" else k // 2
-        in_blocks(whole, ahead, lambda step: add(step, [self._operand(x, origin + i * k, step) for i in range(count)]))
-        if whole < depth:
-            # the last of an odd number of bf16: its partner in the pair is zero, not the next row's first
-            single = [T.Cast("int32", x[origin + i * k + (k - 1)]) for i in range(count)]
-            add(T.int32(whole), [T.bind(T.broadcast(value, LANES)) for value in single])
-        return [totals[i] for i in range(count * len(at))]
+    def multiply(
+        self,
+        env: dict[str, Expr],
+        totals: Vectors,
+        weights: Expr,
+        k: int,
+        row: Expr,
+        begin: Expr,
+        count: int,
+        at: range,
+        length: int,
+        ahead: Ahead,
+    ) -> None:
+        """totals += the weights from number `weights` on times `count` rows from k = `begin` on, over `length` k, of
+        which bf16 takes pairs."""
+        origin = T.bind(T.Cast("int64", row) * k + begin)
+
+        def step(number: Expr) -> None:
+            operands = [self._operand(env["x"], origin + i * k, number) for i in range(count)]
+            self._add(env, totals, weights + number * PANEL, at, operands)
+
+        in_blocks(length if self.dtype == "f32" else length // 2, ahead, step)
+
+    def _add(self, env: dict[str, Expr], totals: Vectors, weights: Expr, at: range, operands: list[Expr]) -> None:
+        """totals += one step."""
+        columns = [self._weight(env["w"], weights + vector * LANES) for vector in at]
+        for i, operand in enumerate(operands):
+            for j, column in enumerate(columns):
+                index = i * len(at) + j
+                totals[index] = self._multiply(totals[index], operand, column)
 
     def _operand(self, x: Expr, start: Expr, step: Expr) -> Expr:
         if self.dtype == "f32":
@@ -165,24 +191,12 @@ class Widened(Dense):
     """bf16 by bf16 in f32: `env["wide"]` has the rows of x (wide_rows.py), and a weight's pairs are taken apart in
     registers. Products are added in the order of k, as pairs of them are elsewhere."""
 
-    def tile(
-        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
-    ) -> list[Expr]:
-        totals = Vectors(count * len(at))
-        for index in range(count * len(at)):
-            totals[index] = splat(0.0)
-        self.multiply(env, totals, self.begins(k, panel), row, T.int32(0), count, at, k, ahead)
-        return [totals[index] for index in range(count * len(at))]
-
-    def begins(self, k: int, panel: Expr) -> Expr:
-        """Where a panel does, in pairs."""
-        return T.bind(T.Cast("int64", panel) * (k // 2 * PANEL))
-
     def multiply(
         self,
         env: dict[str, Expr],
         totals: Vectors,
         weights: Expr,
+        k: int,
         row: Expr,
         begin: Expr,
         count: int,
@@ -190,7 +204,6 @@ class Widened(Dense):
         length: int,
         ahead: Ahead,
     ) -> None:
-        """totals += the pairs from `weights` on times `count` rows from k = `begin` on, over `length` k."""
         operand = env["wide"].of(row, count)
 
         def step(pair: Expr) -> None:
@@ -312,7 +325,7 @@ class Quantized(WeightFormat):
         k: int,
         count: int,
         at: range,
-        length: int,
+        length: Expr | int,
         ahead: Ahead | None,
     ) -> None:
         """totals += the stored weights at byte `weights` times `count` rows of x from `x_at` on, over `length` k."""
@@ -353,7 +366,7 @@ class Quantized(WeightFormat):
                     _sum_runs(self.q, k, env, x_at + i * padded, i * self.q.runs(k))
             self._by_runs(env, k, weights, at, begin, add, ahead)
             return
-        steps = length // QUAD // (1 if self.q.bits == 8 else 2)
+        steps = length // (QUAD if self.q.bits == 8 else 2 * QUAD)
         if ahead is None:
             with T.serial(0, steps) as number:
                 step(number)
