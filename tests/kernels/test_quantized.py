@@ -191,3 +191,19 @@ def test_weights_on_grids_are_those_of_8_bits(form: str) -> None:
                 kernel(x, xs, xsum, packed, bias, y, rows, team=2)
                 found.add((rows, y.tobytes()))
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("isa", machine_isas())
+def test_grids_of_more_than_fit_as_bytes(isa: str) -> None:
+    """A panel of bytes that no stack should hold stays slices, whatever the number of rows."""
+    k, n, most, rng = 16500, 64, 60, np.random.default_rng(2)
+    q, plain = Quantization.parse("q4grid32"), Quantization(8)
+    values, scales, _ = quantized(rng, q, n, k)
+    x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), plain)
+    found = []
+    for one in (q, plain):
+        kernel = Standalone(Linear(k, n, "bf16", "f32", weights=str(one)), ISAS[isa])
+        y = np.zeros((most, n), np.float32)
+        kernel(x, xs, xsum, pack_quantized(one, values, scales), y, most, team=2)
+        found.append(y.tobytes())
+    assert found[0] == found[1]
