@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from xllm_compiler.artifact import WEIGHTS, Manifest, check_files, check_size, choose_isa, machine_isas, read_manifest
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime import host
 from xllm_compiler.runtime.cpu.team import load_library
 
 
@@ -78,6 +79,7 @@ def _map_weights(path: Path) -> tuple[mmap.mmap | None, NDArray[np.uint8]]:
             if path.stat().st_size == 0:
                 return None, np.empty(0, np.uint8)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        host.prefer_huge_pages(mapped)
     except OSError as error:
         raise XllmError("io", f"cannot map the weights: {error.strerror}", where=str(path)) from None
     return mapped, np.frombuffer(mapped, np.uint8)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from xllm_compiler.artifact import Manifest
 from xllm_compiler.dims import parse_dim
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime import host
 from xllm_compiler.runtime.cpu.team import Team, native_function
 from xllm_compiler.runtime.executor import F32, Logits, StepBatch
 
@@ -81,6 +82,11 @@ class CpuExecutor:
         # the outputs lie one behind the other, each as long as the step's rows make it
         self._columns = [int(spec.shape[1]) for spec in manifest.outputs]
         self._logits_memory = _anonymous(parse_dim(manifest.memory.logits).evaluate(at_limits))
+        for memory in (
+            self._arena,
+            self._logits_memory,
+        ):  # of the cache they made first prompts slower, and nothing quicker
+            host.prefer_huge_pages(memory)
         self._logits: F32 = np.frombuffer(self._logits_memory, np.float32)
         # a barrier, and for each member the words by which it takes turns
         self._barrier = np.zeros((2 + threads) * _ALIGN, np.uint8)

@@ -183,6 +183,8 @@ def _context(settings: Settings, started: Started) -> Context:
 
 
 def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.socket) -> int:
+    from xllm_compiler.runtime import host
+    from xllm_compiler.runtime.memory import show_bytes
     from xllm_compiler.runtime.server import observe
     from xllm_compiler.runtime.server.app import build_app
     from xllm_compiler.runtime.server.lifecycle import Server, make_config
@@ -228,6 +230,10 @@ def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.s
         except XllmError as error:
             bad.append(error)
             server.should_exit = True
+            return
+        weights = started.artifact.weights
+        huge = host.huge_bytes(weights.ctypes.data)
+        print(f"weights: {show_bytes(weights.nbytes)}, of which huge pages hold {show_bytes(huge)}", flush=True)
 
     threading.Thread(target=check_weights, name="xllm-wait-check", daemon=True).start()
     server.run([sock])

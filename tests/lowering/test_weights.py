@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from xllm_compiler.ir.ops import Record
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.kernels.layouts import unpack_panels
 from xllm_compiler.lowering.cpu.build import lower_cpu
+from xllm_compiler.lowering.cpu.pack import plan_file, write_weights
+from xllm_compiler.lowering.weights import WeightTable
 from xllm_compiler.passes.manager import run_pipeline
 
 TEXT = """xir 1 stage=graph
@@ -204,3 +207,32 @@ func @step(%ids: i32[N]) -> (bf16[N, 16]) {
     with pytest.raises(XllmError, match="rotated") as e:
         lower_cpu(module, {}, tmp_path, isas=["avx2"])
     assert e.value.kind == "unsupported" and "quantize-rows" in e.value.help
+
+
+def test_the_file_is_written_in_whole_huge_pages(tmp_path: Path) -> None:
+    """The system keeps what it gets that way in huge pages."""
+    parts: list[int] = []
+
+    class Recorded(io.FileIO):
+        def write(self, data: Any) -> int:
+            assert self.tell() % (1 << 21) == 0
+            parts.append(len(data))
+            return super().write(data)
+
+    class RecordedPath(type(tmp_path)):  # type: ignore[misc]
+        def open(self, mode: str = "r", buffering: int = -1) -> Any:  # type: ignore[override]
+            return io.BufferedWriter(Recorded(str(self), mode), buffering)
+
+    sizes = {"a": 700_001, "b": 3, "c": 900_000, "d": 524_288}
+    names = "\n".join(f'  %{name} = param(name="{name}") : f32[{size}]' for name, size in sizes.items())
+    module = parse_module(f"xir 1 stage=graph\nfunc @step() -> (f32[3]) {{\n{names}\n  return %b\n}}\n")
+    table = WeightTable()
+    for op in module.funcs["step"].ops:
+        table.request(op.results[0], "row")
+    params = {name: np.arange(size, dtype=np.float32) for name, size in sizes.items()}
+    plan, size = plan_file(table)
+    write_weights(table, plan, size, params, RecordedPath(tmp_path / "weights.bin"), lambda name, share: None)
+    data = (tmp_path / "weights.bin").read_bytes()
+    assert len(data) == size == sum(parts) and set(parts[:-1]) == {1 << 21}
+    for tensor in plan:
+        assert data[tensor.offset : tensor.offset + tensor.bytes] == params[tensor.name].tobytes()

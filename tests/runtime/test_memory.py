@@ -1,10 +1,13 @@
-"""The ledger's arithmetic, and the reading of cgroups from made-up file trees."""
+"""The ledger's arithmetic, the reading of cgroups from made-up file trees, and huge pages."""
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from xllm_compiler.errors import XllmError
@@ -126,3 +129,26 @@ def test_a_container_that_sees_only_its_own_mount(tmp_path: Path) -> None:
 
 def test_this_machine() -> None:
     assert host.available_memory() > MIB and host.default_threads() >= 1
+
+
+def test_what_is_in_huge_pages(tmp_path: Path) -> None:
+    entry = "{} r--s 00000000 fe:00 42   /a/weights.bin\nRss: 9999 kB\nAnonHugePages: {} kB\nFilePmdMapped: {} kB\n"
+    maps = entry.format("7f0000000000-7f0000400000", 0, 4096) + entry.format("7f0000400000-7f0000800000", 2048, 0)
+    root = tree(tmp_path, {"proc/self/smaps": maps + entry.format("7f0000800000-7f0000900000", 0, 0)})
+    found = [host.huge_bytes(0x7F0000000000 + at, root) for at in (0, 4 * MIB - 1, 4 * MIB, 8 * MIB, 9 * MIB)]
+    assert found == [4 * MIB, 4 * MIB, 2 * MIB, 0, 0]
+    assert host.huge_bytes(0, tmp_path / "none") == 0
+
+
+def test_huge_pages_are_asked_for() -> None:
+    """Where this Linux has them: what is asked for is in the mapping's flags."""
+    with mmap.mmap(-1, 4 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+        host.prefer_huge_pages(memory)
+        inside, flags = False, ""
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(found[1], 16) <= address < int(found[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                flags = line
+    assert ("hg" in flags.split()) == Path("/sys/kernel/mm/transparent_hugepage").exists()

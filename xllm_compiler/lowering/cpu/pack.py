@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from xllm_compiler.lowering.weights import WeightRequest, WeightTable
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
 _SMALL: Final = 1 << 16  # smaller tensors share pages
+_HUGE: Final = 1 << 21  # bytes of a huge page
 _CHECK: Final = 1 << 22  # elements looked at in one go for NaN
 
 Array = npt.NDArray[Any]
@@ -93,20 +94,30 @@ def write_weights(
     total = sum(t.bytes for t in plan) or 1
     done = 0
     try:
-        with path.open("wb") as file:
+        with path.open("wb", buffering=_HUGE) as file:
             for request, tensor in zip(table.requests, plan, strict=True):
                 progress(tensor.name, done / total)
                 packed = _pack(request, params)
                 if packed.shape != tensor.shape or packed.nbytes != tensor.bytes:
                     raise XllmError("internal", f"packed {packed.shape}, planned {tensor.shape}", where=tensor.name)
-                file.write(b"\0" * (tensor.offset - file.tell()))
-                file.write(packed.reshape(-1).view(np.uint8).data)
+                _write(file, memoryview(bytes(tensor.offset - file.tell())))
+                _write(file, packed.reshape(-1).view(np.uint8).data)
                 done += tensor.bytes
                 del packed
-            file.write(b"\0" * (size - file.tell()))
+            _write(file, memoryview(bytes(size - file.tell())))
     except OSError as error:
         raise XllmError("io", f"cannot write weights: {error.strerror}", where=str(path)) from error
     progress("", 1.0)
+
+
+def _write(file: BinaryIO, data: memoryview) -> None:
+    """In parts of which none goes beyond the end of one of `file`'s buffers of `_HUGE` bytes: so the system is given
+    one whole aligned block after the other, and keeps each in a huge page, which a reader of the file then maps."""
+    at = 0
+    while at < len(data):
+        end = at + _HUGE - file.tell() % _HUGE
+        file.write(data[at:end])
+        at = end
 
 
 def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
