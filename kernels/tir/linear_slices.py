@@ -195,9 +195,6 @@ class SlicedBytes(_Sliced):
             for at, product in zip(places, products, strict=True):
                 store(sums, at, product, "f32")
 
-    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        return sums
-
 
 class SlicedGrids(SlicedBytes):
     """The same for weights on grids. A block of rows that is the only one meets slices, each of which becomes bytes in
