@@ -55,6 +55,7 @@ class Choice:
         "_stop_ids",
         "_text",
         "_tokenizer",
+        "broken",
         "computed",
         "first_row",
         "group",
@@ -116,6 +117,7 @@ class Choice:
         if params.prompt_logprobs is not None and index == 0:
             self._prompt_logprobs = [None]
         self._reported = False
+        self.broken: XllmError | None = None  # why it has no text from some event on
         self.first_row = 0 if self._prompt_logprobs is not None else self.prompt_len - 1
 
     @property
@@ -144,7 +146,7 @@ class Choice:
         return self.accept(token, None if raw is None else self._named(raw))
 
     def accept(self, token: int, logprobs: LogprobDict | None = None) -> Output:
-        """Append a token; what there is to tell, the finish included."""
+        """Append a token; what there is to tell, the finish included, but for the text that `put_text` adds."""
         self.tokens.append(token)
         self.first_row = len(self.tokens) - 1
         params = self.group.request.params
@@ -157,24 +159,35 @@ class Choice:
             event.finish_reason, event.stop_reason = "stop", token
         elif enough and token in self._eos:
             event.finish_reason = "stop"
-        if self._text is not None:
-            if event.finish_reason is None or params.include_stop_str_in_output:
-                event.text = self._text.push(token, may_stop=enough)
+        if self._text is not None and params.stop_strings:
+            # what the text says decides whether this is the end, so it cannot wait until it is told
+            self._push(self._text, event, may_stop=enough)
             if self._text.stopped_by is not None and event.finish_reason is None:
                 event.finish_reason, event.stop_reason = "stop", self._text.stopped_by
         if event.finish_reason is None and len(self.tokens) >= self.limit:
             event.finish_reason = "length"
-        if event.finish_reason is not None and self._text is not None:
-            event.text += self._text.finish()
         return event
 
     def end(self, reason: str, error: XllmError | None = None) -> Output:
         """Finish without another token: "abort", "error", or "length" when none was wanted."""
         event = self._event()
         event.finish_reason, event.error = reason, error
-        if self._text is not None:
-            event.text = self._text.finish()
         return event
+
+    def put_text(self, event: Output) -> None:
+        """Give an event its text, when it is told: each once, in order, and on any thread, since nobody else looks at
+        the text then."""
+        if self._text is None:
+            return
+        if not self.group.request.params.stop_strings:
+            self._push(self._text, event)
+        if event.finish_reason is not None:
+            event.text += self._text.finish()
+
+    def _push(self, text: TextStream, event: Output, may_stop: bool = True) -> None:
+        if event.finish_reason != "stop" or self.group.request.params.include_stop_str_in_output:
+            for token in event.token_ids:
+                event.text += text.push(token, may_stop=may_stop)
 
     def _event(self) -> Output:
         event = Output(self.group.request.request_id, self.index)

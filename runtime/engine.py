@@ -1,8 +1,8 @@
-"""The loop: take messages, plan, run, sample, tell. Owns requests from `submit` to their last event; must not know
-HTTP, files or kernels.
+"""The loop: take messages, plan, run, sample. Owns requests from `submit` to their last event; must not know HTTP,
+files or kernels.
 
-One thread runs everything; other threads only append to the inbox. So nothing here needs a lock but the registry of
-ids.
+One thread runs everything but the telling of events, which another does during the next step (teller.py); other threads
+only append to the inbox. So nothing here needs a lock but the registry of ids.
 
     engine = Engine(executor, facts, tokenizer=tokenizer); engine.start()
     engine.submit(Request("id", token_ids, SamplingParams(...)), on_output)    # any thread; XllmError when refused
@@ -10,7 +10,7 @@ ids.
     engine.stats(); engine.health()                                            # any thread
     engine.drain(timeout) -> bool; engine.stop()
 
-`on_output(Output)` is called on the engine's thread, once per choice and token, in order, and must return at once: a
+`on_output(Output)` is called on the teller's thread, once per choice and token, in order, and must return at once: a
 server hands over with `loop.call_soon_threadsafe`. After an event with `finished` nothing more comes for that request.
 """
 
@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from xllm_compiler.runtime.kv import BlockTable, PagePool
 from xllm_compiler.runtime.outputs import Output
 from xllm_compiler.runtime.sampler import Scratch
 from xllm_compiler.runtime.stats import EngineStats, Health
+from xllm_compiler.runtime.teller import Teller, Telling
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Request"]
@@ -78,7 +80,9 @@ class Engine:
         self._scratch = Scratch(facts.vocab_size)
         self._serial = itertools.count()
         self._stats = EngineStats(kv_pages_total=executor.pages)
-        self._inbox: deque[tuple[Request, OnOutput] | str] = deque()
+        self._inbox: deque[tuple[Request, OnOutput] | tuple[Choice, XllmError] | str] = deque()
+        self._untold: list[Telling] = []
+        self._teller = Teller("xllm-teller")
         self._wake = threading.Event()
         self._idle = threading.Condition()
         self._lock = threading.Lock()
@@ -95,6 +99,7 @@ class Engine:
         """Start the loop's thread. Raises XllmError("internal") when it was started before."""
         if self._thread is not None:
             raise XllmError("internal", "the engine was started twice")
+        self._teller.start()
         self._thread = threading.Thread(target=self._loop, name="xllm-engine", daemon=True)
         self._thread.start()
 
@@ -138,14 +143,17 @@ class Engine:
         return done
 
     def stop(self) -> None:
-        """Abort everything, end the thread and close the executor. Safe to call twice."""
+        """Abort everything, end the threads and close the executor. Safe to call twice. A listener may call it too, and
+        does not wait for the end."""
         with self._lock:
             self._accepting = False
         self._stopping = True
         self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is None:
+            self._executor.close()
+        elif threading.current_thread() is not self._teller.thread:
             self._thread.join()
-        self._executor.close()
+            self._teller.thread.join()
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -203,6 +211,9 @@ class Engine:
         self._read_inbox()
         for choice in [*self._running, *self._waiting]:
             self._finish(choice, choice.end("abort"))
+        self._hand_over()
+        self._teller.end()
+        self._executor.close()
         with self._idle:
             self._idle.notify_all()
 
@@ -215,6 +226,14 @@ class Engine:
                 self._progress = time.monotonic()
         except Exception as error:  # a bug of ours: no request may hang because of it
             self._fail_all(_internal(error))
+        if self._thread is None or not (self._running or self._waiting):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Have told what is yet untold."""
+        if self._untold:
+            untold, self._untold = self._untold, []
+            self._teller.tell(untold)
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -222,6 +241,10 @@ class Engine:
             if isinstance(message, str):
                 for choice in list(self._groups.get(message, ())):
                     self._finish(choice, choice.end("abort"))
+            elif isinstance(message[0], Choice):
+                choice, wrong = message
+                if choice in self._running or choice in self._waiting:
+                    self._finish(choice, choice.end("error", wrong))
             else:
                 request, on_output = message
                 try:
@@ -233,8 +256,7 @@ class Engine:
         """End a request that never came to have choices."""
         self._groups.pop(request.request_id, None)
         event = Output(request.request_id, 0, finish_reason="error", error=error, finished=True)
-        self._tell(request.request_id, on_output, event)
-        self._forget(request.request_id)
+        self._untold.append(partial(self._tell, None, request.request_id, on_output, event))
 
     def _add(self, request: Request, on_output: OnOutput) -> None:
         group = RequestGroup(request, on_output)
@@ -266,6 +288,7 @@ class Engine:
         began = time.perf_counter()
         plan = scheduler.plan(self._running, self._waiting, self._pool.free, self._limits)
         self._apply(plan)
+        self._hand_over()
         planned = time.perf_counter()
         seconds["schedule"] += planned - began
         if not plan.work:
@@ -343,7 +366,7 @@ class Engine:
         batch.n, batch.b, batch.s = n, len(work), s
 
     def _take(self, work: list[tuple[Choice, int]], logits: Logits) -> None:
-        """Hand each choice its rows, and tell its client what came of it."""
+        """Hand each choice its rows; what came of it is to be told to its client."""
         s = 0
         now = time.monotonic()
         for choice, count in work:
@@ -366,7 +389,8 @@ class Engine:
                 metrics.last_token = now
                 self._stats.generation_tokens += len(event.token_ids)
             if event.finish_reason is None:
-                self._tell(choice.group.request.request_id, choice.group.on_output, event)
+                group = choice.group
+                self._untold.append(partial(self._tell, choice, group.request.request_id, group.on_output, event))
             else:
                 self._finish(choice, event)
 
@@ -385,7 +409,7 @@ class Engine:
         return choice.sample(rows[-1], maxima[-1])
 
     def _finish(self, choice: Choice, event: Output) -> None:
-        """Free what the choice holds and tell its last event."""
+        """Free what the choice holds; its last event is to be told."""
         choice.table.clear()
         if choice in self._running:
             self._running.remove(choice)
@@ -403,9 +427,7 @@ class Engine:
             group.metrics.finished = time.monotonic()
             event.metrics = group.metrics
             del self._groups[request_id]
-        self._tell(request_id, group.on_output, event)
-        if event.finished:
-            self._forget(request_id)
+        self._untold.append(partial(self._tell, choice, request_id, group.on_output, event))
 
     def _forget(self, request_id: str) -> None:
         with self._lock:
@@ -413,7 +435,10 @@ class Engine:
         with self._idle:
             self._idle.notify_all()
 
-    def _tell(self, request_id: str, on_output: OnOutput, event: Output) -> None:
+    def _tell(self, choice: Choice | None, request_id: str, on_output: OnOutput, event: Output) -> None:
+        """On the teller's thread."""
+        if choice is not None:
+            self._put_text(choice, event)
         event.time = time.monotonic()
         try:
             on_output(event)
@@ -422,6 +447,18 @@ class Engine:
             self._stats.callback_errors += 1
             if not event.finished:
                 self._inbox.append(request_id)
+        if event.finished:
+            self._forget(request_id)
+
+    def _put_text(self, choice: Choice, event: Output) -> None:
+        if choice.broken is None:
+            try:
+                choice.put_text(event)
+            except Exception as error:  # a bug of ours, or of the tokenizer
+                choice.broken = _internal(error)
+                self._inbox.append((choice, choice.broken))
+        if choice.broken is not None and event.finish_reason is not None:
+            event.finish_reason, event.error = "error", choice.broken
 
     def _fail_all(self, error: XllmError) -> None:
         for choice in [*self._running, *self._waiting]:

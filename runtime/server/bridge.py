@@ -1,4 +1,4 @@
-"""Between the event loop and the engine's thread. Owns the hand-over of outputs and the count of open requests.
+"""Between the event loop and the engine's threads. Owns the hand-over of outputs and the count of open requests.
 
 The engine calls `Bridge._deliver` from its own thread, once per output event; the events of one step cross to the loop
 in one wake-up. Everything else here runs on the loop's thread. Must not know HTTP.
@@ -23,7 +23,7 @@ class EngineLike(Protocol):
     """What the server needs of `runtime.engine.Engine`. Both calls are thread-safe and return at once."""
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> str:
-        """Queue a request; `on_output` is called from the engine's thread with each of its outputs."""
+        """Queue a request; `on_output` is called from another thread, always the same, with each of its outputs."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -216,7 +216,7 @@ class Bridge:
         self._streams.clear()
 
     def _deliver(self, stream: Stream, output: Output) -> None:
-        """On the engine's thread. A deque's append and popleft are atomic, so no lock is needed.
+        """On the teller's thread. A deque's append and popleft are atomic, so no lock is needed.
 
         The flag is cleared before the inbox is emptied: an event that arrives in between costs a spare wake-up, whereas
         the other order would lose one.

@@ -1,4 +1,4 @@
-"""What the server counts, under vLLM's metric names. Owns the counters; must not be called from the engine's thread.
+"""What the server counts, under vLLM's metric names. Owns the counters; must not be called from the engine's threads.
 
 Counting is plain arithmetic on the event loop's thread. prometheus_client turns the counts into text when somebody
 scrapes, and is imported then: it costs a tenth of a second of start-up otherwise.

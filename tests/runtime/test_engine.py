@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -385,6 +386,68 @@ def test_submitting_from_many_threads() -> None:
         for thread in threads:
             thread.join()
     assert results == {i: toy_greedy([i, i + 1], 12) for i in range(30)}
+
+
+def test_clients_are_told_during_the_next_step() -> None:
+    told: list[tuple[str, int]] = []
+    done = threading.Event()
+    with Run() as run:
+
+        def on_output(event: Output) -> None:
+            deadline = time.monotonic() + 10
+            while run.executor.steps < min(len(told) + 2, 3) and time.monotonic() < deadline:
+                time.sleep(1e-3)
+            time.sleep(0.05)  # more steps do not run
+            told.append((threading.current_thread().name, run.executor.steps))
+            if event.finished:
+                done.set()
+
+        run.engine.submit(Request("x", PROMPT, SamplingParams(temperature=0, max_tokens=4)), on_output)
+        assert done.wait(30)
+    assert told == [("xllm-teller", steps) for steps in (2, 3, 4, 4)]
+
+
+def test_a_listener_may_stop_the_engine() -> None:
+    with Run() as run:
+        run.engine.submit(Request("x", PROMPT, GREEDY), lambda event: run.engine.stop())
+        run.engine.submit(Request("y", PROMPT, GREEDY), run.events.put)
+        while not run.events.get(timeout=20).finished:
+            pass
+    assert run.executor.closed
+
+
+class Letters:
+    """A decoder of one letter for a token, that knows no `unknown` one."""
+
+    def __init__(self, unknown: int) -> None:
+        self.unknown = unknown
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if self.unknown in ids:
+            raise KeyError(f"token {self.unknown}")
+        return "".join(chr(65 + i % 26) for i in ids)
+
+
+@pytest.mark.parametrize("stop", [None, ["no such text"]])
+@pytest.mark.parametrize("at", [0, 5, 10, 11])
+def test_text_that_cannot_be_decoded_fails_its_request_only(at: int, stop: list[str] | None) -> None:
+    prompt = [20, 21]
+    tokens = toy_greedy(prompt, 12)
+    assert tokens[at] not in [*prompt, *tokens[:at]]
+    other = next([i, i + 1] for i in range(VOCAB) if tokens[at] not in [i, i + 1, *toy_greedy([i, i + 1], 12)])
+    with Run(tokenizer=cast(Any, Letters(tokens[at]))) as run:
+        bad = run.submit(prompt, SamplingParams(temperature=0, max_tokens=12, stop=stop))
+        good = run.submit(other, SamplingParams(temperature=0, max_tokens=12, stop=stop))
+        ends: dict[str, Output] = {}
+        while len(ends) < 2:
+            event = run.events.get(timeout=20)
+            assert event.request_id not in ends, "told after its end"
+            if event.finished:
+                ends[event.request_id] = event
+        assert run.engine.drain(10) and run.engine.stats().kv_pages_used == 0
+    assert ends[good].finish_reason == "length" and ends[good].error is None
+    assert ends[bad].finish_reason == "error" and ends[bad].error is not None
+    assert ends[bad].error.kind == "internal" and f"token {tokens[at]}" in ends[bad].error.message
 
 
 def test_a_planner_bug_fails_requests_but_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
