@@ -456,7 +456,8 @@ class Engine:
                 choice.put_text(event)
             except Exception as error:  # a bug of ours, or of the tokenizer
                 choice.broken = _internal(error)
-                self._inbox.append((choice, choice.broken))
+                if event.finish_reason is None:
+                    self._inbox.append((choice, choice.broken))
         if choice.broken is not None and event.finish_reason is not None:
             event.finish_reason, event.error = "error", choice.broken
 

@@ -1,8 +1,8 @@
 """Telling clients what came of a step, during the next one. Owns the thread that does it; must not know what it tells.
 
 Between two steps everybody waits: the cores, and all requests for the slowest to be told. So what a step leaves to be
-told (text to decode, callbacks to call) is handed over when the next step's inputs are ready, and is done during that
-step, in which the engine's thread does not hold the interpreter's lock.
+told (text to decode, callbacks to call) is handed over when the next step is planned, and is done during that step, in
+which the engine's thread does not hold the interpreter's lock.
 """
 
 from __future__ import annotations
