@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from xllm_compiler.artifact.schema import HUGE_PAGE
 from xllm_compiler.errors import XllmError
 
-HUGE = 1 << 21  # bytes of a huge page
 _ROOT = Path("/")
 _UNLIMITED = 1 << 60  # cgroup v1 spells "no limit" as a huge number
 
@@ -112,7 +112,7 @@ def prefer_huge_pages(memory: mmap.mmap) -> None:
     6 to 7 % faster. A file's come when it is read from the disk, or was written in whole blocks (see pack.py); the
     system gives what it can."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or len(memory) < HUGE:
+    if advice is None or len(memory) < HUGE_PAGE:
         return
     try:
         memory.madvise(advice)

@@ -335,7 +335,7 @@ class _Loop:
             self._finish(env, T.bind(row + i), panel, sums, T.bind(i * PANEL), by_blocks)
 
     def _slices(self, env: dict[str, Expr]) -> BlockSums | None:
-        """How vectors make the sums of many rows where panels are better taken in slices."""
+        """How vectors make the sums of rows that better meet panels in slices."""
         form, ahead = self.format, partial(self._ahead, env)
         if isinstance(form, Quantized):
             by_slices = SlicedGrids if form.q.grid else SlicedBytes

@@ -20,6 +20,7 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 STEP = "step.xir"
 WEIGHTS = "weights.bin"
+HUGE_PAGE = 1 << 21  # bytes: the blocks in which the weight file is written, so that it can be mapped by such
 CALLS = "calls.json"
 
 _ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}

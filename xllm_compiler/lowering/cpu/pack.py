@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_compiler.analysis.weights import param_names
+from xllm_compiler.artifact.schema import HUGE_PAGE
 from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_value, run_values
 from xllm_compiler.ir.semantics import NP_DTYPE
@@ -31,7 +32,6 @@ from xllm_compiler.lowering.weights import WeightRequest, WeightTable
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
 _SMALL: Final = 1 << 16  # smaller tensors share pages
-_HUGE: Final = 1 << 21  # bytes of a huge page
 _CHECK: Final = 1 << 22  # elements looked at in one go for NaN
 
 Array = npt.NDArray[Any]
@@ -94,7 +94,7 @@ def write_weights(
     total = sum(t.bytes for t in plan) or 1
     done = 0
     try:
-        with path.open("wb", buffering=_HUGE) as file:
+        with path.open("wb", buffering=HUGE_PAGE) as file:
             for request, tensor in zip(table.requests, plan, strict=True):
                 progress(tensor.name, done / total)
                 packed = _pack(request, params)
@@ -111,11 +111,11 @@ def write_weights(
 
 
 def _write(file: BinaryIO, data: memoryview) -> None:
-    """In parts of which none goes beyond the end of one of `file`'s buffers of `_HUGE` bytes: so the system is given
+    """In parts of which none goes beyond the end of one of `file`'s buffers of `HUGE_PAGE` bytes: so the system gets
     one whole aligned block after the other, and keeps each in a huge page, which a reader of the file then maps."""
     at = 0
     while at < len(data):
-        end = at + _HUGE - file.tell() % _HUGE
+        end = at + HUGE_PAGE - file.tell() % HUGE_PAGE
         file.write(data[at:end])
         at = end
 
