@@ -170,14 +170,15 @@ def compile_checkpoint(
     progress: Progress | None = None,
     *,
     cache: CompileCache | None = None,
-    tiles: Path | None = None,
+    store: Path | None = None,
     instruments: Sequence[Instrument] = (),
     listeners: Sequence[RewriteListener] = (),
 ) -> CompileReport:
     """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
 
     `instruments` watch the passes, `listeners` single rewrites; they see nothing where the cache has the artifact.
-    `tiles`: where choices of register tiles are remembered, which option `tune` needs.
+    `store`: a directory for what the next compile can use again: compiled kernels, and the register tiles that were
+    chosen, which option `tune` needs. None: compiled kernels are kept for as long as this process lives.
     Raises XllmError of any kind but "request"."""
     started = time.perf_counter()
     progress = progress or Silent()
@@ -189,10 +190,10 @@ def compile_checkpoint(
     cached, watchers = False, (instruments, listeners)
     if out is not None:
         path = out
-        manifest = _build(request, path, clock, watchers, tiles, in_cache=False)
+        manifest = _build(request, path, clock, watchers, store, in_cache=False)
     elif cache is not None:
         path, made = cache.obtain(
-            request.factors, lambda p: _build(request, p, clock, watchers, tiles, in_cache=True), progress.note
+            request.factors, lambda p: _build(request, p, clock, watchers, store, in_cache=True), progress.note
         )
         cached = not made
         manifest = read_manifest(path)
@@ -206,7 +207,7 @@ Watchers = tuple[Sequence[Instrument], Sequence[RewriteListener]]
 
 
 def _build(
-    request: Request, path: Path, clock: _Clock, watchers: Watchers, tiles: Path | None, in_cache: bool
+    request: Request, path: Path, clock: _Clock, watchers: Watchers, store: Path | None, in_cache: bool
 ) -> Manifest:
     """Trace, transform, lower, and publish at `path`."""
     instruments, listeners = watchers
@@ -216,6 +217,8 @@ def _build(
             _require_compiler()
             from xllm_compiler.frontend.trace import trace_checkpoint
             from xllm_compiler.ir.printer import print_module
+            from xllm_compiler.kernels.tir.objects import OBJECTS, KernelObjects
+            from xllm_compiler.kernels.tir.store import ObjectStore
             from xllm_compiler.lowering.cpu.build import lower_cpu
 
             if in_cache:
@@ -248,15 +251,19 @@ def _build(
             context = PassContext(PassTarget(read("option.target")), listeners=list(listeners))
             run_pipeline(pipeline, module, context, instruments=instruments)
             writer.write_text(STEP, print_module(module))
+        objects = OBJECTS if store is None else KernelObjects(ObjectStore(store / "kernels"))
         with clock.phase("lower"):
             lowered = lower_cpu(
                 module,
                 traced.weights,
                 writer.path,
                 isas=tuple(read("option.isas")),
-                tiles=_tiles(request, tiles),
+                tiles=_tiles(request, store),
+                objects=objects,
                 progress=clock.progress.advance,
             )
+        if objects.store is not None and objects.store.failures:
+            clock.progress.note(f"some compiled kernels could not be kept or found: {objects.store.last_failure}")
         if form is not None:
             with clock.phase("loss"):
                 manifest = _manifest(request, module, traced.facts, lowered)
@@ -267,16 +274,16 @@ def _build(
             return writer.commit(_manifest(request, module, traced.facts, lowered))
 
 
-def _tiles(request: Request, path: Path | None) -> TileChoices | None:
+def _tiles(request: Request, store: Path | None) -> TileChoices | None:
     """The choices of register tiles, if any are asked for: of one processor, and of kernels as they are now."""
     machine = request.factors.read("option.tune")
     if machine is None:
         return None
     from xllm_compiler.lowering.cpu.tiles import TileChoices
 
-    if path is None:
+    if store is None:
         raise XllmError("option", "tuning without a place to remember what was chosen")
-    return TileChoices(path, f"{machine}; kernels {request.factors.read('source.kernels')}")
+    return TileChoices(store / "tiles.json", f"{machine}; kernels {request.factors.read('source.kernels')}")
 
 
 def _require_compiler() -> None:

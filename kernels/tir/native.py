@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,17 +25,17 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.base import Isa, Kernel
 from xllm_compiler.kernels.tir.linker import find_linker
-from xllm_compiler.kernels.tir.objects import C_CALL, compile_kernel, write_object
+from xllm_compiler.kernels.tir.objects import C_CALL, OBJECTS, KernelObjects, write_object
 from xllm_compiler.kernels.tir.team import team_llvm
 
 
 class NativeModule:
     """Collects kernels and entry functions for one instruction set level and writes them as one shared library."""
 
-    def __init__(self, isa: Isa, compile_kernel: Callable[[Kernel, Isa], bytes] = compile_kernel) -> None:
-        """`compile_kernel` gives the object of a kernel, if need be from a store."""
+    def __init__(self, isa: Isa, objects: KernelObjects = OBJECTS) -> None:
+        """`objects` compiles kernels, or has them."""
         self.isa = isa
-        self._compile = compile_kernel
+        self._objects = objects
         self._kernels: dict[str, Kernel] = {}
         self._functions: dict[Any, Any] = {}
 
@@ -93,7 +93,7 @@ class NativeModule:
             objects = ["step.o", "team.o"]
             for i, kernel in enumerate(self._kernels.values()):
                 objects.append(f"{i}.o")
-                (folder / objects[-1]).write_bytes(self._compile(kernel, self.isa))
+                (folder / objects[-1]).write_bytes(self._objects.get(kernel, self.isa))
             (folder / "exports").write_text("{ global: xllm_step_*; xllm_team_*; local: *; };")
             command = [
                 *linker,

@@ -1,5 +1,6 @@
-"""Kernels as object files, one each: compiled alone, several at a time, and once per process. Owns code generation and
-who does it; must not know any kernel, or what is linked with what.
+"""Kernels as object files, one each: compiled alone, several at a time, and once per process, or once for all
+processes that share a store on disk (`store`). Owns code generation and who does it; must not know any kernel, or what
+is linked with what.
 
 A kernel by itself: inlined into a step of hundreds of calls, small kernels make that one function so long that LLVM's
 register allocation takes ten times as long as all kernels together; and what is compiled alone can be compiled at the
@@ -21,12 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import tvm
-from tvm import tirx
-from tvm.tirx.build import codegen_build
-
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.base import Isa, Kernel
+from xllm_compiler.kernels.tir.store import ObjectStore
 
 C_CALL: Final = 1
 """TVM's "kCPackedFunc": such a function keeps the signature it has and is exported under its own name."""
@@ -40,6 +38,11 @@ _PIPE_JOBS: Final = 65536 // _JOB.size
 
 def write_object(functions: dict[Any, Any], isa: Isa, path: Path) -> None:
     """Writes TensorIR functions (by `tvm.ir.GlobalVar`) as one ELF object."""
+    # here and below: whoever only says where objects are kept does not wait for TVM
+    import tvm
+    from tvm import tirx
+    from tvm.tirx.build import codegen_build
+
     target = tvm.target.Target(isa.target())
     module = tvm.IRModule(functions)
     # Kernels use flat buffers only, and LLVM simplifies. TVM's simplifier takes minutes over an unrolled tile; its
@@ -51,6 +54,8 @@ def write_object(functions: dict[Any, Any], isa: Isa, path: Path) -> None:
 
 def compile_kernel(kernel: Kernel, isa: Isa) -> bytes:
     """The object of one kernel, whose only global symbol is `kernel.symbol`; the same bytes every time."""
+    import tvm
+
     function = kernel.build(isa).with_attr({"calling_conv": C_CALL, "global_symbol": kernel.symbol})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
@@ -59,29 +64,40 @@ def compile_kernel(kernel: Kernel, isa: Isa) -> bytes:
 
 
 class KernelObjects:
-    """Objects of kernels, kept for as long as this lives."""
+    """Objects of kernels, kept for as long as this lives, and in `store`, where there is one, for other processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: ObjectStore | None = None) -> None:
+        self.store = store
         self._known: dict[Job, bytes] = {}
 
     def get(self, kernel: Kernel, isa: Isa) -> bytes:
         """The kernel's object, compiled now if it is not there yet."""
         job = kernel, kernel.level(isa)
-        found = self._known.get(job)
+        found = self._find(job)
         if found is None:
-            found = self._known[job] = compile_kernel(*job)
+            found = compile_kernel(*job)
+            self._keep(job, found)
         return found
 
-    def clear(self) -> None:
-        """Forgets all."""
-        self._known.clear()
+    def _find(self, job: Job) -> bytes | None:
+        found = self._known.get(job)
+        if found is None and self.store is not None:
+            found = self.store.get(*job)
+            if found is not None:
+                self._known[job] = found
+        return found
+
+    def _keep(self, job: Job, data: bytes) -> None:
+        self._known[job] = data
+        if self.store is not None:
+            self.store.put(*job, data)
 
     @contextmanager
     def compiling(self, jobs: Sequence[Job], workers: int) -> Iterator[None]:
         """Compiles what is missing of `jobs` in `workers` other processes, meanwhile the body runs here; all are there
         when it has ended. Raises what compiling one of them raised; the workers end when the body raises."""
         wanted = dict.fromkeys((kernel, kernel.level(isa)) for kernel, isa in jobs)
-        missing = [job for job in wanted if job not in self._known][:_PIPE_JOBS]
+        missing = [job for job in wanted if self._find(job) is None][:_PIPE_JOBS]
         if not missing:
             yield
             return
@@ -107,7 +123,11 @@ class KernelObjects:
                     help="a status of -9: the machine has too little memory" if status == -9 else "",
                 )
             for i, job in enumerate(missing):
-                self._known[job] = (folder / f"{i}.o").read_bytes()
+                self._keep(job, (folder / f"{i}.o").read_bytes())
+
+
+OBJECTS: Final = KernelObjects()
+"""What this process compiles: the next artifact has many of the same kernels."""
 
 
 def _fork(jobs: Sequence[Job], workers: int, folder: Path) -> list[int]:

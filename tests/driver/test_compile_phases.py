@@ -57,7 +57,13 @@ def trace(path: Path, **options: Any) -> SimpleNamespace:
 
 
 def lower(
-    module: Any, weights: Any, out: Path, *, isas: tuple[str, ...], tiles: Any, progress: Callable[[str, float], None]
+    module: Any,
+    weights: Any,
+    out: Path,
+    *,
+    isas: tuple[str, ...],
+    progress: Callable[[str, float], None],
+    **others: Any,
 ) -> Any:
     (out / "cpu").mkdir()
     for isa in isas:
@@ -234,8 +240,8 @@ def test_tuning_is_of_a_processor_and_needs_a_place(checkpoint: Path, tmp_path: 
     options = dataclasses.replace(OPTIONS, tune=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["xllm_compiler.lowering.cpu.build"], "lower_cpu", watched)
-        compile_checkpoint(checkpoint, tmp_path / "plain", OPTIONS, tiles=tmp_path / "tiles.json")
-        report = compile_checkpoint(checkpoint, tmp_path / "tuned", options, tiles=tmp_path / "tiles.json")
+        compile_checkpoint(checkpoint, tmp_path / "plain", OPTIONS, store=tmp_path)
+        report = compile_checkpoint(checkpoint, tmp_path / "tuned", options, store=tmp_path)
         with pytest.raises(XllmError, match="a place to remember"):
             compile_checkpoint(checkpoint, tmp_path / "out", options)
     assert report.manifest.key["option.tune"] == machine_name()

@@ -15,7 +15,6 @@ from xllm_compiler.driver import compile_checkpoint
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.loss.report import FILE
-from xllm_compiler.lowering.cpu.build import OBJECTS
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.tools.compile import main
 
@@ -33,13 +32,15 @@ def compiled(out: Path, form: str, max_kl: float | None = None) -> dict[str, obj
     return found
 
 
-def test_the_report_is_the_same_twice_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_the_same_twice_and_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forget_kernels: Callable[[], None]
+) -> None:
     found = compiled(tmp_path / "a", "int8")
     assert found["form"] == "w8a8" and found["text"] == "held-out text" and found["max_kl"] == 0.01
     total, layers = found["total"], found["layers"]
     assert 0 < total["kl"] < 0.002 and total["top1"] > 0.95 and total["positions"] == 2048  # type: ignore[index]
     assert len(layers) == 25 and all(0 < layer["kl"] < 0.002 for layer in layers)  # type: ignore[arg-type,attr-defined,union-attr]
-    OBJECTS.clear()
+    forget_kernels()
     compiled(tmp_path / "b", "int8")
     for file in (tmp_path / "a").rglob("*.*"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file

@@ -12,7 +12,6 @@ from stepper import options
 
 from xllm_compiler.artifact import WEIGHTS, read_manifest
 from xllm_compiler.driver import compile_checkpoint
-from xllm_compiler.lowering.cpu.build import OBJECTS
 from xllm_compiler.passes.pipelines import PRESETS
 from xllm_compiler.tools import verify
 from xllm_compiler.tools.steps import make_trial
@@ -77,9 +76,14 @@ def test_bytes_of_the_weights(family: str, artifact: Callable[..., Path]) -> Non
     assert eight < 0.75 * full and four < 0.55 * full, (full, eight, four)
 
 
-def test_the_same_bytes_twice(checkpoint: Callable[[str], Path], artifact: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_same_bytes_twice(
+    checkpoint: Callable[[str], Path],
+    artifact: Callable[..., Path],
+    tmp_path: Path,
+    forget_kernels: Callable[[], None],
+) -> None:
     first = artifact("qwen3", "bfloat16", "@cpu-int4")
-    OBJECTS.clear()
+    forget_kernels()
     compile_checkpoint(checkpoint("qwen3"), tmp_path / "again", options("bfloat16", "@cpu-int4"))
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert Path(WEIGHTS) in files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +13,6 @@ from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.dims import DimScope
 from xllm_compiler.interp import run
 from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.lowering.cpu.build import OBJECTS
 from xllm_compiler.lowering.schedule import barriers
 from xllm_compiler.lowering.select import Call
 from xllm_compiler.lowering.storage import Storage
@@ -153,9 +153,9 @@ def test_a_request_has_the_same_bits_alone_and_in_company(build: Any) -> None:
     np.testing.assert_array_equal(single[0].view(np.uint32), both[1].view(np.uint32))
 
 
-def test_same_bytes_twice(build: Any) -> None:
+def test_same_bytes_twice(build: Any, forget_kernels: Callable[[], None]) -> None:
     one = build(_text("bf16"), _params("bf16"))
-    OBJECTS.clear()
+    forget_kernels()
     two = build(_text("bf16"), _params("bf16"), fresh=True)
     for name in one.lowering.files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name

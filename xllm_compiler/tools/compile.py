@@ -160,7 +160,7 @@ def _compile(args: argparse.Namespace) -> int:
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        tiles=cache_of(args).root / "tiles.json",
+        store=cache_of(args).root,
         instruments=instruments,
         listeners=listeners,
     )

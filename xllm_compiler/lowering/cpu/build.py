@@ -20,7 +20,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.kernels.tir.base import ISAS
 from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.objects import KernelObjects
+from xllm_compiler.kernels.tir.objects import OBJECTS, KernelObjects
 from xllm_compiler.lowering.cpu.calls import call_table
 from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.emit import emit_program
@@ -34,8 +34,6 @@ from xllm_compiler.lowering.weights import WeightTable
 Progress = Callable[[str, float], None]
 PROGRAMS: Final = (("decode", (8 - sym("N"),)), ("prefill", ()))
 """Programs from the most special to the general one, each with the Dims that must be >= 0 for it to run."""
-OBJECTS: Final = KernelObjects()
-"""Kernels that this process has compiled: the next artifact has many of them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +81,16 @@ def lower_cpu(
     *,
     isas: Sequence[str] = machine_levels(),
     tiles: TileChoices | None = None,
+    objects: KernelObjects = OBJECTS,
     progress: Progress = lambda what, done: None,
 ) -> CpuLowering:
     """Lowers `@step` of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` below `out_dir`.
 
     `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
-    are missing, for the best level that this machine can run; None: the kernels' own rule. A level that would change
-    nothing for this module is left out. `progress` gets what is being done and how much of it is done, 0 to 1. Raises
-    XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad tensor, "io" where nothing can be
-    written or linked.
+    are missing, for the best level that this machine can run; None: the kernels' own rule. `objects` compiles kernels,
+    or has them. A level that would change nothing for this module is left out. `progress` gets what is being done and
+    how much of it is done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad
+    tensor, "io" where nothing can be written or linked.
     """
     if module.stage != "buf":
         raise XllmError("internal", f"lower_cpu needs stage buf, the module is at {module.stage}")
@@ -118,16 +117,16 @@ def lower_cpu(
     calls: dict[str, Sequence[Call]] = dict.fromkeys(isas, selection.calls)
     if tiles is not None:
         for isa in [isa for isa in machine_isas() if isa in isas][-1:]:
-            chosen = tiles.apply([call.kernel for call in selection.calls], ISAS[isa], OBJECTS, progress)
+            chosen = tiles.apply([call.kernel for call in selection.calls], ISAS[isa], objects, progress)
             calls[isa] = [replace(call, kernel=chosen.get(call.kernel, call.kernel)) for call in selection.calls]
     jobs = [(call.kernel, ISAS[isa]) for isa in isas for call in calls[isa]]
-    with OBJECTS.compiling(jobs, len(os.sched_getaffinity(0))):
+    with objects.compiling(jobs, len(os.sched_getaffinity(0))):
         # Code generation does not wait for the weights, but ends with them: a damaged checkpoint is found in seconds.
         write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
         progress("compiling", 0.0)
     for i, isa in enumerate(isas):
         progress(f"linking for {isa}", i / len(isas))
-        native = NativeModule(ISAS[isa], OBJECTS.get)
+        native = NativeModule(ISAS[isa], objects)
         for program in programs:
             emit_program(native, program.symbol, calls[isa], meet, offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")

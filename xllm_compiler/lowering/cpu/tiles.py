@@ -125,7 +125,7 @@ def search(
     progress("trying tiles", 0.0)
     with objects.compiling([(one, isa) for option in options for one in option.values()], cores):
         pass
-    module = NativeModule(isa, objects.get)
+    module = NativeModule(isa, objects)
     for number, option in enumerate(options):
         for rows, one in option.items():
             with module.entry(f"xllm_step_{number}_{rows}") as (args, member, team_size):
