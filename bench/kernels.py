@@ -22,15 +22,15 @@ from limits import Probe
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels import layouts
-from xllm_compiler.kernels.tir.attend import Attend
-from xllm_compiler.kernels.tir.base import ISAS, Isa
-from xllm_compiler.kernels.tir.kv_address import KvLayout
-from xllm_compiler.kernels.tir.kv_append import KvAppend
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
-from xllm_compiler.kernels.tir.norm_rows import NormRows
-from xllm_compiler.kernels.tir.norms import AddRmsNorm
-from xllm_compiler.kernels.tir.quantize import QuantizeRows
-from xllm_compiler.kernels.tir.standalone import Standalone, Team, aligned
+from xllm_compiler.kernels.tir.attention.attend import Attend
+from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
+from xllm_compiler.kernels.tir.attention.kv_append import KvAppend
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.native.standalone import Standalone, Team, aligned
+from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
+from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm
+from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
 
 BF16 = ml_dtypes.bfloat16
 ROTATION_BYTES = 200 << 20

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from xllm_compiler.kernels.tir.objects import OBJECTS
-from xllm_compiler.kernels.tir.store import ObjectStore
+from xllm_compiler.kernels.tir.native.objects import OBJECTS
+from xllm_compiler.kernels.tir.native.store import ObjectStore
 
 
 @pytest.fixture(scope="session", autouse=True)

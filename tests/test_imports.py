@@ -128,3 +128,29 @@ def test_files_stay_small() -> None:
             if lines > 600:
                 too_long.append(f"{path.relative_to(ROOT)}: {lines} lines")
     assert not too_long, too_long
+
+
+KERNEL_FOLDERS = {
+    "isa": set(),
+    "codegen": {"isa"},
+    "rows": {"isa", "codegen"},
+    "attention": {"isa", "codegen", "rows"},
+    "linear": {"isa", "codegen", "rows"},
+    "generic": {"isa", "codegen"},
+    "native": {"isa", "codegen", "linear"},
+}
+"""The folders of kernels/tir, and which of the others each may import."""
+
+
+def test_folders_of_kernels_point_one_way() -> None:
+    tir = ROOT / "kernels" / "tir"
+    assert {path.name for path in tir.iterdir() if path.name != "__pycache__"} == set(KERNEL_FOLDERS) | {"__init__.py"}
+    prefix = "xllm_compiler.kernels.tir."
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for folder, allowed in KERNEL_FOLDERS.items()
+        for path in sorted((tir / folder).glob("*.py"))
+        for line, module in imported_modules(path)
+        if module.startswith(prefix) and module.removeprefix(prefix).split(".")[0] not in allowed | {folder}
+    ]
+    assert not wrong, "\n".join(wrong)

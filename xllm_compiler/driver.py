@@ -217,8 +217,8 @@ def _build(
             _require_compiler()
             from xllm_compiler.frontend.trace import trace_checkpoint
             from xllm_compiler.ir.printer import print_module
-            from xllm_compiler.kernels.tir.objects import OBJECTS, KernelObjects
-            from xllm_compiler.kernels.tir.store import ObjectStore
+            from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
+            from xllm_compiler.kernels.tir.native.store import ObjectStore
             from xllm_compiler.lowering.cpu.build import lower_cpu
 
             if in_cache:

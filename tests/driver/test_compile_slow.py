@@ -107,6 +107,6 @@ def test_cache_with_a_killed_and_a_waiting_compile(checkpoint: Path, tmp_path: P
 
 
 def test_the_levels_that_the_compiler_targets_are_those_that_loaders_know() -> None:
-    from xllm_compiler.kernels.tir.base import ISAS
+    from xllm_compiler.kernels.tir.isa.levels import ISAS
 
     assert [(isa.machine, isa.name) for isa in ISAS.values()] == [(m, n) for m in CPU_FLAGS for n in CPU_FLAGS[m]]

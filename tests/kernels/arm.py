@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xllm_compiler.kernels.tir.base import Isa, Kernel
-from xllm_compiler.kernels.tir.linker import find_linker
-from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.standalone import call_with, completed
-from xllm_compiler.kernels.tir.team import BARRIER_BYTES
-from xllm_compiler.kernels.tir.turns import WORDS
+from xllm_compiler.kernels.tir.codegen.kernel import Kernel
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORDS
+from xllm_compiler.kernels.tir.isa.levels import Isa
+from xllm_compiler.kernels.tir.native.library import NativeModule
+from xllm_compiler.kernels.tir.native.linker import find_linker
+from xllm_compiler.kernels.tir.native.standalone import call_with, completed
+from xllm_compiler.kernels.tir.native.team import BARRIER_BYTES
 
 NEEDED = (
     "These tests run Arm's code under qemu, with Arm's libc and, to build their driver, a cross compiler. "

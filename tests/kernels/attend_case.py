@@ -13,11 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xllm_compiler.kernels.tir.attend import Attend
-from xllm_compiler.kernels.tir.base import ISAS, Isa
-from xllm_compiler.kernels.tir.kv_address import KvLayout
-from xllm_compiler.kernels.tir.kv_append import KvWrite
-from xllm_compiler.kernels.tir.standalone import Standalone, aligned
+from xllm_compiler.kernels.tir.attention.attend import Attend
+from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
+from xllm_compiler.kernels.tir.attention.kv_append import KvWrite
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.native.standalone import Standalone, aligned
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 2e-2, "f32": 2e-5}

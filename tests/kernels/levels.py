@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
-from xllm_compiler.kernels.tir.base import ISAS, Isa
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 
 
 def _new_in_f32(isa: str) -> bool:

@@ -18,9 +18,10 @@ from arm import PROCESSORS, Emulated
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.artifact.cpu_isa import machine_isas, machine_levels
-from xllm_compiler.kernels.tir.base import ISAS, MEMBER_ARGS, Arg, Isa, Kernel
-from xllm_compiler.kernels.tir.emit import address, build_function
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.codegen.builder import address, build_function
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 LEVELS = machine_levels("aarch64")
 EXPORTED = {"xllm_step_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop", "xllm_team_ticks"}

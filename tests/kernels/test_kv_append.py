@@ -8,10 +8,11 @@ import pytest
 from levels import ISA_TYPES
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.kernels.tir.base import ISAS, PAGE
-from xllm_compiler.kernels.tir.kv_address import KvLayout
-from xllm_compiler.kernels.tir.kv_append import KvAppend, KvWrite
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
+from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
+from xllm_compiler.kernels.tir.codegen.kernel import PAGE
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 6e-3, "f32": 1e-5}

@@ -10,9 +10,9 @@ from levels import ISA_TYPES
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels import layouts
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 5e-3, "f32": 2e-6}

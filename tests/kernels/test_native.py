@@ -15,16 +15,17 @@ import pytest
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.kernels.tir.attend import Attend
-from xllm_compiler.kernels.tir.base import ISAS, Kernel
-from xllm_compiler.kernels.tir.kv_address import KvLayout
-from xllm_compiler.kernels.tir.kv_append import KvAppend
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
-from xllm_compiler.kernels.tir.linker import find_linker
-from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.norms import AddRmsNorm, RmsNorm
-from xllm_compiler.kernels.tir.standalone import Team, aligned
-from xllm_compiler.kernels.tir.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.attention.attend import Attend
+from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
+from xllm_compiler.kernels.tir.attention.kv_append import KvAppend
+from xllm_compiler.kernels.tir.codegen.kernel import Kernel
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.native.library import NativeModule
+from xllm_compiler.kernels.tir.native.linker import find_linker
+from xllm_compiler.kernels.tir.native.standalone import Team, aligned
+from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm, RmsNorm
 
 KERNELS: list[Kernel] = [
     Linear(48, 70, "bf16", "bf16", True, True, "gelu"),

@@ -9,11 +9,11 @@ import pytest
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.layouts import Quantization
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.norm_rows import NormRows
-from xllm_compiler.kernels.tir.norms import LayerNorm, RmsNorm
-from xllm_compiler.kernels.tir.quantize import QuantizeRows
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.native.standalone import Standalone
+from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
+from xllm_compiler.kernels.tir.rows.norms import LayerNorm, RmsNorm
+from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 ROWS = 9

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.kernels.tir import objects
-from xllm_compiler.kernels.tir.base import ISAS, MEMBER_ARGS, Arg, Isa, Kernel
-from xllm_compiler.kernels.tir.linear import Linear
-from xllm_compiler.kernels.tir.norms import RmsNorm
-from xllm_compiler.kernels.tir.objects import KernelObjects, compile_kernel
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.linear.linear import Linear
+from xllm_compiler.kernels.tir.native.library import objects
+from xllm_compiler.kernels.tir.native.objects import KernelObjects, compile_kernel
+from xllm_compiler.kernels.tir.rows.norms import RmsNorm
 
 NORMS = [RmsNorm(n, "bf16", 1e-6) for n in (32, 40, 48)]
 
@@ -111,8 +112,8 @@ _COMPILE = """
 import sys, time, fcntl
 sys.path.insert(0, {here!r})
 from test_objects import Troubled
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.objects import KernelObjects
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.native.objects import KernelObjects
 lock = open({lock!r}, "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 with KernelObjects().compiling([(Troubled({path!r}, "hangs"), ISAS["avx2"])], 1):

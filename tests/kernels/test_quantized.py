@@ -13,10 +13,10 @@ from levels import BYTE_LEVELS
 from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
-from xllm_compiler.kernels.tir.base import ISAS, Isa
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
-from xllm_compiler.kernels.tir.quantize import QuantizeRows
-from xllm_compiler.kernels.tir.standalone import Standalone, aligned
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.native.standalone import Standalone, aligned
+from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NAME = attrgetter("name")

@@ -9,11 +9,11 @@ from levels import ISA_TYPES
 
 from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.kernels import layouts
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.embedding import Embedding
-from xllm_compiler.kernels.tir.norms import AddRmsNorm, LayerNorm, RmsNorm
-from xllm_compiler.kernels.tir.rope import Rope
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.attention.rope import Rope
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.native.standalone import Standalone
+from xllm_compiler.kernels.tir.rows.embedding import Embedding
+from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm, LayerNorm, RmsNorm
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 5e-3, "f32": 2e-6}

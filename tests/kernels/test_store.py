@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from xllm_compiler.kernels.tir import objects, store
-from xllm_compiler.kernels.tir.base import ISAS, Isa, Kernel
-from xllm_compiler.kernels.tir.linear import Linear
-from xllm_compiler.kernels.tir.norms import LayerNorm, RmsNorm
-from xllm_compiler.kernels.tir.objects import KernelObjects, compile_kernel
-from xllm_compiler.kernels.tir.store import ObjectStore
+from xllm_compiler.kernels.tir.codegen.kernel import Kernel
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.linear.linear import Linear
+from xllm_compiler.kernels.tir.native.library import objects, store
+from xllm_compiler.kernels.tir.native.objects import KernelObjects, compile_kernel
+from xllm_compiler.kernels.tir.native.store import ObjectStore
+from xllm_compiler.kernels.tir.rows.norms import LayerNorm, RmsNorm
 
 NORM = RmsNorm(32, "bf16", 1e-6)
 AVX2 = ISAS["avx2"]
@@ -73,20 +74,20 @@ def test_another_kernel_or_level_is_another_object(kept: ObjectStore, kernel: Ke
 def test_a_changed_source_is_noticed_by_what_reaches_it_and_by_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All code builds on `emit` and comes from the code generator; nothing here needs `attend`."""
-    kernels = Path(store.__file__).resolve().parents[1]
+    """All code builds on `builder` and comes from the code generator; nothing here needs `attend`."""
+    kernels = Path(store.__file__).resolve().parents[2]
     texts = {path: path.read_bytes() for path in kernels.rglob("*.py")}
     monkeypatch.setattr(Path, "read_bytes", lambda self: texts[self])
     layer = Linear(64, 64, "bf16", "bf16")
     for changed, norm, linear in (
-        ("attend.py", True, True),
-        ("emit.py", False, False),
-        ("objects.py", False, False),
-        ("linear_slices.py", True, False),
-        ("norms.py", False, False),
+        ("attention/attend.py", True, True),
+        ("codegen/builder.py", False, False),
+        ("native/objects.py", False, False),
+        ("linear/l1_slices.py", True, False),
+        ("rows/norms.py", False, False),
     ):
         store._sources.cache_clear()
-        kept = ObjectStore(tmp_path / changed)
+        kept = ObjectStore(tmp_path / changed.replace("/", "-"))
         kept.put(NORM, AVX2, b"norm")
         kept.put(layer, AVX2, b"linear")
         path = kernels / "tir" / changed

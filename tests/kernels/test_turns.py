@@ -12,10 +12,11 @@ import pytest
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
-from xllm_compiler.kernels.tir.base import ISAS, MEMBER_ARGS, Arg, Isa, Kernel, scalar
-from xllm_compiler.kernels.tir.emit import build_function
-from xllm_compiler.kernels.tir.standalone import Standalone
-from xllm_compiler.kernels.tir.turns import TURNS, by_turns
+from xllm_compiler.kernels.tir.codegen.builder import build_function
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, scalar
+from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
+from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import pytest
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
-from xllm_compiler.kernels.tir import vmath
-from xllm_compiler.kernels.tir.base import ISAS, LANES, MEMBER_ARGS, Arg, Isa, Kernel, scalar
-from xllm_compiler.kernels.tir.emit import build_function, load, store
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.codegen import vmath
+from xllm_compiler.kernels.tir.codegen.builder import build_function, load, store
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, scalar
+from xllm_compiler.kernels.tir.isa.levels import ISAS, LANES, Isa
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 
 @dataclass(frozen=True)

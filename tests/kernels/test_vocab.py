@@ -8,10 +8,10 @@ import pytest
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels import layouts
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.linear import Linear
-from xllm_compiler.kernels.tir.standalone import Standalone
-from xllm_compiler.kernels.tir.vocab import BlockMax, LinearBlockMax
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.linear.linear import Linear
+from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 ROWS = 9

@@ -9,9 +9,9 @@ import pytest
 from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
-from xllm_compiler.kernels.tir.standalone import Standalone
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 FORMS = [

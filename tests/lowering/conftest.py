@@ -23,7 +23,7 @@ from xllm_compiler.ir.semantics import NP_DTYPE, kv_zeros
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
-from xllm_compiler.kernels.tir.team import CTX_BYTES, CTX_TEAM_OFFSET
+from xllm_compiler.kernels.tir.native.team import CTX_BYTES, CTX_TEAM_OFFSET
 from xllm_compiler.lowering.cpu.build import CpuLowering, lower_cpu
 from xllm_compiler.passes.manager import run_pipeline
 

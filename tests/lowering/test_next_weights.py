@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from xllm_compiler.frontend.trace import trace_checkpoint
-from xllm_compiler.kernels.tir.linear import LinearGlu
-from xllm_compiler.kernels.tir.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.linear.linear import LinearGlu
+from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.pack import packed_shape
 from xllm_compiler.lowering.storage import Ref

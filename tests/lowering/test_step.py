@@ -12,7 +12,7 @@ import pytest
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.dims import DimScope
 from xllm_compiler.interp import run
-from xllm_compiler.kernels.tir.base import ISAS
+from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.lowering.schedule import barriers
 from xllm_compiler.lowering.select import Call
 from xllm_compiler.lowering.storage import Storage

@@ -13,12 +13,12 @@ import pytest
 
 from xllm_compiler.artifact.cpu_isa import machine_isas, machine_name
 from xllm_compiler.kernels.layouts import Quantization
-from xllm_compiler.kernels.tir.base import ISAS
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu, tile_height
-from xllm_compiler.kernels.tir.norms import RmsNorm
-from xllm_compiler.kernels.tir.objects import KernelObjects
-from xllm_compiler.kernels.tir.standalone import Standalone
-from xllm_compiler.kernels.tir.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.isa.levels import ISAS
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu, tile_height
+from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.native.objects import KernelObjects
+from xllm_compiler.kernels.tir.native.standalone import Standalone
+from xllm_compiler.kernels.tir.rows.norms import RmsNorm
 from xllm_compiler.lowering.cpu import tiles
 from xllm_compiler.lowering.cpu.tiles import TileChoices, candidates, quickest
 

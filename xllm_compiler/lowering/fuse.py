@@ -12,7 +12,7 @@ from typing import Final
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Op, Value
-from xllm_compiler.kernels.tir import generic_nodes
+from xllm_compiler.kernels.tir.generic import nodes as generic_nodes
 from xllm_compiler.lowering.storage import Storage, where
 
 POINTWISE: Final = frozenset(f"t.{name}" for name in generic_nodes.POINTWISE)

@@ -12,17 +12,17 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.kernels.layouts import Quantization
-from xllm_compiler.kernels.tir.attend import Attend
-from xllm_compiler.kernels.tir.base import PANEL
-from xllm_compiler.kernels.tir.embedding import Embedding
-from xllm_compiler.kernels.tir.kv_address import KvLayout
-from xllm_compiler.kernels.tir.kv_append import KvAppend, KvWrite
-from xllm_compiler.kernels.tir.linear import Linear, LinearGlu
-from xllm_compiler.kernels.tir.norm_rows import NormRows
-from xllm_compiler.kernels.tir.norms import AddRmsNorm, LayerNorm, RmsNorm
-from xllm_compiler.kernels.tir.quantize import QuantizeRows
-from xllm_compiler.kernels.tir.rope import Rope
-from xllm_compiler.kernels.tir.vocab import BlockMax, LinearBlockMax
+from xllm_compiler.kernels.tir.attention.attend import Attend
+from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
+from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
+from xllm_compiler.kernels.tir.attention.rope import Rope
+from xllm_compiler.kernels.tir.codegen.kernel import PANEL
+from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
+from xllm_compiler.kernels.tir.rows.embedding import Embedding
+from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
+from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm, LayerNorm, RmsNorm
+from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
 from xllm_compiler.lowering.cpu.selection import CPU, Selection, const_dim, rows
 from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
 from xllm_compiler.lowering.fuse import Fusion

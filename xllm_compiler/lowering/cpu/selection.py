@@ -12,9 +12,9 @@ from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import DTYPE_BYTES, Tensor
-from xllm_compiler.kernels.tir.base import Kernel
-from xllm_compiler.kernels.tir.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu
-from xllm_compiler.kernels.tir.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.codegen.kernel import Kernel
+from xllm_compiler.kernels.tir.linear.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu
+from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.select import Call, Registry
 from xllm_compiler.lowering.storage import Ref, Storage, where

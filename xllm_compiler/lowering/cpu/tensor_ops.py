@@ -1,6 +1,6 @@
 """t.* ops on the CPU: translates ops, with what is fused into them, to the generic kernels' descriptions.
 
-Owns the translation; what the descriptions mean in code is kernels/tir/generic*.py.
+Owns the translation; what the descriptions mean in code is kernels/tir/generic.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from xllm_compiler.dims import Dim, as_dim, sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.semantics import NP_DTYPE
-from xllm_compiler.kernels.tir.generic_kernels import Generic
-from xllm_compiler.kernels.tir.generic_nodes import Attr, Body, GenericSpec, Matmul, Node, Pointwise, Reduce, Scan
+from xllm_compiler.kernels.tir.generic.kernels import Generic
+from xllm_compiler.kernels.tir.generic.nodes import Attr, Body, GenericSpec, Matmul, Node, Pointwise, Reduce, Scan
 from xllm_compiler.lowering.cpu.selection import Selection
 from xllm_compiler.lowering.fuse import MOVES, POINTWISE, is_literal
 from xllm_compiler.lowering.storage import Ref, where

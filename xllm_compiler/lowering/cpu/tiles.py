@@ -25,8 +25,10 @@ import numpy as np
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.layouts import PANEL
-from xllm_compiler.kernels.tir.base import Isa, Kernel
-from xllm_compiler.kernels.tir.linear import (
+from xllm_compiler.kernels.tir.codegen.kernel import Kernel
+from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
+from xllm_compiler.kernels.tir.isa.levels import Isa
+from xllm_compiler.kernels.tir.linear.linear import (
     NEXT,
     NEXT_BYTES,
     NEXT_PANELS,
@@ -34,11 +36,10 @@ from xllm_compiler.kernels.tir.linear import (
     LinearGlu,
     tile_height,
 )
-from xllm_compiler.kernels.tir.native import NativeModule
-from xllm_compiler.kernels.tir.objects import KernelObjects
-from xllm_compiler.kernels.tir.standalone import Team, aligned, call_with
-from xllm_compiler.kernels.tir.turns import TURNS, WORDS
-from xllm_compiler.kernels.tir.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
+from xllm_compiler.kernels.tir.native.library import NativeModule
+from xllm_compiler.kernels.tir.native.objects import KernelObjects
+from xllm_compiler.kernels.tir.native.standalone import Team, aligned, call_with
 
 CANDIDATES: Final = (4, 6, 8, 12, 16)
 _ROWS: Final = (8, 32, 128)

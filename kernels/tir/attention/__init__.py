@@ -1,0 +1,1 @@
+"""Kernels of the KV cache: rotary embedding, writing it, attending over it."""

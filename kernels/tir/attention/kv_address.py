@@ -1,0 +1,133 @@
+"""Where a token's keys and values lie. The one place that knows: `kv_append` writes and `attend` reads through it.
+
+A layer's pool is an array of pages of 16 tokens; `table[request, position // 16]` names the page. A page holds, head by
+head,
+
+    bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
+    f32     K [k_dim, 16]        then V [16, v_dim]
+    8 bits  K [k_dim/4, 16, 4]   then V [4, v_dim, 4]      integers, of either type: quads of k, quads of tokens; then
+                                                           f32 scales of 16 keys, i32 sums of their integers, f32
+                                                           scales of 16 values. k_dim is filled up to quads with zeros
+
+so that one vector of K is 16 tokens of one k (or pair or quad of k), and one vector of V is 16 columns of one token (or
+pair or quad).
+Contiguous virtual ranges in place of a table would change `Pages.page` and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.codegen.kernel import PAGE, require
+
+Expr = Any
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """The KV cache of one layer: `heads` KV heads of k_dim and v_dim elements, both even.
+
+    `quantized`: each head of a key or value is stored as 8-bit integers times a scale; `dtype` is what they are made of
+    and computed with.
+    """
+
+    dtype: str
+    heads: int
+    k_dim: int
+    v_dim: int
+    quantized: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("bf16", "f32"), f"KV cache in {self.dtype}", self)
+        require(self.heads > 0, f"{self.heads} KV heads", self)
+        require(self.k_dim > 0 and self.k_dim % 2 == 0, f"KV head of k_dim {self.k_dim}, which must be even", self)
+        require(self.v_dim > 0 and self.v_dim % 2 == 0, f"KV head of v_dim {self.v_dim}, which must be even", self)
+
+    @property
+    def element_bytes(self) -> int:
+        if self.quantized:
+            return 1
+        return 2 if self.dtype == "bf16" else 4
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of the K of one head in one page."""
+        return PAGE * (4 * self.k_steps if self.quantized else self.k_dim * self.element_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head in one page: its K, its V, and what belongs to a quantized one."""
+        return self.k_bytes + PAGE * self.v_dim * self.element_bytes + (3 * PAGE * 4 if self.quantized else 0)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.heads * self.head_bytes
+
+    @property
+    def k_steps(self) -> int:
+        """Vectors of 16 tokens that the K of one page consists of, each 64 bytes."""
+        return -(-self.k_dim // (4 if self.quantized else 4 // self.element_bytes))
+
+    @property
+    def k_row_bytes(self) -> int:
+        """Bytes of one vector's worth of K: 16 tokens of one k (f32), pair of k (bf16) or quad (8 bits)."""
+        return PAGE * 4
+
+    @property
+    def v_row_bytes(self) -> int:
+        """Bytes of one row of V: one token (f32), one pair (bf16) or quad (8 bits) of tokens."""
+        return self.v_dim * 4
+
+    @property
+    def v_steps(self) -> int:
+        """Rows that the V of one page consists of."""
+        return PAGE * self.element_bytes // 4
+
+
+class Pages:
+    """Addresses, as int64 byte offsets from a layer's first page."""
+
+    def __init__(self, layout: KvLayout, table: Expr, width: Expr) -> None:
+        self.layout = layout
+        self._table = table
+        self._width = width
+
+    def page(self, request: Expr, number: Expr, head: Expr) -> Expr:
+        """K of `head` in the page of positions 16*number .. 16*number+15 of `request`; reads one table entry."""
+        page = T.Cast("int64", self._table[request * self._width + number])
+        return T.bind(page * self.layout.page_bytes + T.Cast("int64", head) * self.layout.head_bytes)
+
+    def values(self, page: Expr) -> Expr:
+        """V of the head whose K is at `page`."""
+        return page + self.layout.k_bytes
+
+    def key_scales(self, page: Expr) -> Expr:
+        """The scales of the 16 keys of the head at `page` of a quantized cache."""
+        return self.values(page) + PAGE * self.layout.v_dim
+
+    def key_sums(self, page: Expr) -> Expr:
+        """The sums of the 16 keys' integers."""
+        return self.key_scales(page) + PAGE * 4
+
+    def value_scales(self, page: Expr) -> Expr:
+        """The scales of the 16 values."""
+        return self.key_sums(page) + PAGE * 4
+
+    def k_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
+        """Element `index` of the key in `slot`."""
+        many = 4 // self.layout.element_bytes  # that lie side by side
+        return (
+            page
+            + T.truncdiv(index, T.int32(many)) * (PAGE * 4)
+            + slot * 4
+            + T.truncmod(index, T.int32(many)) * self.layout.element_bytes
+        )
+
+    def v_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
+        """Element `index` of the value in `slot`."""
+        many = 4 // self.layout.element_bytes
+        row = self.values(page) + (T.truncdiv(slot, T.int32(many)) * self.layout.v_dim + index) * 4
+        return row + T.truncmod(slot, T.int32(many)) * self.layout.element_bytes

@@ -1,0 +1,1 @@
+"""Linear layers over packed weight panels, of every weight format."""

@@ -1,0 +1,338 @@
+"""The sums of a linear layer for some rows by vectors, a slice of a panel at a time. Owns the slices.
+
+A piece of the panel that the first-level cache holds meets all of a block of rows before the next piece does, and what
+is summed up so far waits in memory.
+
+    SlicedBytes   8-bit weights by 8-bit rows, where bytes are multiplied faster than the second-level cache gives them,
+                  or rows are few more than a register tile has: what tiles read again comes from the first-level cache,
+                  while memory is read front to back
+    SlicedGrids   4-bit weights on grids, which become bytes on the way
+    SlicedPairs   bf16 by bf16 for few rows, as bytes
+    SlicedFloats  bf16 by bf16 where there is no dot product for it, and more rows: a slice is widened to f32 once for
+                  all rows of the block, and a row once for all columns, and not both once for every product
+
+Each sum is made by the same operations in the same order as without slices, so that no bit depends on them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.tir.codegen.builder import (
+    Vectors,
+    address,
+    choose,
+    fma,
+    halves,
+    load,
+    load_part,
+    splat,
+    stack_array,
+    store,
+    tile_sizes,
+)
+from xllm_compiler.kernels.tir.codegen.kernel import PANEL
+from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
+from xllm_compiler.kernels.tir.linear.amx import MOST_BYTES, BlockSums, byte_totals
+from xllm_compiler.kernels.tir.linear.formats import Ahead, Dense, Quantized, Widened, in_blocks
+from xllm_compiler.kernels.tir.linear.grid_bytes import open_runs
+from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
+
+Expr = Any
+AheadOf = Callable[[Expr, tuple[Expr, Expr], Expr], Ahead]
+"""`ahead(panel, walk, along)`: what a walk over k asks for meanwhile; see linear.py."""
+_VECTORS = PANEL // LANES
+_SLICE_BYTES = 1 << 14  # of a slice of bytes where many rows need none
+WIDEN_ROWS = 12  # at least, where widening a panel of bf16 for them pays
+_NEVER = 0x7FFFFFFF  # rows
+_BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
+
+
+def _slice_bytes(isa: Isa) -> int:
+    """Of a slice of bytes."""
+    return isa.slice_bytes or _SLICE_BYTES
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows from `row` on meet `length` k of a panel, from `begin` on."""
+
+    row: Expr
+    panel: Expr
+    begin: Expr
+    length: Expr | int
+    shortest: int  # of the lengths that it can have
+
+
+class _Sliced(BlockSums):
+    """`height`: rows of a register tile, of which a block has some; `width(rows)`: its vectors."""
+
+    kind: str  # of the sums: i32 or f32
+    row_bytes: int
+
+    def __init__(
+        self, env: dict[str, Expr], k: int, length: int, height: int, width: Callable[[int], int], ahead: AheadOf
+    ) -> None:
+        """`k` of a row, padding included, of which `length` at a time."""
+        self._env, self._k, self._length, self._ahead = env, k, min(length, k), ahead
+        self._height, self._width = height, width
+        self.block_rows = _BLOCK_ROWS // height * height
+        self._sizes = range(1, height + 1)  # of the register tiles that rows come in
+
+    def _take_few(self, fewest: int, greatest: int) -> None:
+        """Of any block there are from `fewest` to `greatest` rows."""
+        self.fewest, self.greatest = fewest, greatest
+        self._sizes = tile_sizes(range(fewest, greatest + 1), self._height)
+
+    def open(self, piece: _Piece, here: Expr) -> None:
+        """Emitted before `here` rows meet a slice; where it is multiplied as it is stored there is nothing to do."""
+        return
+
+    @abstractmethod
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+        """totals += the slice that is open times `count` rows, of which `first` is the number in the block."""
+
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        with T.serial(0, here * _VECTORS) as vector:
+            store(sums, vector * LANES, splat(0.0), "f32")  # of integers too
+        parts = T.bind(T.truncdiv(here + (self._height - 1), T.int32(self._height)))
+        whole, rest = divmod(self._k, self._length)
+        times, length = self._walks(whole)
+        walks = times + (rest > 0)
+        tile, tiles = place
+
+        def meet(begin: Expr, number: Expr, length: Expr | int, shortest: int) -> None:
+            piece = _Piece(row, panel, T.bind(begin), length, shortest)
+            self.open(piece, here)
+            with T.serial(0, parts) as part:
+                first = T.bind(T.truncdiv(here * part, parts))
+                count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
+                walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
+                add = partial(self._add, piece, first, walk, tiles == 1, sums)
+                choose(count, {n: partial(add, n) for n in self._sizes})
+
+        with T.serial(0, times) as number:
+            meet(number * length, number, length, self._length)
+        if rest:
+            meet(T.int32(whole * self._length), times, rest, rest)
+
+    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+        """How many times rows walk along a panel of so many slices, and how long: one after the other, or all."""
+        return slices, self._length
+
+    def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
+        """What a slice adds to the sums of `count` rows."""
+        width = self._width(count)
+        passes = _VECTORS // width
+        at, of = walk
+        dtype = {"i32": "int32", "f32": "float32"}[self.kind]
+        for number in range(passes):
+            vectors = range(number * width, (number + 1) * width)
+            totals = Vectors(count * width, dtype)
+            places = [address(sums, (first + i) * PANEL + vector * LANES) for i in range(count) for vector in vectors]
+            for index, where in enumerate(places):
+                totals[index] = T.call_extern(f"{dtype}x16", f"xllm_load_{self.kind}", where)
+            ahead = self._ahead(piece.panel, (at * passes + number, of * passes), along)
+            self.multiply(totals, piece, first, count, vectors, ahead)
+            for index, where in enumerate(places):
+                T.evaluate(T.call_extern("int32", f"xllm_store_{self.kind}", where, totals[index]))
+
+    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
+        return sums
+
+
+class SlicedBytes(_Sliced):
+    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, exact. Where the second-level
+    cache is quick enough, for few rows only, as `SlicedPairs`."""
+
+    kind = "i32"
+
+    def __init__(
+        self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
+    ) -> None:
+        """`height`: of a tile of bytes; `fewest`: more rows than a tile of stored weights has."""
+        self._form, self._bytes, self._in = form, Quantized(form.q.multiplied), k
+        padded, length = form.q.padded(k), _slice_bytes(isa) // PANEL
+        super().__init__(env, padded, length, height, partial(self._bytes.width, isa), ahead)
+        self.row_bytes, self.fewest = padded, fewest
+        if not isa.slice_bytes and not form.q.grid:
+            self._take_few(fewest, 2 * height)
+
+    @staticmethod
+    def can(form: Quantized, isa: Isa, k: int) -> bool:
+        """Whether bytes are multiplied in one instruction, and a panel is more than a slice, else it stays in the
+        first-level cache by itself."""
+        q = form.q
+        return isa.has_int8_dot and q.bits == 8 and q.group == 0 and PANEL * q.padded(k) > _slice_bytes(isa)
+
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+        env, weights = self._met(piece)
+        x_at = T.bind(T.Cast("int64", piece.row + first) * self.row_bytes + piece.begin)
+        self._bytes.multiply(env, totals, T.bind(weights), x_at, self._in, count, vectors, piece.length, ahead)
+
+    def _met(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
+        """What has the bytes, and where they begin in it."""
+        return self._env, self._values(piece.panel) + T.Cast("int64", piece.begin) * PANEL
+
+    def _values(self, panel: Expr) -> Expr:
+        """Where a panel's values begin."""
+        q = self._form.q
+        return T.Cast("int64", panel) * q.panel_bytes(self._in) + q.header_bytes
+
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        super().emit(row, here, panel, place, sums)
+        q = self._form.q
+        # by way of memory, as without slices: LLVM would fuse the product with a bias that is added to it
+        with T.serial(0, here) as i:
+            places = [T.bind(i * PANEL + vector) for vector in range(0, PANEL, LANES)]
+            stored = [load(sums, at, "f32") for at in places]
+            products = byte_totals(q, q.panel_bytes(self._in), self._env, row + i, panel, stored)
+            for at, product in zip(places, products, strict=True):
+                store(sums, at, product, "f32")
+
+
+class SlicedGrids(SlicedBytes):
+    """The same for weights on grids. A block of rows that is the only one meets slices, each of which becomes bytes in
+    the first-level cache before; for more blocks the panel becomes bytes once, and they meet slices of it only where
+    the second-level cache is too slow."""
+
+    def __init__(
+        self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
+    ) -> None:
+        super().__init__(form, isa, k, height, fewest, env, ahead)
+        whole = PANEL * self._k <= MOST_BYTES
+        self._opened = stack_array(PANEL * (self._k if whole else self._length), "uint8")
+        self._once = T.bind(env["rows"] > (self.block_rows if whole else _NEVER))
+        self._along = not isa.slice_bytes
+
+    @staticmethod
+    def can(form: Quantized, isa: Isa, k: int) -> bool:
+        """Whether grids are worth becoming bytes, which they are where those are multiplied in one instruction."""
+        return isa.has_int8_dot and form.q.grid > 0
+
+    def begin(self, panel: Expr) -> None:
+        with T.If(self._once), T.Then():
+            self._open(panel, T.int32(0), self._k)
+
+    def open(self, piece: _Piece, here: Expr) -> None:
+        with T.If(T.Not(self._once)), T.Then():
+            self._open(piece.panel, piece.begin, piece.shortest)
+
+    def _open(self, panel: Expr, begin: Expr, length: int) -> None:
+        q = self._form.q
+        start = T.bind(self._values(panel) + T.truncdiv(begin, T.int32(q.grid)) * q.run_bytes)
+        open_runs(q, self._env["w"], start, length, self._opened)
+
+    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+        if not self._along or slices == 1:
+            return super()._walks(slices)
+        times = T.bind(T.if_then_else(self._once, T.int32(1), T.int32(slices)))
+        return times, T.bind(T.if_then_else(self._once, T.int32(slices), T.int32(1)) * self._length)
+
+    def _met(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
+        opened = T.if_then_else(self._once, T.Cast("int64", piece.begin) * PANEL, T.int64(0))
+        return {**self._env, "w": self._opened}, opened
+
+
+class SlicedPairs(_Sliced):
+    """bf16 by bf16, for a few more rows than a register tile has: each takes a slice's pairs as they are stored."""
+
+    kind = "f32"
+    _DEEP = 128  # k of a slice: 16 KiB
+
+    def __init__(self, form: Dense, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
+        super().__init__(env, k, self._DEEP, height, partial(form.width, isa), ahead)
+        self._form, self.row_bytes = form, 2 * k
+        self._take_few(height + 1, WIDEN_ROWS - 1 if isinstance(form, Widened) else 2 * height)
+
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+        weights = T.bind(self._form.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
+        row = T.bind(piece.row + first)
+        self._form.multiply(self._env, totals, weights, self._k, row, piece.begin, count, vectors, piece.length, ahead)
+
+
+class SlicedFloats(_Sliced):
+    """bf16 by bf16 in f32: products are added in the order of k, as pairs of them are elsewhere."""
+
+    kind = "f32"
+    _DEEP = 64  # k of a slice: 16 KiB of weights, 12 of rows
+
+    def __init__(
+        self,
+        k: int,
+        height: int,
+        width: Callable[[int], int],
+        env: dict[str, Expr],
+        ahead: AheadOf,
+        few: SlicedPairs | None,
+    ) -> None:
+        """`few`: what makes the sums of few rows."""
+        super().__init__(env, k, self._DEEP, height, width, ahead)
+        self._few, self.fewest = few, few.fewest if few else WIDEN_ROWS
+        self.row_bytes = 2 * k
+        self._weights = stack_array(self._DEEP * PANEL, "float32")
+        # where all of a block's rows fit, they are there already
+        self._wide = env["wide"] if "wide" in env and WideRows.most(k) >= self.block_rows else None
+        self._rows = stack_array(0 if self._wide else self._DEEP * self.block_rows, "float32")
+
+    @property
+    def most_rows(self) -> int:
+        return WideRows.most(self._k) // self._height * self._height if self._wide else super().most_rows
+
+    def take(self, top: Expr, here: Expr) -> None:
+        if self._wide:
+            self._wide.take(top, here)
+
+    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
+        if self._few is None:
+            super().emit(row, here, panel, place, sums)
+            return
+        with T.If(T.And(here >= self._few.fewest, here <= self._few.greatest)):
+            with T.Then():
+                if not self._wide:
+                    self._env["wide"].take(row, here)
+                self._few.emit(row, here, panel, place, sums)
+            with T.Else():
+                super().emit(row, here, panel, place, sums)
+
+    def open(self, piece: _Piece, here: Expr) -> None:
+        panel, begin, length = piece.panel, piece.begin, piece.length
+        pairs = T.bind(T.Cast("int64", panel) * (self._k * PANEL) + begin * PANEL)
+        with T.serial(0, length // 2 * _VECTORS) as vector:
+            both = T.bind(
+                T.call_extern("int32x16", "xllm_load_i32", address(self._env["w"], pairs + vector * 2 * LANES))
+            )
+            even, odd = halves(both)
+            pair, column = T.truncdiv(vector, T.int32(_VECTORS)), T.truncmod(vector, T.int32(_VECTORS))
+            at = T.bind(pair * (2 * PANEL) + column * LANES)
+            store(self._weights, at, even, "f32")
+            store(self._weights, at + PANEL, odd, "f32")
+        if self._wide:
+            return
+        with T.serial(0, here) as i:
+            source = T.bind(T.Cast("int64", piece.row + i) * self._k + begin)
+            for offset in range(0, length, LANES):
+                part = load_part(self._env["x"], source + offset, min(LANES, length - offset), "bf16")
+                store(self._rows, i * self._DEEP + offset, part, "f32")
+
+    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+        wide = self._wide.of(piece.row + first, count) if self._wide else None
+
+        def step(number: Expr) -> None:
+            weights = [T.bind(load(self._weights, number * PANEL + vector * LANES, "f32")) for vector in vectors]
+            for i in range(count):
+                if wide:
+                    operand = wide(i, piece.begin + number)
+                else:
+                    operand = T.bind(splat(self._rows[(first + i) * self._DEEP + number]))
+                for j, weight in enumerate(weights):
+                    index = i * len(weights) + j
+                    totals[index] = fma(operand, weight, totals[index])
+
+        in_blocks(piece.length, ahead, step)

@@ -1,0 +1,451 @@
+"""Linear layers over packed panels: `Linear` and `LinearGlu`. Owns the register tiles and the loop over them.
+
+One loop serves decode and prefill. A tile is up to 8 rows by one 64-column panel. A piece of work is all tiles of a
+panel, or some of them where panels are few and rows many; pieces are numbered panel by panel, and members steal them
+from each other (work_stealing.py). So with few rows each weight panel is read once, front to back, by one member; with
+many rows a panel stays in the second-level cache while all rows are multiplied by it. Rows are cut into equal tiles,
+and the lines that are needed next are prefetched meanwhile.
+
+Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them),
+whatever the tile: a row's bits do not depend on the other rows, on the tile or on the team.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from xllm_compiler.kernels.layouts import Quantization
+from xllm_compiler.kernels.tir.codegen.builder import (
+    Scalars,
+    address_of,
+    build_function,
+    choose,
+    hold,
+    load,
+    load_part,
+    share,
+    stack_array,
+    store,
+    store_part,
+    tile_rows,
+)
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, PANEL, Arg, Kernel, require, scalar
+from xllm_compiler.kernels.tir.codegen.vmath import ACTIVATIONS
+from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
+from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
+from xllm_compiler.kernels.tir.linear.amx import BlockSums, ByteTiles, DenseTiles, GridTiles
+from xllm_compiler.kernels.tir.linear.amx_grouped import FloatRows, RoundedRows
+from xllm_compiler.kernels.tir.linear.formats import Ahead, Dense, Quantized, WeightFormat, Widened
+from xllm_compiler.kernels.tir.linear.l1_slices import WIDEN_ROWS, SlicedBytes, SlicedFloats, SlicedGrids, SlicedPairs
+from xllm_compiler.kernels.tir.linear.weight_only import WeightOnly
+from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
+
+Expr = Any
+_DTYPES = ("bf16", "f32")
+MOST_ROWS = 8  # of a register tile, unless a kernel says otherwise
+_OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack
+_OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
+_LINE = 64  # bytes that memory gives at once
+_NEAR = 1 << 14  # bytes from where weights are met to where they are asked for: some 2 us of memory's time
+_PIECES = 32  # for each member, where there are rows enough to cut a panel's work: the last to finish is late by one
+_UNBOUNDED = 1 << 30  # rows
+NEXT = Arg("next", "u8", "the weight of the linear layer that is called next")
+NEXT_PANELS, NEXT_BYTES = scalar("next_panels"), scalar("next_bytes")
+"""Its panels, and the bytes of one; 0 where none follows. It is only asked for, at the end of a member's share: so it
+comes while the others finish, and while what is between the layers is computed."""
+_TAIL = (NEXT, TURNS, scalar("rows"), NEXT_PANELS, NEXT_BYTES, *MEMBER_ARGS)
+
+
+@dataclass(frozen=True)
+class Linear(Kernel):
+    """y[rows, n] = act(x[rows, k] @ w.T + bias) + residual, rounded once to `out`.
+
+    `dtype` is the type of bias and residual, and of x and w where `weights` names no quantized form; w is in `panel`
+    layout, or in that form's. "q8", "q4g32" ..: x is quantized too (formats.py); "wq8" ..: it is not (weight_only.py).
+    `most_rows`: of a register tile; None: MOST_ROWS. It changes no bit.
+    """
+
+    k: int
+    n: int
+    dtype: str
+    out: str
+    bias: bool = False
+    residual: bool = False
+    act: str = "none"
+    weights: str = ""
+    most_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.k > 0 and self.n > 0, f"linear of {self.k} by {self.n}", self)
+        require(self.dtype in _DTYPES and self.out in _DTYPES, f"linear {self.dtype} to {self.out}", self)
+        require(self.act in ACTIVATIONS, f"activation {self.act!r}", self)
+
+    @property
+    def int8_dots(self) -> bool:
+        return self.weights.startswith("q")
+
+    @property
+    def panels(self) -> tuple[int, int]:
+        """How many panels the weight has, and the bytes of one."""
+        return -(-self.n // PANEL), weight_format(self).panel_bytes(self.k)
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        pointers = [*weight_format(self).args(self.k, f"panels of {self.n}")]
+        if self.bias:
+            pointers.append(Arg("bias", self.dtype, f"{self.n}"))
+        if self.residual:
+            pointers.append(Arg("residual", self.dtype, f"rows, {self.n}"))
+        pointers.append(Arg("y", self.out, f"rows, {self.n}", written=True))
+        return (*pointers, *_TAIL)
+
+    def build(self, isa: Isa) -> Any:
+        def finish(env: dict[str, Expr], row: Expr, panel: Expr, totals: Sequence[Expr], columns: int) -> None:
+            for vector, total in enumerate(totals):
+                count = min(columns - vector * LANES, LANES)
+                if count <= 0:
+                    continue
+                at = T.bind(panel * PANEL + vector * LANES)
+                if self.bias:
+                    total = total + load_part(env["bias"], at, count, self.dtype)
+                total = ACTIVATIONS[self.act](total)
+                where = T.bind(T.Cast("int64", row) * self.n + at)
+                if self.residual:
+                    total = total + load_part(env["residual"], where, count, self.dtype)
+                store_part(env["y"], where, total, count, self.out)
+
+        return build_function(self, isa, panel_loop(self, isa, finish))
+
+
+@dataclass(frozen=True)
+class LinearGlu(Kernel):
+    """y[rows, f] = act(g) * u, where g and u are the first and second f columns of x[rows, k] @ w.T + bias.
+
+    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint. `dtype`, `weights` and `most_rows` as in
+    `Linear`.
+    """
+
+    k: int
+    f: int
+    dtype: str
+    act: str = "silu"
+    bias: bool = False
+    weights: str = ""
+    most_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.k > 0 and self.f > 0, f"gated linear of {self.k} by {self.f}", self)
+        require(self.dtype in _DTYPES, f"gated linear in {self.dtype}", self)
+        require(self.act in ACTIVATIONS, f"activation {self.act!r}", self)
+
+    @property
+    def int8_dots(self) -> bool:
+        return self.weights.startswith("q")
+
+    @property
+    def panels(self) -> tuple[int, int]:
+        """As of `Linear`."""
+        return -(-self.f // (PANEL // 2)), weight_format(self).panel_bytes(self.k)
+
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        pointers = [*weight_format(self).args(self.k, f"glu panels of {self.f}")]
+        if self.bias:
+            pointers.append(Arg("bias", self.dtype, f"2 * {self.f}"))
+        pointers.append(Arg("y", self.dtype, f"rows, {self.f}", written=True))
+        return (*pointers, *_TAIL)
+
+    def build(self, isa: Isa) -> Any:
+        half = PANEL // 2
+
+        def finish(env: dict[str, Expr], row: Expr, panel: Expr, totals: Sequence[Expr], columns: int) -> None:
+            for vector in range(half // LANES):
+                count = min(columns - vector * LANES, LANES)
+                if count <= 0:
+                    continue
+                gate, up = totals[vector], totals[vector + half // LANES]
+                at = T.bind(panel * half + vector * LANES)
+                if self.bias:
+                    gate = gate + load_part(env["bias"], at, count, self.dtype)
+                    up = up + load_part(env["bias"], at + self.f, count, self.dtype)
+                value = ACTIVATIONS[self.act](gate) * up
+                store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
+
+        loop = _Loop(isa, self.k, self.f, _walked(self, isa), half, finish, self.most_rows or MOST_ROWS)
+        return build_function(self, isa, loop.emit)
+
+
+def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
+    """How a kernel reads its weight; "w" before the name of a quantized form says that x is not quantized."""
+    if not kernel.weights:
+        return Dense(kernel.dtype)
+    form = Quantization.parse(kernel.weights.removeprefix("w"))
+    return WeightOnly(kernel.dtype, form) if kernel.weights.startswith("w") else Quantized(form)
+
+
+def _nothing(block: Expr, of: Expr | int) -> None:
+    """Asks for nothing ahead."""
+
+
+Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
+
+
+def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
+    """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
+    form, most_rows = _walked(kernel, isa), kernel.most_rows or MOST_ROWS
+    return _Loop(isa, kernel.k, kernel.n, form, PANEL, finish, most_rows).emit
+
+
+def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
+    """Rows of the register tile that a kernel uses where it has rows enough."""
+    return _walked(kernel, isa).height(isa, kernel.most_rows or MOST_ROWS)
+
+
+def _walked(kernel: Linear | LinearGlu, isa: Isa) -> WeightFormat:
+    """How register tiles read a kernel's weight at this level."""
+    form = weight_format(kernel)
+    return Widened(form.dtype) if isinstance(form, Dense) and form.widens(isa, kernel.k) else form
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The loop over tiles that both kernels share.
+
+    `columns` of y per panel, n of them in all; `finish(env, row, panel, sums of the row's four vectors, columns that
+    exist)` turns sums into y.
+    """
+
+    isa: Isa
+    k: int
+    n: int
+    format: WeightFormat
+    columns: int
+    finish: Finish
+    most_rows: int
+
+    def emit(self, **env: Expr) -> None:
+        env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
+        if self.format.widens(self.isa, self.k):
+            env["wide"] = WideRows(env["x"], self.k)
+        by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
+        most = by_blocks.block_rows if by_blocks else self._height
+        sums = stack_array(most * PANEL, "float32")
+        if by_blocks is None:
+            self._by_vectors(env, sums)
+        elif by_blocks.fewest == 1 and by_blocks.greatest is None:
+            self._by_blocks(env, sums, by_blocks)
+        else:
+            blocks = env["rows"] >= by_blocks.fewest
+            if by_blocks.greatest is not None:
+                blocks = T.And(blocks, env["rows"] <= by_blocks.greatest)
+            with T.If(blocks):
+                with T.Then():
+                    self._by_blocks(env, sums, by_blocks)
+                with T.Else():
+                    self._by_vectors(env, sums)
+
+    def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
+        form = self.format
+        if isinstance(form, Quantized) and form.q.grid and not self.isa.has_int8_dot:
+            run_sums = stack_array(self._height * form.q.runs(self.k), "int32")
+            self._pieces({**env, "run_sums": run_sums}, sums, None)
+            return
+        opened = form.opened_bytes(self.k)
+        if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
+            self._pieces(env, sums, None)
+            return
+        with T.If(env["rows"] < _OPENED_ROWS):
+            with T.Then():
+                self._pieces(env, sums, None)
+            with T.Else():
+                self._pieces({**env, "opened": stack_array(opened, "uint8")}, sums, None)
+
+    def _by_blocks(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums) -> None:
+        self._pieces(env, sums, by_blocks)
+        by_blocks.release()
+
+    def _pieces(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums | None) -> None:
+        """The pieces of y that this member gets: some tiles of rows by a panel each."""
+        rows, panels = env["rows"], -(-self.n // self.columns)
+        height = by_blocks.block_rows if by_blocks else self._height
+        if by_blocks:
+            most = by_blocks.most_rows
+        else:
+            most = WideRows.most(self.k) // height * height if "wide" in env else _UNBOUNDED
+        rounds = hold(T.truncdiv(rows + (most - 1), T.int32(most)))
+        parts = hold(T.truncdiv(env["team"] * _PIECES + (panels - 1), T.max(rounds, 1) * panels))
+        parts = hold(T.max(T.min(parts, T.truncdiv(T.min(rows, most) + (height - 1), T.int32(height))), 1))
+        opened = Scalars(1, "int32")
+        opened[0] = T.int32(-1)
+
+        def piece(number: Expr, onward: Expr) -> None:
+            panel_at = hold(T.truncdiv(number, parts))
+            part = hold(number - panel_at * parts)
+            round_of = hold(T.truncdiv(panel_at, T.int32(panels)))
+            panel = hold(panel_at - round_of * panels)
+            top = hold(round_of * most)
+            here = hold(T.min(rows - top, most))
+            tiles = hold(T.truncdiv(here + (height - 1), T.int32(height)))
+            env["ahead"][0] = self._address_ahead(env, panel, onward)
+            if by_blocks:
+                by_blocks.take(top, here)
+            elif "wide" in env:
+                env["wide"].take(top, here)
+            lo, hi = hold(T.truncdiv(tiles * part, parts)), hold(T.truncdiv(tiles * (part + 1), parts))
+            if by_blocks or "opened" in env:
+                with T.If(panel != opened[0]), T.Then():
+                    if by_blocks:
+                        by_blocks.begin(panel)
+                    else:
+                        self.format.open(env, self.k, panel)
+                    opened[0] = panel
+            with T.serial(lo, hi) as tile:
+                self._tile(env, top, here, panel, (tile, tiles), sums, by_blocks)
+
+        by_turns(rounds * panels * parts, env["turns"], env["member"], env["team"], piece)
+
+    def _tile(
+        self,
+        env: dict[str, Expr],
+        top: Expr,
+        rows: Expr,
+        panel: Expr,
+        place: tuple[Expr, Expr],
+        sums: Expr,
+        by_blocks: BlockSums | None,
+    ) -> None:
+        """Tile `place` of `rows` rows from row `top` on, by a panel."""
+        tile, tiles = place
+        if by_blocks:
+            row = T.bind(top + tile * by_blocks.block_rows)
+            here = T.bind(T.min(rows - tile * by_blocks.block_rows, by_blocks.block_rows))
+            by_blocks.emit(row, here, panel, place, sums)
+        else:
+            # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
+            row = T.bind(top + T.truncdiv(rows * tile, tiles))
+            here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - (row - top))
+            sizes = range(1, self._height + 1)
+            choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
+        # After the tile and not in it: the code of an activation once, and not once per row and tile size.
+        with T.serial(0, here) as i:
+            self._finish(env, T.bind(row + i), panel, sums, T.bind(i * PANEL), by_blocks)
+
+    def _slices(self, env: dict[str, Expr]) -> BlockSums | None:
+        """How vectors make the sums of rows that better meet panels in slices."""
+        form, ahead = self.format, partial(self._ahead, env)
+        if isinstance(form, Quantized):
+            by_slices = SlicedGrids if form.q.grid else SlicedBytes
+            if not by_slices.can(form, self.isa, self.k):
+                return None
+            height = Quantized(form.q.multiplied).height(self.isa, self.most_rows)
+            return by_slices(form, self.isa, self.k, height, self._height + 1, env, ahead)
+        if not isinstance(form, Dense) or form.dtype != "bf16" or self.k % 2:
+            return None
+        pairs = partial(SlicedPairs, form, self.isa, self.k, self._height, env, ahead)
+        if self.isa.has_bf16_dot:
+            return pairs()
+        few = pairs() if isinstance(form, Widened) and self._height < WIDEN_ROWS - 1 else None
+        width = partial(Dense("f32").width, self.isa)
+        return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead, few)
+
+    @property
+    def _height(self) -> int:
+        return self.format.height(self.isa, self.most_rows)
+
+    def _tiles(self, env: dict[str, Expr]) -> BlockSums | None:
+        """How matrix tiles make the sums; None where they cannot, and vectors do."""
+        form = self.format
+        if isinstance(form, Dense) and form.dtype == "bf16" and self.k % 2 == 0:
+            return DenseTiles(self.k, env)
+        if isinstance(form, Quantized) and form.q.bits == 8 and form.q.group == 0:
+            return ByteTiles(form.q, self.k, env)
+        if isinstance(form, Quantized) and GridTiles.can(form.q, self.k):
+            return GridTiles(form.q, self.k, env)
+        if isinstance(form, Quantized) and RoundedRows.can(form.q, self.k):
+            return RoundedRows(form.q, self.k, env)
+        if isinstance(form, WeightOnly) and form.dtype == "bf16" and FloatRows.can(form.q, self.k):
+            return FloatRows(form.q, self.k, env)
+        return None
+
+    def _finish(
+        self,
+        env: dict[str, Expr],
+        row: Expr,
+        panel: Expr,
+        sums: Expr,
+        at: Expr,
+        by_blocks: BlockSums | None,
+    ) -> None:
+        panels = -(-self.n // self.columns)
+        totals = [T.bind(load(sums, at + vector, "f32")) for vector in range(0, PANEL, LANES)]
+        if by_blocks:
+            totals = by_blocks.totals(row, panel, totals)
+        tail = self.n - (panels - 1) * self.columns
+        if tail == self.columns:
+            self.finish(env, row, panel, totals, tail)
+            return
+        with T.If(panel < panels - 1):
+            with T.Then():
+                self.finish(env, row, panel, totals, self.columns)
+            with T.Else():
+                self.finish(env, row, panel, totals, tail)
+
+    def _accumulate(
+        self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, place: tuple[Expr, Expr], sums: Expr
+    ) -> None:
+        """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
+        width = self.format.width(self.isa, count)
+        passes = PANEL // LANES // width
+        tile, tiles = place
+        streamed = count <= self.isa.streamed_rows and self.format.streams(self.isa)
+        for number in range(passes):
+            vectors = range(number * width, (number + 1) * width)
+            walk = tile * passes + number, tiles * passes
+            ahead = _nothing if streamed else self._ahead(env, panel, walk, passes == 1 and tiles == 1)
+            totals = self.format.tile(env, self.k, row, count, panel, vectors, ahead)
+            for i in range(count):
+                for j, vector in enumerate(vectors):
+                    store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
+
+    def _ahead(self, env: dict[str, Expr], panel: Expr, walk: tuple[Expr, Expr], along: Expr | bool) -> Ahead:
+        """While a panel is multiplied, lines of weights are asked for, a few with each block of steps.
+
+        The arithmetic of some rows keeps the machine from running far enough ahead to do so by itself. The walks over
+        k of all register tiles that read this panel share the lines out: this one is `walk` = (its number, of how
+        many). Where they go `along` the panel together, so that none comes to what none has met before, they ask for
+        what lies `_NEAR` further on: a deep panel and all of the next one are more than a second-level cache that
+        neighbours use too. Else they ask for the next panel.
+        """
+        size = self.format.panel_bytes(self.k)
+        lines = -(-size // _LINE)
+        near = min(_NEAR // _LINE, lines)
+        number, of_all = walk
+
+        def ahead(block: Expr, of: Expr | int) -> None:
+            each = T.bind(T.truncdiv(lines + (of_all * of - 1), of_all * of))
+            first = T.bind(T.min((number * of + block) * each, lines))
+            last = T.bind(T.min(first + each, lines))
+            start = T.bind(env["ahead"][0])
+            if along is not False:
+                distance = T.bind(T.if_then_else(along, T.int32(near), T.int32(lines)))
+                onward = start + T.Cast("int64", distance - lines) * _LINE
+                own = address_of(env["w"]) + T.Cast("int64", panel) * size + T.Cast("int64", distance) * _LINE
+                start = T.bind(T.if_then_else(first + distance < lines, own, onward))
+            with T.serial(first, last) as line:
+                T.evaluate(T.call_extern("int32", "xllm_prefetch_at", start + T.Cast("int64", line) * _LINE))
+
+        return ahead
+
+    def _address_ahead(self, env: dict[str, Expr], panel: Expr, onward: Expr) -> Expr:
+        """Of the panel to ask for while this one is multiplied: `onward` from it, or at 0 where this member's share of
+        the next layer begins."""
+        first, _ = share(env["next_panels"], env["member"], env["team"])
+        following = address_of(env["next"]) + T.Cast("int64", first) * T.Cast("int64", env["next_bytes"])
+        beside = T.Cast("int64", panel) + T.Cast("int64", onward)
+        own = address_of(env["w"]) + beside * self.format.panel_bytes(self.k)
+        return T.if_then_else(onward == 0, following, own)

@@ -1,0 +1,185 @@
+"""Kernels as object files, one each: compiled alone, several at a time, and once per process, or once for all
+processes that share a store on disk (`store`). Owns code generation and who does it; must not know any kernel, or what
+is linked with what.
+
+A kernel by itself: inlined into a step of hundreds of calls, small kernels make that one function so long that LLVM's
+register allocation takes ten times as long as all kernels together; and what is compiled alone can be compiled at the
+same time as others and used again. TVM's code generator sets LLVM's options for as long as it runs, for the whole
+process, so that threads would change each other's code: the workers are forked processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import struct
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from xllm_compiler.errors import XllmError
+from xllm_compiler.kernels.tir.codegen.kernel import Kernel
+from xllm_compiler.kernels.tir.isa.levels import Isa
+from xllm_compiler.kernels.tir.native.store import ObjectStore
+
+C_CALL: Final = 1
+"""TVM's "kCPackedFunc": such a function keeps the signature it has and is exported under its own name."""
+
+Job = tuple[Kernel, Isa]
+
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+_JOB: Final = struct.Struct("<I")  # how a job's number travels to the workers; a pipe holds 16,384 of them
+_PIPE_JOBS: Final = 65536 // _JOB.size
+
+
+def write_object(functions: dict[Any, Any], isa: Isa, path: Path) -> None:
+    """Writes TensorIR functions (by `tvm.ir.GlobalVar`) as one ELF object."""
+    # here and below: whoever only says where objects are kept does not wait for TVM
+    import tvm
+    from tvm import tirx
+    from tvm.tirx.build import codegen_build
+
+    target = tvm.target.Target(isa.target())
+    module = tvm.IRModule(functions)
+    # Kernels use flat buffers only, and LLVM simplifies. TVM's simplifier takes minutes over an unrolled tile; its
+    # FlattenBuffer leaves vector indices as sums, which the code generator then takes apart lane by lane.
+    for transform in (tirx.transform.BindTarget(target.with_host(target)), tirx.transform.LowerIntrin()):
+        module = transform(module)
+    codegen_build(module, target).write_to_file(str(path))
+
+
+def compile_kernel(kernel: Kernel, isa: Isa) -> bytes:
+    """The object of one kernel, whose only global symbol is `kernel.symbol`; the same bytes every time."""
+    import tvm
+
+    function = kernel.build(isa).with_attr({"calling_conv": C_CALL, "global_symbol": kernel.symbol})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        write_object({tvm.ir.GlobalVar(kernel.symbol): function}, isa, path)
+        return path.read_bytes()
+
+
+class KernelObjects:
+    """Objects of kernels, kept for as long as this lives, and in `store`, where there is one, for other processes."""
+
+    def __init__(self, store: ObjectStore | None = None) -> None:
+        self.store = store
+        self._known: dict[Job, bytes] = {}
+
+    def get(self, kernel: Kernel, isa: Isa) -> bytes:
+        """The kernel's object, compiled now if it is not there yet."""
+        job = kernel, kernel.level(isa)
+        found = self._find(job)
+        if found is None:
+            found = compile_kernel(*job)
+            self._keep(job, found)
+        return found
+
+    def _find(self, job: Job) -> bytes | None:
+        found = self._known.get(job)
+        if found is None and self.store is not None:
+            found = self.store.get(*job)
+            if found is not None:
+                self._known[job] = found
+        return found
+
+    def _keep(self, job: Job, data: bytes) -> None:
+        self._known[job] = data
+        if self.store is not None:
+            self.store.put(*job, data)
+
+    @contextmanager
+    def compiling(self, jobs: Sequence[Job], workers: int) -> Iterator[None]:
+        """Compiles what is missing of `jobs` in `workers` other processes, meanwhile the body runs here; all are there
+        when it has ended. Raises what compiling one of them raised; the workers end when the body raises."""
+        wanted = dict.fromkeys((kernel, kernel.level(isa)) for kernel, isa in jobs)
+        missing = [job for job in wanted if self._find(job) is None][:_PIPE_JOBS]
+        if not missing:
+            yield
+            return
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            children = _fork(missing, min(workers, len(missing)), folder)
+            try:
+                yield
+                failed = [_wait(children) for _ in range(len(children))]
+            finally:
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                while children:
+                    _wait(children)
+            for error in sorted(folder.glob("*.error")):
+                kind, message, where, help = json.loads(error.read_text())
+                raise XllmError(kind, message, where=where, help=help)
+            if any(failed):
+                status = next(filter(None, failed))
+                raise XllmError(
+                    "internal",
+                    f"a process that compiles kernels ended with status {status}",
+                    help="a status of -9: the machine has too little memory" if status == -9 else "",
+                )
+            for i, job in enumerate(missing):
+                self._keep(job, (folder / f"{i}.o").read_bytes())
+
+
+OBJECTS: Final = KernelObjects()
+"""What this process compiles: the next artifact has many of the same kernels."""
+
+
+def _fork(jobs: Sequence[Job], workers: int, folder: Path) -> list[int]:
+    """Starts `workers` processes that share `jobs` out among them. Each takes the next number from one pipe, leaves
+    `<number>.o` or `<number>.error` in `folder`, and ends when the pipe is empty, or with us."""
+    source, sink = os.pipe()
+    parent = os.getpid()
+    children: list[int] = []
+    try:
+        os.write(sink, b"".join(_JOB.pack(i) for i in range(len(jobs))))
+        os.close(sink)
+        for _ in range(workers):
+            child = os.fork()
+            if not child:
+                _work(jobs, source, folder, parent)
+            children.append(child)
+    finally:
+        os.close(source)
+    return children
+
+
+def _work(jobs: Sequence[Job], source: int, folder: Path, parent: int) -> NoReturn:
+    """A worker's life. It leaves by `_exit`, so that nothing that its parent has open or registered is touched. If the
+    parent is killed the kernel ends it too: it has inherited the locks that the parent held."""
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before that
+            os._exit(status)
+        while number := os.read(source, _JOB.size):
+            (i,) = _JOB.unpack(number)
+            try:
+                (folder / f"{i}.o").write_bytes(compile_kernel(*jobs[i]))
+            except Exception as error:
+                (folder / f"{i}.error").write_text(json.dumps(_told(error, jobs[i])))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _told(error: Exception, job: Job) -> tuple[str, str, str, str]:
+    if isinstance(error, XllmError):
+        return error.kind, error.message, error.where, error.help
+    return "internal", "".join(traceback.format_exception(error)), f"{job[0].symbol} for {job[1].name}", ""
+
+
+def _wait(children: list[int]) -> int:
+    """Waits for one of `children`, which it removes from the list; its exit status, negative for a signal."""
+    child = children[0]
+    status = 0
+    with suppress(ChildProcessError):
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    children.remove(child)
+    return status

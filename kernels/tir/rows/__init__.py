@@ -1,0 +1,1 @@
+"""Kernels that work on rows one by one: norms, quantization, row gather."""
