@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from attend_case import Case
-
-from xllm_compiler.artifact.cpu_isa import machine_isas
+from levels import LEVELS
 
 LENGTH = 150
 
 
-@pytest.fixture(scope="module", params=machine_isas())
+@pytest.fixture(scope="module", params=LEVELS)
 def case(request: pytest.FixtureRequest) -> Case:
     """Two query heads to a KV head, tails in K and V, a window that begins and ends within blocks."""
     return Case((LENGTH,), request.param, "bf16", 4, 2, 72, 40, window=90)

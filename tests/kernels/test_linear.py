@@ -5,9 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from levels import ISA_TYPES
+from levels import ISA_TYPES, LEVELS
 
-from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels import layouts
 from xllm_compiler.kernels.tir.isa.levels import ISAS
@@ -65,7 +64,7 @@ def test_linear(isa: str, dtype: str, k: int, n: int, bias: bool, residual: bool
             assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("k", [5000, 8200, 20000])  # rows are widened for all panels, for a few rows only, not at all
 def test_more_rows_than_are_taken_at_a_time(isa: str, k: int) -> None:
     n, most = 70, 110
@@ -108,7 +107,7 @@ def test_linear_glu(isa: str, dtype: str, k: int, f: int, bias: bool) -> None:
         assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 def test_logits_are_f32_and_nan_stays_in_its_row(isa: str) -> None:
     rng = np.random.default_rng(3)
     kernel = Standalone(Linear(9, 70, "bf16", "f32"), ISAS[isa])

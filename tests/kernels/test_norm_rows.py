@@ -5,8 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from levels import LEVELS
 
-from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.isa.levels import ISAS
@@ -26,7 +26,7 @@ def room(n: int, group: int) -> list[np.ndarray]:
     return [np.full(shape, 9, dtype) for shape, dtype in zip(shapes, (np.int8, np.float32, np.int32), strict=True)]
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 @pytest.mark.parametrize("kind, weight, bias", [("rms", True, False), ("rms", False, False), ("layer", True, True)])
 @pytest.mark.parametrize("n, group", [(1, 0), (37, 0), (200, 32), (1024, 0)])

@@ -18,7 +18,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 from xllm_compiler.kernels.tir.linear.linear import Linear
-from xllm_compiler.kernels.tir.native.library import objects
+from xllm_compiler.kernels.tir.native import objects
 from xllm_compiler.kernels.tir.native.objects import KernelObjects, compile_kernel
 from xllm_compiler.kernels.tir.rows.norms import RmsNorm
 

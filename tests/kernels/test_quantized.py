@@ -8,7 +8,7 @@ from operator import attrgetter
 import ml_dtypes
 import numpy as np
 import pytest
-from levels import BYTE_LEVELS
+from levels import BYTE_LEVELS, LEVELS, TIERED_BYTE_LEVELS
 
 from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
@@ -60,7 +60,7 @@ def unrounded(x: np.ndarray, scale: np.ndarray, k: int) -> np.ndarray:
     return np.asarray((x.reshape(*each.shape[:2], -1) * each).reshape(x.shape)[:, :k])
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("form", ["q8", "q4g32", "q4g64", "q8g32"])
 @pytest.mark.parametrize("k", [1, 16, 37, 64, 200])
 def test_rows_are_quantized_as_numpy_would(isa: str, form: str, k: int) -> None:
@@ -107,7 +107,7 @@ def test_rotated_rows(dtype: str, k: int, block: int) -> None:
     assert (sums[:7, 0] == q[:7].sum(axis=1, dtype=np.int32)).all() and (q[7] == 99).all() and scale[7] == 9
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
     x = np.ones((3, 40), np.float32)
     x[0, 39], x[2, 0] = np.nan, np.inf
@@ -122,7 +122,7 @@ def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
     assert (scale[~np.isnan(scale)] == np.float32(1 / 127)).all()
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1), (600, 70)])
 def test_linear(isa: str, form: str, k: int, n: int) -> None:
@@ -154,7 +154,7 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
             assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
 
 
-@pytest.mark.parametrize("level", BYTE_LEVELS, ids=NAME)
+@pytest.mark.parametrize("level", TIERED_BYTE_LEVELS, ids=NAME)
 @pytest.mark.parametrize("form", ["q8", "q4g32", "q8g32", "q4grid16"])
 def test_linear_glu(level: Isa, form: str) -> None:
     k, f = 96, 40
@@ -193,7 +193,7 @@ def test_weights_on_grids_are_those_of_8_bits(form: str) -> None:
     assert len(found) == 4
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 def test_grids_of_more_than_fit_as_bytes(isa: str) -> None:
     """A panel of bytes that no stack should hold stays slices, whatever the number of rows."""
     k, n, most, rng = 16500, 64, 60, np.random.default_rng(2)

@@ -14,7 +14,7 @@ import pytest
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 from xllm_compiler.kernels.tir.linear.linear import Linear
-from xllm_compiler.kernels.tir.native.library import objects, store
+from xllm_compiler.kernels.tir.native import objects, store
 from xllm_compiler.kernels.tir.native.objects import KernelObjects, compile_kernel
 from xllm_compiler.kernels.tir.native.store import ObjectStore
 from xllm_compiler.kernels.tir.rows.norms import LayerNorm, RmsNorm

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from levels import LEVELS
 
 from tests.kernels.grid_bytes import bytes_on_grids
-from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
@@ -41,7 +41,7 @@ def meaning(q: Quantization, values: np.ndarray, scales: np.ndarray, zeros: np.n
     return out
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("form, dtype", FORMS)
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (1, 1)])
 def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
@@ -67,7 +67,7 @@ def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
             assert run(rows, team).tobytes() == whole[:rows].tobytes(), (rows, team)
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 def test_more_rows_than_are_taken_at_a_time(isa: str) -> None:
     """Where nothing multiplies bf16 there is room for 52 widened rows of these, and with k of 20,000 for too few."""
     for k in (5000, 20000):
@@ -83,7 +83,7 @@ def test_more_rows_than_are_taken_at_a_time(isa: str) -> None:
             assert together.tobytes() == alone.tobytes(), (k, team)
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", LEVELS)
 def test_linear_glu(isa: str) -> None:
     k, f, rng, q = 96, 40, np.random.default_rng(1), Quantization.parse("q4g32")
     values, scales, zeros = random_weight(rng, q, 2 * f, k)

@@ -8,8 +8,11 @@ from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
 
 
 def clone_op(op: Op, builder: Builder, operands: Sequence[Value]) -> Op:
-    """A copy of `op` at the builder's place over other operands, with types inferred anew."""
-    copy = type(op)(builder.func, list(operands), op.segments, dict(op.attrs), op.loc, [r.name for r in op.results])
+    """A copy of `op` at the builder's place over other operands; types are inferred where those of operands differ."""
+    same = all(new.type == old.type for new, old in zip(operands, op.operands, strict=True))
+    types = [r.type for r in op.results] if same else None
+    names = [r.name for r in op.results]
+    copy = type(op)(builder.func, list(operands), op.segments, dict(op.attrs), op.loc, names, types)
     builder.insert(copy)
     return copy
 

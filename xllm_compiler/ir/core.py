@@ -113,8 +113,10 @@ class Op:
         attrs: dict[str, Attr],
         loc: Loc = UNKNOWN,
         hints: Sequence[str] = (),
+        types: Sequence[Type] | None = None,
     ) -> None:
-        """`segments[i]` operands belong to the i-th declared operand field. Infers result types; not yet in `func`."""
+        """`segments[i]` operands belong to the i-th declared operand field. `types`: of the results, by whoever knows
+        them already; inferred where None. Not yet in `func`."""
         self.func = func
         self.attrs = attrs
         self.loc = loc
@@ -125,8 +127,7 @@ class Op:
         self._attached = False
         self._order = 0
         self.results: list[Value] = []
-        types = self.infer()
-        for i, ty in enumerate(types):
+        for i, ty in enumerate(self.infer() if types is None else types):
             hint = hints[i] if i < len(hints) and hints[i] else self.default_hint(i)
             self.results.append(Value(ty, self, i, hint))
         for i, v in enumerate(self._operands):

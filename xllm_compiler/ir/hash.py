@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 from xllm_compiler.ir.core import Func, Module, Value
 from xllm_compiler.ir.printer import attr_text
@@ -34,12 +35,16 @@ def structural_hash(module: Module) -> str:
     return digest.hexdigest()
 
 
+_type_text = lru_cache(maxsize=4096)(str)
+"""Of a type: the same few stand on every op of a model."""
+
+
 def _func_lines(func: Func) -> list[list[str]]:
     number: dict[Value, str] = {}
     lines = [["func", func.name, str(func.arena)]]
     for i, arg in enumerate(func.args):
         number[arg] = f"a{i}"
-        lines.append(["arg", arg.name, str(arg.type)])
+        lines.append(["arg", arg.name, _type_text(arg.type)])
 
     # A value that is defined nowhere before its use is broken IR (verify says so), which must still hash.
     def ref(v: Value) -> str:
@@ -52,7 +57,7 @@ def _func_lines(func: Func) -> list[list[str]]:
             line += [name, str(value) if field is None or field.kind == "type" else attr_text(field, value)]
         for r in op.results:
             number[r] = f"{i}.{r.index}"
-            line.append(str(r.type))
+            line.append(_type_text(r.type))
         lines.append(line)
     lines.append(["return", *(ref(v) for v in func.returns)])
     lines.append(["alias", *(f"{i}:{ref(v)}" for i, v in func.aliases.items())])
