@@ -1,7 +1,9 @@
-"""What all tests share: a store of compiled kernels, so that no worker, and no later run, compiles one again."""
+"""What all tests share: a store of compiled kernels, so that no worker, and no later run, compiles one again; and a
+list of the slowest files at the end, by the sum of what their tests took on all workers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -29,3 +31,19 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(OBJECTS, "_known", {})
 
     return forget
+
+
+_seconds: Counter[str] = Counter()
+_SHOWN = 15
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file, _, rest = report.nodeid.partition("::")
+    _seconds[f"{file} {rest.partition('::')[0]}" if file == "laws" else file] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _seconds.total() > 60:
+        terminalreporter.write_line(f"slowest of {_seconds.total():.0f} s on all workers:")
+        for file, seconds in _seconds.most_common(_SHOWN):
+            terminalreporter.write_line(f"{seconds:8.1f} s  {file}")
