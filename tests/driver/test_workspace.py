@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,37 +79,44 @@ def test_a_kill_leaves_nothing_that_the_next_writer_does_not_remove(when: str, t
     check_files(out, read_manifest(out))
 
 
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A directory that others may reach; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory() as name:
+        open_to_all(Path(name))
+        yield Path(name)
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
+def checkpoint() -> Iterator[Path]:
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "tiny"
     write_random_checkpoint("llama", path, settings=TINY, dtype="float32")
-    return path
+    open_to_all(path.parent)
+    yield path
+    folder.cleanup()
 
 
 PROGRAM = "import sys; from xllm_compiler.tools.compile import main; sys.exit(main(sys.argv[1:]))"
 
 
 def compile_as_other(checkpoint: Path, folder: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    open_to_all(checkpoint)
     return run_as_other([sys.executable, "-c", PROGRAM, str(checkpoint), "--isas", "avx2", *more], folder, **env)
 
 
-def test_a_user_without_name_home_and_tmp_compiles(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    open_to_all(folder)
-    done = compile_as_other(checkpoint, folder, "-o", "out", TMPDIR="/nonexistent")
+def test_a_user_without_name_home_and_tmp_compiles(checkpoint: Path, shared: Path) -> None:
+    done = compile_as_other(checkpoint, shared, "-o", "out", TMPDIR="/nonexistent")
     assert done.returncode == 0, done.stderr
-    assert os.listdir(folder) == ["out"], "nothing but the artifact, no directory called ~ either"
-    check_files(folder / "out", read_manifest(folder / "out"))
+    assert os.listdir(shared) == ["out"], "nothing but the artifact, no directory called ~ either"
+    check_files(shared / "out", read_manifest(shared / "out"))
 
 
 @pytest.mark.parametrize("flags", [(), ("--tune", "-o", "out")])
 def test_a_user_without_home_is_told_where_the_cache_may_be(
-    flags: tuple[str, ...], checkpoint: Path, tmp_path: Path
+    flags: tuple[str, ...], checkpoint: Path, shared: Path
 ) -> None:
     env = {} if os.getuid() == 0 else {"HOME": "/nonexistent"}
-    done = compile_as_other(checkpoint, tmp_path, *flags, **env)
+    done = compile_as_other(checkpoint, shared, *flags, **env)
     assert done.returncode == 2 and "error[internal]" not in done.stderr
     assert "--cache-dir" in done.stderr and "-o" in done.stderr
 
@@ -137,8 +145,8 @@ def obtain_read_only(root: Path, dtype: str) -> str:
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_a_read_only_cache_serves_what_it_has(locks: bool, tmp_path: Path) -> None:
-    root = tmp_path / "cache"
+def test_a_read_only_cache_serves_what_it_has(locks: bool, shared: Path) -> None:
+    root = shared / "cache"
     factors = Factors(VALUES)
     factors.read("option.dtype")
     path, _ = CompileCache(root).obtain(factors, lambda at: write_sample(at, key=factors.key()))
@@ -152,8 +160,8 @@ def test_a_read_only_cache_serves_what_it_has(locks: bool, tmp_path: Path) -> No
     open_to_all(root)
 
 
-def test_a_damaged_entry_of_a_read_only_cache_is_not_used(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
+def test_a_damaged_entry_of_a_read_only_cache_is_not_used(shared: Path) -> None:
+    root = shared / "cache"
     factors = Factors(VALUES)
     factors.read("option.dtype")
     path, _ = CompileCache(root).obtain(factors, lambda at: write_sample(at, key=factors.key()))
@@ -162,9 +170,9 @@ def test_a_damaged_entry_of_a_read_only_cache_is_not_used(tmp_path: Path) -> Non
     open_to_all(root)
 
 
-def test_a_cache_that_is_no_directory(tmp_path: Path) -> None:
+def test_a_cache_that_is_no_directory(shared: Path) -> None:
     for place in ("file", "file/below"):
-        (tmp_path / "file").write_text("x")
+        (shared / "file").write_text("x")
         with pytest.raises(XllmError) as caught:
-            CompileCache(tmp_path / place).obtain(Factors(VALUES), lambda at: None)
+            CompileCache(shared / place).obtain(Factors(VALUES), lambda at: None)
         assert caught.value.kind == "io" and "--cache-dir" in caught.value.help

@@ -3,6 +3,7 @@ known answers; and every way in which an artifact can be unfit."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_a_library_without_the_functions_is_refused(toy: Path) -> None:
     libc = find_library("c")
     assert libc is not None
     with pytest.raises(XllmError, match="xllm_team") as caught:
-        Team(load_library(Path(libc)), 1)
+        Team(ctypes.CDLL(libc), 1)
     assert caught.value.kind == "artifact"
     with pytest.raises(XllmError) as caught:
         load_library(toy / "weights.bin")

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from xllm_compiler.artifact.digest import digest_file
 from xllm_compiler.artifact.io import is_artifact, read_manifest
+from xllm_compiler.artifact.rules import validate
 from xllm_compiler.artifact.schema import MANIFEST, FileEntry, Manifest
 from xllm_compiler.errors import XllmError
 
@@ -99,7 +100,7 @@ class ArtifactWriter:
         """Seal and publish: fill in `files` and `id`, validate, flush to disk, rename. Returns the sealed manifest."""
         try:
             sealed = replace(manifest, files=self._entries()).with_id()
-            sealed.validate()
+            validate(sealed)
             self.write_text(MANIFEST, sealed.to_json())
             _sync_tree(self.path)
             self._check_replaceable()
