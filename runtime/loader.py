@@ -34,7 +34,7 @@ from xllm_compiler.artifact.io import open_regular
 from xllm_compiler.artifact.step_text import check_step
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host
-from xllm_compiler.runtime.cpu.team import load_library
+from xllm_compiler.runtime.cpu.team import load_library, native_function
 from xllm_compiler.runtime.guard import WeightsGuard
 
 log = logging.getLogger("xllm")
@@ -54,6 +54,8 @@ class LoadedArtifact:
         self.files = Contents(path, manifest)
         check_step((self.files / STEP).read_bytes(), manifest)
         self.code: ctypes.CDLL = load_library(self.files / f"{manifest.target.kind}/{isa}.so")
+        for program in manifest.programs:
+            native_function(self.code, program.symbol)
         fd, self._map, self.weights = _map_weights(path / WEIGHTS)
         self.guard = WeightsGuard(path / WEIGHTS, fd, self._map, int(self.weights.ctypes.data), self._compare)
         self._error: Exception | None = None

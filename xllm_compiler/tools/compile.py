@@ -234,7 +234,7 @@ def report_text(report: CompileReport) -> str:
     from xllm_compiler.tools.describe import memory_text
 
     manifest = report.manifest
-    loss = loss_text(report.path)
+    loss = loss_text(report.path, report.manifest)
     if report.cached:
         head = f"from the cache: {report.path} in {report.seconds:.2f} s"
     else:
