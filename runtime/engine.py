@@ -86,6 +86,7 @@ class Engine:
         self._wake = threading.Event()
         self._idle = threading.Condition()
         self._lock = threading.Lock()
+        self._computing = threading.Lock()  # held while a step runs
         self._ids: set[str] = set()
         self._accepting = True
         self._stopping = False
@@ -154,6 +155,25 @@ class Engine:
         elif threading.current_thread() is not self._teller.thread:
             self._thread.join()
             self._teller.thread.join()
+
+    def fail(self, error: XllmError) -> None:
+        """End everything with `error`, now and from now on. No step is running when this returns."""
+        with self._lock:
+            if self._fatal is None:
+                self._fatal = error
+        self._wake.set()
+        with self._computing:
+            pass
+
+    def hold(self, check: Callable[[], None]) -> None:
+        """Tell nobody what further steps computed before `check` has returned; what it raises is as for `fail`."""
+        with self._lock:
+            self._gate = check
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step will ever run again."""
+        return self._stopping or self._fatal is not None
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -296,10 +316,13 @@ class Engine:
         try:
             self._fill(plan.work)
             filled = time.perf_counter()
-            logits = self._executor.execute(self._batch)
+            with self._computing:
+                self._check_alive()
+                logits = self._executor.execute(self._batch)
             ran = time.perf_counter()
             if self._gate is not None:
                 self._open_gate()
+            self._check_alive()
         except Exception as error:
             # The KV of everyone in the step is suspect now; the others never saw it.
             for choice, _ in plan.work:
@@ -312,15 +335,22 @@ class Engine:
         self._stats.steps += 1
         self._stats.step_tokens += self._batch.n
 
+    def _check_alive(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+
     def _open_gate(self) -> None:
+        gate = self._gate
+        assert gate is not None
         try:
-            assert self._gate is not None
-            self._gate()
+            gate()
         except XllmError as error:
             with self._lock:
                 self._fatal = error
             raise
-        self._gate = None
+        with self._lock:
+            if self._gate is gate:
+                self._gate = None
 
     def _apply(self, plan: scheduler.Plan[Choice]) -> None:
         for choice in plan.preempt:

@@ -1,29 +1,49 @@
 """From a directory to code and weights in memory. Owns when what is checked; must not run anything.
 
-Everything small, native code above all, is checked before it is used. The weights are mapped at once and checked in a
-thread meanwhile; `LoadedArtifact.wait_checked` must return before anyone is told a token that came of them.
+Everything small is read once and checked before it is used, native code too, which is loaded from a copy in memory:
+what becomes of these files afterwards changes nothing. The weights are mapped at once and checked in a thread
+meanwhile; `LoadedArtifact.wait_checked` must return before anyone is told a token that came of them. `guard` watches
+over them from then on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
+import os
 import threading
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact import WEIGHTS, Manifest, check_files, check_size, choose_isa, machine_isas, read_manifest
+from xllm_compiler.artifact import (
+    STEP,
+    WEIGHTS,
+    Contents,
+    Manifest,
+    check_files,
+    check_size,
+    choose_isa,
+    machine_isas,
+    read_manifest,
+    unlisted,
+)
+from xllm_compiler.artifact.io import open_regular
+from xllm_compiler.artifact.step_text import check_step
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host
-from xllm_compiler.runtime.cpu.team import load_library
+from xllm_compiler.runtime.cpu.team import load_library, native_function
+from xllm_compiler.runtime.guard import WeightsGuard
+
+log = logging.getLogger("xllm")
 
 
 class LoadedArtifact:
     """A checked manifest, the native code for this machine, and the weights mapped read-only.
 
-    `weights` is weights.bin as bytes; it stays valid as long as it is referred to.
+    `weights` is weights.bin as bytes; it stays valid as long as it is referred to. `files`: the others, as listed.
     """
 
     def __init__(self, path: Path, manifest: Manifest, isa: str) -> None:
@@ -31,8 +51,13 @@ class LoadedArtifact:
         self.path = path
         self.manifest = manifest
         self.isa = isa
-        self.code: ctypes.CDLL = load_library(path / manifest.target.kind / f"{isa}.so")
-        self._map, self.weights = _map_weights(path / WEIGHTS)
+        self.files = Contents(path, manifest)
+        check_step((self.files / STEP).read_bytes(), manifest)
+        self.code: ctypes.CDLL = load_library(self.files / f"{manifest.target.kind}/{isa}.so")
+        for program in manifest.programs:
+            native_function(self.code, program.symbol)
+        fd, self._map, self.weights = _map_weights(path / WEIGHTS)
+        self.guard = WeightsGuard(path / WEIGHTS, fd, self._map, int(self.weights.ctypes.data), self._compare)
         self._error: Exception | None = None
         self._check = threading.Thread(target=self._check_weights, name="xllm-check", daemon=True)
         self._check.start()
@@ -45,10 +70,13 @@ class LoadedArtifact:
 
     def _check_weights(self) -> None:
         try:
-            mapped = {} if self._map is None else {WEIGHTS: self._map}
-            check_files(self.path, self.manifest, [WEIGHTS], mapped)
+            self._compare()
         except Exception as error:
             self._error = error
+
+    def _compare(self) -> None:
+        mapped = {} if self._map is None else {WEIGHTS: self._map}
+        check_files(self.path, self.manifest, [WEIGHTS], mapped)
 
 
 def load_artifact(path: Path, isa: str | None = None) -> LoadedArtifact:
@@ -68,18 +96,22 @@ def load_artifact(path: Path, isa: str | None = None) -> LoadedArtifact:
         raise XllmError(
             "option", f"instruction set {isa!r} cannot run here", help=f"this artifact and machine: {offered}"
         )
-    check_files(path, manifest, [name for name in manifest.files if name != WEIGHTS])
+    if extra := unlisted(path, manifest):
+        log.warning("%s: not listed in the manifest, and not read: %s", path, ", ".join(map(repr, extra)))
+    later = (WEIGHTS, STEP, f"{manifest.target.kind}/{isa}.so")  # checked when they are read
+    check_files(path, manifest, [name for name in manifest.files if name not in later])
     check_size(path, manifest, WEIGHTS)
     return LoadedArtifact(path, manifest, isa)
 
 
-def _map_weights(path: Path) -> tuple[mmap.mmap | None, NDArray[np.uint8]]:
+def _map_weights(path: Path) -> tuple[int, mmap.mmap | None, NDArray[np.uint8]]:
+    """The file, open, and mapped; it may be empty."""
     try:
-        with open(path, "rb") as file:
-            if path.stat().st_size == 0:
-                return None, np.empty(0, np.uint8)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        fd = open_regular(path)
+        if os.fstat(fd).st_size == 0:
+            return fd, None, np.empty(0, np.uint8)
+        mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
         host.prefer_huge_pages(mapped)
     except OSError as error:
         raise XllmError("io", f"cannot map the weights: {error.strerror}", where=str(path)) from None
-    return mapped, np.frombuffer(mapped, np.uint8)
+    return fd, mapped, np.frombuffer(mapped, np.uint8)

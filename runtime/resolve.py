@@ -3,6 +3,7 @@ process, since this one must import neither compiler nor torch."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from xllm_compiler.artifact import is_artifact
 from xllm_compiler.errors import XllmError
 
-_COMPILE = "from xllm_compiler.tools.compile import entry; entry()"  # prints the artifact's path on its stdout
+_COMPILE = "from xllm_compiler.tools.compile import entry_for_runtime as run; run()"
+"""Prints the path of the artifact on its standard output, or the error as JSON."""
 
 
 def resolve_artifact(
@@ -20,7 +22,7 @@ def resolve_artifact(
     """The artifact at `path`, or the one that a checkpoint at `path` compiles to, from the cache when it is there.
 
     `compile_options` are passed to xllm-compile. `tell` gets a line before a compile starts, since it can take minutes;
-    its progress goes to our stderr. Raises XllmError: "option" when `path` is neither, "checkpoint" when the compiler
+    its progress goes to our stderr. Raises XllmError: "option" when `path` is neither; the compiler's own error when it
     refuses.
     """
     if is_artifact(path):
@@ -36,18 +38,31 @@ def resolve_artifact(
         tell(f"{path} is a checkpoint: compiling it into the cache, unless it is there")
     command = [sys.executable, "-c", _COMPILE, str(path), *compile_options]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        # the program that runs already: its path may be closed to this user
+        done = subprocess.run(command, executable="/proc/self/exe", stdout=subprocess.PIPE, text=True, check=False)
     except OSError as error:
         raise XllmError("io", f"cannot start the compiler: {error}") from None
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        raise XllmError(
-            "checkpoint",
-            f"the checkpoint could not be compiled: xllm-compile ended with {done.returncode}, see above",
+        raise _told(lines[-1] if lines else "") or XllmError(
+            "internal",
+            f"the compiler ended with {done.returncode} and gave no reason",
             where=str(path),
-            help="the compiler needs its own packages: pip install 'xllm-compiler[compile]'",
+            help="-9: the system ended it, mostly for want of memory" if done.returncode == -9 else "",
         )
     found = Path(lines[-1])
     if not is_artifact(found):
         raise XllmError("internal", f"the compiler named {found}, which is no artifact")
     return found
+
+
+def _told(line: str) -> XllmError | None:
+    """The error that the compiler reports."""
+    try:
+        told = json.loads(line)
+        error = XllmError(told["kind"], told["message"], where=told["where"], help=told["help"])
+        for note in told["notes"]:
+            error.add_note(note)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return error

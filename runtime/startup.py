@@ -74,8 +74,8 @@ def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler:
     artifact = load_artifact(path, options.isa)
     phases.mark("load artifact")
     manifest = artifact.manifest
-    tokenizer = Tokenizer.load(path) if "tokenizer.json" in manifest.files else None
-    defaults = sampling_defaults(read_json_object(path / "generation_config.json"))
+    tokenizer = Tokenizer.load(artifact.files) if "tokenizer.json" in manifest.files else None
+    defaults = sampling_defaults(read_json_object(artifact.files / "generation_config.json"))
     phases.mark("load tokenizer")
     facts = _facts(manifest, options)
     ledger = _decide_memory(manifest, facts, options)
@@ -84,6 +84,7 @@ def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler:
     cpu = CpuExecutor(manifest, artifact.code, artifact.weights, pages=ledger.pages, threads=threads)
     executor: Executor = cpu if profiler is None else profiler.wrap(artifact, cpu)
     engine = Engine(executor, facts, tokenizer=tokenizer, max_queued=options.max_queued, gate=artifact.wait_checked)
+    artifact.guard.watch(engine)
     if profiler is not None:
         profiler.watch(engine)
     phases.mark("start threads")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from xllm_compiler.artifact import Contents
+from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.errors import XllmError
 
 if TYPE_CHECKING:
@@ -17,16 +18,14 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path | Contents) -> dict[str, Any]:
     """A JSON file that holds an object; {} when there is no such file. Raises XllmError("artifact") or ("io")."""
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes(), path.name)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise XllmError("io", f"cannot read {path.name}: {error.strerror}", where=str(path)) from None
-    except ValueError as error:
-        raise XllmError("artifact", f"{path.name} is not JSON: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise XllmError("artifact", f"{path.name} holds no JSON object", where=str(path))
     return value
@@ -43,13 +42,13 @@ class Tokenizer:
         self._texts: dict[int, str] = {}
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path | Contents) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of an artifact or a checkpoint."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise XllmError("artifact", "there is no tokenizer.json", where=str(folder))
         try:
-            core = tokenizers.Tokenizer.from_file(str(path))
+            core = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the binding raises bare Exception
             raise XllmError("artifact", f"tokenizer.json cannot be read: {error}", where=str(path)) from None
         core.no_padding()

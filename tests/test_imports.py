@@ -20,6 +20,7 @@ FOLDERS = {
     "lowering": "xllm_compiler/lowering",
     "artifact": "xllm_compiler/artifact",
     "cache": "xllm_compiler/cache.py",
+    "workspace": "xllm_compiler/workspace.py",
     "options": "xllm_compiler/options.py",
     "loss": "xllm_compiler/loss",
     "driver": "xllm_compiler/driver.py",
@@ -46,10 +47,11 @@ MAY_IMPORT = {
     "lowering": IR_LEVEL | {"passes", "kernels", "artifact"},
     "artifact": {"errors", "dims"},
     "cache": {"errors", "artifact"},
+    "workspace": set(),
     "options": {"errors", "artifact", "frontend", "passes"},
     "loss": IR_LEVEL | {"passes", "frontend", "artifact", "runtime"},  # what is measured is what will be served
     "driver": IR_LEVEL
-    | {"passes", "models", "frontend", "lowering", "artifact", "cache", "kernels", "options", "loss"},
+    | {"passes", "models", "frontend", "lowering", "artifact", "cache", "workspace", "kernels", "options", "loss"},
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},

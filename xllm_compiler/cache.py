@@ -7,6 +7,7 @@ kept: an entry's key is in its manifest.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,9 @@ from xllm_compiler.errors import XllmError
 
 GROUPS = ("checkpoint", "option", "pipeline", "source", "version")
 """First parts of factor names, in the order in which a difference is worth telling."""
+
+
+_ELSEWHERE = "name another cache with --cache-dir or XLLM_CACHE_DIR, or write the artifact somewhere with -o"
 
 
 class Factors:
@@ -106,15 +110,8 @@ class CompileCache:
         return sorted(found, key=lambda entry: (len(entry.differences), entry.path.name))
 
     def find(self, factors: Factors) -> Entry | None:
-        """The entry that serves the request, if any. Sizes and digests are not checked here."""
-        for path in self._entry_paths(factors):
-            try:
-                manifest = read_manifest(path)
-            except XllmError:
-                continue
-            if not differences(factors.values, manifest.key):
-                return Entry(path, manifest, ())
-        return None
+        """The entry that serves the request, if any, with every byte checked."""
+        return self._look(factors)[0]
 
     def obtain(
         self, factors: Factors, make: Callable[[Path], object], note: Callable[[str], None] = lambda text: None
@@ -123,21 +120,23 @@ class CompileCache:
 
         Processes that want the same thing at once make it once; the others wait. The lock is flock's, so it dies with
         its owner: a killed compile never blocks the next, which also removes its leftovers. An entry found damaged is
-        taken out of the way and made again. Raises what `make` raises, and kind "io"."""
+        taken out of the way and made again. One that is there and sound needs neither lock nor a cache that can be
+        written. Raises what `make` raises, and kind "io"."""
+        entry, _ = self._look(factors)
+        if entry is not None:
+            return entry.path, False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "locks").mkdir(exist_ok=True)
         except OSError as error:
-            raise output_error(error, self.root) from None
+            raise _unwritable(error, self.root) from None
         with self._locked(factors.hash(), note):
-            entry = self.find(factors)
+            entry, damage = self._look(factors)
             if entry is not None:
-                try:
-                    check_files(entry.path, entry.manifest)
-                    return entry.path, False
-                except XllmError as error:
-                    note(f"cache entry {entry.path.name} is damaged and will be made again: {error.message}")
-                    self._discard(entry.path)
+                return entry.path, False
+            for path, why in damage:
+                note(f"cache entry {path.name} is damaged and will be made again: {why}")
+                self._discard(path)
             remove_leftovers(self.root)
             path = self.root / factors.hash()
             if path.exists():
@@ -145,6 +144,24 @@ class CompileCache:
                 self._discard(path)
             make(path)
             return path, True
+
+    def _look(self, factors: Factors) -> tuple[Entry | None, list[tuple[Path, str]]]:
+        """The entry that serves the request, checked, and those that would but are damaged, with the reason."""
+        damaged: list[tuple[Path, str]] = []
+        for path in self._entry_paths(factors):
+            try:
+                manifest = read_manifest(path)
+            except XllmError:
+                continue
+            if differences(factors.values, manifest.key):
+                continue
+            try:
+                check_files(path, manifest)
+            except XllmError as error:
+                damaged.append((path, error.message))
+            else:
+                return Entry(path, manifest, ()), damaged
+        return None, damaged
 
     def _entry_paths(self, factors: Factors) -> list[Path]:
         """Directories that claim to be entries; the one that has the request's own name comes first."""
@@ -154,7 +171,9 @@ class CompileCache:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise XllmError("io", f"cannot read the cache: {error.strerror}", where=str(self.root)) from None
+            raise XllmError(
+                "io", f"cannot read the cache: {error.strerror}", where=str(self.root), help=_ELSEWHERE
+            ) from None
         return [self.root / name for name in names if not name.startswith(".") and is_artifact(self.root / name)]
 
     def _discard(self, path: Path) -> None:
@@ -165,7 +184,7 @@ class CompileCache:
         except FileNotFoundError:
             return  # another request's maker was quicker
         except OSError as error:
-            raise output_error(error, path) from None
+            raise _unwritable(error, path) from None
         shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
@@ -174,7 +193,7 @@ class CompileCache:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise output_error(error, path) from None
+            raise _unwritable(error, self.root) from None
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,6 +203,18 @@ class CompileCache:
             yield
         finally:
             os.close(fd)
+
+
+def _unwritable(error: OSError, where: Path) -> XllmError:
+    """The cache has no entry for the request and cannot be given one."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return output_error(error, where)
+    return XllmError(
+        "io",
+        f"the cache cannot be written, and the artifact is not in it: {error.strerror or error}",
+        where=str(where),
+        help=_ELSEWHERE,
+    )
 
 
 def _rank(factor: str) -> int:

@@ -47,6 +47,7 @@ from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.base import Target as PassTarget
 from xllm_compiler.passes.instruments import Instrument
 from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
+from xllm_compiler.workspace import temporary_files
 
 if TYPE_CHECKING:
     from xllm_compiler.frontend.model import ModelFacts
@@ -212,7 +213,7 @@ def _build(
     """Trace, transform, lower, and publish at `path`."""
     instruments, listeners = watchers
     read = request.factors.read
-    with ArtifactWriter(path) as writer:
+    with ArtifactWriter(path) as writer, temporary_files(writer.work):
         with clock.phase("import"):
             _require_compiler()
             from xllm_compiler.frontend.trace import trace_checkpoint

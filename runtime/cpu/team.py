@@ -7,22 +7,35 @@ The waiting and waking is native code inside the artifact's library (`xllm_team_
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 import threading
 from pathlib import Path
 
+from xllm_compiler.artifact import Contents
 from xllm_compiler.errors import XllmError
 
 _CTX_BYTES = 192
 _CTX_TEAM_OFFSET = 140
 _ALIGN = 64
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def load_library(path: Path) -> ctypes.CDLL:
-    """Map a step library. Raises XllmError("artifact") when the loader refuses it."""
+def load_library(file: Path | Contents) -> ctypes.CDLL:
+    """Load a step library from a copy of it in memory: the file's bytes are those that were checked, and a change of
+    the file cannot reach the code that runs. Raises XllmError("artifact") when the loader refuses it, and those of
+    reading it."""
+    code = file.read_bytes()
+    fd = os.memfd_create(file.name.replace("/", "-"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        return ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+        with open(fd, "wb", closefd=False) as copy:
+            copy.write(code)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        # Stays open: the loader takes two libraries of one name for the same, and the name is the descriptor's number.
+        return ctypes.CDLL(f"/proc/self/fd/{fd}", mode=ctypes.RTLD_LOCAL)
     except OSError as error:
-        raise XllmError("artifact", f"the native code cannot be loaded: {error}", where=str(path)) from None
+        os.close(fd)
+        raise XllmError("artifact", f"the native code cannot be loaded: {error}", where=str(file)) from None
 
 
 def native_function(library: ctypes.CDLL, name: str) -> ctypes._FuncPointer:

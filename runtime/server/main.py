@@ -233,7 +233,8 @@ def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.s
             return
         weights = started.artifact.weights
         huge = host.huge_bytes(weights.ctypes.data)
-        print(f"weights: {show_bytes(weights.nbytes)}, of which huge pages hold {show_bytes(huge)}", flush=True)
+        held = f"{show_bytes(weights.nbytes)}, of which huge pages hold {show_bytes(huge)}"
+        print(f"weights: {held}; {started.artifact.guard.describe()}", flush=True)
 
     threading.Thread(target=check_weights, name="xllm-wait-check", daemon=True).start()
     server.run([sock])

@@ -41,7 +41,7 @@ def sample(key: dict[str, Any] | None = None, isas: tuple[str, ...] = ("avx2", "
         memory=Memory("256*N + 64", "1200*S", KvPlan(16, (KvLayer(4096, 2, 32, 32), KvLayer(4096, 2, 32, 32)))),
         weights=Weights(
             256,
-            (Weight("a", "row", "bf16", (8, 8), 0, 128), Weight("b", "panel", "bf16", (8, 8), 128, 128)),
+            (Weight("a", "row", "bf16", (8, 8), 0, 128), Weight("b", "row", "bf16", (8, 8), 128, 128)),
         ),
         programs=(Program("decode", ("8 - N",), "xllm_step_decode"), Program("prefill", (), "xllm_step_prefill")),
         files={},

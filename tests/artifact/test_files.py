@@ -91,7 +91,7 @@ def test_sizes_are_checked_before_any_digest(tmp_path: Path, monkeypatch: pytest
     manifest = write_sample(out)
     (out / "weights.bin").write_bytes(b"short")
     monkeypatch.setattr(
-        "xllm_compiler.artifact.io.digest_file", lambda *_: pytest.fail("hashed before all sizes were seen")
+        "xllm_compiler.artifact.io.digest_open", lambda *_: pytest.fail("hashed before all sizes were seen")
     )
     with pytest.raises(XllmError, match="truncated"):
         check_files(out, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -96,6 +97,20 @@ def test_trouble_of_a_worker_is_told(tmp_path: Path, how: str, kind: str, text: 
         pass
     assert caught.value.kind == kind
     assert int((tmp_path / "pid").read_text()) != os.getpid()
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM would end the process with a message of its own; the file that it writes is in memory."""
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        return write(Path("/dev/full") if path.suffix == ".o" else path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)  # the workers are forks, and inherit it
+    jobs = [(norm, ISAS["avx2"]) for norm in NORMS]
+    with pytest.raises(OSError, match="No space left") as caught, KernelObjects().compiling(jobs, 2):
+        pass
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_workers_end_with_the_body(tmp_path: Path) -> None:

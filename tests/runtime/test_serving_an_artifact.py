@@ -3,6 +3,7 @@ known answers; and every way in which an artifact can be unfit."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from toy_artifact import PAGE, VOCAB, WIDTH, build_toy_artifact, toy_answer
 
 from xllm_compiler.artifact import FORMAT
@@ -180,7 +182,7 @@ def test_a_library_without_the_functions_is_refused(toy: Path) -> None:
     libc = find_library("c")
     assert libc is not None
     with pytest.raises(XllmError, match="xllm_team") as caught:
-        Team(load_library(Path(libc)), 1)
+        Team(ctypes.CDLL(libc), 1)
     assert caught.value.kind == "artifact"
     with pytest.raises(XllmError) as caught:
         load_library(toy / "weights.bin")
@@ -261,10 +263,37 @@ def test_resolving_what_is_no_artifact(tmp_path: Path, toy: Path, monkeypatch: p
     told: list[str] = []
     monkeypatch.setattr(resolve, "_COMPILE", f"print('progress'); print({str(toy)!r})")
     assert resolve.resolve_artifact(tmp_path, tell=told.append) == toy and len(told) == 1
-    monkeypatch.setattr(resolve, "_COMPILE", "raise SystemExit(2)")
+    for silent in (
+        "raise SystemExit(2)",
+        "print('not json'); raise SystemExit(1)",
+        "print('[1]'); raise SystemExit(1)",
+    ):
+        monkeypatch.setattr(resolve, "_COMPILE", silent)
+        with pytest.raises(XllmError, match="gave no reason") as caught:
+            resolve.resolve_artifact(tmp_path)
+        assert caught.value.kind == "internal"
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "kind"),
+    [
+        ("[]", (), "checkpoint"),
+        ('{"model_type": "llama"}', (), "checkpoint"),
+        ('{"model_type": "llama"}', ("--cache-dir", "/proc/none"), "io"),
+        ('{"model_type": "llama"}', ("--target", "abacus"), "option"),
+    ],
+)
+def test_the_compilers_own_error_comes_through(
+    config: str, options: tuple[str, ...], kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not its traceback, and no advice to install what is there."""
+    (tmp_path / "config.json").write_text(config)
+    if kind != "checkpoint":
+        safetensors.numpy.save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(XllmError) as caught:
-        resolve.resolve_artifact(tmp_path)
-    assert caught.value.kind == "checkpoint"
+        resolve.resolve_artifact(tmp_path, compile_options=options)
+    assert caught.value.kind == kind and "pip install" not in str(caught.value)
+    assert "error[" not in capfd.readouterr().err, "said once"
 
 
 def test_inputs_start_out_mapped_nowhere(toy: Path) -> None:

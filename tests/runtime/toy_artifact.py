@@ -105,6 +105,20 @@ int32_t xllm_step_prefill(const int64_t *a, int32_t m, int32_t t) { return toy(a
 """
 
 
+STEP = f"""xir 1 stage=buf
+dim N in [1, 12]
+dim B in [1, 3]
+dim S in [0, 6]
+dim P in [1, {1 << 24}]
+
+func @step(
+    %ids: i32[N],
+    %kv0: kv<bf16, heads=1, k=1, v=1, page={PAGE}>[P]
+) -> (f32[S, {VOCAB}]) arena(4*N + 64) {{
+"""
+"""As much of it as a start reads."""
+
+
 def toy_answer(prompt: list[int], count: int) -> list[int]:
     """The greedy answer of the C code above, by plain recursion."""
     tokens = list(prompt)
@@ -153,7 +167,7 @@ def build_toy_artifact(out: Path) -> Path:
     command = [compiler, "-O1", "-shared", "-fPIC", "-pthread", "-w", *defines, str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=60)
     with ArtifactWriter(out) as writer:
-        writer.write_text("step.xir", "xir 1\n")
+        writer.write_text("step.xir", STEP)
         writer.write_text("calls.json", "{}\n")  # nobody profiles the toy
         (writer.path / "weights.bin").write_bytes(MULTIPLIER.to_bytes(4, "little") + bytes(WEIGHT_BYTES - 4))
         writer.copy(f"cpu/{manifest.target.isas[0]}.so", library)

@@ -1,6 +1,7 @@
 """The on-disk format: the only thing, with dims, that compiler and runtime share."""
 
 from xllm_compiler.artifact.calls import CallTable, KernelCost, ProgramCalls, read_calls
+from xllm_compiler.artifact.contents import Contents, unlisted
 from xllm_compiler.artifact.cpu_isa import choose_isa, machine_isas
 from xllm_compiler.artifact.digest import digest_file
 from xllm_compiler.artifact.io import check_files, check_size, is_artifact, read_manifest
@@ -34,6 +35,7 @@ __all__ = [
     "STEP",
     "WEIGHTS",
     "CallTable",
+    "Contents",
     "DimRange",
     "FileEntry",
     "KernelCost",
@@ -57,4 +59,5 @@ __all__ = [
     "machine_isas",
     "read_calls",
     "read_manifest",
+    "unlisted",
 ]

@@ -6,13 +6,13 @@ so each is written once.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from xllm_compiler.artifact.contents import Contents
 from xllm_compiler.artifact.decode import decode, encode
-from xllm_compiler.artifact.io import check_files
 from xllm_compiler.artifact.schema import CALLS, SYMBOLS, Manifest, canonical_json
+from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
 
@@ -84,12 +84,7 @@ class CallTable:
 
 def read_calls(directory: Path, manifest: Manifest) -> CallTable:
     """The checked table of the artifact at `directory`. Raises kinds "artifact" and "io"."""
-    check_files(directory, manifest, [CALLS])
-    try:
-        value = json.loads((directory / CALLS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _bad(f"not JSON: {error}") from None
-    table = decode(CallTable, value)
+    table = decode(CallTable, parse_json((Contents(directory, manifest) / CALLS).read_bytes(), CALLS))
     table.validate(manifest)
     return table
 

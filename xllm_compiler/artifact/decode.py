@@ -57,11 +57,11 @@ def _decode(tp: Any, value: object, where: str) -> object:
         return _decode_fields(typing.cast(type, tp), value, where)
     if origin is tuple:
         if not isinstance(value, list):
-            raise bad(where, f"a list is expected, not {_show(value)}")
+            raise bad(where, f"a list is expected, not {shown(value)}")
         return tuple(_decode(get_args(tp)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise bad(where, f"an object is expected, not {_show(value)}")
+            raise bad(where, f"an object is expected, not {shown(value)}")
         return {name: _decode(get_args(tp)[1], item, f"{where}.{name}") for name, item in value.items()}
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(tp):
@@ -70,25 +70,25 @@ def _decode(tp: Any, value: object, where: str) -> object:
         return _decode(inner, value, where)
     if tp is int:
         if type(value) is not int or abs(value) > _INT_MAX:
-            raise bad(where, f"an integer is expected, not {_show(value)}")
+            raise bad(where, f"an integer is expected, not {shown(value)}")
         return value
     if tp is str:
         if not isinstance(value, str):
-            raise bad(where, f"a string is expected, not {_show(value)}")
+            raise bad(where, f"a string is expected, not {shown(value)}")
         return value
     raise TypeError(f"{where}: no decoder for {tp!r}")
 
 
 def _decode_fields(cls: type, value: object, where: str) -> object:
     if not isinstance(value, dict):
-        raise bad(where, f"an object is expected, not {_show(value)}")
+        raise bad(where, f"an object is expected, not {shown(value)}")
     hints = _fields(cls)
     missing = [name for name in hints if name not in value]
     unknown = sorted(name for name in value if name not in hints)
     if missing:
         raise bad(where, f"missing {', '.join(map(repr, missing))}")
     if unknown:
-        raise bad(where, f"unknown {', '.join(map(repr, unknown))}")
+        raise bad(where, f"unknown {', '.join(map(shown, unknown[:8]))}")
     return cls(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
 
 
@@ -99,10 +99,11 @@ def _plain(value: object, where: str) -> object:
     if isinstance(value, list):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if type(value) is int and abs(value) > _INT_MAX:
-        raise bad(where, f"an integer is expected, not {_show(value)}")
+        raise bad(where, f"an integer is expected, not {shown(value)}")
     return value
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in a message, however long it is."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -25,8 +25,18 @@ def digest_file(path: Path, threads: int = 1) -> str:
     """The digest of the file at `path`, 32 hexadecimal digits. xxhash lets go of the interpreter lock, so threads help.
     Raises OSError."""
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        return _digest(size, threads, lambda start, length: _hash_read(file.fileno(), start, length))
+        return digest_open(file.fileno(), threads)
+
+
+def digest_open(fd: int, threads: int = 1) -> str:
+    """The same of an open file. Raises OSError."""
+    size = os.fstat(fd).st_size
+    return _digest(size, threads, lambda start, length: _hash_read(fd, start, length))
+
+
+def digest_bytes(data: bytes) -> str:
+    """The same of bytes in memory."""
+    return _digest(len(data), 1, lambda start, length: xxhash.xxh3_128_digest(memoryview(data)[start : start + length]))
 
 
 def digest_mapped(memory: mmap.mmap, threads: int = 1) -> str:

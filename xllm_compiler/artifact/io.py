@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from xllm_compiler.artifact.digest import digest_file, digest_mapped
+from xllm_compiler.artifact.digest import digest_mapped, digest_open
+from xllm_compiler.artifact.rules import read_text
 from xllm_compiler.artifact.schema import MANIFEST, Manifest
 from xllm_compiler.errors import XllmError
 
@@ -22,23 +23,44 @@ def read_manifest(directory: Path) -> Manifest:
     another format version or damaged, and kind "io" when it cannot be read."""
     path = directory / MANIFEST
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MANIFEST_LIMIT + 1)
+        data = read_regular(path, _MANIFEST_LIMIT)
     except FileNotFoundError:
         raise _no_artifact(directory) from None
     except OSError as error:
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             raise _no_artifact(directory) from None
         raise XllmError("io", f"cannot read {MANIFEST}: {error.strerror}", where=str(path)) from None
     try:
-        if len(data) > _MANIFEST_LIMIT:
-            raise XllmError("artifact", f"{MANIFEST} has more than {_MANIFEST_LIMIT} bytes", help=_AGAIN)
-        return Manifest.from_json(data.decode())
-    except UnicodeDecodeError as error:
-        raise XllmError("artifact", f"{MANIFEST} is not UTF-8: {error}", where=str(path), help=_AGAIN) from None
+        return read_text(data)
     except XllmError as error:
         where = f"{path}: {error.where}" if error.where else str(path)
         raise XllmError(error.kind, error.message, where=where, help=error.help) from None
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading, of a regular file only, links to one included: never waits for the other end of a pipe
+    and starts no device. Raises OSError, and kind "artifact" for anything else."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise _not_regular(path)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # exchanged in between
+        os.close(fd)
+        raise _not_regular(path)
+    return fd
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file. Raises OSError, and kind "artifact" for anything else or more than `limit` bytes."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= limit else b""
+    if size > limit or len(data) > limit:
+        raise XllmError("artifact", f"{path.name} has more than {limit} bytes", where=str(path), help=_AGAIN)
+    return data
+
+
+def _not_regular(path: Path) -> XllmError:
+    return XllmError("artifact", f"{path.name} is not a file", where=str(path), help=_AGAIN)
 
 
 def check_files(
@@ -57,16 +79,26 @@ def check_files(
     for name in chosen:
         path = directory / name
         try:
-            found = digest_mapped(mapped[name], threads) if name in mapped else digest_file(path, threads)
+            if name in mapped:
+                found = digest_mapped(mapped[name], threads)
+            else:
+                with open(open_regular(path), "rb", buffering=0) as file:
+                    found = digest_open(file.fileno(), threads)
         except OSError as error:
             raise XllmError("io", f"cannot read {name}: {error.strerror}", where=str(path)) from None
-        if found != manifest.files[name].xxh3_128:
-            raise XllmError(
-                "artifact",
-                f"{name} is damaged: its digest is {found}, not {manifest.files[name].xxh3_128}",
-                where=str(path),
-                help=_AGAIN,
-            )
+        check_digest(directory, manifest, name, found)
+
+
+def check_digest(directory: Path, manifest: Manifest, name: str, found: str) -> None:
+    """Check a digest against that of the manifest."""
+    wanted = manifest.files[name].xxh3_128
+    if found != wanted:
+        raise XllmError(
+            "artifact",
+            f"{name} is damaged: its digest is {found}, not {wanted}",
+            where=str(directory / name),
+            help=_AGAIN,
+        )
 
 
 def check_size(directory: Path, manifest: Manifest, name: str) -> None:
@@ -92,13 +124,13 @@ def check_size(directory: Path, manifest: Manifest, name: str) -> None:
 
 def is_artifact(directory: Path) -> bool:
     """Whether a directory claims to be an artifact: cheap, no promise that it is a sound one."""
-    return (directory / MANIFEST).is_file()
+    return os.path.isfile(directory / MANIFEST)
 
 
 def _no_artifact(directory: Path) -> XllmError:
-    if (directory / "config.json").is_file():
+    if os.path.isfile(directory / "config.json"):
         help_ = f"this looks like a checkpoint; compile it first: xllm-compile {directory} -o OUT"
     else:
         help_ = "an artifact is a directory that xllm-compile wrote"
-    what = f"there is no {MANIFEST}" if directory.is_dir() else "there is no such directory"
+    what = f"there is no {MANIFEST}" if os.path.isdir(directory) else "there is no such directory"
     return XllmError("artifact", f"not an artifact: {what}", where=str(directory), help=help_)

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from xllm_compiler.artifact.digest import digest_file
 from xllm_compiler.artifact.io import is_artifact, read_manifest
+from xllm_compiler.artifact.rules import validate
 from xllm_compiler.artifact.schema import MANIFEST, FileEntry, Manifest
 from xllm_compiler.errors import XllmError
 
@@ -27,20 +28,30 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP)
 class ArtifactWriter:
     """`with ArtifactWriter(out) as writer:` write files below `writer.path`, then `writer.commit(manifest)`.
 
-    Readers of `out` see the old state or the whole new one. Without a commit nothing is left. The temporary one is
+    Readers of `out` see the old state or the whole new one. Without a commit nothing is left. What is written goes into
     a sibling of `out`, locked with flock for as long as its process lives; a later writer to the same `out` removes
-    those whose lock is free. `out` may be absent, an empty directory, or an artifact that holds nothing but the files
-    of its manifest, which is then replaced. Raises kind "io" when the disk is full or `out` is not writable."""
+    those whose lock is free. `work` is a directory there too, for whatever else the making of an artifact writes, so
+    that a kill leaves nothing elsewhere. `out` may be absent, an empty directory, or an artifact that holds nothing but
+    the files of its manifest, which is then replaced. Raises kind "io" when the disk is full or `out` is not writable.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
-        self._committed = False
         self._lock = -1
         self._scratch: Path | None = None
 
     @property
     def path(self) -> Path:
-        """The directory to write into."""
+        """The directory to write into: what `out` becomes."""
+        return self._locked / "artifact"
+
+    @property
+    def work(self) -> Path:
+        """A directory for temporary files, gone with the writer."""
+        return self._locked / "work"
+
+    @property
+    def _locked(self) -> Path:
         if self._scratch is None:
             raise RuntimeError("ArtifactWriter is used outside its `with` block")
         return self._scratch
@@ -51,20 +62,27 @@ class ArtifactWriter:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.out.parent, self.out.name)
             self._scratch, self._lock = _make_locked(self.out)
+            self.path.mkdir()
+            self.work.mkdir()
         except OSError as error:
+            self._clear()
             raise output_error(error, self.out) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._clear()
+        if isinstance(error, OSError) and self._is_ours(error):
+            raise output_error(error, self.out) from error
+
+    def _clear(self) -> None:
+        """Remove what is temporary, an artifact that was replaced too, and let go of the lock."""
         try:
-            if not self._committed and self._scratch is not None:
+            if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
         finally:
             if self._lock >= 0:
                 os.close(self._lock)
                 self._lock = -1
-        if isinstance(error, OSError) and self._is_ours(error):
-            raise output_error(error, self.out) from error
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, UTF-8, at the relative path `name`."""
@@ -82,16 +100,13 @@ class ArtifactWriter:
         """Seal and publish: fill in `files` and `id`, validate, flush to disk, rename. Returns the sealed manifest."""
         try:
             sealed = replace(manifest, files=self._entries()).with_id()
-            sealed.validate()
+            validate(sealed)
             self.write_text(MANIFEST, sealed.to_json())
             _sync_tree(self.path)
             self._check_replaceable()
-            replaced = _publish(self.path, self.out)
+            _publish(self.path, self.out, self._locked / "replaced")
         except OSError as error:
             raise output_error(error, self.out) from error
-        self._committed = True
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
         return sealed
 
     def _entries(self) -> dict[str, FileEntry]:
@@ -205,39 +220,35 @@ def _sync_tree(root: Path) -> None:
             os.close(fd)
 
 
-def _publish(scratch: Path, out: Path) -> Path | None:
-    """Rename `scratch` to `out`. Returns where an artifact that was there is now, under a leftover's name."""
-    replaced: Path | None = None
+def _publish(new: Path, out: Path, aside: Path) -> None:
+    """Rename `new` to `out`. An artifact that was there is afterwards at `new` or at `aside`."""
     if out.exists() and any(out.iterdir()):
-        replaced = _swap(scratch, out)
+        _swap(new, out, aside)
     else:
-        os.rename(scratch, out)
+        os.rename(new, out)
     fd = os.open(out.parent, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    return replaced
 
 
-def _swap(scratch: Path, out: Path) -> Path:
+def _swap(new: Path, out: Path, aside: Path) -> None:
     """Exchange two directories in one step where the file system can; else move the old one aside first, which leaves
     an instant in which `out` is absent."""
     libc = ctypes.CDLL(None, use_errno=True)
-    code = libc.renameat2(_AT_FDCWD, os.fsencode(scratch), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE)
+    code = libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE)
     if code == 0:
-        return scratch
+        return
     number = ctypes.get_errno()
     if number not in _NO_EXCHANGE:
         raise OSError(number, os.strerror(number), str(out))
-    aside = out.parent / leftover_name(out.name)
     os.rename(out, aside)
     try:
-        os.rename(scratch, out)
+        os.rename(new, out)
     except OSError:
         os.rename(aside, out)
         raise
-    return aside
 
 
 def _refuse(out: Path, message: str) -> XllmError:

@@ -28,7 +28,10 @@ T = TypeVar("T")
 AtomKind = Literal["sym", "floordiv", "mod", "ceildiv", "min", "max"]
 Mono = tuple["Atom", ...]  # a product of atoms, sorted, repeated for powers; () is the constant 1
 FUNCTIONS = ("ceildiv", "min", "max")
-MAX_TERMS = 4096  # a product of hostile sums grows without end; no honest formula comes near
+MAX_TERMS = 4096  # a product of hostile sums grows without end; no honest formula comes near these
+MAX_FACTORS = 64  # of a term
+MAX_ARGUMENTS = 256  # of a min or max, each of which is compared with each
+MAX_NUMBER = 1 << 4096  # coefficients are below
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z", re.ASCII)
 _lock = threading.Lock()
 
@@ -155,6 +158,9 @@ class Dim:
             for m2, k2 in rhs.terms:
                 mono = m1 + m2 if not (m1 and m2) else tuple(sorted(m1 + m2, key=_atom_key))
                 out[mono] = out.get(mono, 0) + k1 * k2
+        for mono, k in out.items():
+            if len(mono) > MAX_FACTORS or not -MAX_NUMBER < k < MAX_NUMBER:
+                raise XllmError("ir", f"a dim expression grew beyond {MAX_FACTORS} factors, or its numbers too long")
         return intern(out)
 
     __rmul__ = __mul__
@@ -471,6 +477,8 @@ def _extreme(kind: Literal["min", "max"], args: tuple[DimLike, ...]) -> Dim:
     for arg in args:
         d = as_dim(arg)
         flat.extend(d.atom.args if d.atom is not None and d.atom.kind == kind else (d,))
+    if len(flat) > MAX_ARGUMENTS:
+        raise XllmError("ir", f"{kind}() of {len(flat)} arguments; at most {MAX_ARGUMENTS} are compared")
     kept: list[Dim] = []
     for d in flat:
         for i, other in enumerate(kept):

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from xllm_compiler.artifact import Contents, Manifest
+from xllm_compiler.artifact.strict_json import parse_json
+from xllm_compiler.errors import XllmError
 from xllm_compiler.loss.compare import Loss
 
 FILE: Final = "quantization.json"
@@ -53,10 +56,18 @@ class LossReport:
         return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def report_text(path: Path) -> str | None:
-    """The table of the artifact at `path`; None where nothing was quantized by name."""
-    file = path / FILE
-    return table_text(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+def report_text(path: Path, manifest: Manifest) -> str | None:
+    """The table of an artifact; None where nothing was quantized by name. Raises kinds "artifact" and "io"."""
+    file = Contents(path, manifest) / FILE
+    if not file.is_file():
+        return None
+    found = parse_json(file.read_bytes(), FILE)
+    try:
+        return table_text(found)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError):
+        raise XllmError(
+            "artifact", f"{FILE} is not what the compiler wrote", where=str(file), help="compile the checkpoint again"
+        ) from None
 
 
 def table_text(found: dict[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,18 @@ def entry() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the tool and return its exit code: 0, 1 (ours, or artifacts that differ), 2 (bad input)."""
     return run(lambda: _dispatch(list(argv)))
+
+
+def entry_for_runtime() -> None:
+    """The compiler as a server starts it: an error is one line of JSON on standard output instead of a text, so that
+    the server can say it as its own."""
+
+    def show(error: XllmError) -> None:
+        told = {"kind": error.kind, "message": error.message, "where": error.where, "help": error.help}
+        print(json.dumps({**told, "notes": getattr(error, "__notes__", [])}))
+
+    argv = sys.argv[1:]
+    sys.exit(run(lambda: _dispatch(argv), show))
 
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,12 +124,33 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
 
 
 def cache_of(args: argparse.Namespace) -> CompileCache:
-    """The cache that the flags or the environment name."""
+    """The cache that the flags or the environment name. Raises kind "option" when neither does and this user has no
+    home directory."""
     from xllm_compiler.cache import CompileCache
 
     given = args.cache_dir or os.environ.get("XLLM_CACHE_DIR")
+    if given:
+        return CompileCache(Path(given))
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return CompileCache(Path(given) if given else Path(base).expanduser() / "xllm-compiler")
+    try:
+        return CompileCache(Path(base).expanduser() / "xllm-compiler")
+    except RuntimeError:
+        raise XllmError(
+            "option",
+            f"there is no place for the cache: user {os.getuid()} has no home directory",
+            help="name one with --cache-dir or XLLM_CACHE_DIR, or write the artifact somewhere with -o",
+        ) from None
+
+
+def _store_of(args: argparse.Namespace) -> Path | None:
+    """Where compiled kernels are kept: with the cache. A compile with -o needs no home directory, so it may have none;
+    tuning must remember what was chosen. Raises kind "option"."""
+    try:
+        return cache_of(args).root
+    except XllmError:
+        if args.output is None or args.tune:
+            raise
+        return None
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -160,7 +194,7 @@ def _compile(args: argparse.Namespace) -> int:
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        store=cache_of(args).root,
+        store=_store_of(args),
         instruments=instruments,
         listeners=listeners,
     )
@@ -211,7 +245,7 @@ def report_text(report: CompileReport) -> str:
     from xllm_compiler.tools.describe import memory_text
 
     manifest = report.manifest
-    loss = loss_text(report.path)
+    loss = loss_text(report.path, report.manifest)
     if report.cached:
         head = f"from the cache: {report.path} in {report.seconds:.2f} s"
     else:

@@ -3,6 +3,7 @@ XLLM_DEBUG (docs/debugging.md has its table); must not know what is shown."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -98,9 +99,14 @@ def debug_level() -> int:
     return int(text or 0)
 
 
-def run(main: Callable[[], int]) -> int:
-    """Run a tool: our errors become their text and exit code, other exceptions one line and exit code 1. From level 1
-    of XLLM_DEBUG on, tracebacks are shown. argparse's exits are exit codes."""
+def print_error(error: XllmError) -> None:
+    """The error's text on standard error."""
+    print(error_text(error), file=sys.stderr)
+
+
+def run(main: Callable[[], int], show: Callable[[XllmError], None] = print_error) -> int:
+    """Run a tool: our errors go to `show` and become their exit code, other exceptions one line and exit code 1. From
+    level 1 of XLLM_DEBUG on, tracebacks are shown. argparse's exits are exit codes."""
     debug = 0
     try:
         debug = debug_level()
@@ -110,7 +116,7 @@ def run(main: Callable[[], int]) -> int:
     except XllmError as error:
         if debug:
             traceback.print_exc()
-        print(error_text(error), file=sys.stderr)
+        show(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -122,16 +128,33 @@ def run(main: Callable[[], int]) -> int:
         if debug:
             traceback.print_exc()
         short = XllmError("capacity", f"not enough memory: {error}".rstrip(": "), help="ask for smaller sizes")
-        print(short, file=sys.stderr)
+        show(short)
         return short.exit_code
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        refused = os_error(error)
+        show(refused)
+        return refused.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()
         internal = XllmError(
             "internal", f"{type(error).__name__}: {error}", help=f"this is a bug of ours; {DEBUG}=1 shows where"
         )
-        print(internal, file=sys.stderr)
+        show(internal)
         return internal.exit_code
+
+
+def os_error(error: OSError) -> XllmError:
+    """What the file system or the network refused, where nobody nearer to it had more to say."""
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    help_ = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        help_ = "free some space, or set TMPDIR to a directory that has some"
+    elif "temporary directory" in str(error):
+        help_ = "set TMPDIR to a directory that can be written"
+    return XllmError("io", error.strerror or str(error), where=where, help=help_)
 
 
 def error_text(error: XllmError) -> str:

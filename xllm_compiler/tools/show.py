@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
         memory_text(manifest),
         weights_text(manifest, args.all_weights),
         files_text(manifest),
-        *([] if (loss := report_text(args.artifact)) is None else [loss]),
+        *([] if (loss := report_text(args.artifact, manifest)) is None else [loss]),
         f"key: what the compile read\n{table(key)}",
     ]
     print("\n\n".join(sections))

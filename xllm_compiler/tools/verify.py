@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact import STEP, Manifest, check_files, machine_isas, read_manifest
+from xllm_compiler.artifact import STEP, Contents, Manifest, check_files, machine_isas, read_manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.tools.console import size
 from xllm_compiler.tools.steps import Trial, make_trial
@@ -122,7 +122,11 @@ def references(
     from xllm_compiler.ir.parser import parse_module
     from xllm_compiler.tools.unpack import bind_weights
 
-    module = parse_module((path / STEP).read_text(encoding="utf-8"), STEP)
+    try:
+        text = (Contents(path, manifest) / STEP).read_text()
+    except UnicodeDecodeError as error:
+        raise XllmError("artifact", f"{STEP} is not UTF-8 text: {error.reason}", where=str(path / STEP)) from None
+    module = parse_module(text, STEP)
     params = bind_weights(module, path, manifest)
     yield f"interpreter on {STEP}", run_interpreter(module, params, trial)
     if checkpoint is None:

@@ -8,6 +8,7 @@ Ours keeps plain functions: no TVM runtime is needed to load the result, and all
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.native.linker import find_linker
-from xllm_compiler.kernels.tir.native.objects import C_CALL, OBJECTS, KernelObjects, write_object
+from xllm_compiler.kernels.tir.native.objects import C_CALL, OBJECTS, KernelObjects, make_object, object_of
 from xllm_compiler.kernels.tir.native.team import team_llvm
 
 
@@ -89,7 +90,7 @@ class NativeModule:
         linker = find_linker(self.isa.machine)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_object(self._functions, self.isa, folder / "step.o")
+            (folder / "step.o").write_bytes(make_object(self._functions, self.isa))
             (folder / "team.o").write_bytes(_team_object(self.isa))
             objects = ["step.o", "team.o"]
             for i, kernel in enumerate(self._kernels.values()):
@@ -109,8 +110,11 @@ class NativeModule:
             command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), *objects]
             # For rare functions only (pow, sin, ...): the kernels of the spine need none.
             command += ["-Wl,--as-needed", "-lm"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            english = {**os.environ, "LC_ALL": "C"}
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=english)
             if done.returncode:
+                if "No space left on device" in done.stderr:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
                 raise XllmError("internal", f"linking failed: {done.stderr.strip()}", where=os.fspath(path))
 
 
@@ -121,10 +125,9 @@ def _team_object(isa: Isa) -> bytes:
     text += f'!llvm.module.flags = !{{!0}}\n!0 = !{{i32 2, !"tvm_target", !"{target}"}}\n'
     load = tvm.get_global_func("ffi.Module.load_from_file.ll")
     with tempfile.TemporaryDirectory() as folder:
-        source, path = Path(folder) / "team.ll", Path(folder) / "team.o"
+        source = Path(folder) / "team.ll"
         source.write_text(text)
-        load(str(source), "ll").write_to_file(str(path))
-        return path.read_bytes()
+        return object_of(load(str(source), "ll"))
 
 
 def _as_argument(value: Any, pointer: bool) -> Any:

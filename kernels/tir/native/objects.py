@@ -11,6 +11,7 @@ process, so that threads would change each other's code: the workers are forked 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -34,11 +35,12 @@ Job = tuple[Kernel, Isa]
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _JOB: Final = struct.Struct("<I")  # how a job's number travels to the workers; a pipe holds 16,384 of them
+_OS_ERROR: Final = 100  # added to an errno, the exit status of a worker that the file system refused something
 _PIPE_JOBS: Final = 65536 // _JOB.size
 
 
-def write_object(functions: dict[Any, Any], isa: Isa, path: Path) -> None:
-    """Writes TensorIR functions (by `tvm.ir.GlobalVar`) as one ELF object."""
+def make_object(functions: dict[Any, Any], isa: Isa) -> bytes:
+    """TensorIR functions (by `tvm.ir.GlobalVar`) as one ELF object."""
     # here and below: whoever only says where objects are kept does not wait for TVM
     import tvm
     from tvm import tirx
@@ -50,7 +52,18 @@ def write_object(functions: dict[Any, Any], isa: Isa, path: Path) -> None:
     # FlattenBuffer leaves vector indices as sums, which the code generator then takes apart lane by lane.
     for transform in (tirx.transform.BindTarget(target.with_host(target)), tirx.transform.LowerIntrin()):
         module = transform(module)
-    codegen_build(module, target).write_to_file(str(path))
+    return object_of(codegen_build(module, target))
+
+
+def object_of(module: Any) -> bytes:
+    """The ELF object of a module of TVM's, which can only write files. The file is in memory: LLVM ends the process
+    when a disk is full."""
+    fd = os.memfd_create("kernel.o")
+    try:
+        module.write_to_file(f"/proc/self/fd/{fd}", "o")
+        return os.pread(fd, os.fstat(fd).st_size, 0)
+    finally:
+        os.close(fd)
 
 
 def compile_kernel(kernel: Kernel, isa: Isa) -> bytes:
@@ -58,10 +71,7 @@ def compile_kernel(kernel: Kernel, isa: Isa) -> bytes:
     import tvm
 
     function = kernel.build(isa).with_attr({"calling_conv": C_CALL, "global_symbol": kernel.symbol})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.o"
-        write_object({tvm.ir.GlobalVar(kernel.symbol): function}, isa, path)
-        return path.read_bytes()
+    return make_object({tvm.ir.GlobalVar(kernel.symbol): function}, isa)
 
 
 class KernelObjects:
@@ -118,6 +128,9 @@ class KernelObjects:
                 raise XllmError(kind, message, where=where, help=help)
             if any(failed):
                 status = next(filter(None, failed))
+                if status >= _OS_ERROR:
+                    number = status - _OS_ERROR
+                    raise OSError(number, os.strerror(number), name)
                 raise XllmError(
                     "internal",
                     f"a process that compiles kernels ended with status {status}",
@@ -162,9 +175,13 @@ def _work(jobs: Sequence[Job], source: int, folder: Path, parent: int) -> NoRetu
             (i,) = _JOB.unpack(number)
             try:
                 (folder / f"{i}.o").write_bytes(compile_kernel(*jobs[i]))
+            except OSError:
+                raise
             except Exception as error:
                 (folder / f"{i}.error").write_text(json.dumps(_told(error, jobs[i])))
         status = 0
+    except OSError as error:  # a full disk, which has no room for a message either
+        status = _OS_ERROR + (error.errno or errno.EIO)
     finally:
         os._exit(status)
 
