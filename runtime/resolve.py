@@ -11,7 +11,8 @@ from pathlib import Path
 from xllm_compiler.artifact import is_artifact
 from xllm_compiler.errors import XllmError
 
-_COMPILE = "from xllm_compiler.tools.compile import entry; entry()"  # prints the artifact's path on its stdout
+_COMPILE = ("-P", "-m", "xllm_compiler.tools.compile")  # prints the artifact's path on its stdout
+"""-P keeps the current directory off Python's path: it may be the checkpoint's, and nothing of that is imported."""
 
 
 def resolve_artifact(
@@ -34,7 +35,7 @@ def resolve_artifact(
         )
     if tell is not None:
         tell(f"{path} is a checkpoint: compiling it into the cache, unless it is there")
-    command = [sys.executable, "-c", _COMPILE, str(path), *compile_options]
+    command = [sys.executable, *_COMPILE, str(path), *compile_options]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     except OSError as error:

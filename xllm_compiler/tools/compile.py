@@ -231,3 +231,7 @@ def report_text(report: CompileReport) -> str:
             f"tokens\nartifact {manifest.id[:16]} at {report.path}",
         ]
     )
+
+
+if __name__ == "__main__":  # how xllm-serve starts it
+    entry()
