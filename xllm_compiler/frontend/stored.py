@@ -30,39 +30,13 @@ _ADAPTER: Final = re.compile(
     r"|hada_w\d\w*|lokr_w\d\w*|oft_[rs])(\.|$)"
 )
 # The last part of names of tensors without which the integers of a weight mean nothing.
-_QUANTIZED: Final = frozenset(
-    [
-        "qweight",
-        "qzeros",
-        "scales",
-        "g_idx",
-        "weight_packed",
-        "weight_scale",
-        "weight_scale_inv",
-        "weight_zero_point",
-        "weight_shape",
-        "weight_g_idx",
-        "weight_scale_2",
-        "weight_global_scale",
-        "SCB",
-        "absmax",
-        "quant_map",
-    ]
+_QUANTIZED: Final = (
+    *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
+    *("weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale", "SCB", "absmax", "quant_map"),
 )
-_OF_INPUTS: Final = frozenset(
-    [
-        "input_scale",
-        "input_zero_point",
-        "output_scale",
-        "output_zero_point",
-        "activation_scale",
-        "input_scale_ub",
-        "input_global_scale",
-        "k_scale",
-        "v_scale",
-        "q_scale",
-        "weight_format",
-    ]
+_OF_INPUTS: Final = (
+    *("input_scale", "input_zero_point", "output_scale", "output_zero_point", "activation_scale", "input_scale_ub"),
+    *("input_global_scale", "k_scale", "v_scale", "q_scale", "weight_format"),
 )
 # What constructors compute anew: rotary tables and causal masks, which older versions of transformers stored.
 _COMPUTED: Final = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$")
