@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/xllm-compile models/bundled -o $(ARTIFACT)
-	$(BIN)/python -m xllm_compiler.runtime.ask $(ARTIFACT) "$$PROMPT"
+	$(BIN)/python -P -m xllm_compiler.runtime.ask $(ARTIFACT) "$$PROMPT"
 
 serve: $(STAMP)
 	test -d $(ARTIFACT) || $(BIN)/xllm-compile models/bundled -o $(ARTIFACT)

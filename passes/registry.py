@@ -11,9 +11,11 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -95,18 +97,33 @@ def pass_class(name: str) -> type[Pass]:
 
 def load_passes(spec: str) -> list[str]:
     """Imports a module by its dotted name, or a Python file by its path, and returns the names of the passes that it
-    holds, in order of registration. A module is found from the current directory too. Raises kind "option"."""
+    holds, in order of registration. A module, and what it imports in turn, is found in the current directory too, after
+    everything that is installed. Raises kind "option"."""
     if spec.endswith(".py") or "/" in spec:
         module = _load_file(Path(spec))
     else:
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        _import(f"module {spec}", lambda: importlib.import_module(spec))
+        with _found_here():
+            _import(f"module {spec}", lambda: importlib.import_module(spec))
         module = spec
     found = [n for n, c in _registered.items() if c.__module__ == module or c.__module__.startswith(module + ".")]
     if not found:
         raise XllmError("option", f"{spec} registers no pass", help="decorate a Pass class with @register_pass(name)")
     return found
+
+
+@contextmanager
+def _found_here() -> Iterator[None]:
+    """Modules are found in the current directory. Last, and no longer than this: a torch.py that happens to lie there
+    is not what our own imports mean."""
+    here = os.getcwd()
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _load_file(path: Path) -> str:

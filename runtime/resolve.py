@@ -12,8 +12,9 @@ from pathlib import Path
 from xllm_compiler.artifact import is_artifact
 from xllm_compiler.errors import XllmError
 
-_COMPILE = "from xllm_compiler.tools.compile import entry_for_runtime as run; run()"
-"""Prints the path of the artifact on its standard output, or the error as JSON."""
+_COMPILE = ("-P", "-m", "xllm_compiler.tools.compile")
+"""Prints the path of the artifact on its standard output, or the error as JSON. -P keeps the current directory off
+Python's path: it may be the checkpoint's, and nothing of that is imported."""
 
 
 def resolve_artifact(
@@ -36,7 +37,7 @@ def resolve_artifact(
         )
     if tell is not None:
         tell(f"{path} is a checkpoint: compiling it into the cache, unless it is there")
-    command = [sys.executable, "-c", _COMPILE, str(path), *compile_options]
+    command = [sys.executable, *_COMPILE, str(path), *compile_options]
     try:
         # the program that runs already: its path may be closed to this user
         done = subprocess.run(command, executable="/proc/self/exe", stdout=subprocess.PIPE, text=True, check=False)

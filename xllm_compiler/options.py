@@ -12,7 +12,8 @@ from typing import Any
 from xllm_compiler.artifact.cpu_isa import LEVELS, machine_levels, machine_name
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
-from xllm_compiler.frontend.quantized_config import quantized_config
+from xllm_compiler.frontend.lengths import lengths_of
+from xllm_compiler.frontend.quantized_config import quantized_config, side_notes
 from xllm_compiler.passes.pipelines import quantized
 from xllm_compiler.passes.quantize.forms import MIXED, NARROW, parse_form
 
@@ -35,16 +36,6 @@ MAX_KL = {"kv": 0.01, "w8": 0.01, "w4": 0.1, MIXED: 0.03}
 """What a form may lose unless told otherwise: mean KL divergence in nats. Some ten times and more of what the bundled
 model loses (bench/RESULTS.md): beyond it something is wrong besides rounding, or the model does not bear this form.
 Mixed is for those who want less than 4 bits lose."""
-
-_LENGTH_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
-    "max_target_positions",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +96,9 @@ class Resolved:
 
 def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
     """Check every option and fill in defaults. Raises kind "option" naming the flag and what it may be."""
-    notes: list[str] = []
+    notes = [*checkpoint.notes, *side_notes(checkpoint)]
     target = _one_of("--target", options.target, TARGETS)
-    dtype = DTYPES[_one_of("--dtype", options.dtype or _default_dtype(checkpoint), tuple(DTYPES))]
+    dtype = DTYPES[_one_of("--dtype", options.dtype or _default_dtype(checkpoint, notes), tuple(DTYPES))]
     max_model_len = _model_len(options.max_model_len, checkpoint, notes)
     seqs = _in_range("--max-num-seqs", options.max_num_seqs, DEFAULT_SEQS, 1, MAX_SEQS)
     tokens = _in_range(
@@ -156,37 +147,47 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def _default_dtype(checkpoint: Checkpoint) -> str:
-    """bfloat16 when most bytes of the float weights are 16-bit already, float32 otherwise."""
+def _default_dtype(checkpoint: Checkpoint, notes: list[str]) -> str:
+    """bfloat16 when most bytes of the float weights are 16-bit already, float32 otherwise. A config that says another
+    width is told of: loaders that go by it compute with other numbers."""
     narrow = wide = 0
     for entry in checkpoint.tensors.values():
         if entry.dtype in ("BF16", "F16"):
             narrow += entry.nbytes
         elif entry.is_float:
             wide += entry.nbytes
-    return "bfloat16" if narrow > wide else "float32"
+    chosen = "bfloat16" if narrow > wide else "float32"
+    config = text_config(checkpoint.config)
+    said = config.get("dtype") or config.get("torch_dtype")
+    if narrow + wide and said in ("float32", "float16", "bfloat16") and (said == "float32") != (chosen == "float32"):
+        notes.append(
+            f"config.json says {said}, most weights are stored with {16 if narrow > wide else 32} bits: "
+            f"--dtype is {chosen}"
+        )
+    return chosen
 
 
 def _model_len(given: int | None, checkpoint: Checkpoint, notes: list[str]) -> int:
-    config = text_config(checkpoint.config)
-    lengths = [config.get(key) for key in _LENGTH_KEYS]
-    trained = next((length for length in lengths if isinstance(length, int) and length > 0), None)
+    lengths = lengths_of(text_config(checkpoint.config))
+    trained, most = lengths.trained, lengths.most
     if given is not None:
         value = _in_range("--max-model-len", given, given, 1, MAX_MODEL_LEN)
-        if trained is not None and value > trained:
+        if most is not None and value > most:
             raise XllmError(
                 "option",
-                f"--max-model-len {value} is more than the {trained} positions that the model was made for",
+                f"--max-model-len {value} is more than the {most} positions that the model was made for",
                 where=str(checkpoint.path / "config.json"),
-                help=f"ask for {trained} or less",
+                help=f"ask for {most} or less",
             )
         return value
-    if trained is None:
+    if trained is None or most is None:
         notes.append(f"config.json gives no length; --max-model-len is {DEFAULT_BATCHED_TOKENS}")
         return DEFAULT_BATCHED_TOKENS
-    if trained > DEFAULT_MODEL_LEN_LIMIT:
-        notes.append(f"--max-model-len is {DEFAULT_MODEL_LEN_LIMIT}; the model allows {trained} when asked for")
-    return min(trained, DEFAULT_MODEL_LEN_LIMIT)
+    chosen = min(trained, DEFAULT_MODEL_LEN_LIMIT)
+    if most > chosen and lengths.scaling != "dynamic":
+        by = f" ({lengths.scaling})" if lengths.scaling else ""
+        notes.append(f"--max-model-len is {chosen}; the model allows {min(most, MAX_MODEL_LEN)}{by} when asked for")
+    return chosen
 
 
 def _default_pipeline(target: str, checkpoint: Checkpoint) -> str:

@@ -2,12 +2,13 @@
 
 Parameters become fake tensors (shape and dtype only) the moment a module registers them; buffers, such as a rotary
 embedding's frequencies, keep the values that the model's constructor computed. Owns what has to be known about the
-model as a whole: its facts, its limits, the names under which a checkpoint stores its tensors.
+model as a whole: its facts and its limits.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.attention import IMPLEMENTATION
 from xllm_compiler.frontend.checkpoint import Checkpoint
-from xllm_compiler.frontend.weights import Slot, match
+from xllm_compiler.frontend.lengths import Lengths, lengths_of
 
 TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -77,12 +76,41 @@ def _first_line(e: BaseException) -> str:
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 
+@dataclass
+class _Budget:
+    """How much of a model may be built, counted while it is. A config that describes far more than the checkpoint holds
+    would be built for hours before its tensors are compared; the margin is for tied, split and merged tensors."""
+
+    where: str
+    tensors: int
+    elements: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> _Budget:
+        held = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+        return cls(str(checkpoint.path / "config.json"), 4 * len(checkpoint.tensors) + 64, 64 * held + (1 << 24))
+
+    def spend(self, shape: tuple[int, ...]) -> None:
+        """Raises XllmError("checkpoint") when there is nothing left."""
+        self.tensors -= 1
+        self.elements -= math.prod(shape)
+        if min(self.tensors, self.elements) < 0:
+            raise XllmError(
+                "checkpoint",
+                "config.json describes a model that is many times larger than what the checkpoint holds",
+                where=self.where,
+                help="config.json and the weights do not belong together",
+            )
+
+
 @contextmanager
-def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+def _fake_parameters(mode: FakeTensorMode, budget: _Budget | None) -> Iterator[None]:
     original = torch.nn.Module.register_parameter
 
     def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
         if param is not None and not isinstance(param, FakeTensor):
+            if budget is not None:
+                budget.spend(tuple(param.shape))
             with mode:
                 empty = torch.empty(param.shape, dtype=param.dtype)
             param = torch.nn.Parameter(empty, requires_grad=False)
@@ -95,11 +123,12 @@ def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_model(config: Any, dtype: str, max_model_len: int) -> Any:
-    """The causal LM of `config` in eval mode, ready for tracing. XllmError("unsupported") when transformers cannot."""
+def build_model(config: Any, dtype: str, max_model_len: int, checkpoint: Checkpoint | None = None) -> Any:
+    """The causal LM of `config` in eval mode, ready for tracing. XllmError("unsupported") when transformers cannot,
+    XllmError("checkpoint") when the model is out of all proportion to the tensors of `checkpoint`."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        with no_init_weights(), _fake_parameters(mode):
+        with no_init_weights(), _fake_parameters(mode, None if checkpoint is None else _Budget.of(checkpoint)):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
             )
@@ -120,6 +149,7 @@ def build_model(config: Any, dtype: str, max_model_len: int) -> Any:
         if hasattr(module, "create_position_ids_from_input_ids"):
             raise XllmError("unsupported", f"{type(module).__name__} derives positions from token ids", where=name)
     _freeze_rope(model, max_model_len)
+    _require_scaling(model, config, max_model_len)
     return model
 
 
@@ -150,6 +180,21 @@ def _freeze_rope(model: torch.nn.Module, max_model_len: int) -> None:
         module.rope_type = "default"
 
 
+def _require_scaling(model: torch.nn.Module, config: Any, max_model_len: int) -> None:
+    """A length beyond the trained one is allowed by a rope that the model has, not only its config."""
+    lengths = model_lengths(config)
+    if lengths.trained is None or max_model_len <= lengths.trained:
+        return
+    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
+    if not any(lengths.scaling in (kind.values() if isinstance(kind, dict) else (kind,)) for kind in kinds):
+        raise XllmError(
+            "option",
+            f"a max model length of {max_model_len} tokens: {config.model_type!r} takes no notice of the scaling "
+            f"{lengths.scaling!r} in config.json",
+            help=f"the model was made for {lengths.trained} tokens",
+        )
+
+
 def _rope_limit(module: Any, kind: str) -> int | None:
     parameters = getattr(module.config, "rope_parameters", None) or {}
     original = parameters.get("original_max_position_embeddings")
@@ -165,10 +210,9 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def model_limit(config: Any) -> int | None:
-    """The most positions the model was made for, None where it does not say."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
+def model_lengths(config: Any) -> Lengths:
+    """What the config says of lengths, in tokens."""
+    return lengths_of(text_config(config).to_dict())
 
 
 def model_facts(
@@ -193,63 +237,6 @@ def model_facts(
         eos_token_ids=tuple(int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab),
         bos_token_id=int(bos) if isinstance(bos, int) and 0 <= bos < vocab else None,
     )
-
-
-def tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every parameter and buffer name -> all names of the same tensor, itself included, in the model's order."""
-    groups: dict[int, list[str]] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        groups.setdefault(id(tensor), []).append(name)
-    return {name: tuple(groups[id(tensor)]) for name, tensor in named}
-
-
-def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Model tensor name -> the checkpoint's name for it, by transformers' own renaming rules.
-
-    XllmError("unsupported") when a tensor would have to be converted (split, merged, transposed) on the way.
-    """
-    rules = get_model_conversion_mapping(model)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    own = dict.fromkeys([n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())], True)
-    names: dict[str, str] = {}
-    for key in sorted(checkpoint.tensors):
-        if key in own:
-            names[key] = key
-            continue
-        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if pattern is not None:
-            raise XllmError(
-                "unsupported",
-                f"tensor {key!r} is stored in a form that has to be converted ({pattern})",
-                where=str(checkpoint.tensors[key].file),
-                help="mixture-of-experts models are not supported yet" if "expert" in key else "",
-            )
-        if renamed in own and renamed not in checkpoint.tensors:
-            if renamed in names:
-                raise XllmError(
-                    "checkpoint",
-                    f"both {names[renamed]!r} and {key!r} are the model's {renamed!r}",
-                    where=str(checkpoint.tensors[key].file),
-                )
-            names[renamed] = key
-    return names
-
-
-def check_weights(model: torch.nn.Module, names: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Before anything slow: every parameter is in the checkpoint, with the model's shape. XllmError("checkpoint")."""
-    tied = tied_names(model)
-    for name, parameter in model.named_parameters():
-        key = next((names[n] for n in tied[name] if n in names), None)
-        if key is None:
-            raise XllmError(
-                "checkpoint",
-                f"tensor {name!r} is missing",
-                where=str(checkpoint.path),
-                help="the checkpoint does not hold all weights of the model that config.json describes",
-            )
-        match(Slot(name, "f32", tuple(parameter.shape), key=key), checkpoint)
 
 
 def takes(model: Any, argument: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -242,7 +243,9 @@ class StoredWeight:
             raise self._wrong(part, f"is {entry.dtype}, not {' or '.join(dtypes)}")
         if entry.shape not in shapes:
             wanted = " or ".join(str(list(s)) for s in dict.fromkeys(shapes))
-            raise self._wrong(part, f"has shape {list(entry.shape)}, the settings in config.json want {wanted}")
+            raise self._wrong(
+                part, f"has shape {list(entry.shape)}, the settings in {Path(self.config.where).name} want {wanted}"
+            )
 
     def _wrong(self, part: str, what: str) -> XllmError:
         entry = self.parts[part]
@@ -268,7 +271,8 @@ class Quantized:
         if not weights:
             raise XllmError(
                 "checkpoint",
-                f"config.json says that the checkpoint was quantized by {config.method}, but no tensor is stored so",
+                f"{Path(config.where).name} says that the checkpoint was quantized by {config.method}, but no tensor "
+                "is stored so",
                 where=config.where,
             )
         tensors = dict(checkpoint.tensors)
@@ -353,7 +357,7 @@ def _shape(
         wanted = "8-bit floats" if scheme.floats else "integers"
         raise XllmError(
             "checkpoint",
-            f"tensor {entry.name!r} is stored as {entry.dtype}; config.json says {wanted}",
+            f"tensor {entry.name!r} is stored as {entry.dtype}; {Path(config.where).name} says {wanted}",
             where=where,
         )
     return first, second

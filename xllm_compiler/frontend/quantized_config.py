@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import Any, Final
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 
 METHODS: Final = ("compressed-tensors", "awq", "gptq", "fp8", "fbgemm_fp8")
+MODELOPT: Final = "hf_quant_config.json"
 _FORMATS: Final = ("int-quantized", "pack-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _GPTQ_FORMATS: Final = ("gptq", "gptq_v2")
 
@@ -86,24 +88,89 @@ class QuantizedConfig:
 
 def quantized_config(checkpoint: Checkpoint) -> QuantizedConfig | None:
     """The settings of a quantized checkpoint, None for another. XllmError("unsupported") names an unknown method or
-    setting, XllmError("checkpoint") one that makes no sense."""
+    setting, XllmError("checkpoint") one that makes no sense.
+
+    config.json has the first word, as in transformers. Before it had one, GPTQ and AWQ kept their settings in files of
+    their own, which are read where tensors are stored as they say (`side_notes` tells of the others)."""
     raw = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
-    if not raw:
-        return None
-    where = str(checkpoint.path / "config.json")
+    if raw:
+        return _parsed(raw, str(checkpoint.path / "config.json"))
+    for name, settings in checkpoint.beside.items():
+        if name == MODELOPT or _stored_packed(checkpoint):
+            return _parsed(_with_method(name, settings), str(checkpoint.path / name))
+    if isinstance(checkpoint.config.get("quantization"), dict):  # MLX has the same key for its own
+        raise _unreadable("mlx", str(checkpoint.path / "config.json"))
+    return None
+
+
+def side_notes(checkpoint: Checkpoint) -> list[str]:
+    """What the user should know of settings beside config.json: that they are not used, or say something else."""
+    used = quantized_config(checkpoint)
+    notes = []
+    for name, settings in checkpoint.beside.items():
+        if used is None:
+            notes.append(f"{name} is not used: no tensor is stored quantized as it says")
+        elif used.where != str(checkpoint.path / name):
+            first = PurePath(used.where).name
+            try:
+                said = _parsed(_with_method(name, settings), used.where)
+            except XllmError as error:
+                notes.append(f"{name} is not used beside {first}: {error.message}")
+                continue
+            if said != used:
+                notes.append(f"{name} contradicts {first}, which is used: {_differences(said, used)}")
+    return notes
+
+
+def _stored_packed(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(".qweight") for name in checkpoint.tensors)
+
+
+def _with_method(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file of its own, with the method that config.json would name."""
+    if name == MODELOPT:
+        inner = settings.get("quantization")
+        algorithm = inner.get("quant_algo") if isinstance(inner, dict) else None
+        return {**settings, "quant_method": f"modelopt {algorithm or ''}".strip()}
+    awq = "w_bit" in settings or "zero_point" in settings or "version" in settings
+    return {"quant_method": "awq" if awq else "gptq", **settings}
+
+
+def _differences(said: QuantizedConfig, used: QuantizedConfig) -> str:
+    """Where the two part, for people."""
+    if said.method != used.method:
+        return f"{said.method} instead of {used.method}"
+    parts = [
+        f"{field.name} {getattr(said.scheme, field.name)} instead of {getattr(used.scheme, field.name)}"
+        for field in fields(Scheme)
+        if getattr(said.scheme, field.name) != getattr(used.scheme, field.name)
+    ]
+    parts += [
+        f"{name} {getattr(said, name)} instead of {getattr(used, name)}"
+        for name in ("v1", "symmetric")
+        if getattr(said, name) != getattr(used, name)
+    ]
+    return ", ".join(parts) or "settings of single modules"
+
+
+def _unreadable(method: str, where: str) -> XllmError:
+    named = f"by {method!r}" if method else f"by a method that {PurePath(where).name} does not name"
+    return XllmError(
+        "unsupported",
+        f"the checkpoint was quantized {named}",
+        where=where,
+        help=f"what can be read: {', '.join(METHODS)}; or use the unquantized checkpoint",
+    )
+
+
+def _parsed(raw: object, where: str) -> QuantizedConfig:
     if not isinstance(raw, dict):
         raise XllmError("checkpoint", "quantization_config is not an object", where=where)
     method = str(raw.get("quant_method", "")).lower()
     if not method and "config_groups" in raw:
         method = "compressed-tensors"
     if method not in METHODS:
-        named = f"by {method!r}" if method else "by a method that config.json does not name"
-        raise XllmError(
-            "unsupported",
-            f"the checkpoint was quantized {named}",
-            where=where,
-            help=f"what can be read: {', '.join(METHODS)}; or use the unquantized checkpoint",
-        )
+        raise _unreadable(method, where)
     return {"compressed-tensors": _compressed, "awq": _awq, "gptq": _gptq}.get(method, _fp8)(raw, method, where)
 
 
@@ -164,6 +231,8 @@ def _gptq(raw: dict[str, Any], method: str, where: str) -> QuantizedConfig:
     form = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
     if form not in _GPTQ_FORMATS:
         raise _refuse(f"GPTQ weights packed as {form!r}", where, f"what can be read: {', '.join(_GPTQ_FORMATS)}")
+    if raw.get("is_marlin_format"):
+        raise _refuse("GPTQ weights packed as 'marlin'", where, f"what can be read: {', '.join(_GPTQ_FORMATS)}")
     if str(raw.get("pack_dtype") or "int32").rpartition(".")[2] != "int32":
         raise _refuse(f"GPTQ weights packed into {raw['pack_dtype']}", where, "int32 can be read")
 

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from xllm_compiler.errors import XllmError
@@ -102,20 +103,24 @@ def stepped_logits(module: Module, weights: Mapping[str, Array], prompts: Sequen
 def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: str = "eager") -> Any:
     """The unmodified transformers model of a checkpoint directory, in eval mode.
 
-    Of a quantized checkpoint: the float model with the weights that the stored ones stand for, dequantized here, since
-    transformers needs a library of each method's own and for some of them a GPU.
+    transformers gets the config and the tensors of the safetensors files, not the directory: what else lies there
+    (code, pickles, adapters) is never opened. Of a quantized checkpoint: the float model with the weights that the
+    stored ones stand for, dequantized here, since transformers needs a library of each method's own and for some of
+    them a GPU.
     """
     quantized = Quantized.of(Checkpoint.open(path))
-    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention, "local_files_only": True}
+    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention}
     try:
+        config = load_config(quantized.view)
+        with torch.device("meta"):  # only to learn the class
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         if quantized.weights:
-            config = load_config(quantized.view)
-            with torch.device("meta"):  # only to learn the class
-                kind = type(AutoModelForCausalLM.from_config(config))
             tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
-            model = kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(path), **settings)
+            tensors = {name: t for shard in quantized.view.shards for name, t in load_file(shard).items()}
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    except XllmError:
+        raise
     except Exception as e:
         raise XllmError("unsupported", f"transformers cannot load the model: {e}", where=str(path)) from e
     return model.eval()

@@ -31,17 +31,15 @@ from xllm_compiler.frontend.model import (
     TORCH_DTYPE,
     ModelFacts,
     build_model,
-    check_weights,
-    checkpoint_names,
     load_config,
     model_facts,
-    model_limit,
+    model_lengths,
     takes,
     text_config,
-    tied_names,
 )
 from xllm_compiler.frontend.quantized import Quantized, StoredWeight
 from xllm_compiler.frontend.rows import check_rows
+from xllm_compiler.frontend.stored import check_weights, checkpoint_names, judge_leftovers, tied_names, untie
 from xllm_compiler.frontend.weights import Slot, WeightSource, match
 from xllm_compiler.ir import ops, quant
 from xllm_compiler.ir.core import Builder, Func, Module, Value
@@ -130,11 +128,14 @@ def trace_checkpoint(
     ):
         if not 1 <= limit <= _EXPORT_MAX:
             raise XllmError("option", f"{name}={limit} must be in 1..{_EXPORT_MAX}")
-    model = build_model(config, dtype, length)
-    names = {} if checkpoint is None else checkpoint_names(model, checkpoint)
-    if checkpoint is not None:
-        check_weights(model, names, checkpoint)
-    if quantized is not None:
+    model = build_model(config, dtype, length, checkpoint)
+    names: dict[str, str] = {}
+    notes: list[str] = []
+    if checkpoint is not None and quantized is not None:
+        names, leftovers = checkpoint_names(model, checkpoint)
+        notes += untie(model, names, checkpoint, quantized.weights)
+        notes += judge_leftovers(model, leftovers, checkpoint)
+        notes += check_weights(model, names, checkpoint)
         _check_quantized(model, names, quantized)
     program, calls = _export(model)
     for call in calls:
@@ -162,8 +163,9 @@ def trace_checkpoint(
         for slot in slots.values():
             if slot.key and slot.read is None:
                 match(slot, checkpoint)
-    notes = (*quantized.notes, *quantized.dequantized()) if quantized is not None else ()
-    return Traced(module, facts, WeightSource(slots, checkpoint, check_finite), notes)
+    if quantized is not None:
+        notes += [*quantized.notes, *quantized.dequantized()]
+    return Traced(module, facts, WeightSource(slots, checkpoint, check_finite), tuple(notes))
 
 
 def _check_quantized(model: torch.nn.Module, names: Mapping[str, str], quantized: Quantized) -> None:
@@ -182,17 +184,14 @@ def _check_quantized(model: torch.nn.Module, names: Mapping[str, str], quantized
 
 
 def _model_len(config: Any, wanted: int | None) -> int:
-    limit = model_limit(config)
+    lengths = model_lengths(config)
     if wanted is None:
-        if limit is None:
+        if lengths.trained is None:
             raise XllmError("option", "the model names no maximal length", help="give a max model length")
-        return limit
-    if not 1 <= wanted <= (limit or _MAX_MODEL_LEN):
-        raise XllmError(
-            "option",
-            f"a max model length of {wanted} tokens",
-            help=f"the model was made for 1 to {limit or _MAX_MODEL_LEN}",
-        )
+        return lengths.trained
+    most = lengths.most or _MAX_MODEL_LEN
+    if not 1 <= wanted <= most:
+        raise XllmError("option", f"a max model length of {wanted} tokens", help=f"the model was made for 1 to {most}")
     return wanted
 
 

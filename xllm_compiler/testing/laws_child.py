@@ -32,7 +32,7 @@ def load_spec(cls: type[Pass]) -> str:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     top = cls.__module__.partition(".")[0]
     # Not importlib.util.find_spec: that finds what is imported already, files loaded by their path among them.
-    if importlib.machinery.PathFinder.find_spec(top) is not None:
+    if importlib.machinery.PathFinder.find_spec(top, [*sys.path, os.getcwd()]) is not None:
         return cls.__module__
     return str(file or cls.__module__)
 
@@ -41,7 +41,7 @@ def digests_elsewhere(p: Pass, texts: Sequence[str]) -> list[str]:
     """A digest of what `p` makes of each text in a process with another hash seed. XllmError where that fails."""
     seed = next(s for s in SEEDS if s != os.environ.get("PYTHONHASHSEED"))
     env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, "-m", "xllm_compiler.testing.laws_child", load_spec(type(p)), item_text(p)]
+    words = [sys.executable, "-P", "-m", "xllm_compiler.testing.laws_child", load_spec(type(p)), item_text(p)]
     try:
         done = subprocess.run(
             words, input=json.dumps(list(texts)), env=env, capture_output=True, text=True, timeout=SECONDS, check=False

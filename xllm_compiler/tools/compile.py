@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from xllm_compiler.ir.rewrite import RewriteListener
     from xllm_compiler.options import CompileOptions
     from xllm_compiler.passes.instruments import Instrument
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 VERBS = {
     "show": "print what is in an artifact",
@@ -46,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
 
 def entry_for_runtime() -> None:
     """The compiler as a server starts it: an error is one line of JSON on standard output instead of a text, so that
-    the server can say it as its own."""
+    the server can say it as its own. It ends with the server: whoever stops that wants the processor back."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def show(error: XllmError) -> None:
         told = {"kind": error.kind, "message": error.message, "where": error.where, "help": error.help}
@@ -265,3 +270,7 @@ def report_text(report: CompileReport) -> str:
             f"tokens\nartifact {manifest.id[:16]} at {report.path}",
         ]
     )
+
+
+if __name__ == "__main__":  # how xllm-serve starts it
+    entry_for_runtime()

@@ -68,6 +68,8 @@ def _main(argv: list[str]) -> int:
     for note in resolved.notes:
         progress.note(note)
     traced = _trace(checkpoint, resolved, logits)
+    for note in traced.notes:
+        progress.note(note)
     if pipeline.items:
         from xllm_compiler.tools.debug import debug_instruments
 
@@ -103,14 +105,14 @@ def _resolved(args: Any) -> tuple[Checkpoint, Resolved, int]:
 
 def _open(path: Path) -> Checkpoint:
     """The checkpoint, without tensors where there is only a config.json."""
-    from xllm_compiler.frontend.checkpoint import Checkpoint, read_json
+    from xllm_compiler.frontend.checkpoint import Checkpoint
 
     if path.is_file():
         if path.name != "config.json":
             raise XllmError("checkpoint", f"{path} is a file", help="give a checkpoint directory, or its config.json")
-        return Checkpoint(path.parent, read_json(path), {}, {}, ())
+        return Checkpoint.without_weights(path)
     if path.is_dir() and (path / "config.json").is_file() and not any(next(path.glob(p), None) for p in _WEIGHTS):
-        return Checkpoint(path, read_json(path / "config.json"), {}, {}, ())
+        return Checkpoint.without_weights(path / "config.json")
     return Checkpoint.open(path)
 
 

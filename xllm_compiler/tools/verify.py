@@ -134,6 +134,7 @@ def references(
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         print("torch or transformers is not installed: nothing to compare the checkpoint with")
         return
+    from xllm_compiler.frontend.checkpoint import Checkpoint
     from xllm_compiler.frontend.trace import trace_checkpoint
 
     traced = trace_checkpoint(
@@ -144,6 +145,8 @@ def references(
         max_num_batched_tokens=manifest.limits.max_num_batched_tokens,
         max_num_logits=manifest.limits.max_num_logits,
     )
+    for note in (*Checkpoint.open(checkpoint).notes, *traced.notes):
+        print(f"note: {note}", flush=True)
     yield "interpreter on the traced model", run_interpreter(traced.module, traced.weights, trial)
     yield "transformers", run_transformers(checkpoint, manifest.model.dtype, trial)
 

@@ -19,7 +19,7 @@ def find_linker(machine: str) -> list[str]:
             return ["cc"]
         raise XllmError("io", "no linker: `cc` was not found", help="install gcc or clang to compile for the CPU")
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu"]
+        return [sys.executable, "-P", "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu"]
     cross = f"{machine}-linux-gnu-gcc"
     if shutil.which(cross):
         return [cross]
