@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
 from xllm_compiler.errors import XllmError
-
-if TYPE_CHECKING:
-    from xllm_compiler.runtime.chat_template import ChatTemplate
-
-Message = Mapping[str, Any]
+from xllm_compiler.runtime.chat_template import ChatTemplate, Message
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -25,7 +21,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise XllmError("io", f"cannot read {path.name}: {error.strerror}", where=str(path)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise XllmError("artifact", f"{path.name} is not JSON: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise XllmError("artifact", f"{path.name} holds no JSON object", where=str(path))
@@ -36,34 +32,31 @@ class Tokenizer:
     """A Hugging Face fast tokenizer with its chat template. Safe to use from several threads."""
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any], template: ChatTemplate | None) -> None:
-        """`config` is tokenizer_config.json; its special tokens are visible to the chat template."""
+        """`config`: the artifact's tokenizer_config.json; its special tokens are visible to the chat template."""
         self._core = core
         self._template = template
-        self._special = {name: text for name, text in _special_tokens(config)}
+        self._special = _special_tokens(config)
         self._texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of an artifact or a checkpoint."""
+        """Read tokenizer.json and tokenizer_config.json of an artifact, in which the compiler wrote all that there is
+        to know: special tokens by name, chat templates, and whether special tokens in a text are split."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise XllmError("artifact", "there is no tokenizer.json", where=str(folder))
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the binding raises bare Exception
+        except BaseException as error:  # the binding raises bare Exception, and a panic is not even that
+            if not _is_fault(error):
+                raise
             raise XllmError("artifact", f"tokenizer.json cannot be read: {error}", where=str(path)) from None
         core.no_padding()
         core.no_truncation()
         config = read_json_object(folder / "tokenizer_config.json")
-        try:
-            text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            template = config.get("chat_template")
-        else:
-            template = text
-        if not template:
-            return cls(core, config, None)
-        return cls(core, config, _template(template))
+        core.encode_special_tokens = config.get("split_special_tokens") is True
+        template = config.get("chat_template")
+        return cls(core, config, ChatTemplate(template, _special_tokens(config)) if template else None)
 
     @property
     def vocab_size(self) -> int:
@@ -79,11 +72,25 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's own. Raises XllmError("request") when it has none."""
+        if self._template is None:
+            raise XllmError(
+                "request",
+                "this model has no chat template",
+                where="messages",
+                help="use /v1/completions or give the server a --chat-template",
+            )
+        return self._template
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises XllmError("request") when the text cannot be encoded."""
         try:
             return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # lone surrogates and the like; the binding raises bare exceptions
+        except BaseException as error:  # lone surrogates, a pattern that gives up: bare exceptions and panics
+            if not _is_fault(error):
+                raise
             raise XllmError("request", f"the text cannot be tokenized: {error}", where="prompt") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -113,21 +120,13 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        **variables: Any,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
     ) -> str:
-        """The conversation as the template writes it. Raises XllmError("request")."""
-        template = self._template if chat_template is None else _template(chat_template)
-        if template is None:
-            raise XllmError(
-                "request",
-                "this model has no chat template",
-                where="messages",
-                help="use /v1/completions or give the server a --chat-template",
-            )
-        return template.render(
+        """The conversation as the template writes it; `variables` are seen by the template beside the special tokens.
+        Raises XllmError("request")."""
+        return self.chat_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -135,19 +134,16 @@ class Tokenizer:
         )
 
 
-def _template(text: str) -> ChatTemplate:
-    """jinja takes a sixth of the time in which this process starts: only whoever has a template waits for it."""
-    from xllm_compiler.runtime.chat_template import ChatTemplate
-
-    return ChatTemplate(text)
+def _is_fault(error: BaseException) -> bool:
+    """Whether the binding failed, by an exception or by a panic of Rust, rather than this process being ended."""
+    return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
-def _special_tokens(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        value = config.get(name)
-        if isinstance(value, Mapping):  # a serialised AddedToken
-            value = value.get("content")
-        if isinstance(value, str):
-            found.append((name, value))
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and whatever else is named so; not add_bos_token, which is no text."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, Mapping) else value  # a serialised AddedToken
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
     return found
