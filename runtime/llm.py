@@ -19,14 +19,14 @@ from types import TracebackType
 from typing import Any
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.chat_template import ChatTemplate
+from xllm_compiler.runtime.chat_template import ChatTemplate, Message
 from xllm_compiler.runtime.engine import Engine, Request
 from xllm_compiler.runtime.outputs import CompletionOutput, Logprob, Output, RequestOutput
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.resolve import resolve_artifact
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.startup import EngineOptions, prepare_engine
-from xllm_compiler.runtime.tokenizer import Message, Tokenizer
+from xllm_compiler.runtime.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
 

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ class Limits:
 
 
 class Refusal(Exception):
-    """The call raised; `str()` is what."""
+    """The call raised; `str()` is what, `kind` the name of the exception's class."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class Overrun(Exception):
@@ -97,8 +101,9 @@ class Confined:
             assert self._child is not None
             return self._guard(self._child.opened)
 
-    def call(self, name: str, arguments: Any) -> Any:
-        """What the child makes of it. Raises Refusal, Overrun and XllmError("io")."""
+    def call(self, name: str, arguments: Any, *, cpu: float | None = None) -> Any:
+        """What the child makes of it, in at most `cpu` seconds of processor time if that is given. Raises Refusal,
+        Overrun and XllmError("io")."""
         with self._lock:
             self.start()
             child = self._child
@@ -268,7 +273,7 @@ class _Child:
         if "value" in answer:
             return answer["value"]
         if "error" in answer:
-            raise Refusal(answer["error"])
+            raise Refusal(answer["error"], answer["kind"])
         if answer["over"] == "memory":
             raise Overrun(f"needs more than {self._limits.memory >> 20} MiB of memory")
         raise Overrun(f"writes more than {self._limits.answer >> 20} MiB")

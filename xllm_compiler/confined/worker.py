@@ -2,7 +2,7 @@
 isolated interpreter; owns the limits and the framing, must not import anything of this project.
 
 A message is four bytes of length, big-endian, and that much JSON. A call is {"call": name, "with": arguments, "cpu":
-seconds, "wall": seconds}; an answer {"value": ..} or {"error": text}, or {"over": "memory"} before the process ends
+seconds, "wall": seconds}; an answer {"value": ..} or {"error": text, "kind": class}, or {"over": "memory"} before the process ends
 itself. A call that takes too long is ended by the timer's signal, which needs no help from the interpreter.
 """
 
@@ -76,7 +76,8 @@ def _answer(handlers: Mapping[str, Callable[[Any], Any]], message: bytes) -> dic
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        return {"error": (str(error) or type(error).__name__)[:_ERROR_CHARACTERS]}
+        kind = type(error).__name__
+        return {"error": (str(error) or kind)[:_ERROR_CHARACTERS], "kind": kind}
 
 
 def main() -> None:

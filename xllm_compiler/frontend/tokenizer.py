@@ -82,13 +82,20 @@ def resolve_tokenizer(root: Path) -> ResolvedTokenizer | None:
         backend = _backend(loaded, root)
         served = _copy(backend)
         config = _config(loaded, root)
-    from xllm_compiler.frontend.tokenizer_check import check_same
+    from xllm_compiler.frontend.template_check import check_template
+    from xllm_compiler.frontend.tokenizer_check import check_encodes, check_same, note_rebuilt
 
-    notes = check_same(loaded, served, str(root))
+    text = served.to_str(pretty=True)
+    notes = check_encodes(text, str(root))
+    with _quiet():
+        notes += check_same(loaded, served, str(root))
+    if "tokenizer.json" in files:
+        notes += note_rebuilt(loaded, served, root / "tokenizer.json")
+    notes += check_template(config, str(root))
     eos = loaded.eos_token
     ids = served.get_vocab(with_added_tokens=True).values()
     return ResolvedTokenizer(
-        served.to_str(pretty=True),
+        text,
         json.dumps(config, indent=2, sort_keys=True) + "\n",
         None if eos is None else served.token_to_id(str(eos)),
         max(ids, default=-1) + 1,
@@ -189,8 +196,9 @@ def _unreadable(root: Path, error: BaseException) -> XllmError:
         for name in tokenizer_files(root):
             if not _is_utf8(root / name) and not (name.endswith(".model") or ".model." in name):
                 return XllmError("checkpoint", f"{name} is not UTF-8 text: {error.reason}", where=str(root / name))
-    kind = "unsupported" if isinstance(error, ImportError) else "checkpoint"
-    return XllmError(kind, f"transformers cannot read the tokenizer: {reason_of(error)}", where=str(root), help=_RESAVE)
+    return XllmError(
+        "checkpoint", f"transformers cannot read the tokenizer: {reason_of(error)}", where=str(root), help=_RESAVE
+    )
 
 
 def _is_utf8(path: Path) -> bool:
