@@ -108,8 +108,8 @@ class Confined:
             self.start()
             child = self._child
             assert child is not None
-            message = _message(name, arguments, self._limits)
-
+            limits = self._limits if cpu is None else replace(self._limits, cpu=cpu)
+            message = _message(name, arguments, limits)
             return self._guard(lambda: child.call(message))
 
     async def aopened(self) -> Any:
