@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,19 @@ import tokenizers
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.chat_template import ChatTemplate, Message
+
+_ANCHORS_TRIED = 4096
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes, by which byte-level tokens are named: printable ones stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -36,7 +50,14 @@ class Tokenizer:
         self._core = core
         self._template = template
         self._special = _special_tokens(config)
-        self._texts: dict[int, str] = {}
+        added = core.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special_names = {int(token): str(entry.content) for token, entry in added.items() if entry.special}
+        decoder = b"" if core.decoder is None else bytes(core.decoder.__getstate__())
+        self._byte_level = b'"ByteLevel"' in decoder
+        self._byte_fallback = b'"ByteFallback"' in decoder
+        self._anchor = self._find_anchor()
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -84,6 +105,15 @@ class Tokenizer:
             )
         return self._template
 
+    def _find_anchor(self) -> int | None:
+        """A plain word, after which another token is decoded as it is within a text."""
+        for token in range(min(self.vocab_size, _ANCHORS_TRIED)):
+            if token not in self._added and self._core.id_to_token(token) is not None:
+                text = self.decode([token], skip_special_tokens=False)
+                if text.isascii() and text.isalnum():
+                    return token
+        return None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises XllmError("request") when the text cannot be encoded."""
         try:
@@ -100,12 +130,37 @@ class Tokenizer:
         except OverflowError:
             raise XllmError("request", "token ids must be from 0 to 4294967295", where="tokens") from None
 
-    def token_text(self, token: int) -> str:
-        """One token on its own as text, special ones too; part of a character shows as U+FFFD."""
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
-        return text
+    def special_name(self, token: int) -> str | None:
+        """The name of a special token, None for others."""
+        return self._special_names.get(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What the token writes within a text, half a character included; nothing for an id without a name."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._bytes_of(token)
+        return found
+
+    def _bytes_of(self, token: int) -> bytes:
+        name = self.id_to_token(token)
+        if name is None:
+            return b""
+        if token not in self._added:
+            if self._byte_level and all(letter in _BYTE_OF for letter in name):
+                return bytes(_BYTE_OF[letter] for letter in name)
+            if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(name)):
+                return bytes.fromhex(byte[1])
+        before = [] if self._anchor is None else [self._anchor]
+        known = self.decode(before, skip_special_tokens=False) if before else ""
+        return self.decode([*before, token], skip_special_tokens=False)[len(known) :].encode("utf-8", "replace")
+
+    def spans(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Where each token of `encode`'s answer begins in the text, in characters."""
+        starts, last = [], 0
+        for start, end in self._core.encode(text, add_special_tokens=add_special_tokens).offsets:
+            last = max(last, start) if end > start else last
+            starts.append(last)
+        return starts
 
     def token_id(self, text: str) -> int | None:
         found = self._core.token_to_id(text)

@@ -3,7 +3,7 @@ isolated interpreter; owns the limits and the framing, must not import anything 
 
 A message is four bytes of length, big-endian, and that much JSON. A call is {"call": name, "with": arguments, "cpu":
 seconds, "wall": seconds}; an answer {"value": ..} or {"error": text, "kind": class}, or {"over": "memory"} before the
-process ends itself. A call that takes too long is ended by the timer's signal, which needs no help from the interpreter.
+process ends itself. A call that takes too long is ended by the timer's signal, with no help from the interpreter.
 """
 
 from __future__ import annotations

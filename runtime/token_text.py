@@ -1,0 +1,106 @@
+"""What a single token says. Owns the strings and bytes of tokens in log-probabilities; must not know requests.
+
+The string of a token is what it adds to the text, so that the strings join to the text: a token that ends in half a
+character adds nothing for that half, and the token that completes the character adds it whole. The bytes of a token are
+its own, half characters included, so that the bytes join to the text's too. A special token that is not shown has its
+name as string and no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from xllm_compiler.runtime.outputs import LogprobDict
+from xllm_compiler.runtime.text import TextStream
+
+_LONGEST = 256  # bytes without a character that are remembered; no character has more than four
+
+
+class Speller(Protocol):
+    """What this needs of `runtime.tokenizer.Tokenizer`."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def special_name(self, token: int) -> str | None: ...
+
+
+class TokenNames:
+    """Names the tokens of one growing text, each in its place."""
+
+    __slots__ = ("_pending", "_speller", "_started")
+
+    def __init__(self, speller: Speller, started: bool) -> None:
+        """`started`: there is text before the first token, so that a leading space of it is kept."""
+        self._speller = speller
+        self._started = started
+        self._pending = b""  # of an unfinished character
+
+    def name(self, row: LogprobDict, token: int, added: str | None) -> None:
+        """Fill in the strings and bytes of a row of alternatives, `token` the one that was taken. `added`: what that
+        one added to the text; None for one that is no part of it, such as the end of the text."""
+        pending = self._pending
+        for other, entry in row.items():
+            if other == token:
+                entry.decoded_token, entry.token_bytes, entry.shown = self.take(token, added)
+            else:
+                entry.decoded_token, entry.token_bytes = self._would_add(other, pending)
+
+    def take(self, token: int, added: str | None) -> tuple[str, bytes, bool]:
+        """A token of the text that adds `added`: its string, its bytes, and whether they are part of the text."""
+        special = self._speller.special_name(token)
+        if added is None or (special is not None and not added):
+            name = special if special is not None else self._would_add(token, b"")[0]
+            return name, b"", False
+        own = self._speller.token_bytes(token)
+        text = added.encode("utf-8", "replace")
+        whole = self._pending + own
+        if whole.startswith(text):
+            self._pending = whole[len(text) :][-_LONGEST:]
+        else:  # bytes that make no character, or a space that the start of a text loses
+            own = own if self._pending or "\ufffd" in added else text
+            self._pending = b""
+        self._started = self._started or bool(added)
+        return added, own, True
+
+    def _would_add(self, token: int, pending: bytes) -> tuple[str, bytes]:
+        special = self._speller.special_name(token)
+        if special is not None:
+            return special, special.encode()
+        own = self._speller.token_bytes(token)
+        if not self._started and not pending and own[:1].isspace():
+            own = self._speller.decode([token], skip_special_tokens=False).encode("utf-8", "replace")
+        whole = pending + own
+        try:
+            return whole.decode(), own
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return whole[: error.start].decode(), own
+            return whole.decode("utf-8", "replace"), own
+
+
+def name_prompt(
+    speller: Speller, ids: Sequence[int], rows: Sequence[LogprobDict | None], skip_special_tokens: bool
+) -> None:
+    """Name the log-probabilities of a prompt's tokens."""
+    stream = TextStream(speller, (), skip_special_tokens=skip_special_tokens)
+    names = TokenNames(speller, started=False)
+    last = None
+    for token, row in zip(ids, rows, strict=True):
+        stream.push(token)
+        if row is None:
+            names.take(token, stream.added)
+        else:
+            names.name(row, token, stream.added)
+            last = row[token]
+    rest = stream.finish()
+    if rest and last is not None:
+        last.decoded_token = (last.decoded_token or "") + rest
+
+
+def first_name(speller: Speller, token: int, alone: bool, skip_special_tokens: bool) -> tuple[str, bool]:
+    """The string of a text's first token, and whether it is part of the text. `alone`: no token follows it."""
+    stream = TextStream(speller, (), skip_special_tokens=skip_special_tokens)
+    stream.push(token)
+    text, _, shown = TokenNames(speller, started=False).take(token, stream.added)
+    return text + (stream.finish() if alone else ""), shown
