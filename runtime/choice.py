@@ -15,7 +15,7 @@ from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output, RequestM
 from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, raw_logprobs
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.text import TextStream
-from xllm_compiler.runtime.token_text import TokenNames, name_prompt
+from xllm_compiler.runtime.token_text import TokenNames, append_rest, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
 OnOutput = Callable[[Output], None]
@@ -194,9 +194,7 @@ class Choice:
         if event.finish_reason is not None:
             event.text += self._text.finish()
             if event.logprobs and self._text.added:
-                last = event.logprobs[-1][event.token_ids[-1]]
-                if last.shown:
-                    last.decoded_token = (last.decoded_token or "") + self._text.added
+                append_rest(event.logprobs[-1][event.token_ids[-1]], self._text.added)
 
     def _push(self, text: TextStream, event: Output, may_stop: bool = True) -> None:
         if event.finish_reason == "stop" and not self.group.request.params.include_stop_str_in_output:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from xllm_compiler.runtime.outputs import LogprobDict
+from xllm_compiler.runtime.outputs import Logprob, LogprobDict
 from xllm_compiler.runtime.text import TextStream
 
 _LONGEST = 256  # bytes without a character that are remembered; no character has more than four
@@ -85,7 +85,7 @@ def name_prompt(
     """Name the log-probabilities of a prompt's tokens."""
     stream = TextStream(speller, (), skip_special_tokens=skip_special_tokens)
     names = TokenNames(speller, started=False)
-    last = None
+    last: Logprob | None = None
     for token, row in zip(ids, rows, strict=True):
         stream.push(token)
         if row is None:
@@ -95,7 +95,14 @@ def name_prompt(
             last = row[token]
     rest = stream.finish()
     if rest and last is not None:
-        last.decoded_token = (last.decoded_token or "") + rest
+        append_rest(last, rest)
+
+
+def append_rest(last: Logprob, rest: str) -> None:
+    """`rest` is what the text still has to show when no more tokens come: bytes that make no character. It belongs to
+    the last token, whatever that is."""
+    last.decoded_token = (last.decoded_token or "") + rest if last.shown else rest
+    last.shown = True
 
 
 def first_name(speller: Speller, token: int, alone: bool, skip_special_tokens: bool) -> tuple[str, bool]:
