@@ -116,7 +116,7 @@ class Choice:
             )
         self._names: TokenNames | None = None
         if tokenizer is not None and self._text is not None and params.logprobs is not None:
-            self._names = TokenNames(tokenizer, started=not self._text.empty)
+            self._names = TokenNames(tokenizer)
         # Only choice 0 reports the prompt's logprobs, so only it pays for the rows.
         self._prompt_logprobs: list[LogprobDict | None] | None = None
         if params.prompt_logprobs is not None and index == 0:

@@ -59,11 +59,6 @@ class TextStream:
         self.stopped_by: str | None = None
         self.added = ""  # by the last token, before anything was kept back for a stop string
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is no text before the next token, so that a decoder may drop a leading space of it."""
-        return self._shown == 0
-
     def _decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids, skip_special_tokens=self._skip_special)
 

@@ -23,17 +23,17 @@ class Speller(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_bytes(self, token: int) -> bytes: ...
     def special_name(self, token: int) -> str | None: ...
+    @property
+    def context(self) -> Sequence[int]: ...
 
 
 class TokenNames:
     """Names the tokens of one growing text, each in its place."""
 
-    __slots__ = ("_pending", "_speller", "_started")
+    __slots__ = ("_pending", "_speller")
 
-    def __init__(self, speller: Speller, started: bool) -> None:
-        """`started`: there is text before the first token, so that a leading space of it is kept."""
+    def __init__(self, speller: Speller) -> None:
         self._speller = speller
-        self._started = started
         self._pending = b""  # of an unfinished character
 
     def name(self, row: LogprobDict, token: int, added: str | None) -> None:
@@ -60,7 +60,6 @@ class TokenNames:
         else:  # bytes that make no character, or a space that the start of a text loses
             own = own if self._pending or "\ufffd" in added else text
             self._pending = b""
-        self._started = self._started or bool(added)
         return added, own, True
 
     def _would_add(self, token: int, pending: bytes) -> tuple[str, bytes]:
@@ -68,8 +67,6 @@ class TokenNames:
         if special is not None:
             return special, special.encode()
         own = self._speller.token_bytes(token)
-        if not self._started and not pending and own[:1].isspace():
-            own = self._speller.decode([token], skip_special_tokens=False).encode("utf-8", "replace")
         whole = pending + own
         try:
             return whole.decode(), own
@@ -82,9 +79,10 @@ class TokenNames:
 def name_prompt(
     speller: Speller, ids: Sequence[int], rows: Sequence[LogprobDict | None], skip_special_tokens: bool
 ) -> None:
-    """Name the log-probabilities of a prompt's tokens."""
-    stream = TextStream(speller, (), skip_special_tokens=skip_special_tokens)
-    names = TokenNames(speller, started=False)
+    """Name the log-probabilities of a prompt's tokens, as they read within a text: a prompt of token ids may begin with
+    a space, which is what tells two tokens apart."""
+    stream = TextStream(speller, speller.context, skip_special_tokens=skip_special_tokens)
+    names = TokenNames(speller)
     last: Logprob | None = None
     for token, row in zip(ids, rows, strict=True):
         stream.push(token)
@@ -98,6 +96,15 @@ def name_prompt(
         append_rest(last, rest)
 
 
+def drop_first_space(first: Logprob, ids: Sequence[int], rows: Sequence[LogprobDict | None], text: str) -> None:
+    """For a prompt that was a text: its tokens may write a space before it that the tokenizer put there. The first
+    token that is part of the text loses it. `first` is the entry of the first token, which has no row."""
+    entries = [first, *(row[token] for token, row in zip(ids[1:], rows[1:], strict=True) if row is not None)]
+    shown = [entry for entry in entries if entry.shown and entry.decoded_token]
+    if shown and "".join(entry.decoded_token or "" for entry in shown) == " " + text:
+        shown[0].decoded_token = (shown[0].decoded_token or "")[1:]
+
+
 def append_rest(last: Logprob, rest: str) -> None:
     """`rest` is what the text still has to show when no more tokens come: bytes that make no character. It belongs to
     the last token, whatever that is."""
@@ -105,9 +112,9 @@ def append_rest(last: Logprob, rest: str) -> None:
     last.shown = True
 
 
-def first_name(speller: Speller, token: int, alone: bool, skip_special_tokens: bool) -> tuple[str, bool]:
-    """The string of a text's first token, and whether it is part of the text. `alone`: no token follows it."""
-    stream = TextStream(speller, (), skip_special_tokens=skip_special_tokens)
+def first_entry(speller: Speller, token: int, alone: bool, skip_special_tokens: bool) -> Logprob:
+    """The string of a prompt's first token, which nothing predicts. `alone`: no token follows it."""
+    stream = TextStream(speller, speller.context, skip_special_tokens=skip_special_tokens)
     stream.push(token)
-    text, _, shown = TokenNames(speller, started=False).take(token, stream.added)
-    return text + (stream.finish() if alone else ""), shown
+    text, own, shown = TokenNames(speller).take(token, stream.added)
+    return Logprob(0.0, None, text + (stream.finish() if alone else ""), own, shown)

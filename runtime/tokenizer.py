@@ -56,6 +56,7 @@ class Tokenizer:
         decoder = b"" if core.decoder is None else bytes(core.decoder.__getstate__())
         self._byte_level = b'"ByteLevel"' in decoder
         self._byte_fallback = b'"ByteFallback"' in decoder
+        self._strips = b'"Strip"' in decoder or b'"Metaspace"' in decoder
         self._anchor = self._find_anchor()
         self._bytes: dict[int, bytes] = {}
 
@@ -140,6 +141,16 @@ class Tokenizer:
         if found is None:
             found = self._bytes[token] = self._bytes_of(token)
         return found
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """Tokens to decode before others whose first space must stay, where the start of a text would lose it."""
+        return () if self._anchor is None or not self._strips else (self._anchor,)
+
+    def decode_within(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids as it reads within a longer text."""
+        known = self.decode(self.context, skip_special_tokens)
+        return self.decode([*self.context, *ids], skip_special_tokens)[len(known) :]
 
     def _bytes_of(self, token: int) -> bytes:
         name = self.id_to_token(token)

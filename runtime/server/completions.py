@@ -20,6 +20,7 @@ from xllm_compiler.runtime.server.logprobs import (
     extend,
     prompt_completion_logprobs,
     prompt_logprobs,
+    shown_characters,
     shown_length,
 )
 from xllm_compiler.runtime.server.params import check_stream_options, completion_params
@@ -39,7 +40,7 @@ from xllm_compiler.runtime.server.streaming import (
     json_response,
     until_hang_up,
 )
-from xllm_compiler.runtime.token_text import first_name
+from xllm_compiler.runtime.token_text import drop_first_space, first_entry
 
 
 @dataclass
@@ -112,7 +113,7 @@ async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]
     if not asked.echo:
         return _Prompt(kept, "")
     if text is None or len(kept) < len(ids):
-        text = ctx.tokenizer.decode(kept, asked.skip_special_tokens is not False)
+        text = ctx.tokenizer.decode_within(kept, asked.skip_special_tokens is not False)
         return _Prompt(kept, text)
     return _Prompt(kept, text, given=True)
 
@@ -142,10 +143,11 @@ class _Answer:
     def _prompt_logprobs(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
         prompt, tokenizer = self.prompts[index], self.ctx.tokenizer
         ids = prompt.ids
-        skip = self.asked.skip_special_tokens is not False
-        first, shown = first_name(tokenizer, ids[0], len(ids) == 1, skip)
-        out = prompt_completion_logprobs(ids, rows, first=(first, shown), as_ids=self.as_ids)
-        written = (len(first) if shown else 0) + shown_length(ids[1:], rows[1:])
+        first = first_entry(tokenizer, ids[0], len(ids) == 1, self.asked.skip_special_tokens is not False)
+        if prompt.given:
+            drop_first_space(first, ids, rows, prompt.text)
+        out = prompt_completion_logprobs(ids, rows, first=first, as_ids=self.as_ids)
+        written = shown_characters(first) + shown_length(ids[1:], rows[1:])
         if prompt.given and written != len(prompt.text):
             # The tokens write something else than what they were made of: a normalized form, say.
             out.text_offset = tokenizer.spans(prompt.text, self.asked.add_special_tokens is not False)

@@ -68,16 +68,15 @@ def _bytes_name(entry: Logprob) -> str:
 
 
 def prompt_completion_logprobs(
-    token_ids: Sequence[int], rows: Sequence[LogprobDict | None], *, first: tuple[str, bool], as_ids: bool
+    token_ids: Sequence[int], rows: Sequence[LogprobDict | None], *, first: Logprob, as_ids: bool
 ) -> CompletionLogprobs:
     """The legacy shape for an echoed prompt: its first token has no prediction, so two nulls stand there. `first` is
-    that token's string and whether it is part of the text."""
+    that token's entry."""
     out = CompletionLogprobs([], [], [], [])
     if not token_ids:
         return out
-    text, shown = first
-    _append(out, f"token_id:{token_ids[0]}" if as_ids else text, 0, None, None)
-    offset = len(text) if shown else 0
+    _append(out, _text(token_ids[0], first, as_ids), 0, None, None)
+    offset = shown_characters(first)
     extend(out, completion_logprobs(token_ids[1:], rows[1:], offset=offset, as_ids=as_ids))
     return out
 

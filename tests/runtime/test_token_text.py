@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from xllm_compiler.runtime.outputs import Logprob, LogprobDict
 from xllm_compiler.runtime.text import TextStream
-from xllm_compiler.runtime.token_text import TokenNames, append_rest, first_name, name_prompt
+from xllm_compiler.runtime.token_text import TokenNames, append_rest, drop_first_space, first_entry, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
 CORPUS = [
@@ -74,7 +74,7 @@ def named(
 ) -> tuple[list[LogprobDict], str]:
     """The rows of an answer and its text."""
     stream = TextStream(tokenizer, prompt, skip_special_tokens=skip)
-    names = TokenNames(tokenizer, started=not stream.empty)
+    names = TokenNames(tokenizer)
     rows, text = [], ""
     for token in ids:
         text += stream.push(token)
@@ -198,11 +198,28 @@ def test_a_prompt_is_named_as_it_reads() -> None:
     ids = [1, true, cat, *(3 + byte for byte in "日".encode())]
     rows: list[LogprobDict | None] = [None, *({t: Logprob(-1.0)} for t in ids[1:])]
     name_prompt(tokenizer, ids, rows, True)
-    names = [row[t].decoded_token for t, row in zip(ids, rows, strict=True) if row is not None]
-    assert names == ["true", " cat", "", "", "日"]
-    assert first_name(tokenizer, 1, False, True) == ("<s>", False)
-    assert first_name(tokenizer, 1, False, False) == ("<s>", True)
-    assert first_name(tokenizer, true, False, True) == ("true", True)
+    assert [row[t].decoded_token for t, row in zip(ids, rows, strict=True) if row is not None] == [
+        " true",
+        " cat",
+        "",
+        "",
+        "日",
+    ]
+    first = first_entry(tokenizer, 1, False, True)
+    assert (first.decoded_token, first.shown) == ("<s>", False)
+    assert first_entry(tokenizer, 1, False, False).shown
+    assert tokenizer.decode_within(ids) == " true cat日"
+    drop_first_space(first, ids, rows, "true cat日")
+    assert (rows[1] or {})[true].decoded_token == "true", "the text that was sent has no space there"
+
+
+def test_tokens_that_differ_by_a_space_have_two_names_wherever_they_stand() -> None:
+    tokenizer = KINDS["metaspace"]
+    spaced, bare = (tokenizer.token_id(name) or 0 for name in ("▁true", "true"))
+    rows: list[LogprobDict | None] = [None, {spaced: Logprob(-1.0), bare: Logprob(-2.0)}]
+    name_prompt(tokenizer, [1, spaced], rows, True)
+    assert [entry.decoded_token for entry in (rows[1] or {}).values()] == [" true", "true"]
+    assert [first_entry(tokenizer, token, True, True).decoded_token for token in (spaced, bare)] == [" true", "true"]
 
 
 @pytest.mark.parametrize("text", ["Hello THERE", "É x", "a b"])
