@@ -145,15 +145,6 @@ def _check_readable(path: Path) -> None:
 def _load(root: Path, files: list[str]) -> Any:
     from transformers import AutoTokenizer
 
-    if not any(name in _VOCABULARIES for name in files):
-        missing = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
-        if missing:
-            raise XllmError(
-                "unsupported",
-                f"the tokenizer is {files[0]} alone, and converting it needs sentencepiece and protobuf",
-                where=str(root),
-                help="pip install 'xllm-compiler[compile]', or pip install sentencepiece protobuf",
-            )
     try:
         return AutoTokenizer.from_pretrained(
             str(root), trust_remote_code=False, local_files_only=True, mistral_format=False
@@ -161,7 +152,7 @@ def _load(root: Path, files: list[str]) -> Any:
     except BaseException as error:  # whatever a third party's parser meets in a damaged file
         if not is_fault(error):
             raise
-        raise _unreadable(root, error) from None
+        raise _unreadable(root, files, error) from None
 
 
 def _installed(module: str) -> bool:
@@ -171,7 +162,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _unreadable(root: Path, error: BaseException) -> XllmError:
+def _unreadable(root: Path, files: list[str], error: BaseException) -> XllmError:
     settings: object = None
     try:
         settings = json.loads((root / "tokenizer_config.json").read_bytes())
