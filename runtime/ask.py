@@ -46,7 +46,12 @@ def _answer(llm: LLM, options: argparse.Namespace) -> int:
     if options.raw:
         ids = tokenizer.encode(options.prompt)
     else:
-        text = tokenizer.render_chat([{"role": "user", "content": options.prompt}])
+        text = tokenizer.render_chat(
+            [{"role": "user", "content": options.prompt}],
+            add_generation_prompt=True,
+            continue_final_message=False,
+            variables={},
+        )
         ids = tokenizer.encode(text, add_special_tokens=False)
     events: queue.SimpleQueue[Output] = queue.SimpleQueue()
     start = time.monotonic()

@@ -1,77 +1,20 @@
-"""A checkpoint's chat template, run in a sandbox. Owns the template language as checkpoints use it (transformers'
-helpers); must not know tokens.
-
-A template comes from whoever made the checkpoint, and messages from whoever sends a request: neither may reach Python.
-Templates run in jinja's immutable sandbox, and see nothing but plain JSON values.
+"""A checkpoint's chat template as the server sees it. Owns the form in which a conversation is given to the template,
+and the limits within which it runs; the template language itself is `confined/templates.py`, in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
-
+from xllm_compiler.confined import Confined, Limits, Overrun, Refusal
 from xllm_compiler.errors import XllmError
 
 # Private-use characters: no prompt holds this by accident. The space tells whether the template trims messages.
 _MARK = "\ue000end of the final message\ue001 "
 _MAX_DEPTH = 64
 
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} .. {% endgeneration %}` marks what the assistant wrote, for training; serving prints the
-    body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja declares it as a plain class attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Dict:
-    """`dict(...)` without the type object, whose attributes lead out of the sandbox."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise jinja2.TemplateError(str(message))
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = _strftime_now
-    env.globals["dict"] = _Dict()
-    return env
+Message = Mapping[str, Any]
 
 
 def _plain(value: object, depth: int = 0) -> Any:
@@ -88,59 +31,189 @@ def _plain(value: object, depth: int = 0) -> Any:
 
 
 class ChatTemplate:
-    """One template, or several by name: "default", and "tool_use" when the request brings tools."""
+    """One template, or several by name: "default", and "tool_use" when the request brings tools.
 
-    def __init__(self, source: object) -> None:
-        """`source`: the text, or the list of {"name", "template"} that tokenizer_config.json may hold.
+    A process of its own parses and renders them; `start` starts it, `check` waits until the templates are parsed, and
+    the first render does both.
+    """
 
-        Raises XllmError("artifact") when it does not parse.
-        """
+    def __init__(
+        self, source: object, variables: Mapping[str, str] | None = None, limits: Limits | None = None
+    ) -> None:
+        """`source`: the text, or the list of {"name", "template"} that tokenizer_config.json may hold; `variables`:
+        what every render sees, such as bos_token. Raises XllmError("artifact") when it is neither."""
         if isinstance(source, str):
-            texts = {"default": source}
-        elif isinstance(source, list) and all(isinstance(item, Mapping) for item in source):
-            texts = {str(item.get("name")): str(item.get("template")) for item in source}
+            self._texts = {"default": source}
+        elif isinstance(source, list) and all(_is_named(item) for item in source):
+            self._texts = {item["name"]: item["template"] for item in source}
         else:
             raise XllmError("artifact", "the chat template is neither text nor a list of named templates")
-        env = _environment()
+        self._variables = dict(variables or {})
+        self._worker = Confined(
+            "templates",
+            ("jinja2", "markupsafe"),
+            limits or Limits(),
+            ("load", {"templates": self._texts, "variables": self._variables}),
+        )
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that renders; None when it does not run."""
+        return self._worker.pid
+
+    def with_variables(self, variables: Mapping[str, str]) -> ChatTemplate:
+        """The same template, with these as what every render sees."""
+        return self if variables == self._variables else ChatTemplate(self._named(), variables)
+
+    def _named(self) -> list[dict[str, str]]:
+        return [{"name": name, "template": text} for name, text in self._texts.items()]
+
+    def start(self) -> None:
+        """Start the process without waiting for it."""
+        self._worker.start()
+
+    def close(self) -> None:
+        """End the process."""
+        self._worker.close()
+
+    def check(self) -> dict[str, dict[str, str]]:
+        """The form of content that each template reads, by role: "both", "text", "parts", "part" or "none" of them.
+        Raises XllmError("artifact") when a template does not parse, or not within the limits."""
         try:
-            self._templates = {name: env.from_string(text) for name, text in texts.items()}
-        except jinja2.TemplateError as error:
-            raise XllmError("artifact", f"the chat template does not parse: {error}", where="chat_template") from None
+            forms: dict[str, dict[str, str]] = self._worker.opened()
+        except (Refusal, Overrun) as error:
+            raise _unusable(error) from None
+        return forms
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """The conversation as text. Raises XllmError("request"): what the template refuses is the client's to mend."""
+        """The conversation as text. Raises XllmError("request"): what the template refuses, or does not do within its
+        limits, is the client's to mend; XllmError("artifact") for a template that cannot be used at all."""
+        plain = _Conversation(messages, add_generation_prompt, continue_final_message, variables, self._texts)
+        call = plain.call(self.check())
+        try:
+            return plain.text(self._worker.call("render", call))
+        except (Refusal, Overrun) as error:
+            raise _refused(error) from None
+
+    async def arender(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """As `render`, beside other work of the event loop. Raises XllmError("capacity") when too many wait."""
+        plain = _Conversation(messages, add_generation_prompt, continue_final_message, variables, self._texts)
+        try:
+            forms = await self._worker.aopened()
+        except (Refusal, Overrun) as error:
+            raise _unusable(error) from None
+        call = plain.call(forms)
+        try:
+            return plain.text(await self._worker.acall("render", call))
+        except (Refusal, Overrun) as error:
+            raise _refused(error) from None
+
+
+def _is_named(item: object) -> bool:
+    return isinstance(item, Mapping) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+
+
+def _unusable(error: Exception) -> XllmError:
+    if isinstance(error, Overrun):
+        return XllmError("artifact", f"the chat template {error} before it renders anything", where="chat_template")
+    return XllmError("artifact", f"the chat template does not parse: {error}", where="chat_template")
+
+
+def _refused(error: Exception) -> XllmError:
+    if isinstance(error, Overrun):
+        return XllmError("request", f"the chat template {error} for this conversation", where="messages")
+    return XllmError("request", f"the chat template refuses this conversation: {error}", where="messages")
+
+
+class _Conversation:
+    """One request's messages, checked, on their way into a template and its text on the way out."""
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+        templates: Mapping[str, str],
+    ) -> None:
+        """Raises XllmError("request")."""
         chat = _plain(messages)
         if not isinstance(chat, list) or not chat or not all(isinstance(item, dict) for item in chat):
             raise XllmError("request", "messages must be a list of at least one object", where="messages")
         # Many templates print "None" for a null that clients send where a key is meant to be missing.
-        chat = [{key: item for key, item in message.items() if item is not None} for message in chat]
+        self._chat = [{key: item for key, item in message.items() if item is not None} for message in chat]
+        self._continue = continue_final_message
         if continue_final_message:
             if add_generation_prompt:
                 raise XllmError("request", "add_generation_prompt and continue_final_message exclude each other")
-            if not isinstance(chat[-1].get("content"), str):
-                raise XllmError("request", "the final message has no text to continue", where="messages")
-            chat[-1]["content"] += _MARK
-        values = {"tools": None, "documents": None, **_plain(variables)}
-        name = "tool_use" if values["tools"] and "tool_use" in self._templates else "default"
-        template = self._templates.get(name)
-        if template is None:
-            raise XllmError("request", f"the model has chat templates {sorted(self._templates)} and no default")
-        try:
-            text = template.render(messages=chat, add_generation_prompt=add_generation_prompt, **values)
-        except Exception as error:  # a template may divide by zero or index past the end: all of it is this request's
-            raise XllmError(
-                "request", f"the chat template refuses this conversation: {error}", where="messages"
-            ) from None
-        if continue_final_message:
+            _mark(self._chat[-1])
+        self._values = {"tools": None, "documents": None, **_plain(variables)}
+        self._values |= {"add_generation_prompt": add_generation_prompt}
+        name = "tool_use" if self._values["tools"] and "tool_use" in templates else "default"
+        if name not in templates:
+            raise XllmError("request", f"the model has chat templates {sorted(templates)} and no default")
+        self._template = name
+
+    def call(self, forms: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+        """What the child is asked, with contents in the form that the template reads."""
+        of_role = forms[self._template]
+        chat = [
+            {**message, "content": _content(message["content"], of_role.get(_role(message), of_role["user"]))}
+            if "content" in message
+            else message
+            for message in self._chat
+        ]
+        return {"template": self._template, "variables": {**self._values, "messages": chat}}
+
+    def text(self, text: str) -> str:
+        """The prompt, from what the template printed."""
+        if self._continue:
             at = text.rfind(_MARK.rstrip())
             if at < 0:
                 raise XllmError("request", "the chat template does not print the final message", where="messages")
             text = text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
         return text
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    role = message.get("role")
+    return "system" if role == "developer" else str(role)
+
+
+def _mark(message: dict[str, Any]) -> None:
+    """Put the mark after the last text of a message."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _MARK
+        return
+    parts = content if isinstance(content, list) else []
+    if not parts or not isinstance(parts[-1], dict) or not isinstance(parts[-1].get("text"), str):
+        raise XllmError("request", "the final message has no text to continue", where="messages")
+    parts[-1]["text"] += _MARK
+
+
+def _content(content: Any, form: str) -> Any:
+    """A message's content, text or parts, in the form from which the template prints it."""
+    if isinstance(content, str):
+        return content if form in ("both", "text", "none") else [{"type": "text", "text": content}]
+    if not isinstance(content, list) or form in ("both", "parts"):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        return content  # images and the like: the template may know what to do, or refuses
+    joined = "\n".join(str(text) for text in texts)
+    return [{"type": "text", "text": joined}] if form == "part" else joined

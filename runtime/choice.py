@@ -15,6 +15,7 @@ from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output, RequestM
 from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, raw_logprobs
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.text import TextStream
+from xllm_compiler.runtime.token_text import TokenNames, append_rest, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
 OnOutput = Callable[[Output], None]
@@ -48,6 +49,7 @@ class Choice:
 
     __slots__ = (
         "_eos",
+        "_names",
         "_prompt_logprobs",
         "_reported",
         "_sampler",
@@ -112,6 +114,9 @@ class Choice:
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
             )
+        self._names: TokenNames | None = None
+        if tokenizer is not None and self._text is not None and params.logprobs is not None:
+            self._names = TokenNames(tokenizer)
         # Only choice 0 reports the prompt's logprobs, so only it pays for the rows.
         self._prompt_logprobs: list[LogprobDict | None] | None = None
         if params.prompt_logprobs is not None and index == 0:
@@ -138,12 +143,12 @@ class Choice:
         assert self._prompt_logprobs is not None and count is not None
         row = self._scratch.take(row)
         raw = raw_logprobs(row, self.tokens[position + 1], count, self._scratch)
-        self._prompt_logprobs.append(self._named(raw))
+        self._prompt_logprobs.append(self._row(raw))
 
     def sample(self, row: F32, maxima: F32) -> Output:
         """Draw the next token from a row of logits, `maxima` of its blocks, and take it in. Raises XllmError."""
         token, raw = self._sampler.sample(row, maxima, len(self.tokens), self.generated)
-        return self.accept(token, None if raw is None else self._named(raw))
+        return self.accept(token, None if raw is None else self._row(raw))
 
     def accept(self, token: int, logprobs: LogprobDict | None = None) -> Output:
         """Append a token; what there is to tell, the finish included, but for the text that `put_text` adds."""
@@ -177,17 +182,34 @@ class Choice:
     def put_text(self, event: Output) -> None:
         """Give an event its text, when it is told: each once, in order, and on any thread, since nobody else looks at
         the text then."""
+        params = self.group.request.params
+        if event.prompt_logprobs is not None and self._tokenizer is not None:
+            name_prompt(
+                self._tokenizer, self.group.request.prompt_token_ids, event.prompt_logprobs, params.skip_special_tokens
+            )
         if self._text is None:
             return
-        if not self.group.request.params.stop_strings:
+        if not params.stop_strings:
             self._push(self._text, event)
         if event.finish_reason is not None:
             event.text += self._text.finish()
+            if event.logprobs and self._text.added:
+                append_rest(event.logprobs[-1][event.token_ids[-1]], self._text.added)
 
     def _push(self, text: TextStream, event: Output, may_stop: bool = True) -> None:
-        if event.finish_reason != "stop" or self.group.request.params.include_stop_str_in_output:
-            for token in event.token_ids:
-                event.text += text.push(token, may_stop=may_stop)
+        if event.finish_reason == "stop" and not self.group.request.params.include_stop_str_in_output:
+            self._name(event, None)
+            return
+        for token in event.token_ids:
+            event.text += text.push(token, may_stop=may_stop)
+            self._name(event, text.added)
+
+    def _name(self, event: Output, added: str | None) -> None:
+        """Name the log-probabilities of an event's one token, which added that to the text, or None of it."""
+        if self._names is None or event.logprobs is None:
+            return
+        for token, row in zip(event.token_ids, event.logprobs, strict=True):
+            self._names.name(row, token, added)
 
     def _event(self) -> Output:
         event = Output(self.group.request.request_id, self.index)
@@ -196,9 +218,7 @@ class Choice:
             self._reported = True
         return event
 
-    def _named(self, raw: RawLogprobs) -> LogprobDict:
-        name = self._tokenizer.token_text if self._tokenizer is not None else None
+    def _row(self, raw: RawLogprobs) -> LogprobDict:
         return {
-            token: Logprob(value, rank, None if name is None else name(token))
-            for token, value, rank in zip(raw.tokens, raw.logprobs, raw.ranks, strict=True)
+            token: Logprob(value, rank) for token, value, rank in zip(raw.tokens, raw.logprobs, raw.ranks, strict=True)
         }

@@ -19,13 +19,14 @@ from types import TracebackType
 from typing import Any
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.chat_template import ChatTemplate, Message
 from xllm_compiler.runtime.engine import Engine, Request
 from xllm_compiler.runtime.outputs import CompletionOutput, Logprob, Output, RequestOutput
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.resolve import resolve_artifact
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.startup import EngineOptions, prepare_engine
-from xllm_compiler.runtime.tokenizer import Message, Tokenizer
+from xllm_compiler.runtime.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
 
@@ -97,6 +98,8 @@ class LLM:
     def close(self) -> None:
         """Abort what runs and free threads and memory. Safe to call twice."""
         self._engine.stop()
+        if self._engine.tokenizer is not None and self._engine.tokenizer.has_chat_template:
+            self._engine.tokenizer.chat_template.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """Raises XllmError("request") when the artifact has none."""
@@ -131,18 +134,31 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
-        **template_options: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, through the checkpoint's chat template.
+        """Answer one conversation, or each of several, through the checkpoint's chat template or `chat_template`.
 
-        `template_options` as for `Tokenizer.render_chat`.
+        A content is text or a list of {"type": "text", "text": ..}; the template gets the form that it reads.
+        `chat_template_kwargs` and `variables` (such as tools=[..]) are seen by the template.
         """
         tokenizer = self.get_tokenizer()
+        special = tokenizer.special_tokens
+        template = tokenizer.chat_template if chat_template is None else ChatTemplate(chat_template, special)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         chats: Sequence[Any] = messages if many else [messages]
         prompts: list[Prompt] = []
         for chat in chats:
-            text = tokenizer.render_chat(chat, **template_options)
+            text = template.render(
+                chat,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables={**special, **variables, **(chat_template_kwargs or {})},
+            )
             ids = tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params)

@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from xllm_compiler.errors import XllmError
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Logprob:
-    """Natural-log probability of a token under the model's own distribution; `rank` 1 is the most likely."""
+    """Natural-log probability of a token under the model's own distribution; `rank` 1 is the most likely.
+
+    `decoded_token` is what the token adds to the text in its place, so those of an answer join to its text ("" for a
+    token that leaves a character unfinished), or its name where it is not part of the text, which `shown` tells;
+    `token_bytes` are the token's own bytes. None where the model has no tokenizer.
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
+    shown: bool = True
 
 
 LogprobDict = dict[int, Logprob]  # the chosen token first, then the alternatives from the most likely down

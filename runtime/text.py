@@ -34,6 +34,7 @@ class TextStream:
         "_skip_special",
         "_stops",
         "_window",
+        "added",
         "stopped_by",
     )
 
@@ -56,13 +57,15 @@ class TextStream:
         self._shown = len(self._decode(self._window))  # characters of the window's text that were given out
         self._held = ""  # given out by the decoder, kept back because a stop string may begin in it
         self.stopped_by: str | None = None
+        self.added = ""  # by the last token, before anything was kept back for a stop string
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(ids, skip_special_tokens=self._skip_special)
 
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """Add a token; the text that may be shown now. `may_stop` false: stop strings are not looked for yet."""
-        return self._release(self._grow(token), may_stop)
+        self.added = self._grow(token)
+        return self._release(self.added, may_stop)
 
     def _grow(self, token: int) -> str:
         self._window.append(token)
@@ -103,9 +106,11 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest, when no more tokens come: bytes that make no character show as U+FFFD."""
+        self.added = ""
         if self.stopped_by is not None:
             return ""
         rest = self._decode(self._window)[self._shown :]
         self._shown += len(rest)
+        self.added = rest
         text, self._held = self._held + rest, ""
         return text

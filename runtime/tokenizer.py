@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
 from xllm_compiler.artifact import Contents
 from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.chat_template import ChatTemplate, Message
 
-if TYPE_CHECKING:
-    from xllm_compiler.runtime.chat_template import ChatTemplate
+_ANCHORS_TRIED = 4096
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
-Message = Mapping[str, Any]
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes, by which byte-level tokens are named: printable ones stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
 
 
 def read_json_object(path: Path | Contents) -> dict[str, Any]:
@@ -35,34 +45,39 @@ class Tokenizer:
     """A Hugging Face fast tokenizer with its chat template. Safe to use from several threads."""
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any], template: ChatTemplate | None) -> None:
-        """`config` is tokenizer_config.json; its special tokens are visible to the chat template."""
+        """`config`: the artifact's tokenizer_config.json; its special tokens are visible to the chat template."""
         self._core = core
         self._template = template
-        self._special = {name: text for name, text in _special_tokens(config)}
-        self._texts: dict[int, str] = {}
+        self._special = _special_tokens(config)
+        added = core.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special_names = {int(token): str(entry.content) for token, entry in added.items() if entry.special}
+        decoder = b"" if core.decoder is None else bytes(core.decoder.__getstate__())
+        self._byte_level = b'"ByteLevel"' in decoder
+        self._byte_fallback = b'"ByteFallback"' in decoder
+        self._strips = b'"Strip"' in decoder or b'"Metaspace"' in decoder
+        self._anchor = self._find_anchor()
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def load(cls, folder: Path | Contents) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of an artifact or a checkpoint."""
+        """Read tokenizer.json and tokenizer_config.json of an artifact, in which the compiler wrote all that there is
+        to know: special tokens by name, chat templates, and whether special tokens in a text are split."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise XllmError("artifact", "there is no tokenizer.json", where=str(folder))
         try:
             core = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        except Exception as error:  # the binding raises bare Exception
+        except BaseException as error:  # the binding raises bare Exception, and a panic is not even that
+            if not _is_fault(error):
+                raise
             raise XllmError("artifact", f"tokenizer.json cannot be read: {error}", where=str(path)) from None
         core.no_padding()
         core.no_truncation()
         config = read_json_object(folder / "tokenizer_config.json")
-        try:
-            text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            template = config.get("chat_template")
-        else:
-            template = text
-        if not template:
-            return cls(core, config, None)
-        return cls(core, config, _template(template))
+        core.encode_special_tokens = config.get("split_special_tokens") is True
+        template = config.get("chat_template")
+        return cls(core, config, ChatTemplate(template, _special_tokens(config)) if template else None)
 
     @property
     def vocab_size(self) -> int:
@@ -78,11 +93,34 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's own. Raises XllmError("request") when it has none."""
+        if self._template is None:
+            raise XllmError(
+                "request",
+                "this model has no chat template",
+                where="messages",
+                help="use /v1/completions or give the server a --chat-template",
+            )
+        return self._template
+
+    def _find_anchor(self) -> int | None:
+        """A plain word, after which another token is decoded as it is within a text."""
+        for token in range(min(self.vocab_size, _ANCHORS_TRIED)):
+            if token not in self._added and self._core.id_to_token(token) is not None:
+                text = self.decode([token], skip_special_tokens=False)
+                if text.isascii() and text.isalnum():
+                    return token
+        return None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises XllmError("request") when the text cannot be encoded."""
         try:
             return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # lone surrogates and the like; the binding raises bare exceptions
+        except BaseException as error:  # lone surrogates, a pattern that gives up: bare exceptions and panics
+            if not _is_fault(error):
+                raise
             raise XllmError("request", f"the text cannot be tokenized: {error}", where="prompt") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -92,12 +130,47 @@ class Tokenizer:
         except OverflowError:
             raise XllmError("request", "token ids must be from 0 to 4294967295", where="tokens") from None
 
-    def token_text(self, token: int) -> str:
-        """One token on its own as text, special ones too; part of a character shows as U+FFFD."""
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
-        return text
+    def special_name(self, token: int) -> str | None:
+        """The name of a special token, None for others."""
+        return self._special_names.get(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What the token writes within a text, half a character included; nothing for an id without a name."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._bytes_of(token)
+        return found
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """Tokens to decode before others whose first space must stay, where the start of a text would lose it."""
+        return () if self._anchor is None or not self._strips else (self._anchor,)
+
+    def decode_within(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids as it reads within a longer text."""
+        known = self.decode(self.context, skip_special_tokens)
+        return self.decode([*self.context, *ids], skip_special_tokens)[len(known) :]
+
+    def _bytes_of(self, token: int) -> bytes:
+        name = self.id_to_token(token)
+        if name is None:
+            return b""
+        if token not in self._added:
+            if self._byte_level and all(letter in _BYTE_OF for letter in name):
+                return bytes(_BYTE_OF[letter] for letter in name)
+            if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(name)):
+                return bytes.fromhex(byte[1])
+        before = [] if self._anchor is None else [self._anchor]
+        known = self.decode(before, skip_special_tokens=False) if before else ""
+        return self.decode([*before, token], skip_special_tokens=False)[len(known) :].encode("utf-8", "replace")
+
+    def spans(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Where each token of `encode`'s answer begins in the text, in characters."""
+        starts, last = [], 0
+        for start, end in self._core.encode(text, add_special_tokens=add_special_tokens).offsets:
+            last = max(last, start) if end > start else last
+            starts.append(last)
+        return starts
 
     def token_id(self, text: str) -> int | None:
         found = self._core.token_to_id(text)
@@ -112,21 +185,13 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        **variables: Any,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
     ) -> str:
-        """The conversation as the template writes it. Raises XllmError("request")."""
-        template = self._template if chat_template is None else _template(chat_template)
-        if template is None:
-            raise XllmError(
-                "request",
-                "this model has no chat template",
-                where="messages",
-                help="use /v1/completions or give the server a --chat-template",
-            )
-        return template.render(
+        """The conversation as the template writes it; `variables` are seen by the template beside the special tokens.
+        Raises XllmError("request")."""
+        return self.chat_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -134,19 +199,16 @@ class Tokenizer:
         )
 
 
-def _template(text: str) -> ChatTemplate:
-    """jinja takes a sixth of the time in which this process starts: only whoever has a template waits for it."""
-    from xllm_compiler.runtime.chat_template import ChatTemplate
-
-    return ChatTemplate(text)
+def _is_fault(error: BaseException) -> bool:
+    """Whether the binding failed, by an exception or by a panic of Rust, rather than this process being ended."""
+    return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
-def _special_tokens(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        value = config.get(name)
-        if isinstance(value, Mapping):  # a serialised AddedToken
-            value = value.get("content")
-        if isinstance(value, str):
-            found.append((name, value))
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and whatever else is named so; not add_bos_token, which is no text."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, Mapping) else value  # a serialised AddedToken
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
     return found

@@ -39,7 +39,9 @@ from xllm_compiler.artifact.writer import ArtifactWriter
 from xllm_compiler.cache import CompileCache, Factors
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import INDEX, SIDE_FILES, Checkpoint
+from xllm_compiler.frontend.ends import ends_of_text
 from xllm_compiler.frontend.files import MAX_TEXT_BYTES, open_regular, read_json, stands_there
+from xllm_compiler.frontend.tokenizer import tokenizer_files
 from xllm_compiler.ir.rewrite import RewriteListener
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.loss.report import FILE as LOSS
@@ -52,18 +54,17 @@ from xllm_compiler.workspace import temporary_files
 
 if TYPE_CHECKING:
     from xllm_compiler.frontend.model import ModelFacts
+    from xllm_compiler.frontend.tokenizer import ResolvedTokenizer
     from xllm_compiler.ir.core import Module, Value
     from xllm_compiler.lowering.cpu.build import CpuLowering
     from xllm_compiler.lowering.cpu.tiles import TileChoices
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+COPIED = ("config.json", "generation_config.json")
 """Checkpoint files that an artifact carries as they are, where present."""
-
-VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-"""Checkpoint files from which transformers makes a tokenizer.json for a checkpoint that lacks it."""
 
 _SOURCES = (
     "errors.py",
+    "confined",
     "dims",
     "ir",
     "interp",
@@ -77,7 +78,18 @@ _SOURCES = (
     "options.py",
     "driver.py",
 )
-_VERSIONS = ("numpy", "ml_dtypes", "torch", "transformers", "tokenizers", "apache-tvm")
+_VERSIONS = (
+    "numpy",
+    "ml_dtypes",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "protobuf",
+    "tiktoken",
+    "jinja2",
+    "apache-tvm",
+)
 
 
 class Progress(Protocol):
@@ -229,7 +241,7 @@ def _build(
         for group in ("checkpoint", "pipeline", "source", "version"):
             request.factors.read_group(group)
         with clock.phase("tokenizer"):
-            _copy_files(request, writer, clock.progress)
+            tokenizer = _write_tokenizer(request, writer, clock.progress)
         with clock.phase("trace"):
             traced = trace_checkpoint(
                 request.checkpoint.path,
@@ -239,7 +251,8 @@ def _build(
                 max_num_batched_tokens=read("option.max_num_batched_tokens"),
                 max_num_logits=read("option.max_num_logits"),
             )
-        for note in traced.notes:
+        ends, remarks = _ends(request, traced.facts, tokenizer)
+        for note in (*traced.notes, *remarks):
             clock.progress.note(note)
         module = traced.module
         pipeline = read("pipeline.text")
@@ -269,12 +282,12 @@ def _build(
             clock.progress.note(f"some compiled kernels could not be kept or found: {objects.store.last_failure}")
         if form is not None:
             with clock.phase("loss"):
-                manifest = _manifest(request, module, traced.facts, lowered)
+                manifest = _manifest(request, module, traced.facts, ends, lowered)
                 writer.write_text(LOSS, judge.report(writer.path, manifest).to_json())
         with clock.phase("write"):
             _check_unchanged(request)
             writer.write_text(CALLS, lowered.calls.to_json())
-            return writer.commit(_manifest(request, module, traced.facts, lowered))
+            return writer.commit(_manifest(request, module, traced.facts, ends, lowered))
 
 
 def _tiles(request: Request, store: Path | None) -> TileChoices | None:
@@ -300,26 +313,43 @@ def _require_compiler() -> None:
         )
 
 
-def _copy_files(request: Request, writer: ArtifactWriter, progress: Progress) -> None:
+def _write_tokenizer(request: Request, writer: ArtifactWriter, progress: Progress) -> ResolvedTokenizer | None:
     """The tokenizer and other files that servers want. A bad tokenizer is found here, before the long phases."""
-    from xllm_compiler.frontend.tokenizer import check_tokenizer, convert_tokenizer
+    from xllm_compiler.frontend.tokenizer import resolve_tokenizer
 
     root = request.checkpoint.path
     for name in COPIED:
         if (root / name).is_file():
             writer.copy(name, root / name)
-    if (root / "tokenizer.json").is_file():
-        check_tokenizer(root / "tokenizer.json")
-    elif any((root / name).is_file() for name in VOCABULARIES):
-        writer.write_text("tokenizer.json", convert_tokenizer(root))
-    else:
+    tokenizer = resolve_tokenizer(root)
+    if tokenizer is None:
         progress.note("the checkpoint has no tokenizer; the artifact will take and give token ids only")
+        return None
+    writer.write_text("tokenizer.json", tokenizer.tokenizer)
+    writer.write_text("tokenizer_config.json", tokenizer.config)
+    for note in tokenizer.notes:
+        progress.note(note)
+    return tokenizer
+
+
+def _ends(
+    request: Request, facts: ModelFacts, tokenizer: ResolvedTokenizer | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """The tokens that end a text, and what is odd about the checkpoint's tokens."""
+    checkpoint, vocab = request.checkpoint, facts.vocab_size
+    eos = None if tokenizer is None else tokenizer.eos
+    ends, notes = ends_of_text(checkpoint.generation, checkpoint.config, eos, vocab=vocab, default=facts.eos_token_ids)
+    if tokenizer is not None and tokenizer.size > vocab:
+        notes.append(
+            f"the tokenizer has {tokenizer.size} tokens, the model {vocab}: a request with one of the others is refused"
+        )
+    return ends, notes
 
 
 def _check_texts(root: Path) -> None:
-    """What is copied, or made into a tokenizer, are files of a bearable size, and JSON where they should be: whoever
-    reads them later may wait for a pipe, or meet the damage in a third party's parser. Raises kind "checkpoint"."""
-    for name in (*COPIED, *VOCABULARIES):
+    """What is copied, or made into a tokenizer, are regular files, and JSON where they should be: whoever reads them
+    later may wait for a pipe, or meet the damage in a third party's parser. Raises kind "checkpoint"."""
+    for name in dict.fromkeys([*COPIED, *tokenizer_files(root)]):
         if stands_there(root / name):
             open_regular(root / name, MAX_TEXT_BYTES).close()
             if name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -327,13 +357,15 @@ def _check_texts(root: Path) -> None:
 
 
 def _read_names(checkpoint: Checkpoint) -> list[str]:
-    return [*COPIED, *VOCABULARIES, *SIDE_FILES, INDEX, *(shard.name for shard in checkpoint.shards)]
+    shards = [INDEX, *(shard.name for shard in checkpoint.shards)]
+    return list(dict.fromkeys([*COPIED, *tokenizer_files(checkpoint.path), *SIDE_FILES, *shards]))
 
 
 def _checkpoint_factors(checkpoint: Checkpoint) -> dict[str, Any]:
     """Digest of each file that a compile reads; None for one that it would read if it were there."""
     threads = len(os.sched_getaffinity(0))
-    found: dict[str, Any] = {}
+    # A file that is added later may be read then, and cannot be listed by name now.
+    found: dict[str, Any] = {"checkpoint.tokenizer files": " ".join(tokenizer_files(checkpoint.path))}
     for name in _read_names(checkpoint):
         path = checkpoint.path / name
         try:
@@ -368,7 +400,9 @@ def _check_unchanged(request: Request) -> None:
             )
 
 
-def _manifest(request: Request, module: Module, facts: ModelFacts, lowered: CpuLowering) -> Manifest:
+def _manifest(
+    request: Request, module: Module, facts: ModelFacts, ends: tuple[int, ...], lowered: CpuLowering
+) -> Manifest:
     """The manifest, but for files and id, which the writer knows."""
     read = request.factors.read
     func = module.func("step")
@@ -388,7 +422,7 @@ def _manifest(request: Request, module: Module, facts: ModelFacts, lowered: CpuL
             layers=facts.layers,
             dtype=read("option.dtype"),
             max_model_len=read("option.max_model_len"),
-            eos_token_ids=facts.eos_token_ids,
+            eos_token_ids=ends,
             bos_token_id=facts.bos_token_id,
         ),
         target=Target(read("option.target"), lowered.isas, PAGE_TOKENS),

@@ -106,7 +106,7 @@ async def tokenize(ctx: Context, request: Request, body: bytes) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise bad_request("give either `prompt` or `messages`", param="prompt")
     if asked.messages is not None:
-        text = ctx.render(
+        text = await ctx.render(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=asked.continue_final_message,

@@ -45,7 +45,7 @@ async def chat_completions(ctx: Context, request: Request, body: bytes) -> Respo
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
     params = chat_params(asked, ctx.defaults)
-    text = ctx.render(
+    text = await ctx.render(
         asked.messages,
         add_generation_prompt=asked.add_generation_prompt,
         continue_final_message=asked.continue_final_message,

@@ -17,10 +17,11 @@ from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.errors import bad_request
 from xllm_compiler.runtime.server.logprobs import (
     completion_logprobs,
-    end_offset,
     extend,
     prompt_completion_logprobs,
     prompt_logprobs,
+    shown_characters,
+    shown_length,
 )
 from xllm_compiler.runtime.server.params import check_stream_options, completion_params
 from xllm_compiler.runtime.server.protocol import CompletionRequest, decode_request
@@ -39,14 +40,17 @@ from xllm_compiler.runtime.server.streaming import (
     json_response,
     until_hang_up,
 )
+from xllm_compiler.runtime.token_text import drop_first_space, first_entry
 
 
 @dataclass
 class _Prompt:
-    """One prompt of a request: its tokens and the text that `echo` gives back."""
+    """One prompt of a request: its tokens and the text that `echo` gives back. `given`: the tokens are all of that
+    text's, as it was sent."""
 
     ids: list[int]
     text: str
+    given: bool = False
 
 
 async def completions(ctx: Context, request: Request, body: bytes) -> Response:
@@ -109,8 +113,9 @@ async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]
     if not asked.echo:
         return _Prompt(kept, "")
     if text is None or len(kept) < len(ids):
-        text = ctx.tokenizer.decode(kept, asked.skip_special_tokens is not False)
-    return _Prompt(kept, text)
+        text = ctx.tokenizer.decode_within(kept, asked.skip_special_tokens is not False)
+        return _Prompt(kept, text)
+    return _Prompt(kept, text, given=True)
 
 
 class _Answer:
@@ -136,9 +141,17 @@ class _Answer:
         return int(output.request_id.rpartition("-")[2])
 
     def _prompt_logprobs(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
-        ids = self.prompts[index].ids
-        first = self.ctx.tokenizer.token_text(ids[0])
-        return prompt_completion_logprobs(ids, rows, first_text=first, as_ids=self.as_ids)
+        prompt, tokenizer = self.prompts[index], self.ctx.tokenizer
+        ids = prompt.ids
+        first = first_entry(tokenizer, ids[0], len(ids) == 1, self.asked.skip_special_tokens is not False)
+        if prompt.given:
+            drop_first_space(first, ids, rows, prompt.text)
+        out = prompt_completion_logprobs(ids, rows, first=first, as_ids=self.as_ids)
+        written = shown_characters(first) + shown_length(ids[1:], rows[1:])
+        if prompt.given and written != len(prompt.text):
+            # The tokens write something else than what they were made of: a normalized form, say.
+            out.text_offset = tokenizer.spans(prompt.text, self.asked.add_special_tokens is not False)
+        return out
 
     async def whole(self, stream: Stream) -> Response:
         """The answer in one piece."""
@@ -167,7 +180,7 @@ class _Answer:
             if self.echo and result.prompt_logprobs is not None:
                 logprobs = self._prompt_logprobs(index, result.prompt_logprobs)
             if out.token_ids:
-                offset = end_offset(logprobs)
+                offset = len(prompt.text) if self.echo else 0
                 extend(
                     logprobs, completion_logprobs(out.token_ids, out.logprobs or [], offset=offset, as_ids=self.as_ids)
                 )
@@ -250,7 +263,7 @@ class _PromptState:
         out = []
         if output.index not in self._begun:
             self._begun.add(output.index)
-            self._offsets[output.index] = end_offset(self._scored) if self._scored is not None else 0
+            self._offsets[output.index] = len(prompt.text) if answer.echo else 0
             if answer.echo or show_ids:
                 head = CompletionChoice(place, prompt.text, self._scored)
                 if show_ids:
@@ -260,7 +273,7 @@ class _PromptState:
         if answer.asked.logprobs is not None and output.token_ids and output.logprobs is not None:
             offset = self._offsets[output.index]
             logprobs = completion_logprobs(output.token_ids, output.logprobs, offset=offset, as_ids=answer.as_ids)
-            self._offsets[output.index] = end_offset(logprobs)
+            self._offsets[output.index] += shown_length(output.token_ids, output.logprobs)
         if output.text or logprobs is not None or output.finish_reason is not None or (show_ids and output.token_ids):
             choice = CompletionChoice(place, output.text, logprobs, output.finish_reason, output.stop_reason)
             if show_ids:

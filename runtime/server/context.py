@@ -31,18 +31,17 @@ class TokenizerLike(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-    def token_text(self, token: int) -> str: ...
+    def decode_within(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def special_name(self, token: int) -> str | None: ...
+    def spans(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def id_to_token(self, token: int) -> str | None: ...
     @property
+    def context(self) -> Sequence[int]: ...
+    @property
     def special_tokens(self) -> dict[str, str]: ...
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **variables: Any,
-    ) -> str: ...
+    @property
+    def chat_template(self) -> ChatTemplate: ...
 
 
 @dataclass
@@ -122,7 +121,7 @@ class Context:
             )
         return ids[-limit:]
 
-    def render(
+    async def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -137,13 +136,12 @@ class Context:
         proceed = bool(continue_final_message)
         chat = [_message(message, index) for index, message in enumerate(messages)]
         prompt = not proceed if add_generation_prompt is None else add_generation_prompt
-        if self.template is not None:
-            variables = {**self.tokenizer.special_tokens, **(kwargs or {})}
-            return self.template.render(
-                chat, add_generation_prompt=prompt, continue_final_message=proceed, variables=variables
-            )
-        return self.tokenizer.render_chat(
-            chat, add_generation_prompt=prompt, continue_final_message=proceed, **(kwargs or {})
+        template = self.tokenizer.chat_template if self.template is None else self.template
+        return await template.arender(
+            chat,
+            add_generation_prompt=prompt,
+            continue_final_message=proceed,
+            variables={**self.tokenizer.special_tokens, **(kwargs or {})},
         )
 
 
@@ -152,7 +150,7 @@ _MESSAGE_KNOWN = frozenset(("role", "content", "name", "refusal", "annotations",
 
 
 def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A checked message with its text parts joined. Raises ApiError 400 naming the place.
+    """A checked message, its content text or text parts. Raises ApiError 400 naming the place.
 
     Keys with null or empty values pass, since clients send back whole answers as history.
     """
@@ -177,8 +175,10 @@ def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    if not isinstance(content, str):
+        content = [
+            {"type": "text", "text": _part(part, f"{where}.content[{i}]")} for i, part in enumerate(content)
+        ] or ""
+    elif not isinstance(content, str):
         raise wrong(".content must be a string or a list of text parts")
     out["content"] = content
     return out

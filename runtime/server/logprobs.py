@@ -34,8 +34,9 @@ def completion_logprobs(
 ) -> CompletionLogprobs:
     """The legacy shape for these tokens; `offset` is the place of the first one in the choice's text, in characters.
 
-    `top_logprobs` is keyed by text, and two ids can share one text (two halves of a character, say); the likelier wins,
-    so that its largest value is always the model's best token, which is how evaluation tools tell a greedy match.
+    `top_logprobs` is keyed by text, and two ids can share one text; the likelier wins, so that its largest value is
+    always the model's best token, which is how evaluation tools tell a greedy match. An alternative that would leave a
+    character unfinished is named by its bytes.
     """
     out = CompletionLogprobs([], [], [], [])
     for token, row in zip(token_ids, rows, strict=True):
@@ -44,23 +45,39 @@ def completion_logprobs(
         text = _text(token, row[token], as_ids)
         top: dict[str, float] = {}
         for other, entry in row.items():
-            name = _text(other, entry, as_ids)
+            name = text if other == token else _text(other, entry, as_ids) or _bytes_name(entry)
             top[name] = max(top.get(name, LOWEST), _finite(entry.logprob))
         _append(out, text, offset, _finite(row[token].logprob), top)
-        offset += len(text)
+        offset += shown_characters(row[token])
     return out
 
 
+def shown_characters(entry: Logprob) -> int:
+    """How many characters of the text are this token's."""
+    return len(entry.decoded_token or "") if entry.shown else 0
+
+
+def shown_length(token_ids: Sequence[int], rows: Sequence[LogprobDict | None]) -> int:
+    """How many characters of the text are these tokens'."""
+    return sum(shown_characters(row[token]) for token, row in zip(token_ids, rows, strict=True) if row is not None)
+
+
+def _bytes_name(entry: Logprob) -> str:
+    """OpenAI's name for a token that is no text."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry.token_bytes or b"")
+
+
 def prompt_completion_logprobs(
-    token_ids: Sequence[int], rows: Sequence[LogprobDict | None], *, first_text: str, as_ids: bool
+    token_ids: Sequence[int], rows: Sequence[LogprobDict | None], *, first: Logprob, as_ids: bool
 ) -> CompletionLogprobs:
-    """The legacy shape for an echoed prompt: its first token has no prediction, so two nulls stand there."""
+    """The legacy shape for an echoed prompt: its first token has no prediction, so two nulls stand there. `first` is
+    that token's entry."""
     out = CompletionLogprobs([], [], [], [])
     if not token_ids:
         return out
-    first = f"token_id:{token_ids[0]}" if as_ids else first_text
-    _append(out, first, 0, None, None)
-    extend(out, completion_logprobs(token_ids[1:], rows[1:], offset=len(first), as_ids=as_ids))
+    _append(out, _text(token_ids[0], first, as_ids), 0, None, None)
+    offset = shown_characters(first)
+    extend(out, completion_logprobs(token_ids[1:], rows[1:], offset=offset, as_ids=as_ids))
     return out
 
 
@@ -81,11 +98,6 @@ def extend(out: CompletionLogprobs, more: CompletionLogprobs) -> None:
     out.top_logprobs += more.top_logprobs
 
 
-def end_offset(logprobs: CompletionLogprobs) -> int:
-    """Where the text after these tokens starts."""
-    return logprobs.text_offset[-1] + len(logprobs.tokens[-1]) if logprobs.tokens else 0
-
-
 def chat_logprobs(token_ids: Sequence[int], rows: Sequence[LogprobDict], *, top: int, as_ids: bool) -> ChatLogprobs:
     """The chat shape for these tokens, with the `top` most likely alternatives of each."""
     content = []
@@ -97,8 +109,8 @@ def chat_logprobs(token_ids: Sequence[int], rows: Sequence[LogprobDict], *, top:
 
 
 def _chat_entry(token: int, entry: Logprob, as_ids: bool) -> tuple[str, float, list[int] | None]:
-    text = _text(token, entry, as_ids)
-    return text, _finite(entry.logprob), list(text.encode("utf-8", errors="replace"))
+    own = entry.token_bytes
+    return _text(token, entry, as_ids), _finite(entry.logprob), None if own is None else list(own)
 
 
 def prompt_logprobs(rows: Sequence[LogprobDict | None]) -> list[dict[str, TokenLogprob] | None]:

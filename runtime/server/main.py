@@ -25,6 +25,7 @@ from xllm_compiler.runtime.server.sockets import bind, raise_open_file_limit
 if TYPE_CHECKING:
     import socket
 
+    from xllm_compiler.runtime.chat_template import ChatTemplate
     from xllm_compiler.runtime.profile.profiler import Profiler
     from xllm_compiler.runtime.server.context import Context
     from xllm_compiler.runtime.startup import Started
@@ -63,13 +64,22 @@ def _serve(settings: Settings, phases: Phases) -> int:
     sock = bind(settings.host, settings.port)
     web = _Importer(_WEB_STACK)
     web.start()
+    template = None
     try:
         started = _prepare(settings, phases)
+        template = _chat_template(settings, started)
+        if template is not None:
+            template.start()  # it gets ready while the web server does
         web.wait()
         phases.mark("import web server")
-        return _listen(settings, phases, started, sock)
+        if template is not None:
+            template.check()
+            phases.mark("parse chat template")
+        return _listen(settings, phases, started, template, sock)
     finally:
         sock.close()
+        if template is not None:
+            template.close()
 
 
 class _Importer(threading.Thread):
@@ -138,9 +148,22 @@ def _compile_options(settings: Settings) -> list[str]:
     return options
 
 
-def _context(settings: Settings, started: Started) -> Context:
-    from xllm_compiler import __version__
+def _chat_template(settings: Settings, started: Started) -> ChatTemplate | None:
+    """The one that is served: the user's or the model's own."""
     from xllm_compiler.runtime.chat_template import ChatTemplate
+
+    tokenizer = started.tokenizer
+    if settings.chat_template is None:
+        return tokenizer.chat_template if tokenizer is not None and tokenizer.has_chat_template else None
+    try:
+        text = Path(settings.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise XllmError("option", f"cannot read the chat template: {error}", where="--chat-template") from None
+    return ChatTemplate(text, {} if tokenizer is None else tokenizer.special_tokens)
+
+
+def _context(settings: Settings, started: Started, template: ChatTemplate | None) -> Context:
+    from xllm_compiler import __version__
     from xllm_compiler.runtime.sampling_params import SamplingParams
     from xllm_compiler.runtime.server.bridge import Bridge
     from xllm_compiler.runtime.server.context import Context
@@ -149,12 +172,6 @@ def _context(settings: Settings, started: Started) -> Context:
 
     if started.tokenizer is None:
         raise XllmError("artifact", "the artifact has no tokenizer.json, without which no text can be served")
-    template = None
-    if settings.chat_template is not None:
-        try:
-            template = ChatTemplate(Path(settings.chat_template).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise XllmError("option", f"cannot read the chat template: {error}", where="--chat-template") from None
     defaults = dict(started.sampling_defaults) if settings.generation_config == "auto" else {}
     try:
         SamplingParams(**defaults)
@@ -176,13 +193,15 @@ def _context(settings: Settings, started: Started) -> Context:
         health=health_check(started.engine),
         version=__version__,
         pool_tokens=started.ledger.pages * started.ledger.page_tokens,
-        template=template,
+        template=None if settings.chat_template is None else template,
         max_body_size=settings.max_body_size,
         receive_timeout=settings.timeout_receive,
     )
 
 
-def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.socket) -> int:
+def _listen(
+    settings: Settings, phases: Phases, started: Started, template: ChatTemplate | None, sock: socket.socket
+) -> int:
     from xllm_compiler.runtime import host
     from xllm_compiler.runtime.memory import show_bytes
     from xllm_compiler.runtime.server import observe
@@ -190,7 +209,7 @@ def _listen(settings: Settings, phases: Phases, started: Started, sock: socket.s
     from xllm_compiler.runtime.server.lifecycle import Server, make_config
     from xllm_compiler.runtime.server.limits import ConnectionGuard
 
-    ctx = _context(settings, started)
+    ctx = _context(settings, started, template)
     guard = ConnectionGuard(raise_open_file_limit(), settings.timeout_receive)
     app = build_app(ctx, settings.api_keys, access_log=not settings.disable_access_log)
     config = make_config(
