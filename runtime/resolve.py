@@ -11,7 +11,9 @@ from pathlib import Path
 from xllm_compiler.artifact import is_artifact
 from xllm_compiler.errors import XllmError
 
-_COMPILE = "from xllm_compiler.tools.compile import entry; entry()"  # prints the artifact's path on its stdout
+# Prints the artifact's path on its stdout. It asks Linux to end it with us (PR_SET_PDEATHSIG, SIGTERM): whoever stops
+# the server while it compiles wants the processor back.
+_COMPILE = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from xllm_compiler.tools.compile import entry; entry()"
 
 
 def resolve_artifact(
