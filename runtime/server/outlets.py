@@ -116,9 +116,15 @@ def drain_outlets(seconds: float = _EXIT_SECONDS) -> None:
 def outlets() -> Iterator[None]:
     """Outlets in the place of sys.stdout and sys.stderr, and fatal signals reported, until the end of the block.
 
-    A stream that was closed when the process started stays so: its number may be another file's by now.
+    A stream that was closed when the process started stays so. Its number is kept from other files, though: what else
+    writes to it would write into them, and libuv aborts when it closes one of them.
     """
     before = sys.stdout, sys.stderr
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free
     with _fatal_signals():
         try:
             for name, fd in (("stdout", 1), ("stderr", 2)):
