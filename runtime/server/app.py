@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from xllm_compiler.runtime.server.access import Cors, Hosts
 from xllm_compiler.runtime.server.chat import chat_completions
 from xllm_compiler.runtime.server.completions import completions
 from xllm_compiler.runtime.server.context import Context
@@ -24,8 +25,15 @@ BodyHandler = Callable[[Context, Request, bytes], Awaitable[Response]]
 PlainHandler = Callable[[Context, Request], Awaitable[Response]]
 
 
-def build_app(ctx: Context, keys: tuple[str, ...] = (), *, access_log: bool = True) -> ASGIApp:
-    """The whole ASGI application."""
+def build_app(
+    ctx: Context,
+    keys: tuple[str, ...] = (),
+    *,
+    hosts: Hosts | None = None,
+    cors: Cors | None = None,
+    access_log: bool = True,
+) -> ASGIApp:
+    """The whole ASGI application. By default it answers to this machine's names, and to pages of this machine."""
 
     def get(path: str, handler: PlainHandler, name: str) -> Route:
         async def endpoint(request: Request) -> Response:
@@ -35,8 +43,12 @@ def build_app(ctx: Context, keys: tuple[str, ...] = (), *, access_log: bool = Tr
 
     def post(path: str, handler: BodyHandler, name: str) -> Route:
         async def endpoint(request: Request) -> Response:
-            body = await read_json_body(request, ctx.max_body_size, ctx.receive_timeout)
-            return await handler(ctx, request, body)
+            hold = ctx.budget.hold(_nobody)
+            try:
+                body = await read_json_body(request, ctx.max_body_size, ctx.receive_timeout, hold)
+                return await handler(ctx, request, body)
+            finally:
+                hold.release()
 
         return Route(path, endpoint, methods=["POST"], name=name)
 
@@ -53,7 +65,12 @@ def build_app(ctx: Context, keys: tuple[str, ...] = (), *, access_log: bool = Tr
         get("/version", version, "version"),
         Route("/ping", _ping(ctx), methods=["GET", "POST"], name="ping"),
     ]
-    return Gate(Router(routes, redirect_slashes=False, default=_no_such_path), ctx, keys, access_log=access_log)
+    router = Router(routes, redirect_slashes=False, default=_no_such_path)
+    return Gate(router, ctx, keys, hosts=hosts or Hosts(), cors=cors or Cors(), access_log=access_log)
+
+
+def _nobody() -> None:
+    """An empty share has nothing to give up."""
 
 
 async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:

@@ -15,6 +15,7 @@ from xllm_compiler.runtime.chat_template import ChatTemplate
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.server.bridge import Bridge
+from xllm_compiler.runtime.server.budget import Budget
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.params import fit_to_context
@@ -59,6 +60,7 @@ class Context:
     pool_tokens: int  # what the whole KV pool holds
     template: ChatTemplate | None = None  # instead of the tokenizer's own
     max_body_size: int = 4 * 2**20
+    budget: Budget = field(default_factory=lambda: Budget(128 * 2**20))
     receive_timeout: float = 30.0
     retry_after: int = 5
     draining: bool = False

@@ -1,5 +1,5 @@
-"""The door: every request passes here first. Owns keys, body limits, request ids, the access log and what becomes of
-exceptions. Must not know what endpoints do.
+"""The door: every request passes here first. Owns keys, the answers to browsers, body limits, request ids, the access
+log and what becomes of exceptions. Must not know what endpoints do.
 
 Nothing secret is logged: no headers, no query string, no body.
 """
@@ -7,6 +7,7 @@ Nothing secret is logged: no headers, no query string, no body.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import logging
 import re
@@ -20,15 +21,18 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.server.access import Cors, Hosts, host_name, is_same_origin
 from xllm_compiler.runtime.server.bridge import ClientGone
+from xllm_compiler.runtime.server.budget import Hold
 from xllm_compiler.runtime.server.context import Context
-from xllm_compiler.runtime.server.errors import ApiError, from_xllm
+from xllm_compiler.runtime.server.errors import ApiError, bad_request, from_xllm, unavailable
 from xllm_compiler.runtime.server.streaming import error_response
 
 log = logging.getLogger("xllm.server")
 access = logging.getLogger("xllm.access")
 
 OPEN_PATHS = frozenset(("/health", "/ping", "/metrics", "/version"))  # for probes and scrapers, which hold no key
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))  # they change nothing, and a page may not read their answers
 _SWALLOW_BYTES = 64 * 2**20  # of a refused body that a client is still sending
 _SWALLOW_SECONDS = 5.0
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -37,10 +41,14 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Gate:
     """The outermost ASGI application."""
 
-    def __init__(self, app: ASGIApp, ctx: Context, keys: tuple[str, ...], *, access_log: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, ctx: Context, keys: tuple[str, ...], *, hosts: Hosts, cors: Cors, access_log: bool
+    ) -> None:
         self.app = app
         self.ctx = ctx
         self.keys = tuple(key.encode() for key in keys)
+        self.hosts = hosts
+        self.cors = cors.middleware()
         self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,9 +68,17 @@ class Gate:
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
+        answer: Send = tagged
+        if "origin" in headers:  # errors too must be readable for a page that may read answers
+            answer = functools.partial(self.cors.send, send=tagged, request_headers=headers)
         try:
-            self._authorize(scope["path"], headers)
-            await self.app(scope, receive, tagged)
+            self._check_host(scope, headers)
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers and "origin" in headers:
+                await self.cors.preflight_response(headers)(scope, receive, tagged)  # it never carries a key
+            else:
+                self._check_origin(scope, headers)
+                self._authorize(scope["path"], headers)
+                await self.app(scope, receive, answer)
         except ClientGone:
             status = 499  # nginx's number for a client that hung up; nobody receives it
         except asyncio.CancelledError:
@@ -70,9 +86,42 @@ class Gate:
         except Exception as error:
             if status:  # too late for an answer; the server closes the connection
                 raise
-            await error_response(_explain(error))(scope, receive, tagged)
+            await error_response(_explain(error))(scope, receive, answer)
         finally:
             self._account(scope, status, time.monotonic() - start)
+
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
+        """One Host header that names this server; HTTP/1.0 may do without."""
+        given = headers.getlist("host")
+        if not given and scope["http_version"] == "1.0":
+            return
+        if len(given) != 1:
+            raise bad_request(f"{len(given) or 'no'} Host headers; send one", code="malformed_http")
+        try:
+            name = host_name(given[0])
+        except ValueError:
+            raise bad_request("the Host header is not a host", code="malformed_http") from None
+        if not self.hosts.allows(name):
+            raise ApiError(
+                403,
+                f"this server does not go by the name {name[:100]!r}; it can be told with --allowed-hosts",
+                type="permission_error",
+                code="host_not_allowed",
+            )
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """A page of another origin may only do what it could read the answer of. With keys there is nothing to check:
+        a page that has one was given it."""
+        origin = headers.get("origin")
+        if origin is None or self.keys or scope["method"] in _SAFE_METHODS:
+            return
+        if not self.cors.is_allowed_origin(origin) and not is_same_origin(origin, headers.get("host", "")):
+            raise ApiError(
+                403,
+                f"pages of {origin[:100]!r} may not call this server; it can be told with --allowed-origins",
+                type="permission_error",
+                code="origin_not_allowed",
+            )
 
     def _authorize(self, path: str, headers: Headers) -> None:
         if not self.keys or path in OPEN_PATHS:
@@ -122,16 +171,17 @@ def _explain(error: Exception) -> ApiError:
     return from_xllm(XllmError("internal", str(error)))
 
 
-async def read_json_body(request: Request, limit: int, timeout: float) -> bytes:
-    """The whole body of a JSON request.
+async def read_json_body(request: Request, limit: int, timeout: float, hold: Hold) -> bytes:
+    """The whole body of a JSON request, counted in `hold`.
 
     Raises ApiError 413 beyond `limit` bytes, with or without a Content-Length, 408 when it takes longer than `timeout`
-    seconds, 415 for another content type (which also keeps web pages from posting here behind a user's back), and
-    ClientGone.
+    seconds, 503 when it has to make room for others, 415 for another content type or none (a page may send those to
+    any server behind its user's back), and ClientGone.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise ApiError(415, f"content type {kind[:100]!r} is not supported; send application/json", code="content_type")
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        what = f"content type {kind[:100]!r} is not supported" if kind else "the request has no content type"
+        raise ApiError(415, f"{what}; send content-type: application/json", code="content_type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "compressed bodies are not supported", code="content_encoding")
     too_large = ApiError(
@@ -142,27 +192,43 @@ async def read_json_body(request: Request, limit: int, timeout: float) -> bytes:
         if "expect" not in request.headers:  # otherwise the client has not begun to send it
             await _swallow(request)
         raise too_large
-    parts: list[bytes] = []
-    size = 0
     try:
-        async with asyncio.timeout(timeout):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                body = message.get("body", b"")
-                size += len(body)
-                if size > limit:
-                    break
-                parts.append(body)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
+        async with asyncio.timeout(timeout) as deadline:
+            loop = asyncio.get_running_loop()
+            hold.give_up = lambda: deadline.reschedule(loop.time())
+            body = await _collect(request, limit, hold)
     except TimeoutError:
-        raise ApiError(
-            408, "the request's body did not arrive in time", code="request_timeout", headers={"connection": "close"}
-        ) from None
-    await _swallow(request)
-    raise too_large
+        if hold.gone:
+            await _swallow(request)
+            error = unavailable("the server holds too many unfinished requests", code="too_many_bytes")
+        else:
+            error = ApiError(408, "the request's body did not arrive in time", code="request_timeout")
+        error.headers["connection"] = "close"
+        raise error from None
+    if body is None:
+        hold.release()
+        await _swallow(request)
+        raise too_large
+    hold.complete()
+    return body
+
+
+async def _collect(request: Request, limit: int, hold: Hold) -> bytes | None:
+    """The body; None as soon as it is larger than `limit` bytes."""
+    parts: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body = message.get("body", b"")
+        hold.add(len(body))
+        if hold.size > limit:
+            return None
+        parts.append(body)
+        if hold.gone:
+            await asyncio.Event().wait()  # until the deadline, which is now
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 async def _swallow(request: Request) -> None:

@@ -1,20 +1,24 @@
 """From listening to the last byte. Owns signals, draining and the stall watchdog; must not know endpoints.
 
-The first SIGTERM or SIGINT drains: new requests get 503 and so do health probes, running ones finish, and the process
-ends with 0. What still runs when the time is up is aborted, and its client is told. A second signal ends it at once.
+The first SIGTERM, SIGINT or SIGHUP (the terminal was closed) drains: new requests get 503 and so do health probes,
+running ones finish, and the process ends with 0. What still runs when the time is up is aborted, and its client is
+told. A second SIGTERM or SIGINT ends it at once; SIGHUP comes twice by itself, from the shell and from the kernel.
+Under nohup SIGHUP stays ignored.
 """
 
 from __future__ import annotations
 
-import faulthandler
+import contextlib
 import logging
 import os
 import signal
 import socket
 import ssl
 import sys
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Protocol
 
@@ -97,9 +101,26 @@ class Server(uvicorn.Server):
         if self.started and self.on_ready is not None:
             self.on_ready()
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        with super().capture_signals():
+            before = None
+            if threading.current_thread() is threading.main_thread():
+                before = signal.getsignal(signal.SIGHUP)
+            if before is None or before is signal.SIG_IGN:
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before if self._deadline is None else signal.SIG_IGN)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: leave at once, with the shell's exit status for that signal."""
         if self._deadline is not None:
+            if sig == signal.SIGHUP:
+                return
             os._exit(128 + sig)
         self.drain(signal.Signals(sig).name)
 
@@ -131,5 +152,13 @@ class Server(uvicorn.Server):
             self._reported = False
         elif not self._reported:
             self._reported = True
-            log.error("unhealthy: %s", reason)
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            log.error("unhealthy: %s\n%s", reason, _stacks())
+
+
+def _stacks() -> str:
+    """What every thread is doing."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )

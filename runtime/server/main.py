@@ -11,14 +11,18 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.phases import Phases
+from xllm_compiler.runtime.server.keys import load_keys
+from xllm_compiler.runtime.server.outlets import drain_outlets, outlets
 from xllm_compiler.runtime.server.settings import Settings, parse_settings
 from xllm_compiler.runtime.server.sockets import bind, raise_open_file_limit
 
@@ -38,7 +42,23 @@ _WEB_STACK = ("uvloop", "xllm_compiler.runtime.server.lifecycle", "xllm_compiler
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    with outlets():
+        _end_when_told()
+        try:
+            code = main(sys.argv[1:])
+        except Exception:  # the interpreter would tell of it where that may block
+            traceback.print_exc()
+            code = 1
+    sys.exit(code)
+
+
+def _end_when_told() -> None:
+    """Until the server listens a signal ends the process at once, as the system does by itself for every process but
+    a container's first, which it leaves alone."""
+    if os.getpid() == 1:
+        for sig in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(sig) is signal.SIG_DFL:
+                signal.signal(sig, lambda number, frame: os._exit(128 + number))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = parse_settings(argv, os.environ)
         os.environ.pop("XLLM_API_KEY", None)  # the compiler, a child process, has no use for it
+        os.environ.pop("XLLM_API_KEY_FILE", None)
         return _serve(settings, phases)
     except XllmError as error:
         print(error, file=sys.stderr)
@@ -61,6 +82,7 @@ def _serve(settings: Settings, phases: Phases) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.DEBUG if settings.log_level == "debug" else logging.WARNING)
+    keys = load_keys(settings)
     sock = bind(settings.host, settings.port)
     web = _Importer(_WEB_STACK)
     web.start()
@@ -75,7 +97,7 @@ def _serve(settings: Settings, phases: Phases) -> int:
         if template is not None:
             template.check()
             phases.mark("parse chat template")
-        return _listen(settings, phases, started, template, sock)
+        return _listen(settings, keys, phases, started, template, sock)
     finally:
         sock.close()
         if template is not None:
@@ -166,6 +188,7 @@ def _context(settings: Settings, started: Started, template: ChatTemplate | None
     from xllm_compiler import __version__
     from xllm_compiler.runtime.sampling_params import SamplingParams
     from xllm_compiler.runtime.server.bridge import Bridge
+    from xllm_compiler.runtime.server.budget import Budget
     from xllm_compiler.runtime.server.context import Context
     from xllm_compiler.runtime.server.lifecycle import health_check
     from xllm_compiler.runtime.server.metrics import Metrics
@@ -195,23 +218,34 @@ def _context(settings: Settings, started: Started, template: ChatTemplate | None
         pool_tokens=started.ledger.pages * started.ledger.page_tokens,
         template=None if settings.chat_template is None else template,
         max_body_size=settings.max_body_size,
+        budget=Budget(settings.max_body_memory),
         receive_timeout=settings.timeout_receive,
     )
 
 
 def _listen(
-    settings: Settings, phases: Phases, started: Started, template: ChatTemplate | None, sock: socket.socket
+    settings: Settings,
+    keys: tuple[str, ...],
+    phases: Phases,
+    started: Started,
+    template: ChatTemplate | None,
+    sock: socket.socket,
 ) -> int:
     from xllm_compiler.runtime import host
     from xllm_compiler.runtime.memory import show_bytes
     from xllm_compiler.runtime.server import observe
+    from xllm_compiler.runtime.server.access import Cors, hosts_for
     from xllm_compiler.runtime.server.app import build_app
     from xllm_compiler.runtime.server.lifecycle import Server, make_config
     from xllm_compiler.runtime.server.limits import ConnectionGuard
 
     ctx = _context(settings, started, template)
-    guard = ConnectionGuard(raise_open_file_limit(), settings.timeout_receive)
-    app = build_app(ctx, settings.api_keys, access_log=not settings.disable_access_log)
+    guard = ConnectionGuard(raise_open_file_limit(), settings.timeout_receive, ctx.budget)
+    cors = Cors(
+        settings.allowed_origins, settings.allowed_methods, settings.allowed_headers, settings.allow_credentials
+    )
+    hosts = hosts_for(settings.host, settings.allowed_hosts, keys=bool(keys))
+    app = build_app(ctx, keys, hosts=hosts, cors=cors, access_log=not settings.disable_access_log)
     config = make_config(
         app,
         guard,
@@ -227,6 +261,7 @@ def _listen(
         ctx.metrics.sources += [
             observe.engine_samples(started.engine),
             observe.connection_samples(guard),
+            observe.log_samples(),
             observe.start_samples(started.facts, memory, started.ledger.pages, dict(phases.rows)),
         ]
         host, port = sock.getsockname()[:2]
@@ -235,6 +270,7 @@ def _listen(
         if settings.startup_report is not None:
             _write_report(settings.startup_report, phases, started, address)
         print(f"start-up\n{phases.table()}")
+        print(f"limits: {show_bytes(ctx.budget.limit)} of arriving requests, {guard.max_connections} connections")
         print(f"serving {', '.join(ctx.names)} on {address}", flush=True)
         gc.collect()
         gc.freeze()  # what the start made stays; collections need not look at it again
@@ -285,7 +321,6 @@ def _stop(started: Started) -> int:
     stopper.join(_STOP_SECONDS)
     if stopper.is_alive():
         log.error("the engine did not stop within %.0f s", _STOP_SECONDS)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        drain_outlets()
         os._exit(1)
     return 0

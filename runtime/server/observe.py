@@ -8,6 +8,7 @@ from typing import Protocol
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.server.limits import ConnectionGuard
 from xllm_compiler.runtime.server.metrics import Sample
+from xllm_compiler.runtime.server.outlets import dropped_lines
 from xllm_compiler.runtime.stats import EngineStats, Health
 
 
@@ -43,6 +44,23 @@ def connection_samples(guard: ConnectionGuard) -> Callable[[], Iterable[Sample]]
         yield Sample("gauge", "xllm:connections_open", "Open connections.", guard.open)
         yield Sample("counter", "xllm:connections_timed_out", "Closed for sending no request.", guard.timed_out)
         yield Sample("counter", "xllm:connections_evicted", "Idle ones closed to make room.", guard.evicted)
+        for code, count in sorted(guard.refused.items()):
+            text = "Requests refused before any handler saw them, by the error's code."
+            yield Sample("counter", "xllm:requests_refused", text, count, {"code": code})
+        budget = guard.budget
+        yield Sample("gauge", "xllm:arriving_bytes", "Bytes of unfinished requests in memory.", budget.used)
+        yield Sample("gauge", "xllm:arriving_bytes_peak", "The most there have been.", budget.peak)
+        yield Sample("gauge", "xllm:arriving_bytes_limit", "The most there may be.", budget.limit)
+        yield Sample("counter", "xllm:arriving_given_up", "Unfinished requests that made room.", budget.given_up)
+
+    return read
+
+
+def log_samples() -> Callable[[], Iterable[Sample]]:
+    def read() -> Iterable[Sample]:
+        for stream, count in dropped_lines().items():
+            text = "Lines that nobody read in time, by stream."
+            yield Sample("counter", "xllm:log_lines_dropped", text, count, {"stream": stream})
 
     return read
 

@@ -7,6 +7,7 @@ spells them.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,12 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] | None = None
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     served_model_names: tuple[str, ...] = ()
@@ -39,6 +46,7 @@ class Settings:
     chat_template: str | None = None
     generation_config: str = "auto"
     max_body_size: int = 4 * 2**20
+    max_body_memory: int = 128 * 2**20
     timeout_keep_alive: int = 5
     timeout_receive: int = 30
     timeout_graceful_shutdown: int = 60
@@ -101,6 +109,37 @@ def _switch(text: str) -> bool:
     raise ValueError(f"{text!r} is not one of 1, 0, true, false, yes, no, on, off")
 
 
+def _host(text: str) -> str:
+    if text == "*":
+        return text
+    if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?", text):
+        raise ValueError(f"{text[:100]!r} is no host name; write example.com, *.example.com or *, without a port")
+    return text
+
+
+def _origin(text: str) -> str:
+    if text in ("*", "null"):
+        return text
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@,]+", text):
+        raise ValueError(f"{text[:100]!r} is no origin; write https://example.com, without a path, or *")
+    return text
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", text):
+        raise ValueError(f"{text[:100]!r} is no name of a method or header")
+    return text
+
+
+def check_key(key: str) -> str:
+    """Raises ValueError, which does not repeat the key."""
+    if not key.strip():
+        raise ValueError("an empty key would lock nothing; give one, or leave this out")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("an API key must be printable ASCII without spaces")
+    return key
+
+
 @dataclass(frozen=True)
 class _Option:
     flag: str
@@ -108,6 +147,7 @@ class _Option:
     help: str
     name: str = ""  # field of Settings, when it differs from the flag
     repeat: bool = False  # the environment twin is then a comma-separated list
+    listed: bool = False  # the flag too takes a comma-separated list, or one in JSON as vLLM does
     switch: bool = False
 
     @property
@@ -118,13 +158,58 @@ class _Option:
     def env(self) -> str:
         return "XLLM_" + self.flag[2:].replace("-", "_").upper()
 
+    def split(self, text: str) -> list[str]:
+        """The values in a flag that is `listed`, or in an environment twin. Raises ValueError."""
+        if not text.strip():
+            raise ValueError("must not be empty")
+        if not (self.listed and text.lstrip().startswith("[")):
+            return [part.strip() for part in text.split(",")] if self.listed else text.split(",")
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"not a list in JSON: {error}") from None
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError("not a list of strings")
+        return values
+
+    def values(self, given: list[str], *, from_env: bool) -> tuple[Any, ...]:
+        """Of an option that repeats. Raises ValueError."""
+        texts = [part for text in given for part in self.split(text)] if from_env or self.listed else given
+        return tuple(self.parse(text) for text in texts)
+
 
 _COUNT = _integer(1, 2**31 - 1)
 _SECONDS = _integer(0, 86_400)
 OPTIONS = (
     _Option("--host", _text, "address to listen on (default 127.0.0.1: this machine only)"),
     _Option("--port", _integer(0, 65535), "port to listen on (default 8000; 0 takes a free one)"),
-    _Option("--api-key", _text, "require this bearer key; may be given more than once", "api_keys", repeat=True),
+    _Option(
+        "--api-key",
+        check_key,
+        "require this bearer key; may be given more than once; others on this machine see it in the process list",
+        "api_keys",
+        repeat=True,
+    ),
+    _Option("--api-key-file", _text, "file of bearer keys, one a line; any key of it, or of --api-key, is taken"),
+    _Option(
+        "--allowed-hosts",
+        _host,
+        "names under which clients may call this server, beside localhost and IP addresses: example.com, "
+        "*.example.com or *; may be given more than once",
+        repeat=True,
+        listed=True,
+    ),
+    _Option(
+        "--allowed-origins",
+        _origin,
+        "origins whose web pages may call this server (CORS), in place of pages on localhost: https://example.com, "
+        "* for all, [] for none; may be given more than once",
+        repeat=True,
+        listed=True,
+    ),
+    _Option("--allowed-methods", _token, "methods that they may use (default *)", repeat=True, listed=True),
+    _Option("--allowed-headers", _token, "headers that they may send (default *)", repeat=True, listed=True),
+    _Option("--allow-credentials", _switch, "let browsers send cookies along", switch=True),
     _Option("--ssl-certfile", _text, "PEM certificate chain: serve https"),
     _Option("--ssl-keyfile", _text, "PEM key of --ssl-certfile"),
     _Option(
@@ -147,6 +232,11 @@ OPTIONS = (
         "auto: sampling defaults from the model's generation_config.json; vllm: neutral defaults",
     ),
     _Option("--max-body-size", _size, "largest request body (default 4MiB)"),
+    _Option(
+        "--max-body-memory",
+        _size,
+        "most bytes of all requests that are arriving; beyond it those that take longest get 503 (default 128MiB)",
+    ),
     _Option("--timeout-keep-alive", _SECONDS, "seconds that an idle connection is kept after a response (default 5)"),
     _Option(
         "--timeout-receive", _integer(1, 86_400), "seconds for a request's head, and its body, to arrive (default 30)"
@@ -200,6 +290,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     A rejected API key is not repeated in the message.
     """
     given = vars(_parser().parse_args(list(argv)))
+    _check_names(environ)
     values: dict[str, Any] = {"model": given["model"]}
     for option in OPTIONS:
         texts, where = given[option.dest], option.flag
@@ -207,11 +298,10 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             if option.env not in environ:
                 continue
             texts, where = environ[option.env], option.env
-            if option.repeat:
-                texts = [part for part in texts.split(",") if part]
         try:
             if option.repeat:
-                values[option.dest] = tuple(option.parse(text) for text in texts)
+                from_env = where == option.env
+                values[option.dest] = option.values([texts] if from_env else texts, from_env=from_env)
             else:
                 values[option.dest] = option.parse(texts)
         except ValueError as error:
@@ -219,7 +309,24 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     settings = Settings(**values)
     if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
         raise XllmError("option", "--ssl-certfile and --ssl-keyfile belong together", help="give both or neither")
-    for key in settings.api_keys:
-        if not key.isascii() or not key.isprintable() or " " in key:
-            raise XllmError("option", "an API key must be printable ASCII without spaces", where="--api-key")
+    if settings.max_body_memory < settings.max_body_size:
+        raise XllmError(
+            "option",
+            f"--max-body-memory {settings.max_body_memory} is less than --max-body-size {settings.max_body_size}",
+            where="--max-body-memory",
+            help="one body must fit",
+        )
     return settings
+
+
+def _check_names(environ: Mapping[str, str]) -> None:
+    """A misspelt variable that was to hold a key would leave the door open without a word."""
+    known = {option.env for option in OPTIONS}
+    for name in environ:
+        if name.startswith("XLLM_") and "KEY" in name and name not in known:
+            raise XllmError(
+                "option",
+                f"the environment variable {name} means nothing here",
+                where=name,
+                help="keys are read from XLLM_API_KEY and XLLM_API_KEY_FILE",
+            )

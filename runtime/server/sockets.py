@@ -12,6 +12,7 @@ log = logging.getLogger("xllm.server")
 
 _RESERVED_FILES = 64  # descriptors kept for the process itself
 _ENOUGH_FILES = 1 << 20
+_MOST_CONNECTIONS = 1 << 14  # each costs some 20 KB
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,10 +39,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def raise_open_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one; returns the number of connections that fit below it."""
+    """Raise the soft limit of open files to the hard one; returns the number of connections to allow below it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return _ENOUGH_FILES
+        return _MOST_CONNECTIONS
     wanted = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else hard
     if soft < wanted:
         try:
@@ -49,4 +50,4 @@ def raise_open_file_limit() -> int:
             soft = wanted
         except (ValueError, OSError):  # some kernels cap nr_open below the hard limit
             log.warning("cannot raise the limit of open files above %d", soft)
-    return max(16, soft - _RESERVED_FILES)
+    return min(_MOST_CONNECTIONS, max(16, soft - _RESERVED_FILES))

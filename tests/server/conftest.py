@@ -27,8 +27,10 @@ from xllm_compiler.runtime.engine import Engine
 from xllm_compiler.runtime.executor import Logits, StepBatch
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.server import lifecycle
+from xllm_compiler.runtime.server.access import Cors, Hosts
 from xllm_compiler.runtime.server.app import build_app
 from xllm_compiler.runtime.server.bridge import Bridge
+from xllm_compiler.runtime.server.budget import Budget
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.limits import ConnectionGuard
 from xllm_compiler.runtime.server.metrics import Metrics
@@ -39,6 +41,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ANY_HOST = Hosts(("*",))
 EOS = 256
 VOCAB = 260
 
@@ -130,7 +133,7 @@ Maker = Callable[..., Served]
 
 @pytest.fixture
 def make() -> Iterator[Maker]:
-    """Makes servers that are not listening; options: pages, max_model_len, keys, max_waiting, and fields of Context."""
+    """Makes servers that are not listening, from the options below and fields of Context."""
     made: list[Served] = []
 
     def build(
@@ -141,6 +144,9 @@ def make() -> Iterator[Maker]:
         max_waiting: int = 16,
         receive_timeout: float = 5.0,
         max_connections: int = 10_000,
+        budget_bytes: int = 128 * 2**20,
+        hosts: Hosts = ANY_HOST,
+        cors: Cors | None = None,
         **fields: Any,
     ) -> Served:
         facts = ModelFacts("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64)
@@ -160,10 +166,11 @@ def make() -> Iterator[Maker]:
             version="0",
             pool_tokens=pages * 16,
             receive_timeout=receive_timeout,
+            budget=Budget(budget_bytes),
             **fields,
         )
-        guard = ConnectionGuard(max_connections, receive_timeout)
-        made.append(Served(ctx, engine, executor, guard, build_app(ctx, keys)))
+        guard = ConnectionGuard(max_connections, receive_timeout, ctx.budget)
+        made.append(Served(ctx, engine, executor, guard, build_app(ctx, keys, hosts=hosts, cors=cors)))
         return made[-1]
 
     yield build

@@ -211,15 +211,31 @@ def test_body_limits(make: Any) -> None:
         for start in range(0, len(big), 100):
             yield big[start : start + 100]
 
-    refused(served.ask("POST", "/v1/completions", content=big), 413, "1000", code="body_too_large")
-    refused(served.ask("POST", "/v1/completions", content=chunks()), 413, "1000", code="body_too_large")
+    kind = {"content-type": "application/json"}
+    refused(served.ask("POST", "/v1/completions", content=big, headers=kind), 413, "1000", code="body_too_large")
+    refused(served.ask("POST", "/v1/completions", content=chunks(), headers=kind), 413, "1000", code="body_too_large")
     assert served.post("/v1/completions", prompt="a" * 300, max_tokens=1).status_code == 200
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-def test_what_a_web_page_can_post_across_origins_is_refused(fake: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,  # what a Blob without a type sends
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "text/plain;application/json",
+        "text/plain, application/json",
+        "application/jsonp",
+        "json",
+    ],
+)
+def test_what_a_web_page_can_post_across_origins_is_refused(fake: Any, kind: str | None) -> None:
     body = b'{"prompt": "a", "max_tokens": 1}'
-    refused(fake.ask("POST", "/v1/completions", content=body, headers={"content-type": kind}), 415)
+    headers = {} if kind is None else {"content-type": kind}
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        refused(fake.ask("POST", path, content=body, headers=headers), 415, "application/json", code="content_type")
     for good in ("application/json; charset=utf-8", "application/vnd.x+json"):
         assert fake.ask("POST", "/v1/completions", content=body, headers={"content-type": good}).status_code == 200
     refused(fake.ask("POST", "/v1/completions", content=body, headers={"content-encoding": "gzip"}), 415)

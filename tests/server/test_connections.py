@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from xllm_compiler.runtime.server.limits import NEW_SECONDS
+
 ENDLESS = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
 
 
@@ -119,7 +121,9 @@ def test_a_thousand_silent_connections_do_not_stop_service(make: Any, listen: An
 
 def test_too_many_connections_evict_the_longest_idle(make: Any, listen: Any, until: Any) -> None:
     with listen(make(max_connections=5, receive_timeout=60)) as served:
-        socks = [connect(served) for _ in range(6)]
+        socks = [connect(served) for _ in range(5)]
+        time.sleep(NEW_SECONDS + 0.1)  # before that, their requests may be on the way
+        socks.append(connect(served))
         assert until(lambda: served.guard.evicted >= 1)
         assert httpx.get(served.url + "/health").status_code == 200
         assert socks[0].recv(10) == b""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.server.keys import load_keys, read_keys
 from xllm_compiler.runtime.server.main import main
 from xllm_compiler.runtime.server.settings import OPTIONS, Settings, parse_bytes, parse_settings
 
@@ -16,6 +18,12 @@ GIVEN = {
     "--host": ("0.0.0.0", "0.0.0.0"),
     "--port": ("0", 0),
     "--api-key": ("k", ("k",)),
+    "--api-key-file": ("k.txt", "k.txt"),
+    "--allowed-hosts": ("*.example.com", ("*.example.com",)),
+    "--allowed-origins": ("https://a.example", ("https://a.example",)),
+    "--allowed-methods": ("GET", ("GET",)),
+    "--allowed-headers": ("x-a", ("x-a",)),
+    "--allow-credentials": ("1", True),
     "--ssl-certfile": ("c.pem", "c.pem"),
     "--ssl-keyfile": ("k.pem", "k.pem"),
     "--served-model-name": ("m", ("m",)),
@@ -28,6 +36,7 @@ GIVEN = {
     "--chat-template": ("t", "t"),
     "--generation-config": ("vllm", "vllm"),
     "--max-body-size": ("1MiB", 2**20),
+    "--max-body-memory": ("64MiB", 64 * 2**20),
     "--timeout-keep-alive": ("9", 9),
     "--timeout-receive": ("8", 8),
     "--timeout-graceful-shutdown": ("0", 0),
@@ -61,6 +70,12 @@ def test_every_flag_has_a_twin_and_wins_over_it(option: Any) -> None:
 def test_lists() -> None:
     assert parse_settings(["m", "--api-key", "a", "--api-key", "b"], {}).api_keys == ("a", "b")
     assert parse_settings(["m"], {"XLLM_API_KEY": "a,b"}).api_keys == ("a", "b")
+    for given in (["a", "b"], ["a,b"], ["a, b"], ['["a", "b"]']):  # the last is how vLLM takes it
+        flags = [word for text in given for word in ("--allowed-hosts", text)]
+        assert parse_settings(["m", *flags], {}).allowed_hosts == ("a", "b")
+        assert len(given) > 1 or parse_settings(["m"], {"XLLM_ALLOWED_HOSTS": given[0]}).allowed_hosts == ("a", "b")
+    assert parse_settings(["m"], {}).allowed_origins is None
+    assert parse_settings(["m", "--allowed-origins", "[]"], {}).allowed_origins == ()
 
 
 def test_keys_are_not_shown() -> None:
@@ -81,6 +96,27 @@ def test_keys_are_not_shown() -> None:
         (["m", "--ssl-certfile", "x"], {}, "--ssl-keyfile"),
         (["m", "--api-key", ""], {}, "--api-key"),
         (["m", "--api-key", "a b"], {}, "API key"),
+        (["m"], {"XLLM_API_KEY": ""}, "XLLM_API_KEY"),
+        (["m"], {"XLLM_API_KEY": ","}, "XLLM_API_KEY"),
+        (["m"], {"XLLM_API_KEY": " "}, "XLLM_API_KEY"),
+        (["m"], {"XLLM_API_KEY": "a,"}, "XLLM_API_KEY"),
+        (["m"], {"XLLM_API_KEY": "a\n"}, "XLLM_API_KEY"),
+        (["m", "--api-key", "\t"], {}, "--api-key"),
+        (["m"], {"XLLM_API_KEY_FILE": ""}, "XLLM_API_KEY_FILE"),
+        (["m"], {"XLLM_SSL_KEYFILE": ""}, "XLLM_SSL_KEYFILE"),
+        (["m"], {"XLLM_SERVED_MODEL_NAME": ""}, "XLLM_SERVED_MODEL_NAME"),
+        (["m"], {"XLLM_API_KEYS": "a"}, "XLLM_API_KEYS"),  # a misspelt lock is an open door
+        (["m"], {"XLLM_APIKEY": "a"}, "XLLM_APIKEY"),
+        (["m", "--allowed-hosts", "http://a"], {}, "--allowed-hosts"),
+        (["m", "--allowed-hosts", "a:80"], {}, "--allowed-hosts"),
+        (["m", "--allowed-hosts", "a.*"], {}, "--allowed-hosts"),
+        (["m"], {"XLLM_ALLOWED_HOSTS": ""}, "XLLM_ALLOWED_HOSTS"),
+        (["m", "--allowed-origins", "example.com"], {}, "--allowed-origins"),
+        (["m", "--allowed-origins", "https://example.com/"], {}, "--allowed-origins"),
+        (["m", "--allowed-origins", '["a"'], {}, "--allowed-origins"),
+        (["m", "--allowed-origins", "[1]"], {}, "--allowed-origins"),
+        (["m", "--allowed-methods", "GET POST"], {}, "--allowed-methods"),
+        (["m", "--max-body-memory", "1MiB"], {}, "--max-body-memory"),
         (["m", "--nope"], {}, "--nope"),
         (["m", "--por", "1"], {}, "--por"),  # no abbreviations
     ],
@@ -118,3 +154,42 @@ def test_main_ends_with_2_and_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     assert "error[option]" in capsys.readouterr().err
     assert main([str(tmp_path), "--host", "999.1.1.1", "--port", "0"]) == 2
     assert "error[io]" in capsys.readouterr().err
+
+
+def test_keys_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"one\r\n\n  two\n")
+    file.chmod(0o600)
+    settings = parse_settings(["m", "--api-key", "zero", "--api-key-file", str(file)], {})
+    assert load_keys(settings) == ("zero", "one", "two")
+    assert load_keys(parse_settings(["m"], {"XLLM_API_KEY_FILE": str(file)})) == ("one", "two")
+    assert not caplog.records
+    file.chmod(0o644)
+    load_keys(settings)
+    assert "read by every user" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"a b\n", b"\xef\xbb\xbfkey\n", b"hush\n\x00\n", b"k" * 2**21])
+def test_a_file_without_good_keys_does_not_open_the_door(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    with pytest.raises(XllmError) as caught:
+        read_keys(str(file))
+    assert caught.value.kind == "option" and caught.value.where == "--api-key-file"
+    assert "hush" not in str(caught.value)
+
+
+def test_a_key_file_that_cannot_be_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(XllmError, match="cannot take keys"):
+            read_keys(str(path))
+
+
+def test_a_server_with_an_empty_key_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", ",", " ", "a,,b"):
+        monkeypatch.setenv("XLLM_API_KEY", value)
+        assert main([str(tmp_path), "--port", "0"]) == 2
+    monkeypatch.delenv("XLLM_API_KEY")
+    (tmp_path / "keys").touch()
+    assert main([str(tmp_path), "--port", "0", "--api-key-file", str(tmp_path / "keys")]) == 2

@@ -12,7 +12,7 @@ from typing import Any
 from xllm_compiler.artifact.decode import encode
 from xllm_compiler.dims import Dim, parse_dim
 
-FORMAT = 3
+FORMAT = 4
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
 
 MANIFEST = "manifest.json"
