@@ -39,7 +39,7 @@ _KINDS: Final[dict[str, TokenKind]] = {
 _ASSUME_END: Final = re.compile(r">=[ \t\r]*0[ \t\r]*(?=//|\n|\Z)")
 
 MAX_TEXT: Final = 1 << 24  # characters; the step of a model with a hundred layers has half a million
-MAX_TOKENS: Final = 2_000_000
+MAX_TOKENS: Final = 1_000_000
 
 
 class Token(NamedTuple):
@@ -64,7 +64,9 @@ class Source:
         return self.text.count("\n", 0, offset) + 1
 
     def error(self, message: str, start: int, end: int | None = None, help: str = "") -> IrError:
-        """An IrError that shows the line of `start` with carets under start..end."""
+        """An IrError that shows the line of `start` with carets under start..end. A long message is cut."""
+        if len(message) > 600:
+            message = f"{message[:600]}..."
         begin = self.text.rfind("\n", 0, start) + 1
         stop = self.text.find("\n", start)
         line = self.text[begin : stop if stop >= 0 else len(self.text)]

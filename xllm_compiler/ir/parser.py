@@ -27,7 +27,7 @@ from xllm_compiler.ir.types import DTYPE_BYTES, MAX_SIZE, Event, Future, Kv, Ten
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
 _HALF: Final = re.compile("[\ud800-\udfff]")  # of a surrogate pair; stands for no character
-MAX_OPS: Final = 100_000  # in a function; the step of the largest models has a tenth of that
+MAX_OPS: Final = 50_000  # in a function; the step of the largest models has a fifth of that
 _OPEN: Final = {"(": ")", "[": "]"}
 _AFTER_DIM: Final = frozenset((",", ")", "]", "{", "}", ":", "=", ">="))
 T = TypeVar("T")
