@@ -65,6 +65,7 @@ class WeightsGuard:
         raises when it differs."""
         self._path, self._fd, self._mapped, self._address, self._check = path, fd, mapped, address, check
         self._seen = os.fstat(fd)
+        self._closing = weakref.finalize(self, os.close, fd)
         self.protection: Protection = "none"
 
     def describe(self) -> str:
@@ -86,13 +87,10 @@ class WeightsGuard:
 
     def close(self) -> None:
         """Give the lease and the descriptor back. Safe to call twice."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
-        if self.protection == "lease":  # the mapping keeps the open file, and with it the lease
-            with suppress(OSError):
-                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        os.close(fd)
+        if self._closing.alive and self.protection == "lease":
+            with suppress(OSError):  # the mapping keeps the open file, and with it the lease
+                fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        self._closing()
 
     def _run(self, engine: weakref.ref[Served]) -> None:
         pause, turn = threading.Event(), 0

@@ -4,6 +4,7 @@ process, since this one must import neither compiler nor torch."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,8 +29,10 @@ def resolve_artifact(
     """
     if is_artifact(path):
         return path
-    if not (path / "config.json").is_file():
-        what = "has neither manifest.json nor config.json" if path.is_dir() else "is not a directory"
+    if not os.path.isfile(path / "config.json"):
+        what = "has neither manifest.json nor config.json" if os.path.isdir(path) else "is not a directory"
+        if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+            raise XllmError("io", f"{path} cannot be read by this user", help="give it read and search permission")
         raise XllmError(
             "option",
             f"{path} {what}",

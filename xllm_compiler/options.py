@@ -4,6 +4,7 @@ torch, TVM or anything that is slow, since `xllm-compile explain` answers from h
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,8 +120,10 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         _one_of("--isas", isa, LEVELS)
     if not isas:
         raise XllmError("option", "--isas is empty", help=f"name some of {', '.join(LEVELS)}")
-    name = options.name if options.name is not None else checkpoint.path.resolve().name
-    if not name or re.search(r"[\x00-\x1f\x7f]", name) or len(name) > 256:
+    name = options.name
+    if name is None:  # a directory's name may be any bytes
+        name = os.fsencode(checkpoint.path.resolve().name).decode("utf-8", "replace")
+    if not name or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) or len(name) > 256:
         raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
     pipeline, form = _pipeline(options, target, checkpoint)
     max_kl = _max_kl(options, form)

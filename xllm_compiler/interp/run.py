@@ -182,6 +182,8 @@ def call_op(op: Op, ctx: EvalContext, env: Mapping[Value, Array]) -> tuple[Array
     Every op sees dense arrays, or the last bits of a sum would depend on how an array lies in memory: numpy adds up
     strided ones in another order. A planned program, whose buffers are dense, must give the same bits.
     """
+    for result in op.results:
+        array_shape(ctx, result.type)  # a result too large for any machine is not begun
     args: list[Array | tuple[Array, ...] | None] = []
     for field in op.SPEC.operands:
         values = tuple(_dense(env[v]) for v in op.field(field.name))

@@ -36,7 +36,10 @@ _KINDS: Final[dict[str, TokenKind]] = {
     "string": "string",
     "punct": "punct",
 }
-_ASSUME: Final = re.compile(r"assume\s+([^\n]*?)\s*>=\s*0[ \t\r]*(?=//|\n|\Z)")
+_ASSUME_END: Final = re.compile(r">=[ \t\r]*0[ \t\r]*(?=//|\n|\Z)")
+
+MAX_TEXT: Final = 1 << 24  # characters; the step of a model with a hundred layers has half a million
+MAX_TOKENS: Final = 1_000_000
 
 
 class Token(NamedTuple):
@@ -61,7 +64,9 @@ class Source:
         return self.text.count("\n", 0, offset) + 1
 
     def error(self, message: str, start: int, end: int | None = None, help: str = "") -> IrError:
-        """An IrError that shows the line of `start` with carets under start..end."""
+        """An IrError that shows the line of `start` with carets under start..end. A long message is cut."""
+        if len(message) > 600:
+            message = f"{message[:600]}..."
         begin = self.text.rfind("\n", 0, start) + 1
         stop = self.text.find("\n", start)
         line = self.text[begin : stop if stop >= 0 else len(self.text)]
@@ -79,6 +84,8 @@ class Source:
 def tokenize(source: Source) -> tuple[list[Token], dict[int, str]]:
     """All tokens, an "end" token last, and the comment of each line that has one after code."""
     text = source.text
+    if len(text) > MAX_TEXT:
+        raise source.error(f"a text of {len(text)} characters; at most {MAX_TEXT} are read", 0)
     tokens: list[Token] = []
     comments: dict[int, str] = {}
     at, line, depth, first = 0, 1, 0, True
@@ -89,15 +96,18 @@ def tokenize(source: Source) -> tuple[list[Token], dict[int, str]]:
             raise source.error(f"unexpected character {text[at]!r}", at)
         start, end = m.span(group)
         at = m.end()
+        if len(tokens) > MAX_TOKENS:
+            raise source.error(f"more than {MAX_TOKENS} tokens", start)
         kind = _KINDS.get(group)
         if kind is not None:
             piece = text[start:end]
             if first and depth == 0 and piece == "assume":
-                whole = _ASSUME.match(text, start)
-                if whole is None:
+                stop = text.find("\n", end)
+                last = _ASSUME_END.search(text, end, len(text) if stop < 0 else stop)
+                if last is None:
                     raise source.error("an assumption reads `assume EXPR >= 0`", start, end)
-                at = whole.end()
-                tokens.append(Token("assume", whole.group(1), start, whole.end(1), line))
+                at = last.end()
+                tokens.append(Token("assume", text[end : last.start()].strip(), start, last.start(), line))
             else:
                 if piece in "([":
                     depth += 1

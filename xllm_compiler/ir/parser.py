@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Final, NoReturn, TypeVar
@@ -22,9 +23,11 @@ from xllm_compiler.ir.lexer import Source, Token, tokenize
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.opdef import OPS
 from xllm_compiler.ir.spec import AttrField, Scalar
-from xllm_compiler.ir.types import DTYPE_BYTES, Event, Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import DTYPE_BYTES, MAX_SIZE, Event, Future, Kv, Tensor, Type
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
+_HALF: Final = re.compile("[\ud800-\udfff]")  # of a surrogate pair; stands for no character
+MAX_OPS: Final = 50_000  # in a function; the step of the largest models has a fifth of that
 _OPEN: Final = {"(": ")", "[": "]"}
 _AFTER_DIM: Final = frozenset((",", ")", "]", "{", "}", ":", "=", ">="))
 T = TypeVar("T")
@@ -111,14 +114,26 @@ class _Parser:
         token = self.kind("number", "an integer")
         if not token.text.isdigit():
             self.fail("expected an integer", token)
-        return sign * int(token.text)
+        return sign * self.whole(token)
+
+    def whole(self, token: Token) -> int:
+        """The value of digits."""
+        digits = token.text.lstrip("0")
+        if len(digits) > 19 or int(digits or "0") > MAX_SIZE:
+            self.fail(f"an integer of {len(digits)} digits", token, f"the largest one is {MAX_SIZE}")
+        return int(digits or "0")
 
     def number(self) -> int | float:
         sign = -1 if self.accept("-") else 1
         if self.token.text in ("inf", "nan"):
             return sign * (math.inf if self.next().text == "inf" else math.nan)
         token = self.kind("number", "a number")
-        return sign * (int(token.text) if token.text.isdigit() else float(token.text))
+        if token.text.isdigit():
+            return sign * self.whole(token)
+        value = float(token.text)
+        if math.isinf(value):
+            self.fail("a number beyond all numbers", token, "inf is written as inf")
+        return sign * value
 
     def string(self) -> str:
         token = self.kind("string", "a string")
@@ -126,7 +141,7 @@ class _Parser:
             text: object = json.loads(token.text)
         except ValueError:
             text = None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or _HALF.search(text):
             self.fail("malformed string", token)
         return text
 
@@ -160,6 +175,8 @@ class _Parser:
             if kind != "future":
                 self.fail("expected `!future<...>` or `!event`", start)
             self.expect("<")
+            if self.peek("!"):
+                self.fail("a future is of a tensor", start)
             inner = self.read_type()
             self.expect(">")
             if not isinstance(inner, Tensor):
@@ -177,7 +194,7 @@ class _Parser:
             self.expect("(")
             partial = self.group()
             self.expect(")")
-        return Tensor(name.text, shape, partial)
+        return self.guarded(name, lambda: Tensor(name.text, shape, partial))
 
     def kv_type(self, start: Token) -> Kv:
         self.expect("<")
@@ -297,7 +314,10 @@ class _Parser:
             self.expect(")")
         self.expect("{")
         builder = Builder.at_end(func)
+        first = self.token
         while not self.peek("return"):
+            if len(func.ops) >= MAX_OPS:
+                self.fail(f"@{func.name} has more than {MAX_OPS} ops", first)
             if self.token.kind == "end" or self.peek("}"):
                 self.fail(f"@{func.name} ends without `return`")
             self.op(builder)

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_compiler.dims import Dim
+from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.types import FLOATS, Event, Future, Kv, Tensor, Type
 
 Array = npt.NDArray[Any]
+MAX_ELEMENTS: Final = 1 << 44  # of an array; numpy refuses what is not far above with an error of its own
 
 NP_DTYPE: Final[dict[str, np.dtype[Any]]] = {
     "f64": np.dtype(np.float64),
@@ -87,16 +89,28 @@ def kv_zeros(ty: Kv, dims: Mapping[str, int], precise: bool = False) -> Array:
 
 
 def array_shape(ctx: EvalContext, ty: Type) -> tuple[int, ...]:
-    """The shape of the array that holds a value of type `ty`."""
+    """The shape of the array that holds a value of type `ty`. Raises as `possible` does."""
     match ty:
         case Tensor():
-            return ctx.shape(ty)
+            return possible(ctx.shape(ty), ty)
         case Kv():
-            return (ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim)
+            return possible((ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim), ty)
         case Future():
-            return ctx.shape(ty.of)
+            return possible(ctx.shape(ty.of), ty)
         case Event():
             return (0,)
+
+
+def possible(shape: tuple[int, ...], ty: Type) -> tuple[int, ...]:
+    """`shape`, which some array can have. Raises kind "ir" for a negative size, and "capacity" for more elements than
+    any machine holds, which numpy does not even try."""
+    if any(size < 0 for size in shape):
+        raise IrError(f"a value of type {ty} has a negative size here", help="choose other sizes of the dims")
+    if math.prod(shape) > MAX_ELEMENTS or any(size > MAX_ELEMENTS for size in shape):
+        raise XllmError(
+            "capacity", f"an array for {str(ty)[:200]} is larger than any memory", help="ask for smaller sizes"
+        )
+    return shape
 
 
 def silu(x: Array) -> Array:

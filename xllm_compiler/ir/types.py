@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from xllm_compiler.dims import Dim, as_dim
+from xllm_compiler.dims import Dim, DimLike, as_dim
 from xllm_compiler.ir.diag import IrError
 
 DTYPE_BYTES: Final[dict[str, int]] = {
@@ -31,6 +31,18 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
+MAX_RANK: Final = 32
+MAX_SIZE: Final = 2**63 - 1
+
+
+def check_size(size: DimLike) -> Dim:
+    """`size` as a Dim, or IrError where it is a number that no axis can have."""
+    dim = as_dim(size)
+    if dim.is_const and not 0 <= dim.value <= MAX_SIZE:
+        raise IrError(f"an axis of {dim} elements", help=f"sizes lie between 0 and {MAX_SIZE}")
+    return dim
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class Tensor:
     """A dense array. `partial` names the group over which it still has to be summed."""
@@ -41,7 +53,9 @@ class Tensor:
 
     def __init__(self, dtype: str, shape: Sequence[Dim | int], partial: str | None = None) -> None:
         object.__setattr__(self, "dtype", check_dtype(dtype))
-        object.__setattr__(self, "shape", tuple(as_dim(d) for d in shape))
+        if len(shape) > MAX_RANK:
+            raise IrError(f"a tensor of {len(shape)} axes", help=f"at most {MAX_RANK}")
+        object.__setattr__(self, "shape", tuple(check_size(d) for d in shape))
         object.__setattr__(self, "partial", partial)
 
     @property
@@ -95,11 +109,14 @@ class Kv:
 
     def __init__(self, dtype: str, heads: int, k_dim: int, v_dim: int, page: int, pages: Dim | int) -> None:
         object.__setattr__(self, "dtype", check_dtype(dtype))
+        for name, size in (("heads", heads), ("k", k_dim), ("v", v_dim), ("page", page)):
+            if not 1 <= size <= MAX_SIZE:
+                raise IrError(f"a KV cache with {name}={size}", help=f"sizes lie between 1 and {MAX_SIZE}")
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "k_dim", k_dim)
         object.__setattr__(self, "v_dim", v_dim)
         object.__setattr__(self, "page", page)
-        object.__setattr__(self, "pages", as_dim(pages))
+        object.__setattr__(self, "pages", check_size(pages))
 
     @property
     def page_bytes(self) -> int:

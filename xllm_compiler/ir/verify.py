@@ -14,6 +14,7 @@ V10  A partial sum reaches only a collective or a linear op, and is not returned
 V11  Arguments have names, and no two the same.
 V12  Offsets (`at`) and an arena size stand in stage buf only.
 V13, V14, V15  Stage buf: see verify_buf.py.
+V20  No size in a type is negative, whatever the symbols are.
 V16, V17, V18, V19  Streams and events: see verify_sched.py.
 """
 
@@ -48,6 +49,7 @@ def verify(module: Module) -> None:
         for op in func.ops:
             _check_groups(module, op)
         _check_partial(func)
+        _check_sizes(module, func)
         for op in func.ops:
             _check_types(op)
             _check_op_symbols(module, op)
@@ -118,6 +120,18 @@ def _check_signature(module: Module, func: Func) -> None:
         _check_symbols(module, [func.arena], f"the arena size of @{func.name}", None)
         if module.stage != "buf":
             raise IrError(f"V12: @{func.name} has an arena in stage {module.stage}")
+
+
+def _check_sizes(module: Module, func: Func) -> None:
+    checked: set[Dim] = set()
+    for v in (*func.args, *(r for op in func.ops for r in op.results)):
+        for dim in _type_dims(v.type):
+            if dim in checked:
+                continue
+            checked.add(dim)
+            most = module.scope.bounds(dim)[1]
+            if most is not None and most < 0:
+                raise IrError(f"V20: an axis of {dim} elements, which is at most {most}", where=f"%{v.name}: {v.type}")
 
 
 def _check_types(op: Op) -> None:

@@ -23,7 +23,7 @@ from xllm_compiler.dims.scope import DimScope, Symbol
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.ops import AllReduceStart, Linear, Param
-from xllm_compiler.ir.semantics import NP_DTYPE, Array
+from xllm_compiler.ir.semantics import NP_DTYPE, Array, possible
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.testing.ranges import Range, index_ranges
 
@@ -268,7 +268,8 @@ def make_inputs(func: Func, dims: Sizes, rng: np.random.Generator) -> dict[str, 
         match arg.type:
             case Kv() as kv:
                 rows = kv.pages.evaluate(dims) * kv.page
-                out[arg.name] = _floats((rows, kv.heads, kv.k_dim + kv.v_dim), rng).astype(NP_DTYPE[kv.dtype])
+                cache = possible((rows, kv.heads, kv.k_dim + kv.v_dim), kv)
+                out[arg.name] = _floats(cache, rng).astype(NP_DTYPE[kv.dtype])
             case Tensor() as ty:
                 array = known.get(arg.name)
                 shape = tuple(d.evaluate(dims) for d in ty.shape)
@@ -300,6 +301,7 @@ def make_params(func: Func, rng: np.random.Generator, dims: Sizes | None = None)
 
 def made_up(ty: Tensor, shape: tuple[int, ...], demand: Range | None, rng: np.random.Generator) -> Array:
     """Values of one tensor; integers inside `demand`, both of its ends among them."""
+    possible(shape, ty)
     if ty.is_float:
         return _floats(shape, rng).astype(NP_DTYPE[ty.dtype])
     if ty.dtype == "bool":
