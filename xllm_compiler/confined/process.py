@@ -30,7 +30,7 @@ from xllm_compiler.errors import XllmError
 _HERE = Path(__file__).resolve().parent
 _KEPT = ("TZ", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # what a process needs to start and to tell the time
 _NICE = 5  # behind those who serve streams
-_GRACE = 5.0  # seconds beyond a call's own limit until we end the child ourselves
+_GRACE = 2.0  # seconds beyond a call's own limit until we end the child ourselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Confined:
         self._opening = opening
         self._child: _Child | None = None
         self._lock = threading.Lock()
-        self._turn: asyncio.Lock | None = None
+        self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
         self._waiting = 0
 
     @property
@@ -126,14 +126,15 @@ class Confined:
     async def _take_turn(self, message: bytes | None) -> Any:
         if self._waiting >= self._limits.waiting:
             raise XllmError("capacity", f"{self._waiting} requests wait for the chat template already")
-        if self._turn is None:
-            self._turn = asyncio.Lock()
+        loop = asyncio.get_running_loop()
+        if self._turn is None or self._turn[0] is not loop:
+            self._turn = (loop, asyncio.Lock())
+        turn = self._turn[1]
         self._waiting += 1
         try:
-            await self._turn.acquire()
+            await turn.acquire()
         finally:
             self._waiting -= 1
-        turn = self._turn
         # A caller that is cancelled must not leave half an exchange behind, so what has begun goes on without it.
         task = asyncio.ensure_future(self._exchange(message))
 
