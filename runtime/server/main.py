@@ -72,8 +72,8 @@ def _serve(settings: Settings, phases: Phases) -> int:
             template.start()  # it gets ready while the web server does
         web.wait()
         phases.mark("import web server")
-        if template is not None:
-            template.check()
+        if template is not None and settings.chat_template is not None:
+            template.check()  # the model's own was checked while compiling
             phases.mark("parse chat template")
         return _listen(settings, phases, started, template, sock)
     finally:
@@ -242,10 +242,12 @@ def _listen(
     server = Server(config, ctx, settings.timeout_graceful_shutdown, ready)
     bad: list[XllmError] = []
 
-    def check_weights() -> None:
-        # Until this has returned the engine tells no token, so a damaged artifact is never heard.
+    def check_rest() -> None:
+        # Until the weights are checked the engine tells no token, so a damaged artifact is never heard.
         try:
             started.artifact.wait_checked()
+            if template is not None:
+                template.check()
         except XllmError as error:
             bad.append(error)
             server.should_exit = True
@@ -254,7 +256,7 @@ def _listen(
         huge = host.huge_bytes(weights.ctypes.data)
         print(f"weights: {show_bytes(weights.nbytes)}, of which huge pages hold {show_bytes(huge)}", flush=True)
 
-    threading.Thread(target=check_weights, name="xllm-wait-check", daemon=True).start()
+    threading.Thread(target=check_rest, name="xllm-wait-check", daemon=True).start()
     server.run([sock])
     code = _stop(started)
     if bad:
