@@ -172,7 +172,7 @@ class _Conversation:
         """What the child is asked, with contents in the form that the template reads."""
         of_role = forms[self._template]
         chat = [
-            {**message, "content": _content(message["content"], of_role.get(_role(message), of_role["user"]))}
+            {**message, "content": _content(message["content"], _form(of_role, message))}
             if "content" in message
             else message
             for message in self._chat
@@ -189,9 +189,11 @@ class _Conversation:
         return text
 
 
-def _role(message: Mapping[str, Any]) -> str:
+def _form(of_role: Mapping[str, str], message: Mapping[str, Any]) -> str:
+    """The form that the template reads in a message of that role; that of users where this could not be found out."""
     role = message.get("role")
-    return "system" if role == "developer" else str(role)
+    form = of_role.get("system" if role == "developer" else str(role), "none")
+    return of_role["user"] if form == "none" else form
 
 
 def _mark(message: dict[str, Any]) -> None:

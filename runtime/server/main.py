@@ -94,8 +94,8 @@ def _serve(settings: Settings, phases: Phases) -> int:
             template.start()  # it gets ready while the web server does
         web.wait()
         phases.mark("import web server")
-        if template is not None:
-            template.check()
+        if template is not None and settings.chat_template is not None:
+            template.check()  # the model's own was checked while compiling
             phases.mark("parse chat template")
         return _listen(settings, keys, phases, started, template, sock)
     finally:
@@ -278,10 +278,12 @@ def _listen(
     server = Server(config, ctx, settings.timeout_graceful_shutdown, ready)
     bad: list[XllmError] = []
 
-    def check_weights() -> None:
-        # Until this has returned the engine tells no token, so a damaged artifact is never heard.
+    def check_rest() -> None:
+        # Until the weights are checked the engine tells no token, so a damaged artifact is never heard.
         try:
             started.artifact.wait_checked()
+            if template is not None:
+                template.check()
         except XllmError as error:
             bad.append(error)
             server.should_exit = True
@@ -291,7 +293,7 @@ def _listen(
         held = f"{show_bytes(weights.nbytes)}, of which huge pages hold {show_bytes(huge)}"
         print(f"weights: {held}; {started.artifact.guard.describe()}", flush=True)
 
-    threading.Thread(target=check_weights, name="xllm-wait-check", daemon=True).start()
+    threading.Thread(target=check_rest, name="xllm-wait-check", daemon=True).start()
     server.run([sock])
     code = _stop(started)
     if bad:

@@ -30,7 +30,7 @@ from xllm_compiler.errors import XllmError
 _HERE = Path(__file__).resolve().parent
 _KEPT = ("TZ", "LD_LIBRARY_PATH", "LANG", "LC_ALL")  # what a process needs to start and to tell the time
 _NICE = 5  # behind those who serve streams
-_GRACE = 5.0  # seconds beyond a call's own limit until we end the child ourselves
+_GRACE = 2.0  # seconds beyond a call's own limit until we end the child ourselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Confined:
         self._opening = opening
         self._child: _Child | None = None
         self._lock = threading.Lock()
-        self._turn: asyncio.Lock | None = None
+        self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
         self._waiting = 0
 
     @property
@@ -98,8 +98,9 @@ class Confined:
         """The value of the opening call. Raises Refusal and Overrun, whatever it did in the child; XllmError("io")."""
         with self._lock:
             self.start()
-            assert self._child is not None
-            return self._guard(self._child.opened)
+            child = self._child
+            assert child is not None
+            return self._guard(child, child.opened)
 
     def call(self, name: str, arguments: Any, *, cpu: float | None = None) -> Any:
         """What the child makes of it, in at most `cpu` seconds of processor time if that is given. Raises Refusal,
@@ -110,7 +111,7 @@ class Confined:
             assert child is not None
             limits = self._limits if cpu is None else replace(self._limits, cpu=cpu)
             message = _message(name, arguments, limits)
-            return self._guard(lambda: child.call(message))
+            return self._guard(child, lambda: child.call(message))
 
     async def aopened(self) -> Any:
         """As `opened`, beside whatever else the event loop does."""
@@ -126,14 +127,15 @@ class Confined:
     async def _take_turn(self, message: bytes | None) -> Any:
         if self._waiting >= self._limits.waiting:
             raise XllmError("capacity", f"{self._waiting} requests wait for the chat template already")
-        if self._turn is None:
-            self._turn = asyncio.Lock()
+        loop = asyncio.get_running_loop()
+        if self._turn is None or self._turn[0] is not loop:
+            self._turn = (loop, asyncio.Lock())
+        turn = self._turn[1]
         self._waiting += 1
         try:
-            await self._turn.acquire()
+            await turn.acquire()
         finally:
             self._waiting -= 1
-        turn = self._turn
         # A caller that is cancelled must not leave half an exchange behind, so what has begun goes on without it.
         task = asyncio.ensure_future(self._exchange(message))
 
@@ -155,31 +157,31 @@ class Confined:
                     await asyncio.to_thread(child.opened)
                 return child.opened() if message is None else await child.exchange(message)
         except (OSError, EOFError, Overrun) as error:  # a TimeoutError is an OSError
-            raise await asyncio.to_thread(self._ended, error) from None
+            raise await asyncio.to_thread(self._ended, child, error) from None
         except asyncio.CancelledError:
             self.close()
             raise
 
-    def _guard(self, exchange: Callable[[], Any]) -> Any:
+    def _guard(self, child: _Child, exchange: Callable[[], Any]) -> Any:
         try:
             return exchange()
         except (OSError, EOFError, Overrun) as error:
-            raise self._ended(error) from None
+            raise self._ended(child, error) from None
         except KeyboardInterrupt:
             self.close()
             raise
 
-    def _ended(self, error: Exception) -> Exception:
+    def _ended(self, child: _Child, error: Exception) -> Exception:
         """The child cannot be used any more: why, and a new one is on its way."""
-        child, self._child = self._child, None
-        assert child is not None
         code = child.end(wait=not isinstance(error, TimeoutError))
         if not isinstance(error, Overrun):
             error = _overrun(code, self._limits)
-        try:
-            self.start()
-        except XllmError as fault:
-            return fault
+        if self._child is child:
+            self._child = None
+            try:
+                self.start()
+            except XllmError as fault:
+                return fault
         return error
 
 
@@ -216,6 +218,7 @@ class _Child:
         self._socket = ours
         self._finalizer = weakref.finalize(self, _finish, self._process, ours)
         self._first: Any = None
+        self._opening = threading.Lock()
         self.is_open = opening is None
         if opening is not None:
             with contextlib.suppress(OSError):  # it died at once: whoever asks it next learns of that
@@ -227,9 +230,10 @@ class _Child:
 
     def opened(self) -> Any:
         """The value of the opening call, whose answer comes before all others."""
-        if not self.is_open:
-            self._first = self.receive()
-            self.is_open = True
+        with self._opening:  # a start-up check and a first request may both wait for it
+            if not self.is_open:
+                self._first = self.receive()
+                self.is_open = True
         return None if self._first is None else self._value(self._first)
 
     def send(self, message: bytes) -> None:

@@ -100,19 +100,22 @@ def _form(template: jinja2.Template, role: str, variables: Mapping[str, Any]) ->
         message = {"role": role, "content": content}
         if role == "tool":
             message |= {"name": "f", "tool_call_id": "call00001"}
-        chat = {
-            "user": [message],
-            "system": [message, _USER],
-            "assistant": [_USER, message, _USER],
-            "tool": [_USER, {"role": "assistant", "content": "hello"}, message],
+        chats = {
+            "user": [[message], [{"role": "system", "content": "hello"}, message]],
+            "system": [[message, _USER]],
+            "assistant": [[_USER, message, _USER], [_USER, message]],
+            "tool": [[_USER, {"role": "assistant", "content": "hello"}, message]],
         }[role]
-        try:
-            text = template.render({**variables, "messages": chat, "add_generation_prompt": True})
-        except MemoryError:
-            raise
-        except Exception:
-            return False
-        return all(word in text for word in words)
+        for chat in chats:
+            try:
+                text = template.render({**variables, "messages": chat, "add_generation_prompt": True})
+            except MemoryError:
+                raise
+            except Exception:
+                continue
+            if all(word in text for word in words):
+                return True
+        return False
 
     one, two = ({"type": "text", "text": word} for word in (_FIRST, _SECOND))
     string = prints(_FIRST, _FIRST)
