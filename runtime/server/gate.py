@@ -192,43 +192,53 @@ async def read_json_body(request: Request, limit: int, timeout: float, hold: Hol
         if "expect" not in request.headers:  # otherwise the client has not begun to send it
             await _swallow(request)
         raise too_large
+    parts: list[bytes] = []
+    in_time = False
     try:
         async with asyncio.timeout(timeout) as deadline:
             loop = asyncio.get_running_loop()
-            hold.give_up = lambda: deadline.reschedule(loop.time())
-            body = await _collect(request, limit, hold)
+
+            def give_up() -> None:
+                parts.clear()
+                if not deadline.expired():
+                    deadline.reschedule(loop.time())
+
+            hold.give_up = give_up
+            await _collect(request, limit, hold, parts)
+            in_time = True
     except TimeoutError:
-        if hold.gone:
-            await _swallow(request)
-            error = unavailable("the server holds too many unfinished requests", code="too_many_bytes")
-        else:
-            error = ApiError(408, "the request's body did not arrive in time", code="request_timeout")
-        error.headers["connection"] = "close"
-        raise error from None
-    if body is None:
-        hold.release()
-        await _swallow(request)
-        raise too_large
-    hold.complete()
-    return body
+        pass  # and out of here, since the exception's frames hold what was collected
+    if in_time and hold.size <= limit:
+        hold.complete()
+        return b"".join(parts)
+    hold.release()
+    parts.clear()
+    if in_time:
+        error = too_large
+    elif hold.gone:
+        error = unavailable("the server holds too many unfinished requests", code="too_many_bytes")
+    else:
+        raise ApiError(
+            408, "the request's body did not arrive in time", code="request_timeout", headers={"connection": "close"}
+        )
+    error.headers["connection"] = "close"
+    await _swallow(request)
+    raise error
 
 
-async def _collect(request: Request, limit: int, hold: Hold) -> bytes | None:
-    """The body; None as soon as it is larger than `limit` bytes."""
-    parts: list[bytes] = []
+async def _collect(request: Request, limit: int, hold: Hold, parts: list[bytes]) -> None:
+    """The body into `parts`, until its end or until it is larger than `limit` bytes."""
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         body = message.get("body", b"")
-        hold.add(len(body))
-        if hold.size > limit:
-            return None
         parts.append(body)
+        hold.add(len(body))
         if hold.gone:
             await asyncio.Event().wait()  # until the deadline, which is now
-        if not message.get("more_body", False):
-            return b"".join(parts)
+        if hold.size > limit or not message.get("more_body", False):
+            return
 
 
 async def _swallow(request: Request) -> None:

@@ -31,6 +31,11 @@ _MOST_WAITING = 64 * 2**10  # unparsed bytes of further requests, beyond which n
 # and no more than a piece is parsed beyond the request that is being answered.
 _PIECE = 512
 _BODY_PIECE = 64 * 2**10  # where a Content-Length says that there is nothing but body
+# Parsing is shared out: what one client sends as fast as it can must not keep others waiting. libuv alone would read
+# eight megabytes from one socket before it looks at the next.
+_SMALL = 4 * 2**10  # bytes that are parsed at once; more has to have time
+_TURN_SECONDS = 0.005  # for all connections, between two looks at the sockets
+_SHARE_SECONDS = 0.001  # of it for one
 
 
 class ConnectionGuard:
@@ -45,10 +50,46 @@ class ConnectionGuard:
         self.timed_out = 0
         self.evicted = 0
         self.refused: Counter[str] = Counter()  # requests that no application saw, by the error's code
+        self._queue: OrderedDict[GuardedProtocol, None] = OrderedDict()  # they have bytes to parse
+        self._turn_end = 0.0
+        self._turning = False
 
     def protocol_class(self) -> type[GuardedProtocol]:
         """uvicorn makes protocols from a class alone, so the class carries the guard."""
         return type("BoundProtocol", (GuardedProtocol,), {"guard": self})
+
+    def share(self, loop: asyncio.AbstractEventLoop) -> float:
+        """Until when one connection may parse now, on `time.monotonic()`'s clock; that may be over."""
+        now = time.monotonic()
+        if not self._turning:
+            self._turning = True
+            self._turn_end = now + _TURN_SECONDS
+            loop.call_soon(self._turn, loop)
+        return min(self._turn_end, now + _SHARE_SECONDS)
+
+    def enqueue(self, protocol: GuardedProtocol, loop: asyncio.AbstractEventLoop) -> None:
+        self._queue.setdefault(protocol)
+        self.share(loop)
+
+    def is_queued(self, protocol: GuardedProtocol) -> bool:
+        return protocol in self._queue
+
+    def forget(self, protocol: GuardedProtocol) -> None:
+        self.idle.pop(protocol, None)
+        self._queue.pop(protocol, None)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let those in the queue parse, each once, as far as time goes."""
+        if not self._queue:
+            self._turning = False
+            return
+        self._turn_end = time.monotonic() + _TURN_SECONDS
+        for _ in range(len(self._queue)):
+            protocol, _ = self._queue.popitem(last=False)
+            protocol.go_on()
+            if not self._queue or time.monotonic() >= self._turn_end:
+                break
+        loop.call_soon(self._turn, loop)
 
     def make_room(self, newcomer: GuardedProtocol) -> None:
         """Too many connections: close the one that has been idle longest, or turn the new one away."""
@@ -67,12 +108,25 @@ class ConnectionGuard:
 
 
 class _Flow(FlowControl):
-    """Reading stays paused while `held`, whatever the request that is being answered asks for."""
+    """Reading is paused while `hold` or the request that is being answered wants so."""
 
-    held = False
+    _held = False
+    _wished = False
+
+    def pause_reading(self) -> None:
+        self._wished = True
+        super().pause_reading()
 
     def resume_reading(self) -> None:
-        if not self.held:
+        self._wished = False
+        if not self._held:
+            super().resume_reading()
+
+    def hold(self, held: bool) -> None:
+        self._held = held
+        if held:
+            super().pause_reading()
+        elif not self._wished:
             super().resume_reading()
 
 
@@ -89,6 +143,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """
 
     guard: ConnectionGuard
+    flow: _Flow
     _head_timer: TimerHandle | None = None
     _write_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None
@@ -111,7 +166,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow: FlowControl = _Flow(transport)
+        self.flow = _Flow(transport)
         self._counted = True
         self.guard.open += 1
         self.guard.idle[self] = time.monotonic()
@@ -122,7 +177,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._counted:
             self._counted = False
             self.guard.open -= 1
-        self.guard.idle.pop(self, None)
+        self.guard.forget(self)
         self._rest = b""
         if self._hold is not None:
             self._hold.release()
@@ -181,12 +236,19 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if not self._in_request():
             self._arm()
-        self._parse(self._rest + data if self._rest else data)
+        end = self.guard.share(self.loop)
+        if self.guard.is_queued(self):
+            self._keep(self._rest + data)
+        else:
+            self._parse(self._rest + data if self._rest else data, end)
 
-    def _parse(self, data: bytes) -> None:
-        """Parse as far as it is this connection's turn, and keep the rest."""
+    def _parse(self, data: bytes, end: float) -> None:
+        """Parse as far as it is this connection's turn, and until `end`; keep the rest."""
         view, at = memoryview(data), 0
         while at < len(view) and not self._must_wait():
+            if at >= _SMALL and time.monotonic() >= end:
+                self.guard.enqueue(self, self.loop)
+                break
             size = min(self._body_left, _BODY_PIECE) or _PIECE
             at += self._parse_piece(view[at : at + size])
             if self._refusal is not None:
@@ -196,10 +258,13 @@ class GuardedProtocol(HttpToolsProtocol):
             if self.transport.is_closing():
                 self._rest = b""
                 return
-        self._rest = bytes(view[at:])
-        if len(self._rest) > _MOST_WAITING:
-            self.flow.pause_reading()
-            self.flow.held = True  # type: ignore[attr-defined]
+        self._keep(bytes(view[at:]))
+
+    def _keep(self, rest: bytes) -> None:
+        """For later. With enough of it, or with no time to take more, nothing is read from the connection."""
+        self._rest = rest
+        if len(rest) > _MOST_WAITING or self.guard.is_queued(self):
+            self.flow.hold(True)
         size = len(self._rest) + (self._beside if self._head_open else 0)
         if size or self._hold is not None:
             if self._hold is None:
@@ -237,17 +302,17 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refusal = _too_large("head" if self._head_open or self._whole else "framing")
         return size
 
-    def _go_on(self) -> None:
-        """A response has ended: what waited behind it has its turn."""
+    def go_on(self) -> None:
+        """What waited, for time or for the end of a response, has its turn."""
         if self.transport.is_closing() or self._lingering:
             return
         self._unset_keepalive_if_required()
-        data, self._rest = self._rest, b""
-        self.flow.held = False  # type: ignore[attr-defined]
         if not self._in_request():
             self._arm()
-        self._parse(data)
-        self.flow.resume_reading()
+        data, self._rest = self._rest, b""
+        self._parse(data, self.guard.share(self.loop))
+        if len(self._rest) <= _MOST_WAITING and not self.guard.is_queued(self):
+            self.flow.hold(False)
 
     # the parser's callbacks
 
@@ -344,7 +409,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.refuse(self._refusal)
                 return
         if self._rest:
-            self.loop.call_soon(self._go_on)
+            self.guard.enqueue(self, self.loop)
 
     # refusals
 
@@ -374,7 +439,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self._lingering:
             return
         self._refusal = error
-        self.guard.idle.pop(self, None)
+        self.guard.forget(self)
         self.guard.refused[error.code or ""] += 1
         self._disarm()
         body = error.json()

@@ -24,7 +24,7 @@ from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.server.keys import load_keys
 from xllm_compiler.runtime.server.outlets import drain_outlets, outlets
 from xllm_compiler.runtime.server.settings import Settings, parse_settings
-from xllm_compiler.runtime.server.sockets import bind, raise_open_file_limit
+from xllm_compiler.runtime.server.sockets import bind, doors, raise_open_file_limit
 
 if TYPE_CHECKING:
     import socket
@@ -294,7 +294,7 @@ def _listen(
         print(f"weights: {held}; {started.artifact.guard.describe()}", flush=True)
 
     threading.Thread(target=check_rest, name="xllm-wait-check", daemon=True).start()
-    server.run([sock])
+    server.run(doors(sock))
     code = _stop(started)
     if bad:
         raise bad[0]

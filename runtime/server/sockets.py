@@ -11,6 +11,7 @@ from xllm_compiler.errors import XllmError
 log = logging.getLogger("xllm.server")
 
 _RESERVED_FILES = 64  # descriptors kept for the process itself
+_DOORS = 16
 _ENOUGH_FILES = 1 << 20
 _MOST_CONNECTIONS = 1 << 14  # each costs some 20 KB
 
@@ -36,6 +37,12 @@ def bind(host: str, port: int) -> socket.socket:
             "io", f"cannot listen on {host}:{port}: {error.strerror}", where="--port", help="choose another --port"
         ) from None
     return sock
+
+
+def doors(sock: socket.socket) -> list[socket.socket]:
+    """The listening socket several times over. libuv takes one connection from it per look at all sockets, and in a
+    crowd those looks take long: whoever comes last would wait for all who came before."""
+    return [sock, *(sock.dup() for _ in range(_DOORS - 1))]
 
 
 def raise_open_file_limit() -> int:

@@ -34,7 +34,7 @@ from xllm_compiler.runtime.server.budget import Budget
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.limits import ConnectionGuard
 from xllm_compiler.runtime.server.metrics import Metrics
-from xllm_compiler.runtime.server.sockets import bind
+from xllm_compiler.runtime.server.sockets import bind, doors
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -199,7 +199,7 @@ def listening(served: Served, drain: float = 5.0, keep_alive: int = 5) -> Iterat
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             served.ctx.bridge.attach(runner.get_loop())
             assert served.server is not None
-            runner.run(served.server.serve([sock]))
+            runner.run(served.server.serve(doors(sock)))
 
     thread = threading.Thread(target=run)
     thread.start()

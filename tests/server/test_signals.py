@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-LONG = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+LONG = {
+    "prompt": "x",
+    "max_tokens": 300,
+    "ignore_eos": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
 
 
 def run_through(process: Any, *signals: signal.Signals) -> tuple[int, str]:
@@ -23,7 +30,7 @@ def run_through(process: Any, *signals: signal.Signals) -> tuple[int, str]:
                 for sig in signals:
                     process.popen.send_signal(sig)
                     time.sleep(0.02)
-    return len(lines) - 1, lines[-1]
+    return json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"], lines[-1]
 
 
 @pytest.mark.parametrize(
