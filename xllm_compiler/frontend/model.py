@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +107,21 @@ class _Budget:
 
 
 @contextmanager
+def _bounded_memory(extra: int = 16 << 30) -> Iterator[None]:
+    """Lets this process have no more than `extra` bytes of address space beyond what it has. Constructors compute
+    tables of a size that config.json says; where that is absurd they fail here, and the machine goes on."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * page
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + extra if soft == resource.RLIM_INFINITY else min(soft, used + extra)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
 def _fake_parameters(mode: FakeTensorMode, budget: _Budget | None) -> Iterator[None]:
     original = torch.nn.Module.register_parameter
 
@@ -128,7 +146,8 @@ def build_model(config: Any, dtype: str, max_model_len: int, checkpoint: Checkpo
     XllmError("checkpoint") when the model is out of all proportion to the tensors of `checkpoint`."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        with no_init_weights(), _fake_parameters(mode, None if checkpoint is None else _Budget.of(checkpoint)):
+        budget = None if checkpoint is None else _Budget.of(checkpoint)
+        with no_init_weights(), _fake_parameters(mode, budget), _bounded_memory():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
             )

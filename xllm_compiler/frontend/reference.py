@@ -113,7 +113,8 @@ def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: 
     try:
         config = load_config(quantized.view)
         with torch.device("meta"):  # only to learn the class
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            own = {"trust_remote_code": False, "attn_implementation": attention}  # not what config.json names
+            kind = type(AutoModelForCausalLM.from_config(config, **own))
         if quantized.weights:
             tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
         else:
