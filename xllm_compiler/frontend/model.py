@@ -89,7 +89,9 @@ class _Budget:
     elements: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> _Budget:
+    def of(cls, checkpoint: Checkpoint | None) -> _Budget:
+        if checkpoint is None:  # a config alone: what takes some seconds to build
+            return cls("config.json", 1 << 17, 1 << 62)
         held = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
         return cls(str(checkpoint.path / "config.json"), 4 * len(checkpoint.tensors) + 64, 64 * held + (1 << 24))
 
@@ -100,7 +102,7 @@ class _Budget:
         if min(self.tensors, self.elements) < 0:
             raise XllmError(
                 "checkpoint",
-                "config.json describes a model that is many times larger than what the checkpoint holds",
+                "config.json describes a model that is many times larger than any, or than what the checkpoint holds",
                 where=self.where,
                 help="config.json and the weights do not belong together",
             )
@@ -122,13 +124,12 @@ def _bounded_memory(extra: int = 16 << 30) -> Iterator[None]:
 
 
 @contextmanager
-def _fake_parameters(mode: FakeTensorMode, budget: _Budget | None) -> Iterator[None]:
+def _fake_parameters(mode: FakeTensorMode, budget: _Budget) -> Iterator[None]:
     original = torch.nn.Module.register_parameter
 
     def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
         if param is not None and not isinstance(param, FakeTensor):
-            if budget is not None:
-                budget.spend(tuple(param.shape))
+            budget.spend(tuple(param.shape))
             with mode:
                 empty = torch.empty(param.shape, dtype=param.dtype)
             param = torch.nn.Parameter(empty, requires_grad=False)
@@ -146,8 +147,7 @@ def build_model(config: Any, dtype: str, max_model_len: int, checkpoint: Checkpo
     XllmError("checkpoint") when the model is out of all proportion to the tensors of `checkpoint`."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        budget = None if checkpoint is None else _Budget.of(checkpoint)
-        with no_init_weights(), _fake_parameters(mode, budget), _bounded_memory():
+        with no_init_weights(), _fake_parameters(mode, _Budget.of(checkpoint)), _bounded_memory():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
             )

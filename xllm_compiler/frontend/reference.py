@@ -109,7 +109,7 @@ def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: 
     them a GPU.
     """
     quantized = Quantized.of(Checkpoint.open(path))
-    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention}
+    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention, "local_files_only": True}
     try:
         config = load_config(quantized.view)
         with torch.device("meta"):  # only to learn the class
