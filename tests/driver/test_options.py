@@ -165,3 +165,39 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(XllmError) as caught:
             prepare(path, CompileOptions())
         assert caught.value.kind == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("stored", "said", "noted"),
+    [
+        (np.float32, "bfloat16", True),
+        (ml_dtypes.bfloat16, "float32", True),
+        (np.float16, "float32", True),
+        (np.float16, "bfloat16", False),
+        (np.float32, "float32", False),
+        (np.float32, None, False),
+    ],
+)
+def test_a_config_that_says_another_dtype_is_told_of(tmp_path: Path, stored: Any, said: Any, noted: bool) -> None:
+    root = write(tmp_path / "m", stored, torch_dtype=said)
+    notes = resolved(root).notes
+    assert any(str(said) in note and "--dtype" in note for note in notes) == noted
+    assert resolved(root, dtype="float32").notes == ()
+
+
+def test_lengths_of_scaled_ropes(tmp_path: Path) -> None:
+    root = write(tmp_path / "m", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512})
+    default = resolved(root)
+    assert default.max_model_len == 512 and "2048 (yarn)" in default.notes[0]
+    assert resolved(root, max_model_len=2048).max_model_len == 2048
+    with pytest.raises(XllmError, match="2049") as caught:
+        resolved(root, max_model_len=2049)
+    assert caught.value.kind == "option" and "2048" in caught.value.help
+
+
+def test_settings_beside_the_config_are_factors(tmp_path: Path) -> None:
+    root = write(tmp_path / "m")
+    before = prepare(root, CompileOptions(pipeline="cse")).factors.hash()
+    (root / "quantize_config.json").write_text('{"bits": 4}')
+    after = prepare(root, CompileOptions(pipeline="cse"))
+    assert after.factors.hash() != before and "quantize_config.json is not used" in after.options.notes[0]

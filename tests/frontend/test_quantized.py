@@ -4,6 +4,7 @@ descriptions and value by value, and what is loaded is compared with transformer
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.frontend.conftest import Make
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
+from xllm_compiler.frontend.quantized_config import QuantizedConfig, Scheme
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 from xllm_compiler.interp import run_value
@@ -373,3 +375,13 @@ def test_a_damaged_pattern(make: Make, limits: dict[str, Any]) -> None:
     with pytest.raises(XllmError, match=r"pattern '\(' is damaged") as e:
         trace_checkpoint(path, **limits)
     assert e.value.kind == "checkpoint"
+
+
+@pytest.mark.parametrize("pattern", [r"(a|aa)+\b!!$", "(.*?a){20}P", r"(aa|a)+\b!!$"])
+def test_a_pattern_that_would_take_years(pattern: str) -> None:
+    scheme = Scheme(4, 32)
+    config = QuantizedConfig("gptq", "config.json", scheme, overrides=((pattern, scheme),))
+    started = time.perf_counter()
+    with pytest.raises(XllmError, match="takes more than") as caught:
+        config.of("a" * 60)
+    assert caught.value.kind == "checkpoint" and time.perf_counter() - started < 9  # processor seconds are what counts

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.frontend.conftest import Make
 from xllm_compiler.errors import XllmError
-from xllm_compiler.frontend.reference import reference_logits, stepped_logits
+from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 
 Weights = dict[str, torch.Tensor]
@@ -185,3 +185,12 @@ def test_layers_that_guess_ahead_are_left_out(make: Make, limits: dict[str, Any]
 def test_a_tensor_stored_under_two_names_with_equal_values(make: Make, limits: dict[str, Any]) -> None:
     path = edit(make("llama", **ONE), lambda w: w.update({"norm.weight": w["model.norm.weight"].clone()}))
     assert as_transformers(path, limits).notes == ()
+
+
+def test_code_that_the_config_asks_for_is_not_fetched(make: Make, limits: dict[str, Any]) -> None:
+    """An attention of the hub is code; transformers would download it for a config that names one."""
+    path = edit(make("llama", **ONE), attn_implementation="kernels-community/flash-attn2", use_kernels=True)
+    traced = trace_checkpoint(path, **limits)
+    (got,) = stepped_logits(traced.module, traced.weights, PROMPTS)
+    want = reference_logits(load_reference(path), PROMPTS[0])
+    np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, np.abs(want).max()))

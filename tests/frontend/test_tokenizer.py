@@ -282,13 +282,14 @@ def test_sentencepiece_alone_is_read_or_the_error_says_what_to_do(tmp_path: Path
     assert caught.value.kind in ("unsupported", "checkpoint") and caught.value.help
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_files_that_may_be_read_are_listed(tmp_path: Path) -> None:
     root = bundled(tmp_path / "model")
     assert tokenizer_files(root) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
-    os.mkfifo(root / "added_tokens.json")
-    with pytest.raises(XllmError, match="regular") as caught:
-        tokenizer_files(root)
-    assert caught.value.kind == "checkpoint"
+    (root / "additional_chat_templates").mkdir()
+    (root / "additional_chat_templates" / "tool_use.jinja").write_text("")
+    (root / "notes.md").write_text("")
+    assert tokenizer_files(root)[-1] == "additional_chat_templates/tool_use.jinja"
+    assert "notes.md" not in tokenizer_files(root)
 
 
 def test_what_is_odd_is_noted(tmp_path: Path) -> None:

@@ -261,14 +261,14 @@ def test_resolving_what_is_no_artifact(tmp_path: Path, toy: Path, monkeypatch: p
         assert caught.value.kind == "option"
     (tmp_path / "config.json").write_text(json.dumps({}))
     told: list[str] = []
-    monkeypatch.setattr(resolve, "_COMPILE", f"print('progress'); print({str(toy)!r})")
+    monkeypatch.setattr(resolve, "_COMPILE", ("-c", f"print('progress'); print({str(toy)!r})"))
     assert resolve.resolve_artifact(tmp_path, tell=told.append) == toy and len(told) == 1
     for silent in (
         "raise SystemExit(2)",
         "print('not json'); raise SystemExit(1)",
         "print('[1]'); raise SystemExit(1)",
     ):
-        monkeypatch.setattr(resolve, "_COMPILE", silent)
+        monkeypatch.setattr(resolve, "_COMPILE", ("-c", silent))
         with pytest.raises(XllmError, match="gave no reason") as caught:
             resolve.resolve_artifact(tmp_path)
         assert caught.value.kind == "internal"

@@ -205,6 +205,7 @@ class _Child:
             with theirs:
                 self._process = subprocess.Popen(
                     command,
+                    executable="/proc/self/exe",  # runs already: its path may be closed to this user
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

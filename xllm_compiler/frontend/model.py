@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +89,9 @@ class _Budget:
     elements: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> _Budget:
+    def of(cls, checkpoint: Checkpoint | None) -> _Budget:
+        if checkpoint is None:  # a config alone: what takes some seconds to build
+            return cls("config.json", 1 << 17, 1 << 62)
         held = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
         return cls(str(checkpoint.path / "config.json"), 4 * len(checkpoint.tensors) + 64, 64 * held + (1 << 24))
 
@@ -97,20 +102,34 @@ class _Budget:
         if min(self.tensors, self.elements) < 0:
             raise XllmError(
                 "checkpoint",
-                "config.json describes a model that is many times larger than what the checkpoint holds",
+                "config.json describes a model that is many times larger than any, or than what the checkpoint holds",
                 where=self.where,
                 help="config.json and the weights do not belong together",
             )
 
 
 @contextmanager
-def _fake_parameters(mode: FakeTensorMode, budget: _Budget | None) -> Iterator[None]:
+def _bounded_memory(extra: int = 16 << 30) -> Iterator[None]:
+    """Lets this process have no more than `extra` bytes of address space beyond what it has. Constructors compute
+    tables of a size that config.json says; where that is absurd they fail here, and the machine goes on."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * page
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + extra if soft == resource.RLIM_INFINITY else min(soft, used + extra)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def _fake_parameters(mode: FakeTensorMode, budget: _Budget) -> Iterator[None]:
     original = torch.nn.Module.register_parameter
 
     def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
         if param is not None and not isinstance(param, FakeTensor):
-            if budget is not None:
-                budget.spend(tuple(param.shape))
+            budget.spend(tuple(param.shape))
             with mode:
                 empty = torch.empty(param.shape, dtype=param.dtype)
             param = torch.nn.Parameter(empty, requires_grad=False)
@@ -128,7 +147,7 @@ def build_model(config: Any, dtype: str, max_model_len: int, checkpoint: Checkpo
     XllmError("checkpoint") when the model is out of all proportion to the tensors of `checkpoint`."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        with no_init_weights(), _fake_parameters(mode, None if checkpoint is None else _Budget.of(checkpoint)):
+        with no_init_weights(), _fake_parameters(mode, _Budget.of(checkpoint)), _bounded_memory():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
             )

@@ -7,7 +7,6 @@ compressed_tensors/quantization/quant_config.py with utils/match.py for compress
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
@@ -17,6 +16,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 
 METHODS: Final = ("compressed-tensors", "awq", "gptq", "fp8", "fbgemm_fp8")
+_PATTERN_SECONDS: Final = 1.0
 MODELOPT: Final = "hf_quant_config.json"
 _FORMATS: Final = ("int-quantized", "pack-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _GPTQ_FORMATS: Final = ("gptq", "gptq_v2")
@@ -49,15 +49,10 @@ class QuantizedConfig:
 
     def of(self, module: str, kind: str = "Linear") -> Scheme:
         """The scheme of a module of the class `kind`; an exact name wins over a pattern, a pattern over a class."""
-        try:
-            for pattern, scheme in self.overrides:
-                if re.match(pattern, module):
-                    return scheme
-            found = [(_closeness(target, module, kind), scheme) for target, scheme in self.targets]
-        except re.error as e:
-            raise XllmError(
-                "checkpoint", f"quantization_config: the pattern {e.pattern!r} is damaged: {e.msg}", where=self.where
-            ) from None
+        for pattern, scheme in self.overrides:
+            if _matches(pattern, module, self.where):
+                return scheme
+        found = [(self._closeness(target, module, kind), scheme) for target, scheme in self.targets]
         best = max(found, key=lambda pair: pair[0], default=(0, self.scheme))
         if self.targets and not best[0]:
             raise XllmError(
@@ -66,6 +61,13 @@ class QuantizedConfig:
                 where=self.where,
             )
         return best[1]
+
+    def _closeness(self, target: str, module: str, kind: str) -> int:
+        if target == module:
+            return 3
+        if target.startswith("re:"):
+            return 2 if _matches(target.removeprefix("re:"), module, self.where) else 0
+        return 1 if target == kind else 0
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -174,12 +176,20 @@ def _parsed(raw: object, where: str) -> QuantizedConfig:
     return {"compressed-tensors": _compressed, "awq": _awq, "gptq": _gptq}.get(method, _fp8)(raw, method, where)
 
 
-def _closeness(target: str, module: str, kind: str) -> int:
-    if target == module:
-        return 3
-    if target.startswith("re:"):
-        return 2 if re.match(target.removeprefix("re:"), module) else 0
-    return 1 if target == kind else 0
+def _matches(pattern: str, module: str, where: str) -> bool:
+    """Whether a pattern of the settings is one of the module's name. It is somebody else's pattern, and there are some
+    that would take years: hence the library that can be told to stop."""
+    import regex
+
+    try:
+        return regex.match(pattern, module, timeout=_PATTERN_SECONDS) is not None
+    except regex.error as e:
+        reason = f"is damaged: {e.msg}"
+    except TimeoutError:
+        reason = f"takes more than {_PATTERN_SECONDS} s on {module[:80]!r}"
+    except RecursionError:
+        reason = "is too deep"
+    raise XllmError("checkpoint", f"quantization_config: the pattern {pattern[:80]!r} {reason}", where=where)
 
 
 def _refuse(what: str, where: str, help: str = "") -> XllmError:
@@ -190,6 +200,14 @@ def _whole(raw: Mapping[str, Any], key: str, default: int | None, where: str) ->
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
         raise XllmError("checkpoint", f"quantization_config: {key} is {value!r}, not a whole number", where=where)
+    return value
+
+
+def _table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """An object among the settings; {} where there is none."""
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise XllmError("checkpoint", f"quantization_config: {key} is {value!r:.80}, not an object", where=where)
     return value
 
 
@@ -241,8 +259,8 @@ def _gptq(raw: dict[str, Any], method: str, where: str) -> QuantizedConfig:
         return Scheme(bits, _group(_whole(settings, "group_size", 128, where), where), zeros=True)
 
     overrides: list[tuple[str, Scheme]] = []
-    dynamic = raw.get("dynamic") or {}
-    if not isinstance(dynamic, dict) or not all(isinstance(v, dict) for v in dynamic.values()):
+    dynamic = _table(raw, "dynamic", where)
+    if not all(isinstance(v, dict) for v in dynamic.values()):
         raise XllmError("checkpoint", "quantization_config: dynamic is no table of settings", where=where)
     for pattern, settings in dynamic.items():
         if not pattern.startswith("-:"):  # those are not quantized
@@ -261,10 +279,10 @@ def _fp8(raw: dict[str, Any], method: str, where: str) -> QuantizedConfig:
 
 
 def _compressed(raw: dict[str, Any], method: str, where: str) -> QuantizedConfig:
-    sparsity = raw.get("sparsity_config") or {}
-    if sparsity and sparsity.get("format", "dense") != "dense":
+    sparsity = _table(raw, "sparsity_config", where)
+    if sparsity.get("format", "dense") != "dense":
         raise _refuse(f"compressed-tensors weights stored sparse, as {sparsity['format']!r}", where)
-    if (raw.get("transform_config") or {}).get("config_groups"):
+    if _table(raw, "transform_config", where).get("config_groups"):
         raise _refuse("compressed-tensors weights that need transforms of their inputs (transform_config)", where)
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups:

@@ -109,11 +109,12 @@ def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: 
     them a GPU.
     """
     quantized = Quantized.of(Checkpoint.open(path))
-    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention}
+    settings: dict[str, Any] = {"dtype": TORCH_DTYPE[dtype], "attn_implementation": attention, "local_files_only": True}
     try:
         config = load_config(quantized.view)
         with torch.device("meta"):  # only to learn the class
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            own = {"trust_remote_code": False, "attn_implementation": attention}  # not what config.json names
+            kind = type(AutoModelForCausalLM.from_config(config, **own))
         if quantized.weights:
             tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
         else:

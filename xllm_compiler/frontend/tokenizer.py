@@ -46,7 +46,7 @@ def tokenizer_files(root: Path) -> list[str]:
         except OSError:
             continue
         for name in names:
-            if (name.endswith(_SUFFIXES) or ".model." in name) and not (folder / name).is_dir():
+            if name.endswith(_SUFFIXES) or ".model." in name:
                 found.append(prefix + name)
     return found
 

@@ -135,8 +135,10 @@ def references(
         print("torch or transformers is not installed: nothing to compare the checkpoint with")
         return
     from xllm_compiler.frontend.checkpoint import Checkpoint
+    from xllm_compiler.frontend.quantized_config import side_notes
     from xllm_compiler.frontend.trace import trace_checkpoint
 
+    opened = Checkpoint.open(checkpoint)
     traced = trace_checkpoint(
         checkpoint,
         dtype=manifest.model.dtype,
@@ -145,7 +147,7 @@ def references(
         max_num_batched_tokens=manifest.limits.max_num_batched_tokens,
         max_num_logits=manifest.limits.max_num_logits,
     )
-    for note in (*Checkpoint.open(checkpoint).notes, *traced.notes):
+    for note in (*opened.notes, *side_notes(opened), *traced.notes):
         print(f"note: {note}", flush=True)
     yield "interpreter on the traced model", run_interpreter(traced.module, traced.weights, trial)
     yield "transformers", run_transformers(checkpoint, manifest.model.dtype, trial)
