@@ -133,7 +133,8 @@ class ChatTemplate:
         if template is None:
             raise XllmError("request", f"the model has chat templates {sorted(self._templates)} and no default")
         try:
-            text = template.render(messages=chat, add_generation_prompt=add_generation_prompt, **values)
+            # One mapping, never keywords: a request may call a variable "self".
+            text = template.render({**values, "messages": chat, "add_generation_prompt": add_generation_prompt})
         except Exception as error:  # a template may divide by zero or index past the end: all of it is this request's
             raise XllmError(
                 "request", f"the chat template refuses this conversation: {error}", where="messages"

@@ -131,18 +131,28 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
-        **template_options: Any,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the checkpoint's chat template.
 
-        `template_options` as for `Tokenizer.render_chat`.
+        Options as for `Tokenizer.render_chat`.
         """
         tokenizer = self.get_tokenizer()
         many = bool(messages) and not isinstance(messages[0], Mapping)
         chats: Sequence[Any] = messages if many else [messages]
         prompts: list[Prompt] = []
         for chat in chats:
-            text = tokenizer.render_chat(chat, **template_options)
+            text = tokenizer.render_chat(
+                chat,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=chat_template,
+                variables=variables,
+            )
             ids = tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params)

@@ -116,9 +116,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the template writes it. Raises XllmError("request")."""
+        """The conversation as the template writes it. `variables`: what else it sees, under any names. Raises
+        XllmError("request")."""
         template = self._template if chat_template is None else _template(chat_template)
         if template is None:
             raise XllmError(
@@ -131,7 +132,7 @@ class Tokenizer:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={**self._special, **variables},
+            variables={**self._special, **(variables or {})},
         )
 
 

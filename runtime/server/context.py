@@ -41,7 +41,7 @@ class TokenizerLike(Protocol):
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str: ...
 
 
@@ -137,13 +137,14 @@ class Context:
         proceed = bool(continue_final_message)
         chat = [_message(message, index) for index, message in enumerate(messages)]
         prompt = not proceed if add_generation_prompt is None else add_generation_prompt
+        variables = dict(kwargs or {})
         if self.template is not None:
-            variables = {**self.tokenizer.special_tokens, **(kwargs or {})}
+            variables = {**self.tokenizer.special_tokens, **variables}
             return self.template.render(
                 chat, add_generation_prompt=prompt, continue_final_message=proceed, variables=variables
             )
         return self.tokenizer.render_chat(
-            chat, add_generation_prompt=prompt, continue_final_message=proceed, **(kwargs or {})
+            chat, add_generation_prompt=prompt, continue_final_message=proceed, variables=variables
         )
 
 
