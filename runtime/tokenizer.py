@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.text_bound import characters_per_token
 
 if TYPE_CHECKING:
     from xllm_compiler.runtime.chat_template import ChatTemplate
 
+# The library would hand batches to threads of its own, which nobody can make nicer than the ones that compute.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 Message = Mapping[str, Any]
 
 
@@ -70,6 +75,11 @@ class Tokenizer:
         """Tokens that have a name, added ones included; may be less than the model's rows of logits."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
+    @functools.cached_property
+    def characters_per_token(self) -> int | None:
+        """The most characters of a text that a token can stand for; None when there is no bound. Slow at first."""
+        return characters_per_token(self._core)
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token, ... as tokenizer_config.json names them."""
@@ -81,15 +91,20 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises XllmError("request") when the text cannot be encoded."""
+        return list(self.encoding(text, add_special_tokens).ids)
+
+    def encoding(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        """The same, before a list is made of it: other threads run meanwhile, unlike in the binding's `encode`."""
         try:
-            return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+            return self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:  # lone surrogates and the like; the binding raises bare exceptions
             raise XllmError("request", f"the text cannot be tokenized: {error}", where="prompt") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; an id without a name adds nothing. Raises XllmError("request") for one out of range."""
         try:
-            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            # A batch of one: other threads run meanwhile, unlike in the binding's `decode`.
+            return str(self._core.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
         except OverflowError:
             raise XllmError("request", "token ids must be from 0 to 4294967295", where="tokens") from None
 

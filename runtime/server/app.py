@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from xllm_compiler.runtime.server.chat import chat_completions
 from xllm_compiler.runtime.server.completions import completions
 from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.decode import decode_request
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.gate import Gate, read_json_body
-from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest, decode_request
+from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest
 from xllm_compiler.runtime.server.responses import Detokenized, ModelCard, ModelList, Tokenized
 from xllm_compiler.runtime.server.streaming import error_response, json_response
 
@@ -35,8 +36,8 @@ def build_app(ctx: Context, keys: tuple[str, ...] = (), *, access_log: bool = Tr
 
     def post(path: str, handler: BodyHandler, name: str) -> Route:
         async def endpoint(request: Request) -> Response:
-            body = await read_json_body(request, ctx.max_body_size, ctx.receive_timeout)
-            return await handler(ctx, request, body)
+            # Nobody here may hold the body: the handler lets go of it before it waits for the engine.
+            return await handler(ctx, request, await read_json_body(request, ctx.max_body_size, ctx.receive_timeout))
 
         return Route(path, endpoint, methods=["POST"], name=name)
 
@@ -101,7 +102,8 @@ async def version(ctx: Context, request: Request) -> Response:
 
 async def tokenize(ctx: Context, request: Request, body: bytes) -> Response:
     """Tokens of a text, or of a conversation as the chat endpoint would see it."""
-    asked = decode_request(body, TokenizeRequest)
+    asked = decode_request(body, TokenizeRequest, ctx.bounds)
+    del body
     ctx.check_model(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise bad_request("give either `prompt` or `messages`", param="prompt")
@@ -112,19 +114,20 @@ async def tokenize(ctx: Context, request: Request, body: bytes) -> Response:
             continue_final_message=asked.continue_final_message,
             kwargs=asked.chat_template_kwargs,
         )
-        ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens))
+        ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens), field="messages")
     else:
         ids = await ctx.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens is not False)
-    names = [ctx.tokenizer.id_to_token(i) or "" for i in ids] if asked.return_token_strs else None
+    names = await ctx.token_names(ids) if asked.return_token_strs else None
     return json_response(Tokenized(len(ids), ctx.facts.max_model_len, ids, names))
 
 
 async def detokenize(ctx: Context, request: Request, body: bytes) -> Response:
     """Text of tokens, special ones included."""
-    asked = decode_request(body, DetokenizeRequest)
+    asked = decode_request(body, DetokenizeRequest, ctx.bounds)
+    del body
     ctx.check_model(asked.model)
-    ctx.check_token_ids(asked.tokens, "tokens")
-    return json_response(Detokenized(ctx.tokenizer.decode(asked.tokens, False)))
+    await ctx.check_token_ids(asked.tokens, "tokens")
+    return json_response(Detokenized(await ctx.decode(asked.tokens, skip_special_tokens=False)))
 
 
 async def tokenizer_info(ctx: Context, request: Request) -> Response:

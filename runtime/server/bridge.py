@@ -182,8 +182,8 @@ class Bridge:
             self.attach(asyncio.get_running_loop())
         return Stream(self, time.monotonic() if arrival is None else arrival)
 
-    def admit(self, choices: int) -> None:
-        """Count `choices` more as open. Raises ApiError: 429 when they do not fit now, 400 when they never will."""
+    def check_room(self, choices: int) -> None:
+        """Raises ApiError: 429 when so many more choices do not fit now, 400 when they never will."""
         if choices > self.max_open:
             raise bad_request(
                 f"n is {choices}, and this server takes {self.max_open} at once", param="n", code="capacity"
@@ -192,6 +192,10 @@ class Bridge:
             raise unavailable(
                 f"the server is full: {self.open} requests are running or waiting", code="server_overloaded", status=429
             )
+
+    def admit(self, choices: int) -> None:
+        """Count `choices` more as open. Raises ApiError as `check_room` does."""
+        self.check_room(choices)
         self.open += choices
 
     def release(self, choices: int) -> None:

@@ -13,9 +13,10 @@ from starlette.responses import Response
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
 from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.decode import decode_request
 from xllm_compiler.runtime.server.logprobs import chat_logprobs, prompt_logprobs
 from xllm_compiler.runtime.server.params import chat_params, check_stream_options
-from xllm_compiler.runtime.server.protocol import ChatRequest, decode_request
+from xllm_compiler.runtime.server.protocol import ChatRequest
 from xllm_compiler.runtime.server.responses import (
     Chat,
     ChatChoice,
@@ -41,20 +42,26 @@ async def chat_completions(ctx: Context, request: Request, body: bytes) -> Respo
     """Answer one chat request. Raises ApiError, XllmError and ClientGone."""
     arrival = time.monotonic()
     ctx.check_open()
-    asked = decode_request(body, ChatRequest)
+    asked = decode_request(body, ChatRequest, ctx.bounds)
+    del body
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
     params = chat_params(asked, ctx.defaults)
+    params.check_vocab(ctx.facts.vocab_size)
+    ctx.bridge.check_room(params.n)
     text = ctx.render(
         asked.messages,
         add_generation_prompt=asked.add_generation_prompt,
         continue_final_message=asked.continue_final_message,
         kwargs=asked.chat_template_kwargs,
     )
-    ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens))
-    ids = ctx.truncate(ids, asked.truncate_prompt_tokens)
+    cut = asked.truncate_prompt_tokens
+    ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens), field="messages", cut=cut)
+    ids = ctx.truncate(ids, cut)
     explicit = asked.max_tokens is not None or asked.max_completion_tokens is not None
     ctx.fit(params, len(ids), explicit=explicit, field="messages")
+    del text
+    asked.forget_lists()
     answer = _Answer(ctx, asked, model, ids, params.n)
     stream = ctx.bridge.stream(arrival)
     stream.add(answer.id, ids, params)

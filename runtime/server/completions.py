@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import cast
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -14,6 +17,7 @@ from starlette.responses import Response
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
 from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.decode import decode_request, too_many_prompts
 from xllm_compiler.runtime.server.errors import bad_request
 from xllm_compiler.runtime.server.logprobs import (
     completion_logprobs,
@@ -23,7 +27,7 @@ from xllm_compiler.runtime.server.logprobs import (
     prompt_logprobs,
 )
 from xllm_compiler.runtime.server.params import check_stream_options, completion_params
-from xllm_compiler.runtime.server.protocol import CompletionRequest, decode_request
+from xllm_compiler.runtime.server.protocol import CompletionRequest
 from xllm_compiler.runtime.server.responses import (
     Completion,
     CompletionChoice,
@@ -53,22 +57,26 @@ async def completions(ctx: Context, request: Request, body: bytes) -> Response:
     """Answer one completion request. Raises ApiError, XllmError and ClientGone."""
     arrival = time.monotonic()
     ctx.check_open()
-    asked = decode_request(body, CompletionRequest)
+    asked = decode_request(body, CompletionRequest, ctx.bounds)
+    del body
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
-    prompts = [await _prepare(ctx, asked, item) for item in _split(asked.prompt)]
-    jobs = []
-    for prompt in prompts:
-        params = completion_params(asked, ctx.defaults)
+    shared = completion_params(asked, ctx.defaults)
+    shared.check_vocab(ctx.facts.vocab_size)
+    items, n = _split(asked.prompt), shared.n
+    if n * len(items) > ctx.bridge.max_open:
+        raise too_many_prompts(len(items), n, ctx.bridge.max_open)
+    ctx.bridge.check_room(n * len(items))
+    prompts, jobs = [], []
+    for item in items:
+        prompt = await _prepare(ctx, asked, item)
+        params = copy.copy(shared)  # the lists are shared
         ctx.fit(params, len(prompt.ids), explicit=asked.max_tokens is not None, field="prompt")
+        prompts.append(prompt)
         jobs.append((prompt.ids, params))
-    n = jobs[0][1].n
-    if n * len(jobs) > ctx.bridge.max_open:
-        raise bad_request(
-            f"{len(jobs)} prompts with n={n} are more than this server takes at once, {ctx.bridge.max_open}",
-            param="prompt",
-            code="capacity",
-        )
+        await asyncio.sleep(0)
+    asked.forget_lists()
+    del items
     answer = _Answer(ctx, asked, model, prompts, n)
     stream = ctx.bridge.stream(arrival)
     try:
@@ -88,20 +96,18 @@ def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
         return [prompt]
     if not prompt:
         raise bad_request("`prompt` must not be empty", param="prompt")
-    if all(isinstance(item, int) for item in prompt):
-        return [[item for item in prompt if isinstance(item, int)]]
-    out: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
-    if len(out) != len(prompt) or len({type(item) for item in out}) > 1:
-        raise bad_request("`prompt` must be all texts, all token ids or all lists of token ids", param="prompt")
-    return out
+    if isinstance(prompt[0], int):
+        return [cast(list[int], prompt)]
+    return cast(list[str | list[int]], prompt)
 
 
 async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]) -> _Prompt:
     if isinstance(item, str):
-        ids = await ctx.encode(item, add_special_tokens=asked.add_special_tokens is not False)
+        special = asked.add_special_tokens is not False
+        ids = await ctx.encode(item, add_special_tokens=special, cut=asked.truncate_prompt_tokens)
         text: str | None = item
     else:
-        ctx.check_token_ids(item, "prompt")
+        await ctx.check_token_ids(item, "prompt")
         ids, text = item, None
     kept = ctx.truncate(ids, asked.truncate_prompt_tokens)
     if not kept:
@@ -109,7 +115,7 @@ async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]
     if not asked.echo:
         return _Prompt(kept, "")
     if text is None or len(kept) < len(ids):
-        text = ctx.tokenizer.decode(kept, asked.skip_special_tokens is not False)
+        text = await ctx.decode(kept, skip_special_tokens=asked.skip_special_tokens is not False)
     return _Prompt(kept, text)
 
 
