@@ -216,7 +216,7 @@ class RowSampler:
         self._vocab = vocab
         self._scratch = scratch
         self._key = np.array([(seed if p.seed is None else p.seed) & _MASK64, index], np.uint64)
-        self._stop = [np.array([t for t in eos_ids if t < vocab], np.int64)]
+        self._stop: list[NDArray[np.integer[Any]]] = [np.array([t for t in eos_ids if t < vocab], np.int64)]
         if isinstance(p.stop_token_ids, TokenSet):
             self._stop.append(p.stop_token_ids.array)
         self._bias = p.logit_bias if isinstance(p.logit_bias, TokenBias) and len(p.logit_bias) else None

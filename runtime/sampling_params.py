@@ -7,6 +7,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.stops import StopWords
@@ -149,7 +150,7 @@ class SamplingParams:
             return
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LISTED_IDS:
             raise _bad("logit_bias", self.logit_bias, "a mapping from token id to bias")
-        bias: Mapping[object, float] = self.logit_bias
+        bias: Mapping[Any, float] = self.logit_bias
         if any(issubclass(kind, str) for kind in set(map(type, bias))):
             # JSON objects have string keys, so "123" is how a client must spell the id.
             bias = {int(t) if isinstance(t, str) and _ID.fullmatch(t) else t: value for t, value in bias.items()}

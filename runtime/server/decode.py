@@ -130,7 +130,7 @@ def _field(name: str, text: bytes, decoder: msgspec.json.Decoder[Any], bounds: B
     check = _CHECKS.get(name, _check_small)
     check(name, text, bounds, others)
     if name == "prompt" and text[:1] == b"[":
-        decoder = _PROMPTS.get(_first(text), decoder)
+        return _read(_PROMPTS.get(_first(text), decoder), text, name)
     return _read(decoder, text, name)
 
 
@@ -139,7 +139,7 @@ def _first(text: bytes) -> bytes:
     return text[1:64].lstrip()[:1]
 
 
-_PROMPTS = {
+_PROMPTS: dict[bytes, msgspec.json.Decoder[Any]] = {
     b'"': msgspec.json.Decoder(list[str]),
     b"[": msgspec.json.Decoder(list[list[int]]),
     **{digit.encode(): msgspec.json.Decoder(list[int]) for digit in "-0123456789"},
