@@ -63,7 +63,7 @@ async def chat_completions(ctx: Context, request: Request, body: bytes) -> Respo
     del text
     asked.forget_lists()
     answer = _Answer(ctx, asked, model, ids, params.n)
-    stream = ctx.bridge.stream(arrival)
+    stream = ctx.bridge.stream(arrival, keeps=not asked.stream)
     stream.add(answer.id, ids, params)
     if asked.stream:
         return EventResponse(stream, answer.events(stream))

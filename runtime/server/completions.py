@@ -78,7 +78,7 @@ async def completions(ctx: Context, request: Request, body: bytes) -> Response:
     asked.forget_lists()
     del items
     answer = _Answer(ctx, asked, model, prompts, n)
-    stream = ctx.bridge.stream(arrival)
+    stream = ctx.bridge.stream(arrival, keeps=not asked.stream)
     try:
         for index, (ids, params) in enumerate(jobs):
             stream.add(answer.part(index), ids, params)

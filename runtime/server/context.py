@@ -76,6 +76,7 @@ class Context:
     pool_tokens: int  # what the whole KV pool holds
     template: ChatTemplate | None = None  # instead of the tokenizer's own
     max_body_size: int = 4 * 2**20
+    max_text: int = 4 * 2**20  # bytes of UTF-8 that are tokenized at once
     receive_timeout: float = 30.0
     retry_after: int = 5
     draining: bool = False
@@ -122,6 +123,14 @@ class Context:
         """
         if len(text) <= _INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
+
+        size = len(text.encode(errors="replace"))
+        if size > self.max_text:
+            raise bad_request(
+                f"the text has {size} bytes, and this server has memory to tokenize {self.max_text} at once",
+                param=field,
+                code="too_large",
+            )
 
         def work() -> Encoding | None:
             if cut is None:

@@ -104,6 +104,7 @@ def _prepare(settings: Settings, phases: Phases) -> Started:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         threads=settings.threads,
+        max_body_size=settings.max_body_size,
     )
     phases.mark("import runtime")
     compiled: list[str] = []
@@ -141,6 +142,7 @@ def _compile_options(settings: Settings) -> list[str]:
 def _context(settings: Settings, started: Started) -> Context:
     from xllm_compiler import __version__
     from xllm_compiler.runtime.chat_template import ChatTemplate
+    from xllm_compiler.runtime.memory import TEXT_FACTOR
     from xllm_compiler.runtime.sampling_params import SamplingParams
     from xllm_compiler.runtime.server.bridge import Bridge
     from xllm_compiler.runtime.server.context import Context
@@ -169,7 +171,12 @@ def _context(settings: Settings, started: Started) -> Context:
     return Context(
         tokenizer=started.tokenizer,
         facts=started.facts,
-        bridge=Bridge(started.engine, metrics, started.facts.max_num_seqs + settings.max_waiting_requests),
+        bridge=Bridge(
+            started.engine,
+            metrics,
+            started.facts.max_num_seqs + settings.max_waiting_requests,
+            started.ledger.fixed.requests,
+        ),
         metrics=metrics,
         names=names,
         defaults=defaults,
@@ -178,6 +185,7 @@ def _context(settings: Settings, started: Started) -> Context:
         pool_tokens=started.ledger.pages * started.ledger.page_tokens,
         template=template,
         max_body_size=settings.max_body_size,
+        max_text=started.ledger.fixed.text // TEXT_FACTOR,
         receive_timeout=settings.timeout_receive,
     )
 
