@@ -70,6 +70,7 @@ class Stream:
             size += params.nbytes
         self._bridge.check_memory(size)
         self._bridge.admit(params.n)
+        self._bridge.holders.add(self)
         self._hold(size)
         self._open[request_id] = _Tracked(len(prompt_token_ids), params, self.arrival)
         try:
@@ -78,6 +79,11 @@ class Stream:
             del self._open[request_id]
             self._bridge.release(params.n)
             raise
+
+    def hold(self, size: int) -> None:
+        """Count bytes that the answer will take beside what is counted by itself. Raises ApiError as `add` does."""
+        self._bridge.check_memory(size)
+        self._hold(size)
 
     async def next_batch(self) -> list[Output]:
         """What has arrived since the last call, at least one output; empty when everything is finished.
@@ -146,6 +152,7 @@ class Stream:
             self._bridge.release(tracked.params.n)
             self._bridge.metrics.finished["abort"] += 1
         self._open.clear()
+        self._bridge.holders.discard(self)
         self._hold(-self.held)
         self._fresh = self._handed = 0
 
@@ -209,6 +216,7 @@ class Bridge:
         self.metrics = metrics
         self.max_open = max_open
         self.held = Held(max_held)
+        self.holders: set[Stream] = set()
         self.open = 0
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -243,8 +251,8 @@ class Bridge:
     def _make_room(self) -> None:
         """End whoever holds most while all together hold too much: answers grow after they were let in."""
         while self.held.used > self.held.limit:
-            largest = max({id(s): s for s in self._streams.values()}.values(), key=lambda s: s.held, default=None)
-            if largest is None or not largest.held:
+            largest = max(self.holders, key=lambda stream: stream.held, default=None)
+            if largest is None:
                 return
             self.metrics.finished["error"] += 1
             log.warning("a request was ended: its answer held %d bytes, most of all", largest.held)

@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
+from xllm_compiler.runtime.server import pieces
 from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import decode_request
-from xllm_compiler.runtime.server.logprobs import chat_logprobs, prompt_logprobs
+from xllm_compiler.runtime.server.logprobs import chat_logprobs
 from xllm_compiler.runtime.server.params import chat_params, check_stream_options
 from xllm_compiler.runtime.server.protocol import ChatRequest
 from xllm_compiler.runtime.server.responses import (
@@ -31,9 +32,9 @@ from xllm_compiler.runtime.server.responses import (
 from xllm_compiler.runtime.server.streaming import (
     DONE,
     EventResponse,
+    WholeResponse,
     event,
     failure,
-    json_response,
     until_hang_up,
 )
 
@@ -81,6 +82,7 @@ class _Answer:
         self.n = n
         self.created = int(time.time())
         self.fingerprint = ctx.facts.artifact_id
+        self.held = ctx.bridge.held
 
     def _logprobs(self, token_ids: list[int], rows: list[LogprobDict] | None) -> ChatLogprobs | None:
         if not self.asked.logprobs or rows is None:
@@ -98,24 +100,29 @@ class _Answer:
                     raise error
                 result.add(output)
         want_ids = bool(self.asked.return_token_ids)
-        choices = [
-            ChatChoice(
-                out.index,
-                ChatMessage("assistant", out.text),
-                self._logprobs(out.token_ids, out.logprobs or []),
-                out.finish_reason,
-                out.stop_reason,
-                out.token_ids if want_ids else UNSET,
+        choices = []
+        for out in result.outputs:
+            logprobs = None
+            if self.asked.logprobs:
+                as_ids, top = bool(self.asked.return_tokens_as_token_ids), self.asked.top_logprobs or 0
+                logprobs = await pieces.chat_logprobs(out.token_ids, out.logprobs or [], top=top, as_ids=as_ids)
+            choices.append(
+                ChatChoice(
+                    out.index,
+                    ChatMessage("assistant", out.text),
+                    logprobs,
+                    out.finish_reason,
+                    out.stop_reason,
+                    out.token_ids if want_ids else UNSET,
+                )
             )
-            for out in result.outputs
-        ]
         usage = usage_of(len(self.prompt), sum(len(out.token_ids) for out in result.outputs))
         answer = Chat(self.id, "chat.completion", self.created, self.model, choices, self.fingerprint, usage)
         if self.asked.prompt_logprobs is not None and result.prompt_logprobs is not None:
-            answer.prompt_logprobs = prompt_logprobs(result.prompt_logprobs)
+            answer.prompt_logprobs = await pieces.prompt_logprobs(result.prompt_logprobs)
         if want_ids:
             answer.prompt_token_ids = self.prompt
-        return json_response(answer)
+        return WholeResponse(self.held, answer)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None, *, first: bool = False) -> bytes:
         options = self.asked.stream_options

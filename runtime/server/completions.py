@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
+from xllm_compiler.runtime.server import pieces
 from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import decode_request, too_many_prompts
@@ -23,8 +24,6 @@ from xllm_compiler.runtime.server.logprobs import (
     completion_logprobs,
     end_offset,
     extend,
-    prompt_completion_logprobs,
-    prompt_logprobs,
 )
 from xllm_compiler.runtime.server.params import check_stream_options, completion_params
 from xllm_compiler.runtime.server.protocol import CompletionRequest
@@ -38,11 +37,14 @@ from xllm_compiler.runtime.server.responses import (
 from xllm_compiler.runtime.server.streaming import (
     DONE,
     EventResponse,
+    WholeResponse,
     event,
     failure,
-    json_response,
     until_hang_up,
 )
+
+_LARGE = 65536  # bytes of a chunk that is sent by itself
+_SCORE = 32  # bytes of one token's log-probability as JSON
 
 
 @dataclass
@@ -82,6 +84,8 @@ async def completions(ctx: Context, request: Request, body: bytes) -> Response:
     try:
         for index, (ids, params) in enumerate(jobs):
             stream.add(answer.part(index), ids, params)
+            if asked.echo:
+                stream.hold(answer.echo_bytes(index))
     except BaseException:
         stream.close()
         raise
@@ -138,13 +142,21 @@ class _Answer:
         """The engine's name for prompt number `index`."""
         return f"{self.id}-{index}"
 
+    def echo_bytes(self, index: int) -> int:
+        """About what the copies of an echoed prompt will take in the answer."""
+        prompt, scores = self.prompts[index], 0
+        if self.asked.logprobs is not None:
+            scores = len(prompt.ids) * (2 + self.asked.logprobs) * _SCORE
+        return self.n * (len(prompt.text) + scores)
+
     def _index(self, output: Output) -> int:
         return int(output.request_id.rpartition("-")[2])
 
-    def _prompt_logprobs(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
+    async def scored(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
+        """The log-probabilities of a prompt, which all its choices begin with."""
         ids = self.prompts[index].ids
         first = self.ctx.tokenizer.token_text(ids[0])
-        return prompt_completion_logprobs(ids, rows, first_text=first, as_ids=self.as_ids)
+        return await pieces.prompt_completion_logprobs(ids, rows, first_text=first, as_ids=self.as_ids)
 
     async def whole(self, stream: Stream) -> Response:
         """The answer in one piece."""
@@ -158,25 +170,35 @@ class _Answer:
                 if error is not None:
                     raise error
                 results[self._index(output)].add(output)
-        choices = [self._choice(i, result, out) for i, result in enumerate(results) for out in result.outputs]
+        choices = []
+        for i, result in enumerate(results):
+            scored, listed = None, None
+            if result.prompt_logprobs is not None:
+                if self.echo and self.asked.logprobs is not None:
+                    scored = await self.scored(i, result.prompt_logprobs)
+                if self.asked.prompt_logprobs is not None:
+                    listed = await pieces.prompt_logprobs(result.prompt_logprobs)
+                result.prompt_logprobs = None
+            for out in result.outputs:
+                choices.append(await self._choice(i, out, scored))
+                if listed is not None:
+                    choices[-1].prompt_logprobs = listed
         generated = sum(len(out.token_ids) for result in results for out in result.outputs)
         usage = usage_of(self.prompt_tokens, generated)
-        return json_response(
-            Completion(self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, usage)
+        answer = Completion(
+            self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, usage
         )
+        return WholeResponse(self.ctx.bridge.held, answer)
 
-    def _choice(self, index: int, result: RequestOutput, out: CompletionOutput) -> CompletionChoice:
+    async def _choice(self, index: int, out: CompletionOutput, scored: CompletionLogprobs | None) -> CompletionChoice:
         prompt = self.prompts[index]
         logprobs = None
         if self.asked.logprobs is not None:
             logprobs = CompletionLogprobs([], [], [], [])
-            if self.echo and result.prompt_logprobs is not None:
-                logprobs = self._prompt_logprobs(index, result.prompt_logprobs)
+            if scored is not None:
+                extend(logprobs, scored)
             if out.token_ids:
-                offset = end_offset(logprobs)
-                extend(
-                    logprobs, completion_logprobs(out.token_ids, out.logprobs or [], offset=offset, as_ids=self.as_ids)
-                )
+                await pieces.completion_logprobs(logprobs, out.token_ids, out.logprobs or [], as_ids=self.as_ids)
         choice = CompletionChoice(
             index * self.n + out.index,
             prompt.text + out.text if self.echo else out.text,
@@ -184,8 +206,6 @@ class _Answer:
             out.finish_reason,
             out.stop_reason,
         )
-        if self.asked.prompt_logprobs is not None and result.prompt_logprobs is not None:
-            choice.prompt_logprobs = prompt_logprobs(result.prompt_logprobs)
         if self.asked.return_token_ids:
             choice.token_ids, choice.prompt_token_ids = out.token_ids, prompt.ids
         return choice
@@ -213,7 +233,11 @@ class _Answer:
                     raise error
                 generated += len(output.token_ids)
                 usage = usage_of(self.prompt_tokens, generated) if continuous else None
-                parts += [self._chunk([choice], usage) for choice in states[self._index(output)].take(output)]
+                for choice in await states[self._index(output)].take(output):
+                    parts.append(self._chunk([choice], usage))
+                    if len(parts[-1]) > _LARGE:  # an echoed prompt: its copies must not pile up
+                        yield b"".join(parts)
+                        parts = []
             if parts:
                 yield b"".join(parts)
         if options is not None and options.include_usage:
@@ -236,14 +260,14 @@ class _PromptState:
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}
 
-    def take(self, output: Output) -> list[CompletionChoice]:
+    async def take(self, output: Output) -> list[CompletionChoice]:
         """The chunks that this event allows, in order."""
         answer = self._answer
         if answer.echo and answer.asked.logprobs is not None and self._scored is None:
             self._waiting.append(output)
             if output.prompt_logprobs is None:
                 return []
-            self._scored = answer._prompt_logprobs(self._index, output.prompt_logprobs)
+            self._scored = await answer.scored(self._index, output.prompt_logprobs)
             ready, self._waiting = self._waiting, []
         else:
             ready = [output]
