@@ -157,8 +157,8 @@ BOMBS = [
     Bomb("20 logprobs of 2,000 prompt tokens", body=_json(prompt=[12] * 2000, max_tokens=1, prompt_logprobs=20)),
     Bomb("the same, echoed to 16", body=_json(prompt=[12] * 2000, max_tokens=1, n=16, logprobs=20, echo=True)),
     Bomb(
-        "repetition penalty of 1,900 tokens, n=128",
-        body=_json(prompt=list(range(3, 1900)), max_tokens=8, ignore_eos=True, n=128, repetition_penalty=1.1),
+        "repetition penalty of 1,900 tokens, n=16",
+        body=_json(prompt=list(range(3, 1900)), max_tokens=8, ignore_eos=True, n=16, repetition_penalty=1.1),
     ),
 ]
 

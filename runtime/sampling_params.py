@@ -135,6 +135,8 @@ class SamplingParams:
     def _check_stop(self) -> None:
         if isinstance(self.stop, StopWords):
             return
+        if self.stop is not None and not isinstance(self.stop, Sequence):
+            raise _bad("stop", self.stop, "a string, or a list of strings")
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if len(stop) > MAX_STOP_STRINGS:
             raise _bad("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
