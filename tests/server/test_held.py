@@ -40,16 +40,16 @@ def test_requests_that_do_not_fit_are_refused_and_all_is_given_back(make: Any, f
     served.ctx.bridge.held.limit = 10
     (refused,) = gather(served, 1, max_tokens=2, **fields)
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "capacity"
-    served.ctx.bridge.held.limit = 600_000
+    served.ctx.bridge.held.limit = 1_000_000
     answers = gather(served, 40, max_tokens=2, **fields)
-    assert {answer.status_code for answer in answers} <= {200, 429} and served.ctx.bridge.held.used == 0
+    assert {answer.status_code for answer in answers} <= {200, 429, 503} and served.ctx.bridge.held.used == 0
     assert any(answer.status_code == 200 for answer in answers)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_grows_beyond_the_bound_is_ended_and_others_go_on(make: Any, stream: bool) -> None:
     served = make(max_waiting=200)
-    served.ctx.bridge.held.limit = 120_000
+    served.ctx.bridge.held.limit = 1_000_000
 
     async def go() -> tuple[httpx.Response, httpx.Response]:
         served.ctx.bridge.attach(asyncio.get_running_loop())
