@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,11 +23,28 @@ KEYS = {f"u{i}": 1 for i in range(300_000)}
 LISTS: list[Any] = [[]] * 1_000_000
 
 
+@contextlib.contextmanager
+def longest_turn() -> Iterator[list[float]]:
+    """The processor time, in seconds, of the longest that the event loop did without letting others have their turn."""
+    gc.collect()
+    gc.freeze()  # as the server does: what the tests before left would be looked at in somebody's turn
+    longest, run = [0.0], asyncio.events.Handle._run
+
+    def timed(handle: asyncio.events.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        longest[0] = max(longest[0], time.thread_time() - began)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio.events.Handle, "_run", timed)
+        yield longest
+
+
 def ask(served: Any, path: str, body: bytes) -> tuple[Any, float]:
-    """The answer, and the processor time that it took this process."""
-    began = time.process_time()
-    answer = served.ask("POST", path, content=body, headers={"content-type": "application/json"})
-    return answer, time.process_time() - began
+    """The answer, and the longest turn that it took."""
+    with longest_turn() as longest:
+        answer = served.ask("POST", path, content=body, headers={"content-type": "application/json"})
+    return answer, longest[0]
 
 
 def packed(**fields: Any) -> bytes:
@@ -85,14 +104,14 @@ def test_too_many_of_anything_is_refused_cheaply(
     assert answer.status_code == 400, answer.text[:300]
     error = answer.json()["error"]
     assert error["param"] == field and len(answer.content) < 1000
-    assert seconds < 0.5  # it was seconds; most of what is left is the test client's
+    assert seconds < 0.05  # it was seconds
     assert ask(fake, PATH, packed(prompt="a", max_tokens=1))[0].status_code == 200
 
 
 @pytest.mark.parametrize("many", [1_000, 100_000, 1_000_000])
 def test_fields_that_nobody_reads_are_only_scanned(fake: Any, many: int) -> None:
     answer, seconds = ask(fake, PATH, packed(prompt="a", max_tokens=1, metadata=[[]] * many))
-    assert answer.status_code == 200 and seconds < 0.3
+    assert answer.status_code == 200 and seconds < 0.05
 
 
 @pytest.mark.parametrize(
@@ -188,3 +207,35 @@ def test_a_message_keeps_what_templates_may_read(make: Any) -> None:
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": "b", "refusal": "no", "annotations": [{"url": "u"}], "reasoning": "r\n"},
     ]
+
+
+LONG = {"max_tokens": 100, "ignore_eos": True, "n": 16}
+ANSWERS: list[tuple[str, str, dict[str, Any]]] = [
+    ("logprobs", PATH, {"prompt": "a", "logprobs": 20, **LONG}),
+    ("streamed logprobs", PATH, {"prompt": "a", "logprobs": 20, "stream": True, **LONG}),
+    ("chat logprobs", CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 20, **LONG}),
+    ("prompt logprobs", PATH, {"prompt": "a" * 500, "prompt_logprobs": 20, "max_tokens": 1, "n": 4}),
+    (
+        "chat prompt logprobs",
+        CHAT,
+        {"messages": [{**USER, "content": "a" * 400}], "prompt_logprobs": 20, "max_tokens": 1},
+    ),
+    ("echo", PATH, {"prompt": "a" * 500, "logprobs": 20, "echo": True, "max_tokens": 1, "n": 16}),
+    (
+        "streamed echo",
+        PATH,
+        {"prompt": "a" * 500, "logprobs": 20, "echo": True, "max_tokens": 1, "n": 16, "stream": True},
+    ),
+    ("echo of many", PATH, {"prompt": ["a" * 100] * 16, "logprobs": 20, "echo": True, "max_tokens": 1}),
+    ("stops", PATH, {"prompt": "a", "stop": ["b" * 1000 + chr(97 + i) for i in range(26)], **LONG}),
+    ("lists", PATH, {"prompt": "a", "stop_token_ids": [5] * 260, "allowed_token_ids": list(range(260)), **LONG}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS])
+def test_a_long_answer_lets_others_have_their_turn(make: Any, path: str, fields: dict[str, Any]) -> None:
+    served = make(max_waiting=100, pages=256)
+    answer, seconds = ask(served, path, packed(**fields))
+    assert answer.status_code == 200, answer.text[:300]
+    assert seconds < 0.05
+    assert served.ctx.bridge.held.used == 0
