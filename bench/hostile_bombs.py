@@ -146,13 +146,13 @@ BOMBS = [
         ),
     ),
     Bomb(
-        "20 logprobs of 300 tokens, n=32",
-        body=_json(prompt="x", max_tokens=300, n=32, logprobs=20, ignore_eos=True),
+        "20 logprobs of 100 tokens, n=32",
+        body=_json(prompt="x", max_tokens=100, n=32, logprobs=20, ignore_eos=True),
     ),
     Bomb(
-        "20 logprobs of 300 tokens, n=32, chat",
+        "20 logprobs of 100 tokens, n=32, chat",
         path="/v1/chat/completions",
-        body=_json(messages=[USER], max_tokens=300, n=32, logprobs=True, top_logprobs=20, ignore_eos=True),
+        body=_json(messages=[USER], max_tokens=100, n=32, logprobs=True, top_logprobs=20, ignore_eos=True),
     ),
     Bomb("20 logprobs of 2,000 prompt tokens", body=_json(prompt=[12] * 2000, max_tokens=1, prompt_logprobs=20)),
     Bomb("the same, echoed to 16", body=_json(prompt=[12] * 2000, max_tokens=1, n=16, logprobs=20, echo=True)),
