@@ -4,17 +4,21 @@ requests, or when it runs."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.executor import F32
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.kv import BlockTable
 from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output, RequestMetrics
-from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, raw_logprobs
+from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, prompt_ids, raw_logprobs
 from xllm_compiler.runtime.sampling_params import SamplingParams
-from xllm_compiler.runtime.text import TextStream
+from xllm_compiler.runtime.text import CONTEXT, TextStream
 from xllm_compiler.runtime.token_text import TokenNames, append_rest, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
@@ -33,15 +37,18 @@ class Request:
 
 
 class RequestGroup:
-    """What the `n` choices of a request share. `open`: choices that are not finished."""
+    """What the `n` choices of a request share: everything whose size a client chooses. `open`: choices that are not
+    finished."""
 
-    __slots__ = ("metrics", "on_output", "open", "request")
+    __slots__ = ("metrics", "on_output", "open", "prompt", "request", "seen")
 
     def __init__(self, request: Request, on_output: OnOutput) -> None:
         self.request = request
         self.on_output = on_output
         self.open = request.params.n
         self.metrics = RequestMetrics(arrival=request.arrival)
+        self.prompt = np.array(request.prompt_token_ids, np.int32)
+        self.seen = prompt_ids(request.params, self.prompt)
 
 
 class Choice:
@@ -49,6 +56,7 @@ class Choice:
 
     __slots__ = (
         "_eos",
+        "_generated",
         "_names",
         "_prompt_logprobs",
         "_reported",
@@ -66,7 +74,6 @@ class Choice:
         "prompt_len",
         "serial",
         "table",
-        "tokens",
     )
 
     def __init__(
@@ -83,23 +90,23 @@ class Choice:
         scratch: Scratch,
     ) -> None:
         """`serial`: its place in the order of arrival. `limit`: tokens, prompt included, at which it ends."""
-        request, params = group.request, group.request.params
+        params = group.request.params
         self.group = group
         self.index = index
         self.serial = serial
         self.table = table
-        self.tokens = list(request.prompt_token_ids)
-        self.prompt_len = len(self.tokens)
+        self._generated = array("i")
+        self.prompt_len = len(group.prompt)
         self.computed = 0
         self.limit = limit if params.max_tokens is None else min(limit, self.prompt_len + params.max_tokens)
         self._eos = () if params.ignore_eos else facts.eos_token_ids
-        self._stop_ids = tuple(params.stop_token_ids or ())
+        self._stop_ids: Collection[int] = params.stop_token_ids or ()
         self._sampler = RowSampler(
             params,
             seed=seed,
             index=index,
-            prompt=self.tokens,
-            stop_ids=(*self._eos, *self._stop_ids),
+            prompt=group.seen,
+            eos_ids=self._eos,
             vocab=facts.vocab_size,
             scratch=scratch,
         )
@@ -109,8 +116,8 @@ class Choice:
         if tokenizer is not None and params.detokenize:
             self._text = TextStream(
                 tokenizer,
-                self.tokens,
-                stops=params.stop_strings,
+                group.prompt[-CONTEXT:].tolist(),
+                stops=params.stop_words or (),
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
             )
@@ -127,7 +134,7 @@ class Choice:
 
     @property
     def known(self) -> int:
-        return len(self.tokens)
+        return self.prompt_len + len(self._generated)
 
     @property
     def pages(self) -> int:
@@ -135,25 +142,38 @@ class Choice:
 
     @property
     def generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        return len(self._generated)
+
+    def token(self, position: int) -> int:
+        """The token at a position below `known`."""
+        at = position - self.prompt_len
+        return int(self._generated[at] if at >= 0 else self.group.prompt[position])
+
+    def span(self, low: int, high: int) -> NDArray[np.int32]:
+        """The tokens at positions low .. high - 1."""
+        if high <= self.prompt_len:
+            return self.group.prompt[low:high]
+        end = self.prompt_len
+        rest = np.array(self._generated[max(0, low - end) : high - end], np.int32)
+        return np.concatenate([self.group.prompt[low:end], rest])
 
     def score_prompt(self, row: F32, position: int) -> None:
         """Take the logits at `position`, which judge the prompt token after it."""
         count = self.group.request.params.prompt_logprobs
         assert self._prompt_logprobs is not None and count is not None
         row = self._scratch.take(row)
-        raw = raw_logprobs(row, self.tokens[position + 1], count, self._scratch)
+        raw = raw_logprobs(row, self.token(position + 1), count, self._scratch)
         self._prompt_logprobs.append(self._row(raw))
 
     def sample(self, row: F32, maxima: F32) -> Output:
         """Draw the next token from a row of logits, `maxima` of its blocks, and take it in. Raises XllmError."""
-        token, raw = self._sampler.sample(row, maxima, len(self.tokens), self.generated)
+        token, raw = self._sampler.sample(row, maxima, self.known, self.generated)
         return self.accept(token, None if raw is None else self._row(raw))
 
     def accept(self, token: int, logprobs: LogprobDict | None = None) -> Output:
         """Append a token; what there is to tell, the finish included, but for the text that `put_text` adds."""
-        self.tokens.append(token)
-        self.first_row = len(self.tokens) - 1
+        self._generated.append(token)
+        self.first_row = self.known - 1
         params = self.group.request.params
         enough = self.generated >= params.min_tokens
         event = self._event()
@@ -164,12 +184,12 @@ class Choice:
             event.finish_reason, event.stop_reason = "stop", token
         elif enough and token in self._eos:
             event.finish_reason = "stop"
-        if self._text is not None and params.stop_strings:
+        if self._text is not None and params.stop_words is not None:
             # what the text says decides whether this is the end, so it cannot wait until it is told
             self._push(self._text, event, may_stop=enough)
             if self._text.stopped_by is not None and event.finish_reason is None:
                 event.finish_reason, event.stop_reason = "stop", self._text.stopped_by
-        if event.finish_reason is None and len(self.tokens) >= self.limit:
+        if event.finish_reason is None and self.known >= self.limit:
             event.finish_reason = "length"
         return event
 
@@ -184,12 +204,11 @@ class Choice:
         the text then."""
         params = self.group.request.params
         if event.prompt_logprobs is not None and self._tokenizer is not None:
-            name_prompt(
-                self._tokenizer, self.group.request.prompt_token_ids, event.prompt_logprobs, params.skip_special_tokens
-            )
+            prompt = self.group.prompt.tolist()
+            name_prompt(self._tokenizer, prompt, event.prompt_logprobs, params.skip_special_tokens)
         if self._text is None:
             return
-        if not params.stop_strings:
+        if params.stop_words is None:
             self._push(self._text, event)
         if event.finish_reason is not None:
             event.text += self._text.finish()

@@ -381,11 +381,11 @@ class Engine:
             batch.start[b] = n
             batch.table[b] = choice.table.row
             if count == 1:
-                batch.ids[n] = choice.tokens[low]
+                batch.ids[n] = choice.token(low)
                 batch.pos[n] = low
                 batch.seq[n] = b
             else:
-                batch.ids[n : n + count] = choice.tokens[low:high]
+                batch.ids[n : n + count] = choice.span(low, high)
                 batch.pos[n : n + count] = range(low, high)
                 batch.seq[n : n + count] = b
             for position in range(max(low, choice.first_row), high):

@@ -138,13 +138,12 @@ class LLM:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the checkpoint's chat template or `chat_template`.
 
-        A content is text or a list of {"type": "text", "text": ..}; the template gets the form that it reads.
-        `chat_template_kwargs` and `variables` (such as tools=[..]) are seen by the template.
+        A content is text or a list of {"type": "text", "text": ..}; the template gets the form that it reads, and sees
+        `variables`, such as {"tools": [..]}, under their names.
         """
         tokenizer = self.get_tokenizer()
         special = tokenizer.special_tokens
@@ -157,7 +156,7 @@ class LLM:
                 chat,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                variables={**special, **variables, **(chat_template_kwargs or {})},
+                variables={**special, **(variables or {})},
             )
             ids = tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})

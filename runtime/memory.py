@@ -10,6 +10,16 @@ from xllm_compiler.errors import XllmError
 DEFAULT_UTILIZATION = 0.9
 
 
+MOST_FOR_REQUESTS = 512 * 2**20
+TEXT_FACTOR = 400  # bytes that the tokenizer takes for a byte of text, at its worst
+_SHARE = 16
+
+
+def for_requests(available: int, max_body_size: int) -> tuple[int, int]:
+    """What a server gives to `Fixed.requests` and `Fixed.text` of the bytes that are available."""
+    return min(MOST_FOR_REQUESTS, available // _SHARE), min(TEXT_FACTOR * max_body_size, available // _SHARE)
+
+
 def show_bytes(count: int) -> str:
     """12.3 MiB, for people."""
     size = float(count)
@@ -22,16 +32,19 @@ def show_bytes(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Bytes that do not depend on the size of the KV cache."""
+    """Bytes that do not depend on the size of the KV cache. `requests`: what those of a server may hold, answers
+    included; `text`: what tokenizing one text may take beside them."""
 
     weights: int
     arena: int
     logits: int
     host: int
+    requests: int = 0
+    text: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.arena + self.logits + self.host
+        return self.weights + self.arena + self.logits + self.host + self.requests + self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,8 @@ class Ledger:
             ("arena", fixed.arena),
             ("logits", fixed.logits),
             ("host", fixed.host),
+            ("requests", fixed.requests),
+            ("text", fixed.text),
             ("kv", self.kv),
         ]
 

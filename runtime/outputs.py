@@ -80,7 +80,9 @@ class CompletionOutput:
         self.text += event.text
         self.token_ids.extend(event.token_ids)
         if event.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + event.logprobs
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.extend(event.logprobs)
             chosen = zip(event.token_ids, event.logprobs, strict=True)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(d[t].logprob for t, d in chosen)
         if event.finish_reason is not None:

@@ -11,8 +11,10 @@ keeps the wanted ones, and a block of which the largest value is below it is lef
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from xllm_compiler.artifact.schema import BLOCK
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.token_set import TokenBias, TokenSet
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -163,6 +166,20 @@ def pick(blocks: F32, u: float) -> int:
     return block * int(blocks.shape[1]) + index
 
 
+def prompt_ids(params: SamplingParams, prompt: NDArray[np.integer[Any]]) -> I64:
+    """What a sampler must know of the prompt, for all choices of a request: its ids, unique and rising."""
+    return np.unique(prompt).astype(np.int64) if params.repetition_penalty != 1.0 else np.empty(0, np.int64)
+
+
+def contains(rising: I64, ids: I64) -> NDArray[np.bool_]:
+    """Which of `ids` are in `rising`."""
+    if not len(rising):
+        return np.zeros(len(ids), bool)
+    at = np.minimum(np.searchsorted(rising, ids), len(rising) - 1)
+    found: NDArray[np.bool_] = rising[at] == ids
+    return found
+
+
 class RowSampler:
     """The sampling state of one choice: its parameters, its random key, and which tokens it has seen."""
 
@@ -170,11 +187,13 @@ class RowSampler:
         "_allowed",
         "_bias",
         "_counts",
+        "_drawn",
         "_key",
         "_params",
         "_penalised",
         "_prompt",
         "_scratch",
+        "_slots",
         "_stop",
         "_vocab",
     )
@@ -185,27 +204,28 @@ class RowSampler:
         *,
         seed: int,
         index: int,
-        prompt: Sequence[int],
-        stop_ids: Sequence[int],
+        prompt: I64,
+        eos_ids: Sequence[int],
         vocab: int,
         scratch: Scratch,
     ) -> None:
-        """`stop_ids`: tokens that end the request, forbidden before `min_tokens`. `seed` is used when params has
-        none."""
+        """`eos_ids` end the request as stop_token_ids do: both are forbidden before `min_tokens`. `prompt`: what
+        `prompt_ids` gave. `seed` is used when params has none. Lists are those of `params`, not copies."""
         p = params
         self._params = p
         self._vocab = vocab
         self._scratch = scratch
         self._key = np.array([(seed if p.seed is None else p.seed) & _MASK64, index], np.uint64)
-        self._stop = np.array(sorted(t for t in stop_ids if t < vocab), np.int64)
-        self._bias: tuple[I64, F32] | None = None
-        if p.logit_bias:
-            ids = np.array(sorted(p.logit_bias), np.int64)
-            self._bias = ids, np.array([p.logit_bias[int(t)] for t in ids], np.float32)
-        self._allowed = None if p.allowed_token_ids is None else np.unique(np.array(p.allowed_token_ids, np.int64))
+        self._stop: list[NDArray[np.integer[Any]]] = [np.array([t for t in eos_ids if t < vocab], np.int64)]
+        if isinstance(p.stop_token_ids, TokenSet):
+            self._stop.append(p.stop_token_ids.array)
+        self._bias = p.logit_bias if isinstance(p.logit_bias, TokenBias) and len(p.logit_bias) else None
+        self._allowed = p.allowed_token_ids.array if isinstance(p.allowed_token_ids, TokenSet) else None
         self._penalised = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
-        self._prompt = np.unique(np.asarray(prompt, np.int64)) if p.repetition_penalty != 1.0 else np.empty(0, np.int64)
-        self._counts: dict[int, int] = {}
+        self._prompt = prompt
+        self._slots: dict[int, int] = {}  # of a token that was drawn: its place in the two arrays
+        self._drawn = array("q")
+        self._counts = array("f")
 
     def sample(self, row: F32, maxima: F32, position: int, generated: int) -> tuple[int, RawLogprobs | None]:
         """The next token, which will stand at `position`, after `generated` tokens of output. `maxima`: of the blocks
@@ -230,8 +250,15 @@ class RowSampler:
             )
         token = best if p.greedy else self._draw(work, position)
         if self._penalised:
-            self._counts[token] = self._counts.get(token, 0) + 1
+            self._count(token)
         return token, None if p.logprobs is None else raw_logprobs(row, token, p.logprobs, self._scratch)
+
+    def _count(self, token: int) -> None:
+        slot = self._slots.setdefault(token, len(self._drawn))
+        if slot == len(self._drawn):
+            self._drawn.append(token)
+            self._counts.append(0.0)
+        self._counts[slot] += 1.0
 
     def _touches(self, generated: int) -> bool:
         """Whether the request changes logits of the row after `generated` tokens, so that no maxima are known."""
@@ -239,7 +266,7 @@ class RowSampler:
         return self._penalised or forbids or self._bias is not None or self._allowed is not None
 
     def _forbids_stop(self, generated: int) -> bool:
-        return generated < self._params.min_tokens and len(self._stop) > 0
+        return generated < self._params.min_tokens and any(map(len, self._stop))
 
     def _candidates(self, top: np.float32, maxima: F32) -> I64 | None:
         """Ids, rising, among which are all that min-p and top-k leave; None when these are most, or all are left."""
@@ -274,24 +301,29 @@ class RowSampler:
             work.fill(-np.inf)
             work[self._allowed] = row[self._allowed]
         if self._bias is not None:
-            work[self._bias[0]] += self._bias[1]
+            work[self._bias.array] += self._bias.values_array
         if forbid_stop:
-            work[self._stop] = -np.inf
+            for ids in self._stop:
+                work[ids] = -np.inf
         if self._penalised:
             self._penalise(work)
         return work
 
     def _penalise(self, work: F32) -> None:
         p = self._params
-        ids = np.fromiter(self._counts, np.int64, len(self._counts))
+        ids = np.frombuffer(self._drawn, np.int64) if self._drawn else np.empty(0, np.int64)
         if p.repetition_penalty != 1.0:
-            seen = np.union1d(self._prompt, ids)
-            values = work[seen]
-            factor = np.float32(p.repetition_penalty)
-            work[seen] = np.where(values > 0, values / factor, values * factor)
+            self._repeat(work, self._prompt)
+            # Those of the prompt were seen to just now.
+            self._repeat(work, ids[~contains(self._prompt, ids)])
         if len(ids):
-            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            counts = np.frombuffer(self._counts, np.float32)
             work[ids] -= np.float32(p.frequency_penalty) * counts + np.float32(p.presence_penalty)
+
+    def _repeat(self, work: F32, seen: I64) -> None:
+        values = work[seen]
+        factor = np.float32(self._params.repetition_penalty)
+        work[seen] = np.where(values > 0, values / factor, values * factor)
 
     def _draw(self, work: F32, position: int) -> int:
         """A draw from a row with a finite maximum; `work` is left with the scaled values."""

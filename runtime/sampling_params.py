@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import math
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.stops import StopWords
+from xllm_compiler.runtime.token_set import MAX_LISTED_IDS, TokenBias, TokenSet
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy, as in vLLM
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
-MAX_LISTED_IDS = 1 << 20
+_ID = re.compile(r"[0-9]{1,11}", re.ASCII)
 
 
 def _bad(field: str, value: object, rule: str) -> XllmError:
-    shown = repr(value)
-    return XllmError("request", f"{field} must be {rule}, got {shown[:80]}", where=field)
+    return XllmError("request", f"{field} must be {rule}, got {_shown(value)}", where=field)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: its beginning, since a request may hold megabytes."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:80])[:80]
+    if isinstance(value, int) and abs(value) > 1 << 256:
+        return "a number of many digits"
+    if isinstance(value, Sequence) and len(value) > 20:
+        return f"a list of {len(value)} items"
+    if isinstance(value, Mapping) and len(value) > 20:
+        return f"a mapping of {len(value)} items"
+    return repr(value)[:80] if not isinstance(value, (Sequence, Mapping)) else reprlib.repr(value)[:80]
 
 
 def _number(field: str, value: object, lo: float, hi: float, *, above: bool = False) -> None:
@@ -36,12 +53,15 @@ def _integer(field: str, value: object, lo: int, hi: int | None = None) -> None:
         raise _bad(field, value, rule)
 
 
-def _token_ids(field: str, value: object) -> tuple[int, ...]:
+def _token_ids(field: str, value: object) -> TokenSet:
+    if isinstance(value, TokenSet):
+        return value
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) > MAX_LISTED_IDS:
         raise _bad(field, value, "a list of token ids")
-    for item in value:
-        _integer(field, item, 0, (1 << 31) - 1)
-    return tuple(value)
+    try:
+        return TokenSet(value)
+    except ValueError as error:
+        raise _bad(field, error.args[0], f"token ids from 0 to {(1 << 31) - 1}") from None
 
 
 @dataclass(slots=True)
@@ -99,6 +119,10 @@ class SamplingParams:
         for field in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, field), bool):
                 raise _bad(field, getattr(self, field), "true or false")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        """Check the lists and bring them into their compact form; those that are in it already cost nothing."""
         self._check_stop()
         if self.stop_token_ids is not None:
             self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
@@ -109,6 +133,10 @@ class SamplingParams:
         self._check_bias()
 
     def _check_stop(self) -> None:
+        if isinstance(self.stop, StopWords):
+            return
+        if self.stop is not None and not isinstance(self.stop, Sequence):
+            raise _bad("stop", self.stop, "a string, or a list of strings")
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if len(stop) > MAX_STOP_STRINGS:
             raise _bad("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
@@ -117,22 +145,25 @@ class SamplingParams:
                 raise _bad("stop", text, f"a string, or a list of strings, of 1 to {MAX_STOP_LENGTH} characters")
         if stop and not self.detokenize:
             raise _bad("stop", stop, "empty when detokenize is false: stop strings are matched in text")
-        self.stop = tuple(stop)
+        self.stop = StopWords(stop)
 
     def _check_bias(self) -> None:
-        if self.logit_bias is None:
+        if self.logit_bias is None or isinstance(self.logit_bias, TokenBias):
             return
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LISTED_IDS:
             raise _bad("logit_bias", self.logit_bias, "a mapping from token id to bias")
-        bias: dict[int, float] = {}
-        for token, value in self.logit_bias.items():
+        bias: Mapping[Any, float] = self.logit_bias
+        if any(issubclass(kind, str) for kind in set(map(type, bias))):
             # JSON objects have string keys, so "123" is how a client must spell the id.
-            if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 12:
-                token = int(token)
-            _integer("logit_bias", token, 0, (1 << 31) - 1)
-            _number("logit_bias", value, -100.0, 100.0)
-            bias[token] = float(value)
-        self.logit_bias = bias
+            bias = {int(t) if isinstance(t, str) and _ID.fullmatch(t) else t: value for t, value in bias.items()}
+        numbers = list(bias.values())
+        if not set(map(type, numbers)) <= {int, float} or (numbers and not -100 <= min(numbers) <= max(numbers) <= 100):
+            for value in numbers:
+                _number("logit_bias", value, -100.0, 100.0)
+        try:
+            self.logit_bias = TokenBias(list(bias), numbers)
+        except ValueError as error:
+            raise _bad("logit_bias", error.args[0], "a mapping from token id to bias") from None
 
     @property
     def greedy(self) -> bool:
@@ -144,11 +175,22 @@ class SamplingParams:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have. Raises XllmError("request")."""
+        self._check_lists()  # whoever made these may have set one since
         for field, ids in (
-            ("logit_bias", self.logit_bias or ()),
-            ("stop_token_ids", self.stop_token_ids or ()),
-            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("logit_bias", self.logit_bias),
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids),
         ):
-            worst = max(ids, default=-1)
-            if worst >= vocab_size:
-                raise _bad(field, worst, f"token ids below the vocabulary size {vocab_size}")
+            if isinstance(ids, (TokenBias, TokenSet)) and ids.largest >= vocab_size:
+                raise _bad(field, ids.largest, f"token ids below the vocabulary size {vocab_size}")
+
+    @property
+    def stop_words(self) -> StopWords | None:
+        """What stop strings need, made once; None without any."""
+        return self.stop if isinstance(self.stop, StopWords) and len(self.stop) else None
+
+    @property
+    def nbytes(self) -> int:
+        """About what its lists hold, in bytes."""
+        lists = (self.logit_bias, self.stop_token_ids, self.allowed_token_ids, self.stop)
+        return sum(item.nbytes for item in lists if isinstance(item, (TokenBias, TokenSet, StopWords)))

@@ -41,6 +41,7 @@ class EngineOptions:
     threads: int | None = None
     isa: str | None = None
     max_queued: int = MAX_QUEUED
+    max_body_size: int | None = None  # of a server's requests, in bytes; None where there is no server
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "threads"):
@@ -154,11 +155,18 @@ def _decide_memory(manifest: Manifest, facts: ModelFacts, options: EngineOptions
     kv = manifest.memory.kv
     width = -(-manifest.model.max_model_len // kv.page_tokens)
     inputs = StepBatch(limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_num_logits, width).nbytes
+    given = options.kv_cache_memory_bytes is not None
+    available = None if given and options.max_body_size is None else host.available_memory()
+    requests, text = 0, 0
+    if options.max_body_size is not None and available is not None:
+        requests, text = memory.for_requests(available, options.max_body_size)
     fixed = memory.Fixed(
         weights=manifest.weights.bytes,
         arena=parse_dim(manifest.memory.arena).evaluate(at_limits),
         logits=parse_dim(manifest.memory.logits).evaluate(at_limits),
         host=inputs + 4 * width * limits.max_num_seqs,
+        requests=requests,
+        text=text,
     )
     return memory.decide(
         fixed,
@@ -167,7 +175,7 @@ def _decide_memory(manifest: Manifest, facts: ModelFacts, options: EngineOptions
         max_model_len=facts.max_model_len,
         max_num_seqs=facts.max_num_seqs,
         max_pages=manifest.dims["P"].hi,
-        available=None if options.kv_cache_memory_bytes is not None else host.available_memory(),
+        available=None if given else available,
         kv_bytes=options.kv_cache_memory_bytes,
         utilization=options.memory_utilization,
     )

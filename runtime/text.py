@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-_CONTEXT = 6  # prompt tokens that decide, in some tokenizers, whether the answer's first token starts with a space
+from xllm_compiler.runtime.stops import StopWatch, StopWords
+
+CONTEXT = 6  # prompt tokens that decide, in some tokenizers, whether the answer's first token starts with a space
 _WINDOW = 64  # tokens after which bytes that make no character are shown as U+FFFD
 
 
@@ -28,11 +30,12 @@ class TextStream:
         "_decoder",
         "_held",
         "_include_stop",
-        "_longest",
         "_settled",
         "_shown",
         "_skip_special",
         "_stops",
+        "_unsearched",
+        "_watch",
         "_window",
         "added",
         "stopped_by",
@@ -48,11 +51,12 @@ class TextStream:
         skip_special_tokens: bool = True,
     ) -> None:
         self._decoder = decoder
-        self._stops = tuple(stops)
-        self._longest = max((len(stop) for stop in stops), default=0)
+        self._stops = stops if isinstance(stops, StopWords) else StopWords(stops)
+        self._watch = StopWatch(self._stops)
+        self._unsearched = False  # a stop string ended where none was looked for
         self._include_stop = include_stop
         self._skip_special = skip_special_tokens
-        self._window = list(prompt[-_CONTEXT:])
+        self._window = list(prompt[-CONTEXT:])
         self._settled = len(self._window)  # tokens of the window whose text was given out whole
         self._shown = len(self._decode(self._window))  # characters of the window's text that were given out
         self._held = ""  # given out by the decoder, kept back because a stop string may begin in it
@@ -88,19 +92,15 @@ class TextStream:
         if not self._stops:
             return new
         text = self._held + new
-        if may_stop:
-            # Everything before was searched already; a match must end in what is new.
+        self._unsearched = self._watch.feed(new) or self._unsearched
+        if may_stop and self._unsearched:
+            self._unsearched = False
             found = min(((at, stop) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
             if found is not None:
                 at, self.stopped_by = found
                 self._held = ""
                 return text[: at + len(self.stopped_by)] if self._include_stop else text[:at]
-        keep = 0
-        for size in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-size:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                keep = size
-                break
+        keep = self._watch.held
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,10 @@ from xllm_compiler.artifact import Contents
 from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.chat_template import ChatTemplate, Message
+from xllm_compiler.runtime.text_bound import characters_per_token
 
+# The library would hand batches to threads of its own, which nobody can make nicer than the ones that compute.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _ANCHORS_TRIED = 4096
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -84,6 +89,11 @@ class Tokenizer:
         """Tokens that have a name, added ones included; may be less than the model's rows of logits."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
+    @functools.cached_property
+    def characters_per_token(self) -> int | None:
+        """The most characters of a text that a token can stand for; None when there is no bound. Slow at first."""
+        return characters_per_token(self._core)
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token, ... as tokenizer_config.json names them."""
@@ -116,8 +126,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises XllmError("request") when the text cannot be encoded."""
+        return list(self.encoding(text, add_special_tokens).ids)
+
+    def encoding(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        """The same, before a list is made of it: other threads run meanwhile, unlike in the binding's `encode`."""
         try:
-            return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+            return self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except BaseException as error:  # lone surrogates, a pattern that gives up: bare exceptions and panics
             if not _is_fault(error):
                 raise
@@ -126,7 +140,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; an id without a name adds nothing. Raises XllmError("request") for one out of range."""
         try:
-            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            # A batch of one: other threads run meanwhile, unlike in the binding's `decode`.
+            return str(self._core.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
         except OverflowError:
             raise XllmError("request", "token ids must be from 0 to 4294967295", where="tokens") from None
 
@@ -167,7 +182,8 @@ class Tokenizer:
     def spans(self, text: str, add_special_tokens: bool) -> list[int]:
         """Where each token of `encode`'s answer begins in the text, in characters."""
         starts, last = [], 0
-        for start, end in self._core.encode(text, add_special_tokens=add_special_tokens).offsets:
+        (encoding,) = self._core.encode_batch([text], add_special_tokens=add_special_tokens)
+        for start, end in encoding.offsets:
             last = max(last, start) if end > start else last
             starts.append(last)
         return starts
@@ -185,17 +201,17 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        variables: Mapping[str, Any],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the template writes it; `variables` are seen by the template beside the special tokens.
-        Raises XllmError("request")."""
+        """The conversation as the template writes it; `variables` are seen by the template beside the special tokens,
+        under any names. Raises XllmError("request")."""
         return self.chat_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={**self._special, **variables},
+            variables={**self._special, **(variables or {})},
         )
 
 

@@ -15,13 +15,14 @@ from xllm_compiler.runtime.server.access import Cors, Hosts
 from xllm_compiler.runtime.server.chat import chat_completions
 from xllm_compiler.runtime.server.completions import completions
 from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.decode import Body
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.gate import Gate, read_json_body
-from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest, decode_request
+from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest
 from xllm_compiler.runtime.server.responses import Detokenized, ModelCard, ModelList, Tokenized
 from xllm_compiler.runtime.server.streaming import error_response, json_response
 
-BodyHandler = Callable[[Context, Request, bytes], Awaitable[Response]]
+BodyHandler = Callable[[Context, Request, Body], Awaitable[Response]]
 PlainHandler = Callable[[Context, Request], Awaitable[Response]]
 
 
@@ -45,7 +46,7 @@ def build_app(
         async def endpoint(request: Request) -> Response:
             hold = ctx.budget.hold(_nobody)
             try:
-                body = await read_json_body(request, ctx.max_body_size, ctx.receive_timeout, hold)
+                body = Body(await read_json_body(request, ctx.max_body_size, ctx.receive_timeout, hold), hold)
                 return await handler(ctx, request, body)
             finally:
                 hold.release()
@@ -116,9 +117,9 @@ async def version(ctx: Context, request: Request) -> Response:
     return json_response({"version": ctx.version, "artifact": ctx.facts.artifact_id})
 
 
-async def tokenize(ctx: Context, request: Request, body: bytes) -> Response:
+async def tokenize(ctx: Context, request: Request, body: Body) -> Response:
     """Tokens of a text, or of a conversation as the chat endpoint would see it."""
-    asked = decode_request(body, TokenizeRequest)
+    asked = body.decode(TokenizeRequest, ctx.bounds)
     ctx.check_model(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise bad_request("give either `prompt` or `messages`", param="prompt")
@@ -129,19 +130,19 @@ async def tokenize(ctx: Context, request: Request, body: bytes) -> Response:
             continue_final_message=asked.continue_final_message,
             kwargs=asked.chat_template_kwargs,
         )
-        ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens))
+        ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens), field="messages")
     else:
         ids = await ctx.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens is not False)
-    names = [ctx.tokenizer.id_to_token(i) or "" for i in ids] if asked.return_token_strs else None
+    names = await ctx.token_names(ids) if asked.return_token_strs else None
     return json_response(Tokenized(len(ids), ctx.facts.max_model_len, ids, names))
 
 
-async def detokenize(ctx: Context, request: Request, body: bytes) -> Response:
+async def detokenize(ctx: Context, request: Request, body: Body) -> Response:
     """Text of tokens, special ones included."""
-    asked = decode_request(body, DetokenizeRequest)
+    asked = body.decode(DetokenizeRequest, ctx.bounds)
     ctx.check_model(asked.model)
-    ctx.check_token_ids(asked.tokens, "tokens")
-    return json_response(Detokenized(ctx.tokenizer.decode(asked.tokens, False)))
+    await ctx.check_token_ids(asked.tokens, "tokens")
+    return json_response(Detokenized(await ctx.decode(asked.tokens, skip_special_tokens=False)))
 
 
 async def tokenizer_info(ctx: Context, request: Request) -> Response:

@@ -7,6 +7,7 @@ in one wake-up. Everything else here runs on the loop's thread. Must not know HT
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,8 +16,12 @@ from typing import Protocol
 from xllm_compiler.runtime.choice import Request
 from xllm_compiler.runtime.outputs import Output
 from xllm_compiler.runtime.sampling_params import SamplingParams
-from xllm_compiler.runtime.server.errors import bad_request, unavailable
+from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
+from xllm_compiler.runtime.server.held import Held, of_output, of_prompt
 from xllm_compiler.runtime.server.metrics import Metrics
+
+log = logging.getLogger("xllm.server")
+DEFAULT_HELD = 512 * 2**20
 
 
 class EngineLike(Protocol):
@@ -38,20 +43,35 @@ class ClientGone(Exception):
 class Stream:
     """The outputs of one HTTP request, which may be several prompts with several choices each.
 
-    Call `add` for every prompt, iterate over `batches()`, and always `close()`.
+    Call `add` for every prompt, `next_batch` until it is empty, and always `close()`. What it holds counts towards the
+    server's bound: prompts until it is closed, outputs until the next ones are asked for, or with `keeps` until it is
+    closed.
     """
 
-    def __init__(self, bridge: Bridge, arrival: float) -> None:
+    def __init__(self, bridge: Bridge, arrival: float, *, keeps: bool) -> None:
         self.arrival = arrival
         self.gone = False
+        self.held = 0
+        self._keeps = keeps
+        self._fresh = 0  # of `held`: outputs that were handed out last, or were not yet
+        self._handed = 0
+        self._failure: ApiError | None = None
+        self._listed = False
         self._bridge = bridge
         self._pending: list[Output] = []
         self._open: dict[str, _Tracked] = {}
         self._waiter: asyncio.Future[None] | None = None
 
     def add(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Submit one prompt. Raises ApiError 429 when the queue is full, XllmError from the engine."""
+        """Submit one prompt. Raises ApiError 429 when the queue or the memory is full, XllmError from the engine."""
+        size = of_prompt(len(prompt_token_ids), params)
+        if not self._listed:
+            self._listed = True
+            size += params.nbytes
+        self._bridge.check_memory(size)
         self._bridge.admit(params.n)
+        self._bridge.holders.add(self)
+        self._hold(size)
         self._open[request_id] = _Tracked(len(prompt_token_ids), params, self.arrival)
         try:
             self._bridge.start(request_id, prompt_token_ids, params, self)
@@ -60,14 +80,24 @@ class Stream:
             self._bridge.release(params.n)
             raise
 
+    def hold(self, size: int) -> None:
+        """Count bytes that the answer will take beside what is counted by itself. Raises ApiError as `add` does."""
+        self._bridge.check_memory(size)
+        self._hold(size)
+
     async def next_batch(self) -> list[Output]:
         """What has arrived since the last call, at least one output; empty when everything is finished.
 
-        Raises ClientGone after `hang_up`.
+        Raises ClientGone after `hang_up`, and the ApiError given to `fail`.
         """
+        if not self._keeps:
+            self._hold(-self._handed)
+            self._handed = 0
         while not self._pending:
             if self.gone:
                 raise ClientGone
+            if self._failure is not None:
+                raise self._failure
             if not self._open:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
@@ -76,7 +106,12 @@ class Stream:
             finally:
                 self._waiter = None
         batch, self._pending = self._pending, []
+        self._handed, self._fresh = self._fresh, 0
         return batch
+
+    def _hold(self, size: int) -> None:
+        self.held += size
+        self._bridge.held.used += size
 
     def push(self, output: Output) -> None:
         """One output from the engine, on the loop's thread."""
@@ -88,6 +123,16 @@ class Stream:
             del self._open[output.request_id]
             self._bridge.release(tracked.params.n)
         self._pending.append(output)
+        size = of_output(output)
+        self._fresh += size
+        self._hold(size)
+        self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """End it with an error for the client."""
+        self.close()
+        self._pending = []
+        self._failure = error
         self._wake()
 
     def _wake(self) -> None:
@@ -107,6 +152,9 @@ class Stream:
             self._bridge.release(tracked.params.n)
             self._bridge.metrics.finished["abort"] += 1
         self._open.clear()
+        self._bridge.holders.discard(self)
+        self._hold(-self.held)
+        self._fresh = self._handed = 0
 
 
 class _Tracked:
@@ -161,11 +209,14 @@ class _Tracked:
 
 
 class Bridge:
-    """One per server. `max_open` bounds the choices in flight: those that run plus those that may wait."""
+    """One per server. `max_open` bounds the choices in flight: those that run plus those that may wait. `max_held`
+    bounds what they hold, in bytes."""
 
-    def __init__(self, engine: EngineLike, metrics: Metrics, max_open: int) -> None:
+    def __init__(self, engine: EngineLike, metrics: Metrics, max_open: int, max_held: int = DEFAULT_HELD) -> None:
         self.metrics = metrics
         self.max_open = max_open
+        self.held = Held(max_held)
+        self.holders: set[Stream] = set()
         self.open = 0
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -177,13 +228,44 @@ class Bridge:
         """Say on which loop the streams live; once, before the first stream."""
         self._loop = loop
 
-    def stream(self, arrival: float | None = None) -> Stream:
+    def stream(self, arrival: float | None = None, *, keeps: bool = False) -> Stream:
+        """`keeps`: its outputs are gathered until the answer is whole."""
         if self._loop is None:
             self.attach(asyncio.get_running_loop())
-        return Stream(self, time.monotonic() if arrival is None else arrival)
+        return Stream(self, time.monotonic() if arrival is None else arrival, keeps=keeps)
 
-    def admit(self, choices: int) -> None:
-        """Count `choices` more as open. Raises ApiError: 429 when they do not fit now, 400 when they never will."""
+    def check_memory(self, size: int) -> None:
+        """Raises ApiError: 429 when so many bytes more do not fit now, 400 when they never will."""
+        if size > self.held.limit:
+            raise bad_request(
+                f"the request would hold {size} bytes, and all requests of this server may hold {self.held.limit}",
+                code="capacity",
+            )
+        if not self.held.fits(size):
+            raise unavailable(
+                "the server is full: its requests hold all the memory that they may",
+                code="server_overloaded",
+                status=429,
+            )
+
+    def _make_room(self) -> None:
+        """End whoever holds most while all together hold too much: answers grow after they were let in."""
+        while self.held.used > self.held.limit:
+            largest = max(self.holders, key=lambda stream: stream.held, default=None)
+            if largest is None:
+                return
+            self.metrics.finished["error"] += 1
+            log.warning("a request was ended: its answer held %d bytes, most of all", largest.held)
+            largest.fail(
+                unavailable(
+                    "the answer grew beyond the memory that the server's requests may hold; ask for fewer tokens, "
+                    "choices or log-probabilities",
+                    code="server_overloaded",
+                )
+            )
+
+    def check_room(self, choices: int) -> None:
+        """Raises ApiError: 429 when so many more choices do not fit now, 400 when they never will."""
         if choices > self.max_open:
             raise bad_request(
                 f"n is {choices}, and this server takes {self.max_open} at once", param="n", code="capacity"
@@ -192,6 +274,10 @@ class Bridge:
             raise unavailable(
                 f"the server is full: {self.open} requests are running or waiting", code="server_overloaded", status=429
             )
+
+    def admit(self, choices: int) -> None:
+        """Count `choices` more as open. Raises ApiError as `check_room` does."""
+        self.check_room(choices)
         self.open += choices
 
     def release(self, choices: int) -> None:
@@ -236,3 +322,5 @@ class Bridge:
             stream.push(output)
             if output.finished:
                 self._streams.pop(output.request_id, None)
+        if self.held.used > self.held.limit:
+            self._make_room()

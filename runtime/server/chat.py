@@ -11,11 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
+from xllm_compiler.runtime.server import pieces
 from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
-from xllm_compiler.runtime.server.logprobs import chat_logprobs, prompt_logprobs
+from xllm_compiler.runtime.server.decode import Body
+from xllm_compiler.runtime.server.logprobs import chat_logprobs
 from xllm_compiler.runtime.server.params import chat_params, check_stream_options
-from xllm_compiler.runtime.server.protocol import ChatRequest, decode_request
+from xllm_compiler.runtime.server.protocol import ChatRequest
 from xllm_compiler.runtime.server.responses import (
     Chat,
     ChatChoice,
@@ -30,33 +32,38 @@ from xllm_compiler.runtime.server.responses import (
 from xllm_compiler.runtime.server.streaming import (
     DONE,
     EventResponse,
+    WholeResponse,
     event,
     failure,
-    json_response,
     until_hang_up,
 )
 
 
-async def chat_completions(ctx: Context, request: Request, body: bytes) -> Response:
+async def chat_completions(ctx: Context, request: Request, body: Body) -> Response:
     """Answer one chat request. Raises ApiError, XllmError and ClientGone."""
     arrival = time.monotonic()
     ctx.check_open()
-    asked = decode_request(body, ChatRequest)
+    asked = body.decode(ChatRequest, ctx.bounds)
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
     params = chat_params(asked, ctx.defaults)
+    params.check_vocab(ctx.facts.vocab_size)
+    ctx.bridge.check_room(params.n)
     text = await ctx.render(
         asked.messages,
         add_generation_prompt=asked.add_generation_prompt,
         continue_final_message=asked.continue_final_message,
         kwargs=asked.chat_template_kwargs,
     )
-    ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens))
-    ids = ctx.truncate(ids, asked.truncate_prompt_tokens)
+    cut = asked.truncate_prompt_tokens
+    ids = await ctx.encode(text, add_special_tokens=bool(asked.add_special_tokens), field="messages", cut=cut)
+    ids = ctx.truncate(ids, cut)
     explicit = asked.max_tokens is not None or asked.max_completion_tokens is not None
     ctx.fit(params, len(ids), explicit=explicit, field="messages")
+    del text
+    asked.forget_lists()
     answer = _Answer(ctx, asked, model, ids, params.n)
-    stream = ctx.bridge.stream(arrival)
+    stream = ctx.bridge.stream(arrival, keeps=not asked.stream)
     stream.add(answer.id, ids, params)
     if asked.stream:
         return EventResponse(stream, answer.events(stream))
@@ -74,6 +81,7 @@ class _Answer:
         self.n = n
         self.created = int(time.time())
         self.fingerprint = ctx.facts.artifact_id
+        self.held = ctx.bridge.held
 
     def _logprobs(self, token_ids: list[int], rows: list[LogprobDict] | None) -> ChatLogprobs | None:
         if not self.asked.logprobs or rows is None:
@@ -91,24 +99,29 @@ class _Answer:
                     raise error
                 result.add(output)
         want_ids = bool(self.asked.return_token_ids)
-        choices = [
-            ChatChoice(
-                out.index,
-                ChatMessage("assistant", out.text),
-                self._logprobs(out.token_ids, out.logprobs or []),
-                out.finish_reason,
-                out.stop_reason,
-                out.token_ids if want_ids else UNSET,
+        choices = []
+        for out in result.outputs:
+            logprobs = None
+            if self.asked.logprobs:
+                as_ids, top = bool(self.asked.return_tokens_as_token_ids), self.asked.top_logprobs or 0
+                logprobs = await pieces.chat_logprobs(out.token_ids, out.logprobs or [], top=top, as_ids=as_ids)
+            choices.append(
+                ChatChoice(
+                    out.index,
+                    ChatMessage("assistant", out.text),
+                    logprobs,
+                    out.finish_reason,
+                    out.stop_reason,
+                    out.token_ids if want_ids else UNSET,
+                )
             )
-            for out in result.outputs
-        ]
         usage = usage_of(len(self.prompt), sum(len(out.token_ids) for out in result.outputs))
         answer = Chat(self.id, "chat.completion", self.created, self.model, choices, self.fingerprint, usage)
         if self.asked.prompt_logprobs is not None and result.prompt_logprobs is not None:
-            answer.prompt_logprobs = prompt_logprobs(result.prompt_logprobs)
+            answer.prompt_logprobs = await pieces.prompt_logprobs(result.prompt_logprobs)
         if want_ids:
             answer.prompt_token_ids = self.prompt
-        return json_response(answer)
+        return WholeResponse(self.held, answer)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None, *, first: bool = False) -> bytes:
         options = self.asked.stream_options

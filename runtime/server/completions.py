@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import cast
 
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
+from xllm_compiler.runtime.server import pieces
 from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.decode import Body, too_many_prompts
 from xllm_compiler.runtime.server.errors import bad_request
 from xllm_compiler.runtime.server.logprobs import (
     completion_logprobs,
     extend,
-    prompt_completion_logprobs,
-    prompt_logprobs,
     shown_characters,
     shown_length,
 )
 from xllm_compiler.runtime.server.params import check_stream_options, completion_params
-from xllm_compiler.runtime.server.protocol import CompletionRequest, decode_request
+from xllm_compiler.runtime.server.protocol import CompletionRequest
 from xllm_compiler.runtime.server.responses import (
     Completion,
     CompletionChoice,
@@ -35,12 +38,15 @@ from xllm_compiler.runtime.server.responses import (
 from xllm_compiler.runtime.server.streaming import (
     DONE,
     EventResponse,
+    WholeResponse,
     event,
     failure,
-    json_response,
     until_hang_up,
 )
 from xllm_compiler.runtime.token_text import drop_first_space, first_entry
+
+_LARGE = 65536  # bytes of a chunk that is sent by itself
+_SCORE = 32  # bytes of one token's log-probability as JSON
 
 
 @dataclass
@@ -53,31 +59,36 @@ class _Prompt:
     given: bool = False
 
 
-async def completions(ctx: Context, request: Request, body: bytes) -> Response:
+async def completions(ctx: Context, request: Request, body: Body) -> Response:
     """Answer one completion request. Raises ApiError, XllmError and ClientGone."""
     arrival = time.monotonic()
     ctx.check_open()
-    asked = decode_request(body, CompletionRequest)
+    asked = body.decode(CompletionRequest, ctx.bounds)
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
-    prompts = [await _prepare(ctx, asked, item) for item in _split(asked.prompt)]
-    jobs = []
-    for prompt in prompts:
-        params = completion_params(asked, ctx.defaults)
+    shared = completion_params(asked, ctx.defaults)
+    shared.check_vocab(ctx.facts.vocab_size)
+    items, n = _split(asked.prompt), shared.n
+    if n * len(items) > ctx.bridge.max_open:
+        raise too_many_prompts(len(items), n, ctx.bridge.max_open)
+    ctx.bridge.check_room(n * len(items))
+    prompts, jobs = [], []
+    for item in items:
+        prompt = await _prepare(ctx, asked, item)
+        params = copy.copy(shared)  # the lists are shared
         ctx.fit(params, len(prompt.ids), explicit=asked.max_tokens is not None, field="prompt")
+        prompts.append(prompt)
         jobs.append((prompt.ids, params))
-    n = jobs[0][1].n
-    if n * len(jobs) > ctx.bridge.max_open:
-        raise bad_request(
-            f"{len(jobs)} prompts with n={n} are more than this server takes at once, {ctx.bridge.max_open}",
-            param="prompt",
-            code="capacity",
-        )
+        await asyncio.sleep(0)
+    asked.forget_lists()
+    del items
     answer = _Answer(ctx, asked, model, prompts, n)
-    stream = ctx.bridge.stream(arrival)
+    stream = ctx.bridge.stream(arrival, keeps=not asked.stream)
     try:
         for index, (ids, params) in enumerate(jobs):
             stream.add(answer.part(index), ids, params)
+            if asked.echo:
+                stream.hold(answer.echo_bytes(index))
     except BaseException:
         stream.close()
         raise
@@ -92,20 +103,18 @@ def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
         return [prompt]
     if not prompt:
         raise bad_request("`prompt` must not be empty", param="prompt")
-    if all(isinstance(item, int) for item in prompt):
-        return [[item for item in prompt if isinstance(item, int)]]
-    out: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
-    if len(out) != len(prompt) or len({type(item) for item in out}) > 1:
-        raise bad_request("`prompt` must be all texts, all token ids or all lists of token ids", param="prompt")
-    return out
+    if isinstance(prompt[0], int):
+        return [cast(list[int], prompt)]
+    return cast(list[str | list[int]], prompt)
 
 
 async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]) -> _Prompt:
     if isinstance(item, str):
-        ids = await ctx.encode(item, add_special_tokens=asked.add_special_tokens is not False)
+        special = asked.add_special_tokens is not False
+        ids = await ctx.encode(item, add_special_tokens=special, cut=asked.truncate_prompt_tokens)
         text: str | None = item
     else:
-        ctx.check_token_ids(item, "prompt")
+        await ctx.check_token_ids(item, "prompt")
         ids, text = item, None
     kept = ctx.truncate(ids, asked.truncate_prompt_tokens)
     if not kept:
@@ -113,7 +122,7 @@ async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]
     if not asked.echo:
         return _Prompt(kept, "")
     if text is None or len(kept) < len(ids):
-        text = ctx.tokenizer.decode_within(kept, asked.skip_special_tokens is not False)
+        text = await ctx.decode_within(kept, skip_special_tokens=asked.skip_special_tokens is not False)
         return _Prompt(kept, text)
     return _Prompt(kept, text, given=True)
 
@@ -137,20 +146,28 @@ class _Answer:
         """The engine's name for prompt number `index`."""
         return f"{self.id}-{index}"
 
+    def echo_bytes(self, index: int) -> int:
+        """About what the copies of an echoed prompt will take in the answer."""
+        prompt, scores = self.prompts[index], 0
+        if self.asked.logprobs is not None:
+            scores = len(prompt.ids) * (2 + self.asked.logprobs) * _SCORE
+        return self.n * (len(prompt.text) + scores)
+
     def _index(self, output: Output) -> int:
         return int(output.request_id.rpartition("-")[2])
 
-    def _prompt_logprobs(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
+    async def scored(self, index: int, rows: list[LogprobDict | None]) -> CompletionLogprobs:
+        """The log-probabilities of a prompt, which all its choices begin with."""
         prompt, tokenizer = self.prompts[index], self.ctx.tokenizer
         ids = prompt.ids
         first = first_entry(tokenizer, ids[0], len(ids) == 1, self.asked.skip_special_tokens is not False)
         if prompt.given:
             drop_first_space(first, ids, rows, prompt.text)
-        out = prompt_completion_logprobs(ids, rows, first=first, as_ids=self.as_ids)
         written = shown_characters(first) + shown_length(ids[1:], rows[1:])
+        out = await pieces.prompt_completion_logprobs(ids, rows, first=first, as_ids=self.as_ids)
         if prompt.given and written != len(prompt.text):
             # The tokens write something else than what they were made of: a normalized form, say.
-            out.text_offset = tokenizer.spans(prompt.text, self.asked.add_special_tokens is not False)
+            out.text_offset = await self.ctx.spans(prompt.text, self.asked.add_special_tokens is not False)
         return out
 
     async def whole(self, stream: Stream) -> Response:
@@ -165,24 +182,37 @@ class _Answer:
                 if error is not None:
                     raise error
                 results[self._index(output)].add(output)
-        choices = [self._choice(i, result, out) for i, result in enumerate(results) for out in result.outputs]
+        choices = []
+        for i, result in enumerate(results):
+            scored, listed = None, None
+            if result.prompt_logprobs is not None:
+                if self.echo and self.asked.logprobs is not None:
+                    scored = await self.scored(i, result.prompt_logprobs)
+                if self.asked.prompt_logprobs is not None:
+                    listed = await pieces.prompt_logprobs(result.prompt_logprobs)
+                result.prompt_logprobs = None
+            for out in result.outputs:
+                choices.append(await self._choice(i, out, scored))
+                if listed is not None:
+                    choices[-1].prompt_logprobs = listed
         generated = sum(len(out.token_ids) for result in results for out in result.outputs)
         usage = usage_of(self.prompt_tokens, generated)
-        return json_response(
-            Completion(self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, usage)
+        answer = Completion(
+            self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, usage
         )
+        return WholeResponse(self.ctx.bridge.held, answer)
 
-    def _choice(self, index: int, result: RequestOutput, out: CompletionOutput) -> CompletionChoice:
+    async def _choice(self, index: int, out: CompletionOutput, scored: CompletionLogprobs | None) -> CompletionChoice:
         prompt = self.prompts[index]
         logprobs = None
         if self.asked.logprobs is not None:
             logprobs = CompletionLogprobs([], [], [], [])
-            if self.echo and result.prompt_logprobs is not None:
-                logprobs = self._prompt_logprobs(index, result.prompt_logprobs)
+            if scored is not None:
+                extend(logprobs, scored)
             if out.token_ids:
                 offset = len(prompt.text) if self.echo else 0
-                extend(
-                    logprobs, completion_logprobs(out.token_ids, out.logprobs or [], offset=offset, as_ids=self.as_ids)
+                await pieces.completion_logprobs(
+                    logprobs, out.token_ids, out.logprobs or [], offset=offset, as_ids=self.as_ids
                 )
         choice = CompletionChoice(
             index * self.n + out.index,
@@ -191,8 +221,6 @@ class _Answer:
             out.finish_reason,
             out.stop_reason,
         )
-        if self.asked.prompt_logprobs is not None and result.prompt_logprobs is not None:
-            choice.prompt_logprobs = prompt_logprobs(result.prompt_logprobs)
         if self.asked.return_token_ids:
             choice.token_ids, choice.prompt_token_ids = out.token_ids, prompt.ids
         return choice
@@ -220,7 +248,11 @@ class _Answer:
                     raise error
                 generated += len(output.token_ids)
                 usage = usage_of(self.prompt_tokens, generated) if continuous else None
-                parts += [self._chunk([choice], usage) for choice in states[self._index(output)].take(output)]
+                for choice in await states[self._index(output)].take(output):
+                    parts.append(self._chunk([choice], usage))
+                    if len(parts[-1]) > _LARGE:  # an echoed prompt: its copies must not pile up
+                        yield b"".join(parts)
+                        parts = []
             if parts:
                 yield b"".join(parts)
         if options is not None and options.include_usage:
@@ -243,14 +275,14 @@ class _PromptState:
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}
 
-    def take(self, output: Output) -> list[CompletionChoice]:
+    async def take(self, output: Output) -> list[CompletionChoice]:
         """The chunks that this event allows, in order."""
         answer = self._answer
         if answer.echo and answer.asked.logprobs is not None and self._scored is None:
             self._waiting.append(output)
             if output.prompt_logprobs is None:
                 return []
-            self._scored = answer._prompt_logprobs(self._index, output.prompt_logprobs)
+            self._scored = await answer.scored(self._index, output.prompt_logprobs)
             ready, self._waiting = self._waiting, []
         else:
             ready = [output]

@@ -6,6 +6,7 @@ Owns model names, tokenizing off the loop, and prompt checks. Must not know resp
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,23 +15,38 @@ from typing import Any, Protocol
 from xllm_compiler.runtime.chat_template import ChatTemplate
 from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.server.aside import Aside
 from xllm_compiler.runtime.server.bridge import Bridge
 from xllm_compiler.runtime.server.budget import Budget
+from xllm_compiler.runtime.server.decode import MAX_MESSAGES, Bounds, message_extras, too_many_messages
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.params import fit_to_context
+from xllm_compiler.runtime.server.protocol import Message, Part
 
 _INLINE_CHARACTERS = 4096  # tokenizing this much takes under a millisecond; more goes to a thread
+_INLINE_TOKENS = 4096  # likewise for making a text of them
+_BREATH = 1 << 16  # tokens or characters that are looked at before others have their turn
 # Names that a request may not bind in the chat template: they have their own fields, or none on purpose.
 _TEMPLATE_OWN = frozenset(
     ("messages", "chat_template", "tools", "documents", "add_generation_prompt", "continue_final_message")
 )
 
 
+class Encoding(Protocol):
+    """What the tokenizer made of a text; `ids` makes a list at each use."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
 class TokenizerLike(Protocol):
     """What the server needs of `runtime.tokenizer.Tokenizer`."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encoding(self, text: str, add_special_tokens: bool = True) -> Encoding: ...
+    @property
+    def characters_per_token(self) -> int | None: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def decode_within(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_bytes(self, token: int) -> bytes: ...
@@ -61,10 +77,15 @@ class Context:
     template: ChatTemplate | None = None  # instead of the tokenizer's own
     max_body_size: int = 4 * 2**20
     budget: Budget = field(default_factory=lambda: Budget(128 * 2**20))
+    max_text: int = 4 * 2**20  # bytes of UTF-8 that are tokenized at once
     receive_timeout: float = 30.0
     retry_after: int = 5
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    aside: Aside = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.aside = Aside(4 * self.max_body_size)
 
     @property
     def name(self) -> str:
@@ -89,21 +110,84 @@ class Context:
         if self.draining:
             raise unavailable("the server is shutting down", code="draining", retry_after=self.retry_after)
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids; long texts are tokenized in a thread so that other streams keep flowing."""
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.facts.vocab_size, self.bridge.max_open, self.facts.max_model_len)
+
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, field: str = "prompt", cut: int | None = None
+    ) -> list[int]:
+        """Token ids. Long texts are tokenized aside so that other streams keep flowing, and those that are too long
+        whatever is in them are refused before. `cut`: truncate_prompt_tokens, with which a text of any length fits.
+
+        Raises ApiError 400 and 429.
+        """
         if len(text) <= _INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
-    def check_token_ids(self, ids: Sequence[int], field: str) -> None:
-        """Raises ApiError 400 for ids that the model does not have."""
-        if ids and (min(ids) < 0 or max(ids) >= self.facts.vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self.facts.vocab_size)
+        size = len(text.encode(errors="replace"))
+        if size > self.max_text:
             raise bad_request(
-                f"token id {wrong if abs(wrong) < 10**18 else 'with more than 18 digits'} is not within the vocabulary "
-                f"[0, {self.facts.vocab_size})",
+                f"the text has {size} bytes, and this server has memory to tokenize {self.max_text} at once",
                 param=field,
+                code="too_large",
             )
+
+        def work() -> Encoding | None:
+            if cut is None:
+                most = self.tokenizer.characters_per_token
+                if most is not None and len(text) > most * self.facts.max_model_len:
+                    return None
+            return self.tokenizer.encoding(text, add_special_tokens)
+
+        encoding = await self.aside.run(sys.getsizeof(text), work)
+        if encoding is None:
+            raise bad_request(
+                f"This model's maximum context length is {self.facts.max_model_len} tokens. However, your request has "
+                f"a text of {len(text)} characters, which cannot be so few. Please reduce the length of the input.",
+                param=field,
+                code="context_length_exceeded",
+            )
+        return list(encoding.ids)
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of ids that are within the vocabulary. Long ones aside, as in `encode`."""
+        if len(ids) <= _INLINE_TOKENS:
+            return self.tokenizer.decode(ids, skip_special_tokens)
+        return await self.aside.run(8 * len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens))
+
+    async def decode_within(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The same as it reads within a longer text."""
+        if len(ids) <= _INLINE_TOKENS:
+            return self.tokenizer.decode_within(ids, skip_special_tokens)
+        return await self.aside.run(8 * len(ids), lambda: self.tokenizer.decode_within(ids, skip_special_tokens))
+
+    async def spans(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Where each token of a text that was tokenized before begins in it, in characters."""
+        if len(text) <= _INLINE_CHARACTERS:
+            return self.tokenizer.spans(text, add_special_tokens)
+        return await self.aside.run(sys.getsizeof(text), lambda: self.tokenizer.spans(text, add_special_tokens))
+
+    async def token_names(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's names of tokens, others having their turn in between."""
+        names: list[str] = []
+        for start in range(0, len(ids), _INLINE_TOKENS):
+            names += [self.tokenizer.id_to_token(i) or "" for i in ids[start : start + _INLINE_TOKENS]]
+            await asyncio.sleep(0)
+        return names
+
+    async def check_token_ids(self, ids: Sequence[int], field: str) -> None:
+        """Raises ApiError 400 for ids that the model does not have."""
+        for start in range(0, len(ids), _BREATH):
+            some = ids[start : start + _BREATH]
+            if min(some) < 0 or max(some) >= self.facts.vocab_size:
+                wrong = next(i for i in some if not 0 <= i < self.facts.vocab_size)
+                shown = wrong if abs(wrong) < 10**18 else "with more than 18 digits"
+                raise bad_request(
+                    f"token id {shown} is not within the vocabulary [0, {self.facts.vocab_size})", param=field
+                )
+            if len(some) == _BREATH:
+                await asyncio.sleep(0)
 
     def fit(self, params: SamplingParams, prompt_tokens: int, *, explicit: bool, field: str) -> None:
         """`fit_to_context` with this server's sizes."""
@@ -125,7 +209,7 @@ class Context:
 
     async def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool | None,
         continue_final_message: bool | None,
@@ -135,6 +219,8 @@ class Context:
         for name in kwargs or ():
             if name in _TEMPLATE_OWN:
                 raise bad_request(f"`chat_template_kwargs` may not set `{name}`", param="chat_template_kwargs")
+        if max(len(messages), sum(len(m.content) for m in messages if isinstance(m.content, list))) > MAX_MESSAGES:
+            raise too_many_messages()
         proceed = bool(continue_final_message)
         chat = [_message(message, index) for index, message in enumerate(messages)]
         prompt = not proceed if add_generation_prompt is None else add_generation_prompt
@@ -147,54 +233,32 @@ class Context:
         )
 
 
-_MESSAGE_OFF = ("tool_calls", "tool_call_id", "function_call", "audio")
-_MESSAGE_KNOWN = frozenset(("role", "content", "name", "refusal", "annotations", "reasoning", "reasoning_content"))
-
-
-def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A checked message, its content text or text parts. Raises ApiError 400 naming the place.
-
-    Keys with null or empty values pass, since clients send back whole answers as history.
-    """
+def _message(message: Message, index: int) -> dict[str, Any]:
+    """A checked message, its content text or text parts. Raises ApiError 400 naming the place."""
     where = f"messages[{index}]"
-
-    def wrong(text: str) -> ApiError:
-        return bad_request(f"{where}{text}", param="messages")
-
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise wrong(".role must be a non-empty string")
-    out: dict[str, Any] = {"role": role}
-    for key, value in message.items():
-        if key in ("role", "content") or value is None or value == []:
-            continue
-        if key in _MESSAGE_OFF:
-            raise wrong(f".{key}: tool calls and audio are not supported by this server")
-        if key not in _MESSAGE_KNOWN:
-            raise wrong(f" has an unknown field `{key[:64]}`")
-        out[key] = value
-    content = message.get("content")
+    role, content = message.role, message.content
+    if not role:
+        raise bad_request(f"{where}.role must be a non-empty string", param="messages")
+    out: dict[str, Any] = {"role": role, **message_extras(message, where)}
     if content is None and role == "assistant":
         content = ""
+    if content is None:
+        raise bad_request(f"{where}.content must be a string or a list of text parts", param="messages")
     if isinstance(content, list):
-        content = [
-            {"type": "text", "text": _part(part, f"{where}.content[{i}]")} for i, part in enumerate(content)
-        ] or ""
-    elif not isinstance(content, str):
-        raise wrong(".content must be a string or a list of text parts")
-    out["content"] = content
+        texts = [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+        out["content"] = [{"type": "text", "text": text} for text in texts] or ""
+    else:
+        out["content"] = content
     return out
 
 
-def _part(part: object, where: str) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise bad_request(f'{where} must be an object with a "type"', param="messages")
-    if part["type"] != "text":
+def _part(part: Part, where: str) -> str:
+    if part.type != "text":
         raise bad_request(
-            f"{where}: parts of type `{part['type'][:64]}` are not supported; this model takes text",
+            f"{where}: parts of type `{part.type[:64]}` are not supported; this model takes text",
             param="messages",
             code="unsupported_content",
         )
-    if not isinstance(part.get("text"), str):
+    if part.text is None:
         raise bad_request(f"{where}.text must be a string", param="messages")
-    return str(part["text"])
+    return part.text

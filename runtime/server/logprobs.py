@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import Raw
+
 from xllm_compiler.runtime.outputs import Logprob, LogprobDict
 from xllm_compiler.runtime.server.responses import (
     ChatLogprobs,
@@ -100,7 +102,7 @@ def extend(out: CompletionLogprobs, more: CompletionLogprobs) -> None:
 
 def chat_logprobs(token_ids: Sequence[int], rows: Sequence[LogprobDict], *, top: int, as_ids: bool) -> ChatLogprobs:
     """The chat shape for these tokens, with the `top` most likely alternatives of each."""
-    content = []
+    content: list[ChatTokenLogprob | Raw] = []
     for token, row in zip(token_ids, rows, strict=True):
         ranked = sorted(row.items(), key=lambda item: (-item[1].logprob, item[0]))[:top]
         alternatives = [ChatTopLogprob(*_chat_entry(other, entry, as_ids)) for other, entry in ranked]

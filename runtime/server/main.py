@@ -136,6 +136,7 @@ def _prepare(settings: Settings, phases: Phases) -> Started:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         threads=settings.threads,
+        max_body_size=settings.max_body_size,
     )
     phases.mark("import runtime")
     compiled: list[str] = []
@@ -186,6 +187,7 @@ def _chat_template(settings: Settings, started: Started) -> ChatTemplate | None:
 
 def _context(settings: Settings, started: Started, template: ChatTemplate | None) -> Context:
     from xllm_compiler import __version__
+    from xllm_compiler.runtime.memory import TEXT_FACTOR
     from xllm_compiler.runtime.sampling_params import SamplingParams
     from xllm_compiler.runtime.server.bridge import Bridge
     from xllm_compiler.runtime.server.budget import Budget
@@ -209,7 +211,12 @@ def _context(settings: Settings, started: Started, template: ChatTemplate | None
     return Context(
         tokenizer=started.tokenizer,
         facts=started.facts,
-        bridge=Bridge(started.engine, metrics, started.facts.max_num_seqs + settings.max_waiting_requests),
+        bridge=Bridge(
+            started.engine,
+            metrics,
+            started.facts.max_num_seqs + settings.max_waiting_requests,
+            started.ledger.fixed.requests,
+        ),
         metrics=metrics,
         names=names,
         defaults=defaults,
@@ -219,6 +226,7 @@ def _context(settings: Settings, started: Started, template: ChatTemplate | None
         template=None if settings.chat_template is None else template,
         max_body_size=settings.max_body_size,
         budget=Budget(settings.max_body_memory),
+        max_text=started.ledger.fixed.text // TEXT_FACTOR,
         receive_timeout=settings.timeout_receive,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.server.decode import too_long
 from xllm_compiler.runtime.server.errors import bad_request, from_xllm
 from xllm_compiler.runtime.server.protocol import ChatRequest, CompletionRequest
 
@@ -105,12 +106,7 @@ def fit_to_context(
     """
     least = 0 if params.max_tokens == 0 else 1
     if prompt_tokens + least > max_model_len:
-        raise bad_request(
-            f"This model's maximum context length is {max_model_len} tokens. However, your request has "
-            f"{prompt_tokens} input tokens. Please reduce the length of the input.",
-            param=field,
-            code="context_length_exceeded",
-        )
+        raise too_long(prompt_tokens, max_model_len, field)
     wanted = params.max_tokens if explicit and params.max_tokens is not None else least
     if prompt_tokens + wanted > max_model_len:
         raise bad_request(

@@ -1,12 +1,12 @@
 """The shapes of answers: OpenAI's, with vLLM's extra fields. Data only; must not know how an answer comes about.
 
 Fields are written in this order, nulls included, because clients index them. Fields of type `X | UnsetType` are extras
-that appear only when they were asked for.
+that appear only when they were asked for. `Raw` is JSON already: what is long is encoded piece by piece.
 """
 
 from __future__ import annotations
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 
 class Usage(Struct):
@@ -27,7 +27,7 @@ class CompletionLogprobs(Struct):
     text_offset: list[int]
     token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: list[dict[str, float] | Raw | None]
 
 
 class CompletionChoice(Struct):
@@ -36,7 +36,7 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    prompt_logprobs: list[dict[str, TokenLogprob] | None] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, TokenLogprob] | Raw | None] | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -75,7 +75,7 @@ class ChatTokenLogprob(Struct):
 
 
 class ChatLogprobs(Struct):
-    content: list[ChatTokenLogprob]
+    content: list[ChatTokenLogprob | Raw]
 
 
 class ChatMessage(Struct):
@@ -101,7 +101,7 @@ class Chat(Struct):
     choices: list[ChatChoice]
     system_fingerprint: str
     usage: Usage
-    prompt_logprobs: list[dict[str, TokenLogprob] | None] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, TokenLogprob] | Raw | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 

@@ -19,10 +19,12 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.outputs import Output
 from xllm_compiler.runtime.server.bridge import ClientGone, Stream
 from xllm_compiler.runtime.server.errors import ApiError, from_xllm, unavailable
+from xllm_compiler.runtime.server.held import Held
 
 log = logging.getLogger("xllm.server")
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+_PIECE = 2**18
 _encode = msgspec.json.Encoder().encode
 
 
@@ -33,6 +35,26 @@ def event(value: object) -> bytes:
 
 def json_response(value: object, status: int = 200) -> Response:
     return Response(_encode(value), status, media_type="application/json")
+
+
+class WholeResponse(Response):
+    """A whole answer. It counts as held until the client has nearly all of it, and goes out in pieces, since a
+    transport takes whatever it is given into memory."""
+
+    def __init__(self, held: Held, value: object) -> None:
+        super().__init__(_encode(value), media_type="application/json")
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = memoryview(self.body)
+        self.held.used += len(body)
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(body), _PIECE):
+                piece = bytes(body[start : start + _PIECE])
+                await send({"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)})
+        finally:
+            self.held.used -= len(body)
 
 
 def error_response(error: ApiError) -> Response:

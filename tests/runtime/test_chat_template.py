@@ -84,9 +84,9 @@ def test_renders_what_transformers_renders(
     tmp_path: Path, template: str, chat: list[dict[str, Any]], options: dict[str, Any]
 ) -> None:
     ours, theirs = both(tmp_path, template)
-    variables = dict(options)
-    prompt, proceed = variables.pop("add_generation_prompt"), variables.pop("continue_final_message", False)
-    text = ours.render_chat(chat, add_generation_prompt=prompt, continue_final_message=proceed, variables=variables)
+    own = {name: options[name] for name in ("add_generation_prompt", "continue_final_message") if name in options}
+    variables = {name: value for name, value in options.items() if name not in own}
+    text = ours.render_chat(chat, variables=variables, **own)
     assert text == theirs.apply_chat_template(chat, tokenize=False, **options)
 
 

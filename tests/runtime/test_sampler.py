@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.executor import Logits
-from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, nucleus, pick, raw_logprobs, top_ids
+from xllm_compiler.runtime.sampler import (
+    RawLogprobs,
+    RowSampler,
+    Scratch,
+    nucleus,
+    pick,
+    prompt_ids,
+    raw_logprobs,
+    top_ids,
+)
 from xllm_compiler.runtime.sampling_params import SamplingParams
 
 VOCAB = 300
@@ -25,7 +34,8 @@ def make_row(seed: int, vocab: int = VOCAB, scale: float = 2.0) -> Row:
 
 
 def sampler(params: SamplingParams, **changes: Any) -> RowSampler:
-    options: dict[str, Any] = {"seed": 1, "index": 0, "prompt": [1, 2, 2, 7], "stop_ids": (5,), "vocab": VOCAB}
+    options: dict[str, Any] = {"seed": 1, "index": 0, "eos_ids": (5,), "vocab": VOCAB}
+    options["prompt"] = prompt_ids(params, np.array(changes.pop("prompt", [1, 2, 2, 7])))
     options["scratch"] = Scratch(VOCAB)
     return RowSampler(params, **{**options, **changes})
 
@@ -170,7 +180,7 @@ def test_bias_allowed_tokens_and_minimum_length() -> None:
     only = SamplingParams(temperature=1.0, allowed_token_ids=[3, 9], seed=0)
     assert set(draws(only, row, 60)) == {3, 9}
     eager = SamplingParams(temperature=0, min_tokens=3, max_tokens=9)
-    s = sampler(eager, stop_ids=(best,))
+    s = sampler(eager, eos_ids=(best,))
     assert sample(s, row, 0, 0)[0] != best and sample(s, row, 2, 2)[0] != best and sample(s, row, 3, 3)[0] == best
 
 
@@ -316,5 +326,5 @@ def test_rows_that_the_request_changes_are_looked_at_whole() -> None:
         ({"min_tokens": 1, "stop_token_ids": [70]}, 0),
         ({"presence_penalty": 1.0}, 70),
     ):
-        options: dict[str, Any] = {"vocab": 1000, "scratch": Scratch(1000), "stop_ids": (70,)}
+        options: dict[str, Any] = {"vocab": 1000, "scratch": Scratch(1000), "eos_ids": (70,)}
         assert sample(sampler(SamplingParams(temperature=0, **setting), **options), row, 0, 0)[0] == token

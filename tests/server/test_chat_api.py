@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from xllm_compiler.runtime.chat_template import ChatTemplate
+
 PATH = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
 PROMPT = "<|user|>hi\n<|assistant|>"  # ends in ">", after which come "?", "@", "A", ...
@@ -92,6 +94,26 @@ def test_a_message_that_we_cannot_honour_is_refused_by_name(fake: Any, message: 
 def test_template_variables_cannot_replace_the_template(fake: Any, name: str) -> None:
     answer = fake.post(PATH, **ASK, chat_template_kwargs={name: "{{ 7 * 7 }}"})
     assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["self", "variables", "text", "source", "args", "kwargs", "context", "__class__", "loop", "a b", "", "ä", "1"],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_variable_may_have_any_name(make: Any, name: str, own: bool) -> None:
+    served = make(template=None if own else ChatTemplate("{{ messages[0].content }}"))
+    plain = served.post(PATH, **ASK, max_tokens=2)
+    answer = served.post(PATH, **ASK, max_tokens=2, chat_template_kwargs={name: 1})
+    assert answer.status_code == plain.status_code == 200, answer.text
+    assert answer.json()["choices"] == plain.json()["choices"]
+
+
+def test_a_template_sees_the_variables_of_the_request(make: Any) -> None:
+    served = make(template=ChatTemplate("{{ colour }}"))
+    for name, value, text in (("colour", "red", b"red"), ("colour", [1], b"[1]"), ("color", "red", b"")):
+        answer = served.post("/tokenize", **ASK, chat_template_kwargs={name: value})
+        assert bytes(answer.json()["tokens"]) == text
 
 
 def test_empty_messages_are_refused(fake: Any) -> None:

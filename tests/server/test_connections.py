@@ -249,8 +249,8 @@ def test_a_client_that_never_reads_is_dropped(
 
 def test_long_prompts_are_tokenized_beside_running_streams(live: Any) -> None:
     tokens = live.ctx.tokenizer
-    slow = type("Slow", (), {"encode": lambda self, *a: (time.sleep(0.5), tokens.encode(*a))[1]})()
-    live.ctx.tokenizer = slow
+    slow = {"encoding": lambda self, *a: (time.sleep(0.5), tokens.encoding(*a))[1], "characters_per_token": None}
+    live.ctx.tokenizer = type("Slow", (), slow)()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         busy = pool.submit(httpx.post, live.url + "/tokenize", json={"prompt": "a" * 5000})
         time.sleep(0.1)

@@ -97,16 +97,16 @@ def _form(template: jinja2.Template, role: str, variables: Mapping[str, Any]) ->
     """The form of content from which this template prints what a message of that role says."""
 
     def prints(content: object, *words: str) -> bool:
-        message = {"role": role, "content": content}
+        message: dict[str, object] = {"role": role, "content": content}
         if role == "tool":
             message |= {"name": "f", "tool_call_id": "call00001"}
-        chats = {
+        chats: dict[str, list[list[dict[str, object]]]] = {
             "user": [[message], [{"role": "system", "content": "hello"}, message]],
             "system": [[message, _USER]],
             "assistant": [[_USER, message, _USER], [_USER, message]],
             "tool": [[_USER, {"role": "assistant", "content": "hello"}, message]],
-        }[role]
-        for chat in chats:
+        }
+        for chat in chats[role]:
             try:
                 text = template.render({**variables, "messages": chat, "add_generation_prompt": True})
             except MemoryError:
