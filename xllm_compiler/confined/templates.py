@@ -97,10 +97,10 @@ def _form(template: jinja2.Template, role: str, variables: Mapping[str, Any]) ->
     """The form of content from which this template prints what a message of that role says."""
 
     def prints(content: object, *words: str) -> bool:
-        message: dict[str, object] = {"role": role, "content": content}
+        message: dict[str, Any] = {"role": role, "content": content}
         if role == "tool":
             message |= {"name": "f", "tool_call_id": "call00001"}
-        chats: dict[str, list[list[dict[str, object]]]] = {
+        chats: dict[str, list[list[dict[str, Any]]]] = {
             "user": [[message], [{"role": "system", "content": "hello"}, message]],
             "system": [[message, _USER]],
             "assistant": [[_USER, message, _USER], [_USER, message]],
