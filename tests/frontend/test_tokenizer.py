@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -279,6 +280,8 @@ def test_sentencepiece_alone_is_read_or_the_error_says_what_to_do(tmp_path: Path
     with pytest.raises(XllmError) as caught:
         resolve_tokenizer(root)
     assert caught.value.kind in ("unsupported", "checkpoint") and caught.value.help
+    if importlib.util.find_spec("sentencepiece") is None:
+        assert "sentencepiece" in caught.value.message and "pip install" in caught.value.help
 
 
 def test_files_that_may_be_read_are_listed(tmp_path: Path) -> None:

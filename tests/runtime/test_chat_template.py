@@ -185,3 +185,15 @@ def test_text_that_cannot_be_encoded_and_ids_that_cannot_be_decoded(tmp_path: Pa
             ours.decode(ids)
         assert caught.value.kind == "request"
     assert ours.decode([10**6]) == ""
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w+\s?)+$", "(a|aa)+$"])
+def test_a_pattern_that_gives_up_is_the_requests_error(pattern: str) -> None:
+    """The binding raises a panic then, which is no Exception."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "!": 1}, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    ours = Tokenizer(core, {}, None)
+    with pytest.raises(XllmError) as caught:
+        ours.encode("a" * 3000 + "!")
+    assert caught.value.kind == "request"
+    assert ours.encode("a") == [0]

@@ -70,7 +70,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 ROLES = ("user", "system", "assistant", "tool")
-_USER = {"role": "user", "content": "hello"}
+_USER: dict[str, object] = {"role": "user", "content": "hello"}
 # The quotes show whether the text was printed, or the list or object that holds it.
 _FIRST, _SECOND = "Zq7\"k'v", "Xj9'w\"b"
 
@@ -97,16 +97,16 @@ def _form(template: jinja2.Template, role: str, variables: Mapping[str, Any]) ->
     """The form of content from which this template prints what a message of that role says."""
 
     def prints(content: object, *words: str) -> bool:
-        message: dict[str, Any] = {"role": role, "content": content}
+        message: dict[str, object] = {"role": role, "content": content}
         if role == "tool":
             message |= {"name": "f", "tool_call_id": "call00001"}
-        chats: dict[str, list[list[dict[str, Any]]]] = {
+        contexts: dict[str, list[list[dict[str, object]]]] = {
             "user": [[message], [{"role": "system", "content": "hello"}, message]],
             "system": [[message, _USER]],
             "assistant": [[_USER, message, _USER], [_USER, message]],
             "tool": [[_USER, {"role": "assistant", "content": "hello"}, message]],
         }
-        for chat in chats[role]:
+        for chat in contexts[role]:
             try:
                 text = template.render({**variables, "messages": chat, "add_generation_prompt": True})
             except MemoryError:

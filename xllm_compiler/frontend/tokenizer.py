@@ -177,6 +177,14 @@ def _unreadable(root: Path, files: list[str], error: BaseException) -> XllmError
         for name in tokenizer_files(root):
             if not _is_utf8(root / name) and not (name.endswith(".model") or ".model." in name):
                 return XllmError("checkpoint", f"{name} is not UTF-8 text: {error.reason}", where=str(root / name))
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    if missing and not any(name in _VOCABULARIES for name in files):
+        return XllmError(
+            "unsupported",
+            f"the tokenizer is {files[0]} alone, and converting it needs sentencepiece and protobuf",
+            where=str(root),
+            help="pip install 'xllm-compiler[compile]', or pip install sentencepiece protobuf",
+        )
     return XllmError(
         "checkpoint", f"transformers cannot read the tokenizer: {reason_of(error)}", where=str(root), help=_RESAVE
     )
