@@ -88,6 +88,8 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
         {"isas": ("sse2",)},
         {"name": ""},
         {"name": "two\nlines"},
+        {"name": "half \ud800"},
+        {"name": "\x9b2J"},
         {"pipeline": "no-such-pass"},
         {"pipeline": "@nowhere"},
         {"pipeline": "dce,"},
