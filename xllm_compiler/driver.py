@@ -39,7 +39,6 @@ from xllm_compiler.artifact.writer import ArtifactWriter
 from xllm_compiler.cache import CompileCache, Factors
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import INDEX, SIDE_FILES, Checkpoint
-from xllm_compiler.frontend.files import MAX_TEXT_BYTES, open_regular, read_json, stands_there
 from xllm_compiler.ir.rewrite import RewriteListener
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.loss.report import FILE as LOSS
@@ -149,7 +148,6 @@ def prepare(path: Path, options: CompileOptions) -> Request:
     Raises kinds "checkpoint", "option" and "io"."""
     checkpoint = Checkpoint.open(path)
     resolved = resolve(options, checkpoint)
-    _check_texts(checkpoint.path)
     stamps = _stamps(checkpoint)
     pipeline = parse_pipeline(resolved.pipeline)
     factors = Factors(
@@ -306,16 +304,6 @@ def _copy_files(request: Request, writer: ArtifactWriter, progress: Progress) ->
         writer.write_text("tokenizer.json", convert_tokenizer(root))
     else:
         progress.note("the checkpoint has no tokenizer; the artifact will take and give token ids only")
-
-
-def _check_texts(root: Path) -> None:
-    """What is copied, or made into a tokenizer, are files of a bearable size, and JSON where they should be: whoever
-    reads them later may wait for a pipe, or meet the damage in a third party's parser. Raises kind "checkpoint"."""
-    for name in (*COPIED, *VOCABULARIES):
-        if stands_there(root / name):
-            open_regular(root / name, MAX_TEXT_BYTES).close()
-            if name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-                read_json(root / name, twice=True)
 
 
 def _read_names(checkpoint: Checkpoint) -> list[str]:
