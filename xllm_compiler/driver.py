@@ -40,7 +40,6 @@ from xllm_compiler.cache import CompileCache, Factors
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import INDEX, SIDE_FILES, Checkpoint
 from xllm_compiler.frontend.ends import ends_of_text
-from xllm_compiler.frontend.files import MAX_TEXT_BYTES, open_regular, read_json, stands_there
 from xllm_compiler.frontend.tokenizer import tokenizer_files
 from xllm_compiler.ir.rewrite import RewriteListener
 from xllm_compiler.ir.types import Tensor
@@ -162,7 +161,6 @@ def prepare(path: Path, options: CompileOptions) -> Request:
     Raises kinds "checkpoint", "option" and "io"."""
     checkpoint = Checkpoint.open(path)
     resolved = resolve(options, checkpoint)
-    _check_texts(checkpoint.path)
     stamps = _stamps(checkpoint)
     pipeline = parse_pipeline(resolved.pipeline)
     factors = Factors(
@@ -344,16 +342,6 @@ def _ends(
             f"the tokenizer has {tokenizer.size} tokens, the model {vocab}: a request with one of the others is refused"
         )
     return ends, notes
-
-
-def _check_texts(root: Path) -> None:
-    """What is copied, or made into a tokenizer, are regular files, and JSON where they should be: whoever reads them
-    later may wait for a pipe, or meet the damage in a third party's parser. Raises kind "checkpoint"."""
-    for name in dict.fromkeys([*COPIED, *tokenizer_files(root)]):
-        if stands_there(root / name):
-            open_regular(root / name, MAX_TEXT_BYTES).close()
-            if name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-                read_json(root / name, twice=True)
 
 
 def _read_names(checkpoint: Checkpoint) -> list[str]:

@@ -76,7 +76,7 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "custom_generate").mkdir()
     (root / "custom_generate" / "generate.py").write_text(mark + "def generate(model, *a, **k):\n    return None\n")
     (root / "here.pth").write_text(f"import os; os.system('touch {ran}/pth')\n")
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", ".metadata"):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", ".metadata"):
         (root / name).write_bytes(pickle.dumps(Pickled(str(ran / name))))
     config = json.loads((root / "config.json").read_text())
     config["auto_map"] = {

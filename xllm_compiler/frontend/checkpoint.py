@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from xllm_compiler.frontend.counts import check_counts
-from xllm_compiler.frontend.files import damaged, read_json, stands_there
+from xllm_compiler.frontend.files import MAX_TEXT_BYTES, damaged, open_regular, read_json, stands_there
 from xllm_compiler.frontend.safetensors import Array, TensorEntry, read_tensor
 from xllm_compiler.frontend.shards import INDEX, SINGLE, files_of, read_shards
+from xllm_compiler.frontend.tokenizer import tokenizer_files
 
 __all__ = ["INDEX", "SIDE_FILES", "SINGLE", "Array", "Checkpoint", "TensorEntry"]
 
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Settings of quantized weights beside config.json: of GPTQ and AWQ until early 2024, and of ModelOpt."""
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -48,6 +51,7 @@ class Checkpoint:
         names = files_of(root)
         _refuse_other_kinds(root, names)
         config = _read_config(root / "config.json")
+        _check_texts(root)
         tensors, shards, notes = read_shards(root, config)
         check_counts(config, root / "config.json", len(tensors))
         generation = read_json(root / "generation_config.json") if "generation_config.json" in names else {}
@@ -91,6 +95,15 @@ def _read_config(path: Path) -> dict[str, Any]:
             "keep the one that describes the weights, as config.json",
         )
     return config
+
+
+def _check_texts(root: Path) -> None:
+    """Tokenizers and templates are files of a bearable size, and JSON where they should be: whoever reads them later
+    may wait for a pipe, or meet the damage in a third party's parser."""
+    for name in tokenizer_files(root):
+        open_regular(root / name, MAX_TEXT_BYTES).close()
+        if name in _SETTINGS:
+            read_json(root / name, twice=True)
 
 
 def _refuse_other_kinds(root: Path, names: list[str]) -> None:

@@ -241,7 +241,7 @@ def model_facts(
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     if eos is None:
         eos = getattr(text, "eos_token_id", None)
-    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    ids = eos if isinstance(eos, (list, tuple)) else [eos]
     bos = generation.get("bos_token_id", getattr(config, "bos_token_id", None))
     if bos is None:
         bos = getattr(text, "bos_token_id", None)
