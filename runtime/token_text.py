@@ -55,7 +55,7 @@ class TokenNames:
         own = self._speller.token_bytes(token)
         text = added.encode("utf-8", "replace")
         whole = self._pending + own
-        if whole.startswith(text):
+        if whole.startswith(text) and _is_unfinished(whole[len(text) :]):
             self._pending = whole[len(text) :][-_LONGEST:]
         else:  # bytes that make no character, or a space that the start of a text loses
             own = own if self._pending or "\ufffd" in added else text
@@ -74,6 +74,14 @@ class TokenNames:
             if error.reason == "unexpected end of data":
                 return whole[: error.start].decode(), own
             return whole.decode("utf-8", "replace"), own
+
+
+def _is_unfinished(rest: bytes) -> bool:
+    """Whether bytes that the text does not show yet may still become characters; those that are some never will."""
+    try:
+        return not rest.decode()
+    except UnicodeDecodeError:
+        return True
 
 
 def name_prompt(

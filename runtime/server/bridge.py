@@ -225,8 +225,9 @@ class Bridge:
         self._scheduled = False
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Say on which loop the streams live; once, before the first stream."""
+        """Say on which loop the streams live, before the first of them."""
         self._loop = loop
+        self._scheduled = False  # what a loop that has ended was to call is never called
 
     def stream(self, arrival: float | None = None, *, keeps: bool = False) -> Stream:
         """`keeps`: its outputs are gathered until the answer is whole."""
@@ -313,6 +314,7 @@ class Bridge:
             try:
                 self._loop.call_soon_threadsafe(self._drain)
             except RuntimeError:  # the loop is closed: the server is gone and so is the client
+                self._scheduled = False
                 self._inbox.clear()
 
     def _drain(self) -> None:

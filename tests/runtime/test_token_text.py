@@ -111,6 +111,15 @@ def test_strings_join_to_the_text_and_bytes_to_its_utf8(kind: str, skip: bool) -
     check()
 
 
+@pytest.mark.parametrize("following", [[], ["true"], ["▁true"], ["▁", "▁"]])
+def test_a_space_that_the_start_of_a_text_loses_has_no_bytes(following: list[str]) -> None:
+    tokenizer = KINDS["metaspace"]
+    ids = [tokenizer.token_id(name) or 0 for name in ("▁", *following)]
+    rows, text = named(tokenizer, ids)
+    assert b"".join(e.token_bytes or b"" for e in chosen(rows)) == text.encode()
+    assert "".join(e.decoded_token or "" for e in chosen(rows)) == text
+
+
 @pytest.mark.parametrize("text", ["the cat", " true true", "naïve 😀", "日本語 text", "a\u0301 é", "\n\n x", "\x00"])
 def test_bytes_of_a_real_text_are_its_own(text: str) -> None:
     tokenizer = KINDS["byte-level"]
