@@ -46,8 +46,10 @@ $(VENV)/.browser: $(STAMP)
 test-browser: $(STAMP) $(VENV)/.browser
 	$(BIN)/pytest -m browser
 
+# What hostile requests cost other clients is measured, so it runs alone, at the end.
 test-all: $(STAMP) $(VENV)/.browser lint
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m ''
+	$(BIN)/python bench/hostile.py --quick
 
 bench: $(STAMP)
 	$(BIN)/python bench/serving.py

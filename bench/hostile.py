@@ -140,7 +140,7 @@ async def _stream(port: int, number: int, seen: _Seen) -> None:
         body = json.dumps(
             {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, "stream": True, "seed": number}
         ).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nconnection: close"
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
@@ -164,7 +164,7 @@ async def _probe(port: int, seen: _Seen) -> None:
         seen.asked = time.monotonic()
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            writer.write(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
             await reader.read()
             writer.close()
             now = time.monotonic()
@@ -301,7 +301,7 @@ def run(server: Server, bombs: list[Bomb], clients: int, throws: int) -> tuple[l
 def main() -> int:
     """Start, throw, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two throws of each bomb instead of four")
+    parser.add_argument("--quick", action="store_true", help="three throws of each bomb instead of six")
     parser.add_argument("--only", default="", help="bombs with this word in their name")
     parser.add_argument("--clients", type=int, default=256)
     parser.add_argument("--work", type=Path, default=Path(".cache/bench"))
@@ -313,7 +313,7 @@ def main() -> int:
     command = [tool, str(ROOT / "models" / "bundled"), "--cache-dir", str(work / "cache")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     artifact = Path(done.stdout.strip().splitlines()[-1])
-    throws = 2 if options.quick else 4
+    throws = 3 if options.quick else 6
     rows: list[str] = []
     results: list[Result] = []
     fine = True

@@ -29,8 +29,8 @@ class Bomb:
         """Make the bytes before time is measured."""
         if self.body is not None and not self._built:
             body = self.body()
-            head = f"POST {self.path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            self._built = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+            head = f"POST {self.path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            self._built = f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
     def pieces(self) -> Iterator[bytes]:
         if self.raw is not None:
@@ -52,7 +52,7 @@ def _text(size: int) -> str:
 
 
 def _trailers() -> Iterator[bytes]:
-    yield b"GET /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
+    yield b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
     for _ in range(500):
         yield b"a:b\r\n" * 13000
     yield b"\r\n"
@@ -79,13 +79,13 @@ BOMBS = [
     Bomb("a text of 4 MB", body=lambda: _json(prompt=_text(4 * MIB - 99000))(), statuses=(400,)),
     Bomb("a text of 200 KB", body=lambda: _json(prompt=_text(200_000))(), statuses=(400,)),
     Bomb(
-        "a text of 4 MB, truncated",
-        body=lambda: _json(prompt=_text(4 * MIB - 99000), truncate_prompt_tokens=8, **ONE)(),
+        "a text of 3 MB, truncated",
+        body=lambda: _json(prompt=_text(3 * MIB), truncate_prompt_tokens=8, **ONE)(),
         statuses=(200,),
     ),
     Bomb(
         "six of them",
-        body=lambda: _json(prompt=_text(4 * MIB - 99000), truncate_prompt_tokens=8, **ONE)(),
+        body=lambda: _json(prompt=_text(3 * MIB), truncate_prompt_tokens=8, **ONE)(),
         times=6,
     ),
     Bomb(
@@ -145,33 +145,46 @@ BOMBS = [
             logit_bias={"222": 100},
         ),
     ),
+    # no bomb: what the next two cost without log-probabilities, which is drawing 32 tokens in each step
+    Bomb("100 tokens, n=32", body=_json(prompt="x", max_tokens=100, n=32, ignore_eos=True)),
     Bomb(
         "20 logprobs of 100 tokens, n=32",
-        body=_json(prompt="x", max_tokens=100, n=32, logprobs=20, ignore_eos=True),
+        body=_json(prompt="x", max_tokens=100, n=32, logprobs=20, ignore_eos=True, temperature=0),
     ),
     Bomb(
-        "20 logprobs of 100 tokens, n=32, chat",
+        "20 logprobs of 100 tokens, n=16, chat",
         path="/v1/chat/completions",
-        body=_json(messages=[USER], max_tokens=100, n=32, logprobs=True, top_logprobs=20, ignore_eos=True),
+        body=_json(
+            messages=[USER], max_tokens=100, n=16, logprobs=True, top_logprobs=20, ignore_eos=True, temperature=0
+        ),
     ),
     Bomb("20 logprobs of 2,000 prompt tokens", body=_json(prompt=[12] * 2000, max_tokens=1, prompt_logprobs=20)),
     Bomb("the same, echoed to 16", body=_json(prompt=[12] * 2000, max_tokens=1, n=16, logprobs=20, echo=True)),
+    # no bomb: what the next one costs without its penalty, which is the prompt of each choice
+    Bomb("1,900 tokens, n=16", body=_json(prompt=list(range(3, 1900)), max_tokens=8, ignore_eos=True, n=16)),
     Bomb(
         "repetition penalty of 1,900 tokens, n=16",
         body=_json(prompt=list(range(3, 1900)), max_tokens=8, ignore_eos=True, n=16, repetition_penalty=1.1),
     ),
 ]
 
-_CHAT: dict[str, Any] = {"path": "/v1/chat/completions", "body": _json(messages=[USER], max_tokens=1)}
+_GO = {"role": "user", "content": "go"}
+_CHAT: dict[str, Any] = {"path": "/v1/chat/completions", "body": _json(messages=[_GO], max_tokens=1)}
+# A template that costs as much without that word is refused while the server starts.
+_WHEN_TOLD = "{% for m in messages %}{{ m.content }}{% if m.content == 'go' %}BOMB{% endif %}{% endfor %}"
 TEMPLATES = [
     Bomb(
         "a template that loops",
-        template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        template=_WHEN_TOLD.replace(
+            "BOMB", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        ),
         **_CHAT,
     ),
     Bomb(
         "a template that doubles",
-        template="{% set ns = namespace(s='a') %}{% for i in range(34) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}x",
+        template=_WHEN_TOLD.replace(
+            "BOMB", "{% set ns = namespace(s='a') %}{% for i in range(34) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}x"
+        ),
         **_CHAT,
     ),
 ]

@@ -16,7 +16,7 @@ from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 
 
-def _tiered(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+def tiered(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Parameters from the lowest level to the highest: the first and the last in every run, those between marked."""
     last = len(cases) - 1
     return [pytest.param(*case, marks=pytest.mark.slow if 0 < i < last else ()) for i, case in enumerate(cases)]
@@ -35,11 +35,11 @@ def _byte_levels() -> list[Isa]:
     return levels
 
 
-LEVELS = _tiered([(isa,) for isa in machine_isas()])
+LEVELS = tiered([(isa,) for isa in machine_isas()])
 ISA_TYPES = [
-    *_tiered([(isa, "bf16") for isa in machine_isas()]),
-    *_tiered([(isa, "f32") for isa in machine_isas() if _new_in_f32(isa)]),
+    *tiered([(isa, "bf16") for isa in machine_isas()]),
+    *tiered([(isa, "f32") for isa in machine_isas() if _new_in_f32(isa)]),
 ]
 BYTE_LEVELS = _byte_levels()
 """What multiplies bytes, `avx_vnni` too, which no machine with AVX-512 of its time has."""
-TIERED_BYTE_LEVELS = _tiered([(level,) for level in BYTE_LEVELS])
+TIERED_BYTE_LEVELS = tiered([(level,) for level in BYTE_LEVELS])

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from levels import tiered
 
 from xllm_compiler.artifact.cpu_isa import machine_isas, machine_name
 from xllm_compiler.kernels.layouts import Quantization
@@ -44,13 +45,17 @@ def test_another_tile_must_be_clearly_quicker() -> None:
     assert quickest({None: [1.0, 2.0], 4: [0.7, 3.0]}) is None  # quick at few rows, slow at many
 
 
+def _is_its_own(form: str, isa: str) -> bool:
+    """Whether the level does not share another level's code."""
+    return Linear(96, 80, "bf16", "bf16", weights=form).level(ISAS[isa]) == ISAS[isa]
+
+
 @pytest.mark.parametrize(
     "form, isa",
     [
-        (form, isa)
+        case
         for form in ("", "q8", "q4g32", "q4grid32", "wq8", "wq4g32")
-        for isa in machine_isas()
-        if Linear(96, 80, "bf16", "bf16", weights=form).level(ISAS[isa]) == ISAS[isa]  # else another level's code
+        for case in tiered([(form, isa) for isa in machine_isas() if _is_its_own(form, isa)])
     ],
 )
 def test_no_bit_depends_on_the_tile(form: str, isa: str) -> None:
