@@ -16,8 +16,8 @@ import pytest
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.codegen.work_stealing import WORDS
 from xllm_compiler.kernels.tir.isa.levels import Isa
-from xllm_compiler.kernels.tir.native.library import NativeModule
 from xllm_compiler.kernels.tir.native.linker import find_linker
+from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.standalone import call_with, completed
 from xllm_compiler.kernels.tir.native.team import BARRIER_BYTES
 

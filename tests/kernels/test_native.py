@@ -22,8 +22,8 @@ from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
-from xllm_compiler.kernels.tir.native.library import NativeModule
 from xllm_compiler.kernels.tir.native.linker import find_linker
+from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.standalone import Team, aligned
 from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm, RmsNorm
 

@@ -22,7 +22,7 @@ from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.linear.linear import NEXT, NEXT_BYTES, NEXT_PANELS
-from xllm_compiler.kernels.tir.native.library import NativeModule
+from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
 
 _MOST_MEMBERS = max(64, os.cpu_count() or 1)

@@ -19,7 +19,7 @@ from xllm_compiler.dims import Dim, as_dim, sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.kernels.tir.isa.levels import ISAS
-from xllm_compiler.kernels.tir.native.library import NativeModule
+from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
 from xllm_compiler.lowering.cpu.calls import call_table
 from xllm_compiler.lowering.cpu.choose import select

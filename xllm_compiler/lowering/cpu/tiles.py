@@ -37,7 +37,7 @@ from xllm_compiler.kernels.tir.linear.linear import (
     tile_height,
 )
 from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
-from xllm_compiler.kernels.tir.native.library import NativeModule
+from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import KernelObjects
 from xllm_compiler.kernels.tir.native.standalone import Team, aligned, call_with
 
