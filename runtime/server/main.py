@@ -54,11 +54,15 @@ def entry() -> None:
 
 def _end_when_told() -> None:
     """Until the server listens a signal ends the process at once, as the system does by itself for every process but
-    a container's first, which it leaves alone."""
-    if os.getpid() == 1:
-        for sig in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(sig) is signal.SIG_DFL:
-                signal.signal(sig, lambda number, frame: os._exit(128 + number))
+    a container's first, which it leaves alone. Not by KeyboardInterrupt: whatever library is being imported or called
+    may swallow that, and the server would go on to serve."""
+    for sig in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(sig) not in (signal.SIG_DFL, signal.default_int_handler):
+            continue  # nohup: to be ignored
+        if os.getpid() == 1:
+            signal.signal(sig, lambda number, frame: os._exit(128 + number))
+        else:
+            signal.signal(sig, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,8 +77,6 @@ def main(argv: Sequence[str]) -> int:
     except XllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
 
 
 def _serve(settings: Settings, phases: Phases) -> int:

@@ -77,7 +77,9 @@ def test_a_start_ends_when_told(real_artifact: Path, start_server: Any, sig: sig
     process = start_server(real_artifact)
     time.sleep(after)
     begun = time.monotonic()
-    assert process.end(sig) in (-sig, 128 + sig, 0)  # 0: it was serving already
+    code = process.end(sig)
+    # 0: it was serving already; on a slow machine the interpreter itself may yet be starting
+    assert code in (-sig, 128 + sig, 0) or (code == 1 and "init_import_site" in process.log.read_text())
     assert time.monotonic() - begun < 3
 
 
