@@ -48,25 +48,17 @@ class ChatTemplate:
             self._texts = {item["name"]: item["template"] for item in source}
         else:
             raise XllmError("artifact", "the chat template is neither text nor a list of named templates")
-        self._variables = dict(variables or {})
         self._worker = Confined(
             "templates",
             ("jinja2", "markupsafe"),
             limits or Limits(),
-            ("load", {"templates": self._texts, "variables": self._variables}),
+            ("load", {"templates": self._texts, "variables": dict(variables or {})}),
         )
 
     @property
     def pid(self) -> int | None:
         """Of the process that renders; None when it does not run."""
         return self._worker.pid
-
-    def with_variables(self, variables: Mapping[str, str]) -> ChatTemplate:
-        """The same template, with these as what every render sees."""
-        return self if variables == self._variables else ChatTemplate(self._named(), variables)
-
-    def _named(self) -> list[dict[str, str]]:
-        return [{"name": name, "template": text} for name, text in self._texts.items()]
 
     def start(self) -> None:
         """Start the process without waiting for it."""
