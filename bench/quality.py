@@ -30,11 +30,11 @@ from tokenizers import Tokenizer
 from xllm_compiler.artifact import read_manifest
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.driver import compile_checkpoint
-from xllm_compiler.loss.compare import compare
-from xllm_compiler.loss.measure import served_logits
 from xllm_compiler.models.corpus import source_files
 from xllm_compiler.models.train import token_stream
 from xllm_compiler.options import CompileOptions
+from xllm_compiler.quant_eval.compare import compare
+from xllm_compiler.quant_eval.measure import served_logits
 from xllm_compiler.tools.console import table
 
 HERE: Final = Path(__file__).resolve().parent

@@ -21,10 +21,10 @@ from typing import Any
 from limits import Probe
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.choice import Request
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.profile.profiler import Profiler
 from xllm_compiler.runtime.profile.table import Peaks, Profile, Row, show
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.startup import EngineOptions, prepare_engine
 
@@ -40,27 +40,27 @@ def measure(artifact: Path, row: str, steps: int, context: int, threads: int) ->
     told: list[str] = []
     profiler = Profiler(steps, told.append)
     started = prepare_engine(artifact, EngineOptions(threads=threads), Phases(), profiler)
-    engine, facts = started.engine, started.facts
+    engine, model_info = started.engine, started.model_info
     draw = random.Random(row)
 
     def submit(length: int, new: int, name: str) -> None:
-        ids = [draw.randrange(facts.vocab_size) for _ in range(length)]
+        ids = [draw.randrange(model_info.vocab_size) for _ in range(length)]
         engine.submit(Request(name, ids, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)), _ignore)
 
     def run() -> None:
         while engine.stats().running or engine.stats().waiting:
-            engine.turn()
+            engine.step()
 
     try:
         if kind == "prefill":
-            _fits(row, "max_num_batched_tokens", count, facts.max_num_batched_tokens)
+            _fits(row, "max_num_batched_tokens", count, model_info.max_num_batched_tokens)
             for i in range(steps + 2):  # one to warm up, one to end the last one's time on the host
                 submit(count, 1, str(i))
                 run()
         else:
-            _fits(row, "max_num_seqs", count, facts.max_num_seqs)
+            _fits(row, "max_num_seqs", count, model_info.max_num_seqs)
             # the first to be admitted must not be done before the last one's prompt and all recorded steps are
-            waves = -(-count * context // facts.max_num_batched_tokens) + 1
+            waves = -(-count * context // model_info.max_num_batched_tokens) + 1
             for i in range(count):
                 submit(context, steps + 3 + waves, str(i))
             run()

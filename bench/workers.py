@@ -33,7 +33,7 @@ class XllmBackend:
         from xllm_compiler.runtime.llm import LLM
 
         self.llm = LLM(path)
-        self.vocab = self.llm.engine.facts.vocab_size
+        self.vocab = self.llm.engine.model_info.vocab_size
 
     def measure(self, prompt: int, new: int, batch: int, seed: int) -> dict[str, Any]:
         from xllm_compiler.runtime.llm import SamplingParams

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.engine import Request
 from xllm_compiler.runtime.llm import LLM
 from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.request import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:

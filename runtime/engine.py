@@ -1,17 +1,17 @@
 """The loop: take messages, plan, run, sample. Owns requests from `submit` to their last event; must not know HTTP,
 files or kernels.
 
-One thread runs everything but the telling of events, which another does during the next step (teller.py); other threads
-only append to the inbox. So nothing here needs a lock but the registry of ids.
+One thread runs everything but the delivery of events, which another does during the next step (output_dispatcher.py);
+other threads only append to the inbox. So nothing here needs a lock but the registry of ids.
 
-    engine = Engine(executor, facts, tokenizer=tokenizer); engine.start()
+    engine = Engine(executor, model_info, tokenizer=tokenizer); engine.start()
     engine.submit(Request("id", token_ids, SamplingParams(...)), on_output)    # any thread; XllmError when refused
     engine.abort("id")                                                         # any thread; unknown ids are ignored
     engine.stats(); engine.health()                                            # any thread
     engine.drain(timeout) -> bool; engine.stop()
 
-`on_output(Output)` is called on the teller's thread, once per choice and token, in order, and must return at once: a
-server hands over with `loop.call_soon_threadsafe`. After an event with `finished` nothing more comes for that request.
+`on_output(Output)` is called on the dispatcher's thread, once per sequence and token, in order, and must return at
+once: a server hands over with `loop.call_soon_threadsafe`. An event with `finished` is the last one of its request.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ import numpy as np
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import scheduler
-from xllm_compiler.runtime.choice import Choice, OnOutput, Request, RequestGroup
 from xllm_compiler.runtime.executor import F32, Executor, Logits
-from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.kv import BlockTable, PagePool
+from xllm_compiler.runtime.model_info import ModelInfo
+from xllm_compiler.runtime.output_dispatcher import Delivery, OutputDispatcher
 from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.request import OnOutput, Request, SequenceGroup
 from xllm_compiler.runtime.sampler import Scratch
+from xllm_compiler.runtime.sequence import Sequence
 from xllm_compiler.runtime.stats import EngineStats, Health
-from xllm_compiler.runtime.teller import Teller, Telling
 from xllm_compiler.runtime.tokenizer import Tokenizer
-
-__all__ = ["Engine", "Request"]
 
 MAX_QUEUED = 16384
 
@@ -50,39 +49,39 @@ class Engine:
     def __init__(
         self,
         executor: Executor,
-        facts: ModelFacts,
+        model_info: ModelInfo,
         *,
         tokenizer: Tokenizer | None = None,
         max_queued: int = MAX_QUEUED,
-        gate: Callable[[], None] | None = None,
+        before_first_output: Callable[[], None] | None = None,
     ) -> None:
-        """`gate` is called once, before the first token is told to anyone, and raises XllmError when none may be (the
-        loader's digest check of the weights)."""
-        self.facts = facts
+        """`before_first_output` is called once, before the first output is delivered (the loader's digest check of the
+        weights); it raises XllmError when nothing may be delivered."""
+        self.model_info = model_info
         self.tokenizer = tokenizer
         self._executor = executor
         self._batch = executor.new_batch()
         self._pool = PagePool(executor.pages)
         self._limits = scheduler.Limits(
-            max_tokens=facts.max_num_batched_tokens,
-            max_seqs=facts.max_num_seqs,
-            max_rows=facts.max_num_logits,
-            page_tokens=facts.page_tokens,
+            max_tokens=model_info.max_num_batched_tokens,
+            max_seqs=model_info.max_num_seqs,
+            max_rows=model_info.max_num_logits,
+            page_tokens=model_info.page_tokens,
             total_pages=executor.pages,
         )
-        pool_tokens = executor.pages * facts.page_tokens
-        self.max_tokens = min(facts.max_model_len, pool_tokens)  # longest request, prompt and answer
+        pool_tokens = executor.pages * model_info.page_tokens
+        self.max_tokens = min(model_info.max_model_len, pool_tokens)  # longest request, prompt and answer
         self._max_queued = max_queued
-        self._gate = gate
-        self._running: list[Choice] = []  # both in the order of arrival, and all running arrived before all waiting
-        self._waiting: deque[Choice] = deque()
-        self._groups: dict[str, list[Choice]] = {}
-        self._scratch = Scratch(facts.vocab_size)
+        self._before_first_output = before_first_output
+        self._running: list[Sequence] = []  # both in the order of arrival, and all running arrived before all waiting
+        self._waiting: deque[Sequence] = deque()
+        self._groups: dict[str, list[Sequence]] = {}
+        self._scratch = Scratch(model_info.vocab_size)
         self._serial = itertools.count()
         self._stats = EngineStats(kv_pages_total=executor.pages)
-        self._inbox: deque[tuple[Request, OnOutput] | tuple[Choice, XllmError] | str] = deque()
-        self._untold: list[Telling] = []
-        self._teller = Teller("xllm-teller")
+        self._inbox: deque[tuple[Request, OnOutput] | tuple[Sequence, XllmError] | str] = deque()
+        self._undelivered: list[Delivery] = []
+        self._dispatcher = OutputDispatcher("xllm-outputs")
         self._wake = threading.Event()
         self._idle = threading.Condition()
         self._lock = threading.Lock()
@@ -100,7 +99,7 @@ class Engine:
         """Start the loop's thread. Raises XllmError("internal") when it was started before."""
         if self._thread is not None:
             raise XllmError("internal", "the engine was started twice")
-        self._teller.start()
+        self._dispatcher.start()
         self._thread = threading.Thread(target=self._loop, name="xllm-engine", daemon=True)
         self._thread.start()
 
@@ -152,9 +151,9 @@ class Engine:
         self._wake.set()
         if self._thread is None:
             self._executor.close()
-        elif threading.current_thread() is not self._teller.thread:
+        elif threading.current_thread() is not self._dispatcher.thread:
             self._thread.join()
-            self._teller.thread.join()
+            self._dispatcher.thread.join()
 
     def fail(self, error: XllmError) -> None:
         """End everything with `error`, now and from now on. No step is running when this returns."""
@@ -168,7 +167,7 @@ class Engine:
     def hold(self, check: Callable[[], None]) -> None:
         """Tell nobody what further steps computed before `check` has returned; what it raises is as for `fail`."""
         with self._lock:
-            self._gate = check
+            self._before_first_output = check
 
     @property
     def ended(self) -> bool:
@@ -195,7 +194,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         ids, params = request.prompt_token_ids, request.params
-        params.check_vocab(self.facts.vocab_size)
+        params.check_vocab(self.model_info.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise XllmError("request", "stop strings need a tokenizer, and this model has none", where="stop")
         if not ids:
@@ -203,14 +202,18 @@ class Engine:
         if not all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, ids))):
             raise XllmError("request", "token ids must be integers", where="prompt")
         low, high = min(ids), max(ids)
-        if low < 0 or high >= self.facts.vocab_size:
+        if low < 0 or high >= self.model_info.vocab_size:
             wrong = low if low < 0 else high
             raise XllmError(
-                "request", f"token id {wrong} is not in the vocabulary of {self.facts.vocab_size}", where="prompt"
+                "request", f"token id {wrong} is not in the vocabulary of {self.model_info.vocab_size}", where="prompt"
             )
         least = 0 if params.max_tokens == 0 else max(1, params.min_tokens)
         if len(ids) + least > self.max_tokens:
-            what = "the model's maximum length" if self.max_tokens == self.facts.max_model_len else "the whole KV cache"
+            what = (
+                "the model's maximum length"
+                if self.max_tokens == self.model_info.max_model_len
+                else "the whole KV cache"
+            )
             raise XllmError(
                 "request",
                 f"the prompt has {len(ids)} tokens and at least {least} are to be generated, "
@@ -227,44 +230,44 @@ class Engine:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            self.turn()
+            self.step()
         self._read_inbox()
-        for choice in [*self._running, *self._waiting]:
-            self._finish(choice, choice.end("abort"))
-        self._hand_over()
-        self._teller.end()
+        for sequence in [*self._running, *self._waiting]:
+            self._finish(sequence, sequence.end("abort"))
+        self._flush_outputs()
+        self._dispatcher.end()
         self._executor.close()
         with self._idle:
             self._idle.notify_all()
 
-    def turn(self) -> None:
+    def step(self) -> None:
         """Once around the loop: take messages, run one step. Only for the engine's own thread, or instead of it."""
         try:
             self._read_inbox()
             if self._running or self._waiting:
-                self._step()
+                self._run_step()
                 self._progress = time.monotonic()
         except Exception as error:  # a bug of ours: no request may hang because of it
             self._fail_all(_internal(error))
         if self._thread is None or not (self._running or self._waiting):
-            self._hand_over()
+            self._flush_outputs()
 
-    def _hand_over(self) -> None:
-        """Have told what is yet untold."""
-        if self._untold:
-            untold, self._untold = self._untold, []
-            self._teller.tell(untold)
+    def _flush_outputs(self) -> None:
+        """Hand what is undelivered to the dispatcher."""
+        if self._undelivered:
+            undelivered, self._undelivered = self._undelivered, []
+            self._dispatcher.dispatch(undelivered)
 
     def _read_inbox(self) -> None:
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, str):
-                for choice in list(self._groups.get(message, ())):
-                    self._finish(choice, choice.end("abort"))
-            elif isinstance(message[0], Choice):
-                choice, wrong = message
-                if choice in self._running or choice in self._waiting:
-                    self._finish(choice, choice.end("error", wrong))
+                for sequence in list(self._groups.get(message, ())):
+                    self._finish(sequence, sequence.end("abort"))
+            elif isinstance(message[0], Sequence):
+                sequence, wrong = message
+                if sequence in self._running or sequence in self._waiting:
+                    self._finish(sequence, sequence.end("error", wrong))
             else:
                 request, on_output = message
                 try:
@@ -273,42 +276,42 @@ class Engine:
                     self._refuse(request, on_output, _internal(error))
 
     def _refuse(self, request: Request, on_output: OnOutput, error: XllmError) -> None:
-        """End a request that never came to have choices."""
+        """End a request that never came to have sequences."""
         self._groups.pop(request.request_id, None)
         event = Output(request.request_id, 0, finish_reason="error", error=error, finished=True)
-        self._untold.append(partial(self._tell, None, request.request_id, on_output, event))
+        self._undelivered.append(partial(self._deliver, None, request.request_id, on_output, event))
 
     def _add(self, request: Request, on_output: OnOutput) -> None:
-        group = RequestGroup(request, on_output)
+        group = SequenceGroup(request, on_output)
         seed = int.from_bytes(os.urandom(8), "little")
         width = self._batch.table.shape[1]
-        choices: list[Choice] = []
-        self._groups[request.request_id] = choices
+        sequences: list[Sequence] = []
+        self._groups[request.request_id] = sequences
         for index in range(request.params.n):
             serial = next(self._serial)
-            table = BlockTable(self._pool, serial, width, self.facts.page_tokens)
-            choices.append(
-                Choice(
+            table = BlockTable(self._pool, serial, width, self.model_info.page_tokens)
+            sequences.append(
+                Sequence(
                     group,
                     index,
                     serial,
                     seed=seed,
                     table=table,
-                    facts=self.facts,
+                    model_info=self.model_info,
                     tokenizer=self.tokenizer,
                     limit=self.max_tokens,
                     scratch=self._scratch,
                 )
             )
-        self._waiting.extend(choices)
+        self._waiting.extend(sequences)
         self._stats.prompt_tokens += len(request.prompt_token_ids)
 
-    def _step(self) -> None:
+    def _run_step(self) -> None:
         seconds = self._stats.step_seconds
         began = time.perf_counter()
         plan = scheduler.plan(self._running, self._waiting, self._pool.free, self._limits)
         self._apply(plan)
-        self._hand_over()
+        self._flush_outputs()
         planned = time.perf_counter()
         seconds["schedule"] += planned - began
         if not plan.work:
@@ -320,13 +323,13 @@ class Engine:
                 self._check_alive()
                 logits = self._executor.execute(self._batch)
             ran = time.perf_counter()
-            if self._gate is not None:
-                self._open_gate()
+            if self._before_first_output is not None:
+                self._run_first_output_check()
             self._check_alive()
         except Exception as error:
             # The KV of everyone in the step is suspect now; the others never saw it.
-            for choice, _ in plan.work:
-                self._finish(choice, choice.end("error", _internal(error)))
+            for sequence, _ in plan.work:
+                self._finish(sequence, sequence.end("error", _internal(error)))
             return
         self._take(plan.work, logits)
         seconds["prepare"] += filled - planned
@@ -339,117 +342,119 @@ class Engine:
         if self._fatal is not None:
             raise self._fatal
 
-    def _open_gate(self) -> None:
-        gate = self._gate
-        assert gate is not None
+    def _run_first_output_check(self) -> None:
+        before_first_output = self._before_first_output
+        assert before_first_output is not None
         try:
-            gate()
+            before_first_output()
         except XllmError as error:
             with self._lock:
                 self._fatal = error
             raise
         with self._lock:
-            if self._gate is gate:
-                self._gate = None
+            if self._before_first_output is before_first_output:
+                self._before_first_output = None
 
-    def _apply(self, plan: scheduler.Plan[Choice]) -> None:
-        for choice in plan.preempt:
+    def _apply(self, plan: scheduler.Plan[Sequence]) -> None:
+        for sequence in plan.preempt:
             self._running.pop()
-            self._waiting.appendleft(choice)
+            self._waiting.appendleft(sequence)
             self._stats.preemptions += 1
-            self._stats.recomputed_tokens += choice.computed
-            choice.group.metrics.preemptions += 1
-            choice.table.clear()
-            choice.computed = 0
-        for choice, why in plan.fail:
+            self._stats.recomputed_tokens += sequence.computed
+            sequence.group.metrics.preemptions += 1
+            sequence.table.clear()
+            sequence.computed = 0
+        for sequence, why in plan.fail:
             error = XllmError("capacity", why, help="shorten the request, or give the server more KV cache memory")
-            self._finish(choice, choice.end("error", error))
-        for choice in plan.admit:
+            self._finish(sequence, sequence.end("error", error))
+        for sequence in plan.admit:
             self._waiting.popleft()
-            self._running.append(choice)
-            if not choice.group.metrics.first_scheduled:
-                choice.group.metrics.first_scheduled = time.monotonic()
+            self._running.append(sequence)
+            if not sequence.group.metrics.first_scheduled:
+                sequence.group.metrics.first_scheduled = time.monotonic()
 
-    def _fill(self, work: list[tuple[Choice, int]]) -> None:
-        """Write the step's inputs, and give every choice the pages of its new positions."""
+    def _fill(self, work: list[tuple[Sequence, int]]) -> None:
+        """Write the step's inputs, and give every sequence the pages of its new positions."""
         batch = self._batch
         n = s = 0
-        for b, (choice, count) in enumerate(work):
-            low = choice.computed
+        for b, (sequence, count) in enumerate(work):
+            low = sequence.computed
             high = low + count
-            choice.table.ensure(high)
+            sequence.table.ensure(high)
             batch.start[b] = n
-            batch.table[b] = choice.table.row
+            batch.table[b] = sequence.table.row
             if count == 1:
-                batch.ids[n] = choice.token(low)
+                batch.ids[n] = sequence.token(low)
                 batch.pos[n] = low
                 batch.seq[n] = b
             else:
-                batch.ids[n : n + count] = choice.span(low, high)
+                batch.ids[n : n + count] = sequence.span(low, high)
                 batch.pos[n : n + count] = range(low, high)
                 batch.seq[n : n + count] = b
-            for position in range(max(low, choice.first_row), high):
+            for position in range(max(low, sequence.first_row), high):
                 batch.sel[s] = n + position - low
                 s += 1
             n += count
         batch.start[len(work)] = n
         batch.n, batch.b, batch.s = n, len(work), s
 
-    def _take(self, work: list[tuple[Choice, int]], logits: Logits) -> None:
-        """Hand each choice its rows; what came of it is to be told to its client."""
+    def _take(self, work: list[tuple[Sequence, int]], logits: Logits) -> None:
+        """Hand each sequence its rows; what came of it is to be told to its client."""
         s = 0
         now = time.monotonic()
-        for choice, count in work:
-            low, high = choice.computed, choice.computed + count
-            choice.computed = high
-            first = max(low, choice.first_row)
+        for sequence, count in work:
+            low, high = sequence.computed, sequence.computed + count
+            sequence.computed = high
+            first = max(low, sequence.first_row)
             wanted = slice(s, s + max(0, high - first))
             s = wanted.stop
             try:
-                event = self._advance(choice, first, logits.rows[wanted], logits.maxima[wanted])
+                event = self._advance(sequence, first, logits.rows[wanted], logits.maxima[wanted])
             except XllmError as error:
-                event = choice.end("error", error)
+                event = sequence.end("error", error)
             except Exception as error:
-                event = choice.end("error", _internal(error))
+                event = sequence.end("error", _internal(error))
             if event is None:
                 continue
             if event.token_ids:
-                metrics = choice.group.metrics
+                metrics = sequence.group.metrics
                 metrics.first_token = metrics.first_token or now
                 metrics.last_token = now
                 self._stats.generation_tokens += len(event.token_ids)
             if event.finish_reason is None:
-                group = choice.group
-                self._untold.append(partial(self._tell, choice, group.request.request_id, group.on_output, event))
+                group = sequence.group
+                self._undelivered.append(
+                    partial(self._deliver, sequence, group.request.request_id, group.on_output, event)
+                )
             else:
-                self._finish(choice, event)
+                self._finish(sequence, event)
 
-    def _advance(self, choice: Choice, first: int, rows: F32, maxima: F32) -> Output | None:
+    def _advance(self, sequence: Sequence, first: int, rows: F32, maxima: F32) -> Output | None:
         """Use the logits of positions `first`, `first` + 1, ...; None when they only judged the prompt."""
-        last = choice.known - 1
+        last = sequence.known - 1
         for offset in range(len(rows)):
             position = first + offset
             if position < last:
-                choice.score_prompt(rows[offset], position)
-                choice.first_row = position + 1
+                sequence.score_prompt(rows[offset], position)
+                sequence.first_row = position + 1
         if first + len(rows) <= last or not len(rows):
             return None
-        if choice.known >= choice.limit:
-            return choice.end("length")  # max_tokens is 0: only the prompt's logprobs were wanted
-        return choice.sample(rows[-1], maxima[-1])
+        if sequence.known >= sequence.limit:
+            return sequence.end("length")  # max_tokens is 0: only the prompt's logprobs were wanted
+        return sequence.sample(rows[-1], maxima[-1])
 
-    def _finish(self, choice: Choice, event: Output) -> None:
-        """Free what the choice holds; its last event is to be told."""
-        choice.table.clear()
-        if choice in self._running:
-            self._running.remove(choice)
+    def _finish(self, sequence: Sequence, event: Output) -> None:
+        """Free what the sequence holds; its last event is to be told."""
+        sequence.table.clear()
+        if sequence in self._running:
+            self._running.remove(sequence)
         else:
-            self._waiting.remove(choice)
-        group = choice.group
+            self._waiting.remove(sequence)
+        group = sequence.group
         group.open -= 1
         request_id = group.request.request_id
-        choices = self._groups[request_id]
-        choices.remove(choice)
+        sequences = self._groups[request_id]
+        sequences.remove(sequence)
         assert event.finish_reason is not None
         self._stats.finished[event.finish_reason] += 1
         if group.open == 0:
@@ -457,7 +462,7 @@ class Engine:
             group.metrics.finished = time.monotonic()
             event.metrics = group.metrics
             del self._groups[request_id]
-        self._untold.append(partial(self._tell, choice, request_id, group.on_output, event))
+        self._undelivered.append(partial(self._deliver, sequence, request_id, group.on_output, event))
 
     def _forget(self, request_id: str) -> None:
         with self._lock:
@@ -465,10 +470,10 @@ class Engine:
         with self._idle:
             self._idle.notify_all()
 
-    def _tell(self, choice: Choice | None, request_id: str, on_output: OnOutput, event: Output) -> None:
-        """On the teller's thread."""
-        if choice is not None:
-            self._put_text(choice, event)
+    def _deliver(self, sequence: Sequence | None, request_id: str, on_output: OnOutput, event: Output) -> None:
+        """On the dispatcher's thread."""
+        if sequence is not None:
+            self._put_text(sequence, event)
         event.time = time.monotonic()
         try:
             on_output(event)
@@ -480,20 +485,20 @@ class Engine:
         if event.finished:
             self._forget(request_id)
 
-    def _put_text(self, choice: Choice, event: Output) -> None:
-        if choice.broken is None:
+    def _put_text(self, sequence: Sequence, event: Output) -> None:
+        if sequence.broken is None:
             try:
-                choice.put_text(event)
+                sequence.put_text(event)
             except Exception as error:  # a bug of ours, or of the tokenizer
-                choice.broken = _internal(error)
+                sequence.broken = _internal(error)
                 if event.finish_reason is None:
-                    self._inbox.append((choice, choice.broken))
-        if choice.broken is not None and event.finish_reason is not None:
-            event.finish_reason, event.error = "error", choice.broken
+                    self._inbox.append((sequence, sequence.broken))
+        if sequence.broken is not None and event.finish_reason is not None:
+            event.finish_reason, event.error = "error", sequence.broken
 
     def _fail_all(self, error: XllmError) -> None:
-        for choice in [*self._running, *self._waiting]:
-            self._finish(choice, choice.end("error", error))
+        for sequence in [*self._running, *self._waiting]:
+            self._finish(sequence, sequence.end("error", error))
 
 
 def _internal(error: Exception) -> XllmError:

@@ -20,9 +20,10 @@ from typing import Any
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.chat_template import ChatTemplate, Message
-from xllm_compiler.runtime.engine import Engine, Request
+from xllm_compiler.runtime.engine import Engine
 from xllm_compiler.runtime.outputs import CompletionOutput, Logprob, Output, RequestOutput
 from xllm_compiler.runtime.phases import Phases
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.resolve import resolve_artifact
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.startup import EngineOptions, prepare_engine

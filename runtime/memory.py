@@ -1,5 +1,5 @@
-"""The memory ledger: who gets how many bytes, decided once, before the first request. Owns the arithmetic; must not
-allocate anything or look at the machine."""
+"""The memory plan: who gets how many bytes, decided once, before the first request. Allocates nothing and does not look
+at the machine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class MemoryPlan:
     """All in bytes but `pages` and `page_tokens`. `page_bytes` is a page over all layers. `available` is what the
     process could take when this was decided; None when the size of the KV cache was given and nobody asked."""
 
@@ -95,7 +95,7 @@ def decide(
     available: int | None,
     kv_bytes: int | None = None,
     utilization: float = DEFAULT_UTILIZATION,
-) -> Ledger:
+) -> MemoryPlan:
     """How many KV pages there will be: what fits, and no more than `max_num_seqs` requests of `max_model_len` can use.
 
     With `kv_bytes` that is the KV cache's size, even when it holds less than one longest request (such requests are
@@ -104,7 +104,7 @@ def decide(
     """
     most = min(max_pages, max_num_seqs * -(-max_model_len // page_tokens))
     if page_bytes == 0:
-        return Ledger(fixed, most, 0, page_tokens, available)
+        return MemoryPlan(fixed, most, 0, page_tokens, available)
     if kv_bytes is not None:
         pages = min(most, kv_bytes // page_bytes)
         if pages < 1:
@@ -114,7 +114,7 @@ def decide(
                 f"{show_bytes(page_bytes)}",
                 help=f"give it at least {page_bytes} bytes",
             )
-        return Ledger(fixed, pages, page_bytes, page_tokens, available)
+        return MemoryPlan(fixed, pages, page_bytes, page_tokens, available)
     assert available is not None
     budget = int(available * utilization) - fixed.total
     pages = min(most, max(0, budget) // page_bytes)
@@ -129,4 +129,4 @@ def decide(
             help=(f"set --max-model-len to at most {pages * page_tokens}, or " if pages else "")
             + "use a machine with more memory",
         )
-    return Ledger(fixed, pages, page_bytes, page_tokens, available)
+    return MemoryPlan(fixed, pages, page_bytes, page_tokens, available)

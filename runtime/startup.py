@@ -16,9 +16,9 @@ from xllm_compiler.runtime import host, memory
 from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.engine import MAX_QUEUED, Engine
 from xllm_compiler.runtime.executor import Executor, StepBatch
-from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.loader import LoadedArtifact, load_artifact
-from xllm_compiler.runtime.memory import Ledger
+from xllm_compiler.runtime.memory import MemoryPlan
+from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.tokenizer import Tokenizer, read_json_object
 
@@ -63,8 +63,8 @@ class Started:
 
     engine: Engine
     artifact: LoadedArtifact
-    facts: ModelFacts
-    ledger: Ledger
+    model_info: ModelInfo
+    memory_plan: MemoryPlan
     tokenizer: Tokenizer | None
     sampling_defaults: Mapping[str, Any]
     threads: int
@@ -78,18 +78,24 @@ def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler:
     tokenizer = Tokenizer.load(artifact.files) if "tokenizer.json" in manifest.files else None
     defaults = sampling_defaults(read_json_object(artifact.files / "generation_config.json"))
     phases.mark("load tokenizer")
-    facts = _facts(manifest, options)
-    ledger = _decide_memory(manifest, facts, options)
+    model_info = _model_info(manifest, options)
+    memory_plan = _decide_memory(manifest, model_info, options)
     phases.mark("decide memory")
     threads = options.threads or host.default_threads()
-    cpu = CpuExecutor(manifest, artifact.code, artifact.weights, pages=ledger.pages, threads=threads)
+    cpu = CpuExecutor(manifest, artifact.code, artifact.weights, pages=memory_plan.pages, threads=threads)
     executor: Executor = cpu if profiler is None else profiler.wrap(artifact, cpu)
-    engine = Engine(executor, facts, tokenizer=tokenizer, max_queued=options.max_queued, gate=artifact.wait_checked)
+    engine = Engine(
+        executor,
+        model_info,
+        tokenizer=tokenizer,
+        max_queued=options.max_queued,
+        before_first_output=artifact.wait_checked,
+    )
     artifact.guard.watch(engine)
     if profiler is not None:
         profiler.watch(engine)
     phases.mark("start threads")
-    return Started(engine, artifact, facts, ledger, tokenizer, defaults, threads)
+    return Started(engine, artifact, model_info, memory_plan, tokenizer, defaults, threads)
 
 
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -110,7 +116,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _facts(manifest: Manifest, options: EngineOptions) -> ModelFacts:
+def _model_info(manifest: Manifest, options: EngineOptions) -> ModelInfo:
     model, limits = manifest.model, manifest.limits
     chosen: dict[str, int] = {}
     for name, most in (
@@ -134,7 +140,7 @@ def _facts(manifest: Manifest, options: EngineOptions) -> ModelFacts:
                 f"{chosen['max_num_seqs']}: every running request needs a token of a step",
             )
         chosen["max_num_seqs"] = chosen["max_num_batched_tokens"]
-    return ModelFacts(
+    return ModelInfo(
         name=model.name,
         architecture=model.architecture,
         artifact_id=manifest.id,
@@ -148,7 +154,7 @@ def _facts(manifest: Manifest, options: EngineOptions) -> ModelFacts:
     )
 
 
-def _decide_memory(manifest: Manifest, facts: ModelFacts, options: EngineOptions) -> Ledger:
+def _decide_memory(manifest: Manifest, model_info: ModelInfo, options: EngineOptions) -> MemoryPlan:
     limits = manifest.limits
     # Formulas are monotone in N, B and S; P enters none of them in a sound plan, and its upper limit would hide that.
     at_limits = {"N": limits.max_num_batched_tokens, "B": limits.max_num_seqs, "S": limits.max_num_logits, "P": 1}
@@ -172,8 +178,8 @@ def _decide_memory(manifest: Manifest, facts: ModelFacts, options: EngineOptions
         fixed,
         page_bytes=kv.page_bytes,
         page_tokens=kv.page_tokens,
-        max_model_len=facts.max_model_len,
-        max_num_seqs=facts.max_num_seqs,
+        max_model_len=model_info.max_model_len,
+        max_num_seqs=model_info.max_num_seqs,
         max_pages=manifest.dims["P"].hi,
         available=None if given else available,
         kv_bytes=options.kv_cache_memory_bytes,

@@ -23,7 +23,7 @@ FOLDERS = {
     "cache": "xllm_compiler/cache.py",
     "workspace": "xllm_compiler/workspace.py",
     "options": "xllm_compiler/options.py",
-    "loss": "xllm_compiler/loss",
+    "quant_eval": "xllm_compiler/quant_eval",
     "driver": "xllm_compiler/driver.py",
     "tools": "xllm_compiler/tools",
     "report": "xllm_compiler/report",
@@ -51,9 +51,10 @@ MAY_IMPORT = {
     "cache": {"errors", "artifact"},
     "workspace": set(),
     "options": {"errors", "artifact", "frontend", "passes"},
-    "loss": IR_LEVEL | {"passes", "frontend", "artifact", "runtime"},  # what is measured is what will be served
+    "quant_eval": IR_LEVEL | {"passes", "frontend", "artifact", "runtime"},  # what is measured is what will be served
     "driver": IR_LEVEL
-    | {"passes", "models", "frontend", "lowering", "artifact", "cache", "workspace", "kernels", "options", "loss"},
+    | {"passes", "models", "frontend", "lowering", "artifact", "cache", "workspace", "kernels", "options"}
+    | {"quant_eval"},
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},

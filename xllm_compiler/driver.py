@@ -43,16 +43,16 @@ from xllm_compiler.frontend.ends import ends_of_text
 from xllm_compiler.frontend.tokenizer import tokenizer_files
 from xllm_compiler.ir.rewrite import RewriteListener
 from xllm_compiler.ir.types import Tensor
-from xllm_compiler.loss.report import FILE as LOSS
 from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.base import Target as PassTarget
 from xllm_compiler.passes.instruments import Instrument
 from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
+from xllm_compiler.quant_eval.report import FILE as LOSS
 from xllm_compiler.workspace import temporary_files
 
 if TYPE_CHECKING:
-    from xllm_compiler.frontend.model import ModelFacts
+    from xllm_compiler.frontend.model import CheckpointInfo
     from xllm_compiler.frontend.tokenizer import ResolvedTokenizer
     from xllm_compiler.ir.core import Module, Value
     from xllm_compiler.lowering.cpu.build import CpuLowering
@@ -249,16 +249,16 @@ def _build(
                 max_num_batched_tokens=read("option.max_num_batched_tokens"),
                 max_num_logits=read("option.max_num_logits"),
             )
-        ends, remarks = _ends(request, traced.facts, tokenizer)
+        ends, remarks = _ends(request, traced.info, tokenizer)
         for note in (*traced.notes, *remarks):
             clock.progress.note(note)
         module = traced.module
         pipeline = read("pipeline.text")
         form = read("option.quantize")
         if form is not None:
-            from xllm_compiler.loss.judge import Judge
+            from xllm_compiler.quant_eval.evaluator import QuantizationEvaluator
 
-            judge = Judge(form, read("option.max_kl"), pipeline, traced, writer.path / "tokenizer.json")
+            judge = QuantizationEvaluator(form, read("option.max_kl"), pipeline, traced, writer.path / "tokenizer.json")
             with clock.phase("choose"):
                 pipeline = judge.choose()
         with clock.phase("passes"):
@@ -280,12 +280,12 @@ def _build(
             clock.progress.note(f"some compiled kernels could not be kept or found: {objects.store.last_failure}")
         if form is not None:
             with clock.phase("loss"):
-                manifest = _manifest(request, module, traced.facts, ends, lowered)
+                manifest = _manifest(request, module, traced.info, ends, lowered)
                 writer.write_text(LOSS, judge.report(writer.path, manifest).to_json())
         with clock.phase("write"):
             _check_unchanged(request)
             writer.write_text(CALLS, lowered.calls.to_json())
-            return writer.commit(_manifest(request, module, traced.facts, ends, lowered))
+            return writer.commit(_manifest(request, module, traced.info, ends, lowered))
 
 
 def _tiles(request: Request, store: Path | None) -> TileChoices | None:
@@ -331,12 +331,12 @@ def _write_tokenizer(request: Request, writer: ArtifactWriter, progress: Progres
 
 
 def _ends(
-    request: Request, facts: ModelFacts, tokenizer: ResolvedTokenizer | None
+    request: Request, info: CheckpointInfo, tokenizer: ResolvedTokenizer | None
 ) -> tuple[tuple[int, ...], list[str]]:
     """The tokens that end a text, and what is odd about the checkpoint's tokens."""
-    checkpoint, vocab = request.checkpoint, facts.vocab_size
+    checkpoint, vocab = request.checkpoint, info.vocab_size
     eos = None if tokenizer is None else tokenizer.eos
-    ends, notes = ends_of_text(checkpoint.generation, checkpoint.config, eos, vocab=vocab, default=facts.eos_token_ids)
+    ends, notes = ends_of_text(checkpoint.generation, checkpoint.config, eos, vocab=vocab, default=info.eos_token_ids)
     if tokenizer is not None and tokenizer.size > vocab:
         notes.append(
             f"the tokenizer has {tokenizer.size} tokens, the model {vocab}: a request with one of the others is refused"
@@ -389,7 +389,7 @@ def _check_unchanged(request: Request) -> None:
 
 
 def _manifest(
-    request: Request, module: Module, facts: ModelFacts, ends: tuple[int, ...], lowered: CpuLowering
+    request: Request, module: Module, info: CheckpointInfo, ends: tuple[int, ...], lowered: CpuLowering
 ) -> Manifest:
     """The manifest, but for files and id, which the writer knows."""
     read = request.factors.read
@@ -403,15 +403,15 @@ def _manifest(
         format=FORMAT,
         id="",
         model=Model(
-            architecture=facts.architecture,
+            architecture=info.architecture,
             name=read("option.name"),
-            vocab_size=facts.vocab_size,
-            hidden_size=facts.hidden_size,
-            layers=facts.layers,
+            vocab_size=info.vocab_size,
+            hidden_size=info.hidden_size,
+            layers=info.layers,
             dtype=read("option.dtype"),
             max_model_len=read("option.max_model_len"),
             eos_token_ids=ends,
-            bos_token_id=facts.bos_token_id,
+            bos_token_id=info.bos_token_id,
         ),
         target=Target(read("option.target"), lowered.isas, PAGE_TOKENS),
         limits=Limits(

@@ -16,7 +16,7 @@ _DEFAULT_GROUP: Final = {8: 0, 4: 32}
 _DEFAULT_GRID: Final = 32
 _ALIASES: Final = {"int8": "w8a8", "int4": "w4a8"}
 MIXED: Final = "mixed"
-"""A choice among forms by what they lose: 4 bits, and 8 where that pays most (`xllm_compiler.loss.mixed`)."""
+"""A choice among forms by what they lose: 4 bits, and 8 where that pays most (`quant_eval.mixed_precision`)."""
 _KV: Final = "kv8"
 _HEADS: Final = (*_ALIASES, "w8a8", "w8a16", "w4a8", "w4a16", _KV)
 _HELP: Final = (

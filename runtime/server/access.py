@@ -1,8 +1,8 @@
-"""Who may talk to the server: hosts, origins and keys. Owns what is allowed; the gate asks, and answers.
+"""Who may talk to the server: hosts, origins and keys. Owns what is allowed; the middleware asks, and answers.
 
 A browser sends requests on behalf of any page. Three things keep a page out that its user did not mean: bodies must be
-JSON, which no page may send to another origin without asking first (the gate checks it); the origin that it then names
-must be allowed; and the host must be ours, since a page may point a name of its own at this machine (DNS rebinding).
+JSON, which no page may send to another origin without asking first (the middleware checks it); the origin that it then
+names must be allowed; and the host must be ours, since a page may point its own name at this machine (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Cors:
     credentials: bool = False
 
     def middleware(self) -> CORSMiddleware:
-        """starlette's, of which the gate calls the parts."""
+        """starlette's, of which our middleware calls the parts."""
         patterns = [_LOOPBACK_ORIGIN] if self.origins is None else [_pattern(o) for o in self.origins if o != "*"]
         return CORSMiddleware(
             _nothing,
@@ -114,7 +114,7 @@ def _pattern(origin: str) -> str:
 
 
 async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    raise AssertionError("the gate calls the middleware's parts, never what it is around")
+    raise AssertionError("our middleware calls the parts of starlette's, never the app inside it")
 
 
 def is_same_origin(origin: str, host: str) -> bool:

@@ -17,7 +17,7 @@ from xllm_compiler.runtime.server.completions import completions
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import Body
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
-from xllm_compiler.runtime.server.gate import Gate, read_json_body
+from xllm_compiler.runtime.server.middleware import Middleware, read_json_body
 from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest
 from xllm_compiler.runtime.server.responses import Detokenized, ModelCard, ModelList, Tokenized
 from xllm_compiler.runtime.server.streaming import error_response, json_response
@@ -67,7 +67,7 @@ def build_app(
         Route("/ping", _ping(ctx), methods=["GET", "POST"], name="ping"),
     ]
     router = Router(routes, redirect_slashes=False, default=_no_such_path)
-    return Gate(router, ctx, keys, hosts=hosts or Hosts(), cors=cors or Cors(), access_log=access_log)
+    return Middleware(router, ctx, keys, hosts=hosts or Hosts(), cors=cors or Cors(), access_log=access_log)
 
 
 def _nobody() -> None:
@@ -79,7 +79,7 @@ async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _card(ctx: Context, name: str) -> ModelCard:
-    return ModelCard(name, ctx.created, ctx.facts.name, ctx.facts.max_model_len)
+    return ModelCard(name, ctx.created, ctx.model_info.name, ctx.model_info.max_model_len)
 
 
 async def models(ctx: Context, request: Request) -> Response:
@@ -114,7 +114,7 @@ async def metrics(ctx: Context, request: Request) -> Response:
 
 
 async def version(ctx: Context, request: Request) -> Response:
-    return json_response({"version": ctx.version, "artifact": ctx.facts.artifact_id})
+    return json_response({"version": ctx.version, "artifact": ctx.model_info.artifact_id})
 
 
 async def tokenize(ctx: Context, request: Request, body: Body) -> Response:
@@ -134,7 +134,7 @@ async def tokenize(ctx: Context, request: Request, body: Body) -> Response:
     else:
         ids = await ctx.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens is not False)
     names = await ctx.token_names(ids) if asked.return_token_strs else None
-    return json_response(Tokenized(len(ids), ctx.facts.max_model_len, ids, names))
+    return json_response(Tokenized(len(ids), ctx.model_info.max_model_len, ids, names))
 
 
 async def detokenize(ctx: Context, request: Request, body: Body) -> Response:

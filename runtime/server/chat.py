@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
 from xllm_compiler.runtime.server import pieces
-from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import Body
+from xllm_compiler.runtime.server.engine_client import RequestStream
 from xllm_compiler.runtime.server.logprobs import chat_logprobs
 from xllm_compiler.runtime.server.params import chat_params, check_stream_options
 from xllm_compiler.runtime.server.protocol import ChatRequest
@@ -47,8 +47,8 @@ async def chat_completions(ctx: Context, request: Request, body: Body) -> Respon
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
     params = chat_params(asked, ctx.defaults)
-    params.check_vocab(ctx.facts.vocab_size)
-    ctx.bridge.check_room(params.n)
+    params.check_vocab(ctx.model_info.vocab_size)
+    ctx.engine_client.check_room(params.n)
     text = await ctx.render(
         asked.messages,
         add_generation_prompt=asked.add_generation_prompt,
@@ -63,7 +63,7 @@ async def chat_completions(ctx: Context, request: Request, body: Body) -> Respon
     del text
     asked.forget_lists()
     answer = _Answer(ctx, asked, model, ids, params.n)
-    stream = ctx.bridge.stream(arrival, keeps=not asked.stream)
+    stream = ctx.engine_client.stream(arrival, keeps=not asked.stream)
     stream.add(answer.id, ids, params)
     if asked.stream:
         return EventResponse(stream, answer.events(stream))
@@ -80,8 +80,8 @@ class _Answer:
         self.prompt = prompt
         self.n = n
         self.created = int(time.time())
-        self.fingerprint = ctx.facts.artifact_id
-        self.held = ctx.bridge.held
+        self.fingerprint = ctx.model_info.artifact_id
+        self.held = ctx.engine_client.held
 
     def _logprobs(self, token_ids: list[int], rows: list[LogprobDict] | None) -> ChatLogprobs | None:
         if not self.asked.logprobs or rows is None:
@@ -89,7 +89,7 @@ class _Answer:
         as_ids = bool(self.asked.return_tokens_as_token_ids)
         return chat_logprobs(token_ids, rows, top=self.asked.top_logprobs or 0, as_ids=as_ids)
 
-    async def whole(self, stream: Stream) -> Response:
+    async def whole(self, stream: RequestStream) -> Response:
         """The answer in one piece."""
         result = RequestOutput(self.id, None, self.prompt, [CompletionOutput(i) for i in range(self.n)])
         while batch := await stream.next_batch():
@@ -140,7 +140,7 @@ class _Answer:
             )
         )
 
-    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
+    async def events(self, stream: RequestStream) -> AsyncIterator[bytes]:
         """Chunks: the role of every choice, then what is new, then how it ended, then the usage."""
         options = self.asked.stream_options
         continuous = options is not None and options.continuous_usage_stats

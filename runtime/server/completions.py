@@ -16,9 +16,9 @@ from starlette.responses import Response
 
 from xllm_compiler.runtime.outputs import CompletionOutput, LogprobDict, Output, RequestOutput
 from xllm_compiler.runtime.server import pieces
-from xllm_compiler.runtime.server.bridge import Stream
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import Body, too_many_prompts
+from xllm_compiler.runtime.server.engine_client import RequestStream
 from xllm_compiler.runtime.server.errors import bad_request
 from xllm_compiler.runtime.server.logprobs import (
     completion_logprobs,
@@ -67,11 +67,11 @@ async def completions(ctx: Context, request: Request, body: Body) -> Response:
     model = ctx.check_model(asked.model)
     check_stream_options(asked)
     shared = completion_params(asked, ctx.defaults)
-    shared.check_vocab(ctx.facts.vocab_size)
+    shared.check_vocab(ctx.model_info.vocab_size)
     items, n = _split(asked.prompt), shared.n
-    if n * len(items) > ctx.bridge.max_open:
-        raise too_many_prompts(len(items), n, ctx.bridge.max_open)
-    ctx.bridge.check_room(n * len(items))
+    if n * len(items) > ctx.engine_client.max_open:
+        raise too_many_prompts(len(items), n, ctx.engine_client.max_open)
+    ctx.engine_client.check_room(n * len(items))
     prompts, jobs = [], []
     for item in items:
         prompt = await _prepare(ctx, asked, item)
@@ -83,7 +83,7 @@ async def completions(ctx: Context, request: Request, body: Body) -> Response:
     asked.forget_lists()
     del items
     answer = _Answer(ctx, asked, model, prompts, n)
-    stream = ctx.bridge.stream(arrival, keeps=not asked.stream)
+    stream = ctx.engine_client.stream(arrival, keeps=not asked.stream)
     try:
         for index, (ids, params) in enumerate(jobs):
             stream.add(answer.part(index), ids, params)
@@ -170,7 +170,7 @@ class _Answer:
             out.text_offset = await self.ctx.spans(prompt.text, self.asked.add_special_tokens is not False)
         return out
 
-    async def whole(self, stream: Stream) -> Response:
+    async def whole(self, stream: RequestStream) -> Response:
         """The answer in one piece."""
         results = [
             RequestOutput(self.part(i), None, prompt.ids, [CompletionOutput(k) for k in range(self.n)])
@@ -198,9 +198,9 @@ class _Answer:
         generated = sum(len(out.token_ids) for result in results for out in result.outputs)
         usage = usage_of(self.prompt_tokens, generated)
         answer = Completion(
-            self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, usage
+            self.id, "text_completion", self.created, self.model, choices, self.ctx.model_info.artifact_id, usage
         )
-        return WholeResponse(self.ctx.bridge.held, answer)
+        return WholeResponse(self.ctx.engine_client.held, answer)
 
     async def _choice(self, index: int, out: CompletionOutput, scored: CompletionLogprobs | None) -> CompletionChoice:
         prompt = self.prompts[index]
@@ -229,10 +229,12 @@ class _Answer:
         options = self.asked.stream_options
         shown = usage if options is not None and (options.include_usage or options.continuous_usage_stats) else UNSET
         return event(
-            Completion(self.id, "text_completion", self.created, self.model, choices, self.ctx.facts.artifact_id, shown)
+            Completion(
+                self.id, "text_completion", self.created, self.model, choices, self.ctx.model_info.artifact_id, shown
+            )
         )
 
-    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
+    async def events(self, stream: RequestStream) -> AsyncIterator[bytes]:
         """Chunks: the echoed prompt first, if asked for, then what is new, then the usage."""
         options = self.asked.stream_options
         continuous = options is not None and options.continuous_usage_stats

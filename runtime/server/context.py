@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from xllm_compiler.runtime.chat_template import ChatTemplate
-from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.server.aside import Aside
-from xllm_compiler.runtime.server.bridge import Bridge
 from xllm_compiler.runtime.server.budget import Budget
 from xllm_compiler.runtime.server.decode import MAX_MESSAGES, Bounds, message_extras, too_many_messages
+from xllm_compiler.runtime.server.engine_client import EngineClient
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.params import fit_to_context
@@ -66,8 +66,8 @@ class Context:
     """One server's parts. `health` says what is wrong with the engine, or nothing when all is well."""
 
     tokenizer: TokenizerLike
-    facts: ModelFacts
-    bridge: Bridge
+    model_info: ModelInfo
+    engine_client: EngineClient
     metrics: Metrics
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -112,7 +112,7 @@ class Context:
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.facts.vocab_size, self.bridge.max_open, self.facts.max_model_len)
+        return Bounds(self.model_info.vocab_size, self.engine_client.max_open, self.model_info.max_model_len)
 
     async def encode(
         self, text: str, *, add_special_tokens: bool, field: str = "prompt", cut: int | None = None
@@ -136,15 +136,15 @@ class Context:
         def work() -> Encoding | None:
             if cut is None:
                 most = self.tokenizer.characters_per_token
-                if most is not None and len(text) > most * self.facts.max_model_len:
+                if most is not None and len(text) > most * self.model_info.max_model_len:
                     return None
             return self.tokenizer.encoding(text, add_special_tokens)
 
         encoding = await self.aside.run(sys.getsizeof(text), work)
         if encoding is None:
             raise bad_request(
-                f"This model's maximum context length is {self.facts.max_model_len} tokens. However, your request has "
-                f"a text of {len(text)} characters, which cannot be so few. Please reduce the length of the input.",
+                f"This model's maximum context length is {self.model_info.max_model_len} tokens. However, your request "
+                f"has a text of {len(text)} characters, which cannot be so few. Please reduce the length of the input.",
                 param=field,
                 code="context_length_exceeded",
             )
@@ -180,11 +180,11 @@ class Context:
         """Raises ApiError 400 for ids that the model does not have."""
         for start in range(0, len(ids), _BREATH):
             some = ids[start : start + _BREATH]
-            if min(some) < 0 or max(some) >= self.facts.vocab_size:
-                wrong = next(i for i in some if not 0 <= i < self.facts.vocab_size)
+            if min(some) < 0 or max(some) >= self.model_info.vocab_size:
+                wrong = next(i for i in some if not 0 <= i < self.model_info.vocab_size)
                 shown = wrong if abs(wrong) < 10**18 else "with more than 18 digits"
                 raise bad_request(
-                    f"token id {shown} is not within the vocabulary [0, {self.facts.vocab_size})", param=field
+                    f"token id {shown} is not within the vocabulary [0, {self.model_info.vocab_size})", param=field
                 )
             if len(some) == _BREATH:
                 await asyncio.sleep(0)
@@ -192,7 +192,7 @@ class Context:
     def fit(self, params: SamplingParams, prompt_tokens: int, *, explicit: bool, field: str) -> None:
         """`fit_to_context` with this server's sizes."""
         fit_to_context(
-            params, prompt_tokens, self.facts.max_model_len, self.pool_tokens, explicit=explicit, field=field
+            params, prompt_tokens, self.model_info.max_model_len, self.pool_tokens, explicit=explicit, field=field
         )
 
     def truncate(self, ids: list[int], limit: int | None) -> list[int]:
@@ -200,7 +200,7 @@ class Context:
         if limit is None:
             return ids
         if limit == -1:
-            limit = self.facts.max_model_len - 1
+            limit = self.model_info.max_model_len - 1
         if limit < 1:
             raise bad_request(
                 f"truncate_prompt_tokens must be -1 or at least 1, got {limit}", param="truncate_prompt_tokens"

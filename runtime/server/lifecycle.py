@@ -26,8 +26,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.server.connection_guard import ConnectionGuard
 from xllm_compiler.runtime.server.context import Context
-from xllm_compiler.runtime.server.limits import ConnectionGuard
 from xllm_compiler.runtime.stats import Health
 
 log = logging.getLogger("xllm.server")
@@ -129,17 +129,17 @@ class Server(uvicorn.Server):
         if self._deadline is None:
             self._deadline = time.monotonic() + self.drain_seconds
             self.ctx.draining = True
-            log.info("%s: draining %d running requests", why, self.ctx.bridge.open)
+            log.info("%s: draining %d running requests", why, self.ctx.engine_client.open)
 
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
             return True
         if self._deadline is not None:
-            if self.ctx.bridge.open == 0:
+            if self.ctx.engine_client.open == 0:
                 return True
             if time.monotonic() >= self._deadline:
-                log.warning("time is up: aborting %d requests", self.ctx.bridge.open)
-                self.ctx.bridge.end_all()
+                log.warning("time is up: aborting %d requests", self.ctx.engine_client.open)
+                self.ctx.engine_client.end_all()
                 return True
         if counter % 50 == 0:
             self._watch()

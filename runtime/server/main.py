@@ -191,9 +191,9 @@ def _context(settings: Settings, started: Started, template: ChatTemplate | None
     from xllm_compiler import __version__
     from xllm_compiler.runtime.memory import TEXT_FACTOR
     from xllm_compiler.runtime.sampling_params import SamplingParams
-    from xllm_compiler.runtime.server.bridge import Bridge
     from xllm_compiler.runtime.server.budget import Budget
     from xllm_compiler.runtime.server.context import Context
+    from xllm_compiler.runtime.server.engine_client import EngineClient
     from xllm_compiler.runtime.server.lifecycle import health_check
     from xllm_compiler.runtime.server.metrics import Metrics
 
@@ -208,27 +208,27 @@ def _context(settings: Settings, started: Started, template: ChatTemplate | None
             f"generation_config.json: {error.message}",
             help="correct it and compile again, or serve with --generation-config vllm",
         ) from None
-    names = settings.served_model_names or (started.facts.name,)
+    names = settings.served_model_names or (started.model_info.name,)
     metrics = Metrics(names[0])
     return Context(
         tokenizer=started.tokenizer,
-        facts=started.facts,
-        bridge=Bridge(
+        model_info=started.model_info,
+        engine_client=EngineClient(
             started.engine,
             metrics,
-            started.facts.max_num_seqs + settings.max_waiting_requests,
-            started.ledger.fixed.requests,
+            started.model_info.max_num_seqs + settings.max_waiting_requests,
+            started.memory_plan.fixed.requests,
         ),
         metrics=metrics,
         names=names,
         defaults=defaults,
         health=health_check(started.engine),
         version=__version__,
-        pool_tokens=started.ledger.pages * started.ledger.page_tokens,
+        pool_tokens=started.memory_plan.pages * started.memory_plan.page_tokens,
         template=None if settings.chat_template is None else template,
         max_body_size=settings.max_body_size,
         budget=Budget(settings.max_body_memory),
-        max_text=started.ledger.fixed.text // TEXT_FACTOR,
+        max_text=started.memory_plan.fixed.text // TEXT_FACTOR,
         receive_timeout=settings.timeout_receive,
     )
 
@@ -243,11 +243,11 @@ def _listen(
 ) -> int:
     from xllm_compiler.runtime import host
     from xllm_compiler.runtime.memory import show_bytes
-    from xllm_compiler.runtime.server import observe
+    from xllm_compiler.runtime.server import engine_metrics
     from xllm_compiler.runtime.server.access import Cors, hosts_for
     from xllm_compiler.runtime.server.app import build_app
+    from xllm_compiler.runtime.server.connection_guard import ConnectionGuard
     from xllm_compiler.runtime.server.lifecycle import Server, make_config
-    from xllm_compiler.runtime.server.limits import ConnectionGuard
 
     ctx = _context(settings, started, template)
     guard = ConnectionGuard(raise_open_file_limit(), settings.timeout_receive, ctx.budget)
@@ -267,12 +267,12 @@ def _listen(
 
     def ready() -> None:
         phases.mark("listen")
-        memory = started.ledger.entries()
+        memory = started.memory_plan.entries()
         ctx.metrics.sources += [
-            observe.engine_samples(started.engine),
-            observe.connection_samples(guard),
-            observe.log_samples(),
-            observe.start_samples(started.facts, memory, started.ledger.pages, dict(phases.rows)),
+            engine_metrics.engine_samples(started.engine),
+            engine_metrics.connection_samples(guard),
+            engine_metrics.log_samples(),
+            engine_metrics.start_samples(started.model_info, memory, started.memory_plan.pages, dict(phases.rows)),
         ]
         host, port = sock.getsockname()[:2]
         scheme = "https" if settings.ssl_certfile else "http"
@@ -318,9 +318,9 @@ def _write_report(path: str, phases: Phases, started: Started, address: str) -> 
         "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.rows],
         "total_seconds": phases.total,
         "address": address,
-        "artifact": started.facts.artifact_id,
+        "artifact": started.model_info.artifact_id,
         "threads": started.threads,
-        "memory_bytes": dict(started.ledger.entries()),
+        "memory_bytes": dict(started.memory_plan.entries()),
     }
     try:
         Path(path).write_text(json.dumps(report, indent=1) + "\n")

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.outputs import Output
-from xllm_compiler.runtime.server.bridge import ClientGone, Stream
+from xllm_compiler.runtime.server.engine_client import ClientGone, RequestStream
 from xllm_compiler.runtime.server.errors import ApiError, from_xllm, unavailable
 from xllm_compiler.runtime.server.held import Held
 
@@ -74,14 +74,14 @@ def failure(output: Output) -> ApiError | None:
     return None
 
 
-async def _watch(receive: Receive, stream: Stream) -> None:
+async def _watch(receive: Receive, stream: RequestStream) -> None:
     """Hang the stream up as soon as the client is gone. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
     stream.hang_up()
 
 
-async def until_hang_up(request: Request, stream: Stream, work: Callable[[], Awaitable[T]]) -> T:
+async def until_hang_up(request: Request, stream: RequestStream, work: Callable[[], Awaitable[T]]) -> T:
     """Do `work`, which reads from `stream`; ClientGone from the moment the client disconnects."""
     watcher = asyncio.create_task(_watch(request.receive, stream))
     try:
@@ -100,7 +100,7 @@ class EventResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: Stream, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, stream: RequestStream, events: AsyncIterator[bytes]) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.stream = stream

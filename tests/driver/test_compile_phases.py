@@ -48,11 +48,11 @@ def trace(path: Path, **options: Any) -> SimpleNamespace:
     text = STEP.format(
         tokens=options["max_num_batched_tokens"], seqs=options["max_num_seqs"], rows=options["max_num_logits"]
     )
-    facts = SimpleNamespace(
+    info = SimpleNamespace(
         architecture="Toy", vocab_size=8, hidden_size=8, layers=1, eos_token_ids=(2,), bos_token_id=None
     )
     return SimpleNamespace(
-        module=parse_module(text, "toy.xir"), facts=facts, weights={"w": np.ones((8, 8), np.float32)}, notes=()
+        module=parse_module(text, "toy.xir"), info=info, weights={"w": np.ones((8, 8), np.float32)}, notes=()
     )
 
 

@@ -14,8 +14,8 @@ from xllm_compiler.artifact import read_manifest
 from xllm_compiler.driver import compile_checkpoint
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
-from xllm_compiler.loss.report import FILE
 from xllm_compiler.options import CompileOptions
+from xllm_compiler.quant_eval.report import FILE
 from xllm_compiler.tools.compile import main
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"

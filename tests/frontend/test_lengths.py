@@ -158,7 +158,7 @@ def test_logits_beyond_the_original_length(family: str, kind: str, make: Make, l
     want = reference_logits(model, prompt)
     (got,) = stepped_logits(traced.module, traced.weights, [prompt])
     np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, np.abs(want).max()))
-    assert traced.facts.max_model_len == 128
+    assert traced.info.max_model_len == 128
 
 
 def test_one_more_is_too_long(make: Make, limits: dict[str, Any]) -> None:

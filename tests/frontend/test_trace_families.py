@@ -89,7 +89,7 @@ def test_same_logits_as_transformers(family: str, make: Make, limits: dict[str, 
     verify(traced.module)
     weights = dict(traced.weights)
     model = load_reference(path)
-    ids = prompts(traced.facts.vocab_size)
+    ids = prompts(traced.info.vocab_size)
     theirs = [reference_logits(model, p) for p in ids]
     if family in ("llama", "gpt2"):  # as imported too: the passes may not hide what the importer did
         for a, b in zip(stepped_logits(traced.module, weights, ids), theirs, strict=True):
@@ -122,7 +122,7 @@ def test_module_is_what_the_contract_says(make: Make, limits: dict[str, Any]) ->
     assert {i: a.name for i, a in step.aliases.items()} == {1: "kv0", 2: "kv1"}
     bounds = {n: (s.lo, s.hi) for n, s in traced.module.scope.symbols.items()}
     assert bounds == {"N": (1, 128), "B": (1, 8), "S": (0, 64), "P": (1, 1 << 24)}
-    assert traced.facts.layers == 2 and traced.facts.eos_token_ids == (2, 0) and traced.facts.bos_token_id is None
+    assert traced.info.layers == 2 and traced.info.eos_token_ids == (2, 0) and traced.info.bos_token_id is None
     # Tied embeddings are one parameter under the checkpoint's name, and every op knows where it came from.
     names = [op.attrs["name"] for op in step.ops if op.name == "param"]
     assert len(names) == len(set(names)) and "lm_head.weight" not in names
@@ -148,7 +148,7 @@ def test_bf16_keeps_f32_tables_and_is_close(make: Make, limits: dict[str, Any]) 
     ropes = [op for op in traced.module.func("step").ops if op.name == "nn.rope"]
     assert len(ropes) == 4 and {op.operands[1].dtype for op in ropes} == {"f32"}
     assert {op.operands[0].dtype for op in ropes} == {"bf16"}
-    ids = prompts(traced.facts.vocab_size)
+    ids = prompts(traced.info.vocab_size)
     exact = load_reference(path, "f32")
     for a, p in zip(stepped_logits(traced.module, dict(traced.weights), ids), ids, strict=True):
         b = reference_logits(exact, p)
@@ -176,4 +176,4 @@ def test_no_memory_for_weights() -> None:
     traced = trace_checkpoint(config, dtype="bf16", max_num_seqs=8, max_num_batched_tokens=512, max_num_logits=8)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 600, f"{grown} MB"  # the two embeddings alone would be 8.4 GB in f32
-    assert traced.facts.max_model_len == 8192
+    assert traced.info.max_model_len == 8192

@@ -9,8 +9,8 @@ import pytest
 from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.kernels.tir.linear.linear import LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
-from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.pack import packed_shape
+from xllm_compiler.lowering.cpu.select_kernels import select
 from xllm_compiler.lowering.storage import Ref
 from xllm_compiler.lowering.weights import WeightTable
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint

@@ -13,8 +13,8 @@ from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.dims import DimScope
 from xllm_compiler.interp import run
 from xllm_compiler.kernels.tir.isa.levels import ISAS
-from xllm_compiler.lowering.schedule import barriers
-from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.barriers import barriers
+from xllm_compiler.lowering.kernel_registry import Call
 from xllm_compiler.lowering.storage import Storage
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, TABLE = 64, 4, 2, 16, 96, 200, 4

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.engine import Engine, Request
+from xllm_compiler.runtime.engine import Engine
 from xllm_compiler.runtime.executor import Logits, StepBatch
-from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.outputs import CompletionOutput, Output, RequestOutput
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
@@ -49,8 +50,8 @@ def make_facts(
     page_tokens: int = 4,
     eos: tuple[int, ...] = (),
     vocab: int = VOCAB,
-) -> ModelFacts:
-    return ModelFacts(
+) -> ModelInfo:
+    return ModelInfo(
         name="toy",
         architecture="Toy",
         artifact_id="0" * 64,
@@ -69,22 +70,22 @@ def make_facts(
 class FakeExecutor:
     """Checks every rule of a step's inputs, stores tokens in pages, and answers from what the pages say."""
 
-    def __init__(self, facts: ModelFacts, pages: int) -> None:
+    def __init__(self, model_info: ModelInfo, pages: int) -> None:
         self.pages = pages
-        self.facts = facts
+        self.model_info = model_info
         self.steps = 0
         self.closed = False
         self.fail_next: Exception | None = None
         self.nan_next = False
         self.hold: threading.Event | None = None
         self.step_sizes: list[tuple[int, int, int]] = []
-        self._cache = np.full((pages, facts.page_tokens), -1, np.int64)
-        self._logits = np.zeros((facts.max_num_logits, facts.vocab_size), np.float32)
+        self._cache = np.full((pages, model_info.page_tokens), -1, np.int64)
+        self._logits = np.zeros((model_info.max_num_logits, model_info.vocab_size), np.float32)
 
     def new_batch(self) -> StepBatch:
-        facts = self.facts
-        width = -(-facts.max_model_len // facts.page_tokens)
-        return StepBatch(facts.max_num_batched_tokens, facts.max_num_seqs, facts.max_num_logits, width)
+        model_info = self.model_info
+        width = -(-model_info.max_model_len // model_info.page_tokens)
+        return StepBatch(model_info.max_num_batched_tokens, model_info.max_num_seqs, model_info.max_num_logits, width)
 
     def execute(self, batch: StepBatch) -> Logits:
         if self.hold is not None:
@@ -95,7 +96,7 @@ class FakeExecutor:
             error, self.fail_next = self.fail_next, None
             raise error
         self._check(batch)
-        page = self.facts.page_tokens
+        page = self.model_info.page_tokens
         for n in range(batch.n):
             where = batch.table[batch.seq[n], batch.pos[n] // page]
             self._cache[where, batch.pos[n] % page] = batch.ids[n]
@@ -103,15 +104,15 @@ class FakeExecutor:
             n = int(batch.sel[s])
             row = batch.table[batch.seq[n]]
             tokens = [int(self._cache[row[p // page], p % page]) for p in range(batch.pos[n] + 1)]
-            self._logits[s] = toy_row(tokens, self.facts.vocab_size)
+            self._logits[s] = toy_row(tokens, self.model_info.vocab_size)
         if self.nan_next and batch.s:
             self._logits[0, 3] = np.nan
             self.nan_next = False
         return Logits.of(self._logits[: batch.s])
 
     def _check(self, batch: StepBatch) -> None:
-        assert 1 <= batch.b <= batch.n <= self.facts.max_num_batched_tokens
-        assert batch.b <= self.facts.max_num_seqs and batch.s <= self.facts.max_num_logits
+        assert 1 <= batch.b <= batch.n <= self.model_info.max_num_batched_tokens
+        assert batch.b <= self.model_info.max_num_seqs and batch.s <= self.model_info.max_num_logits
         assert batch.start[0] == 0 and batch.start[batch.b] == batch.n
         used: list[int] = []
         for b in range(batch.b):
@@ -119,7 +120,7 @@ class FakeExecutor:
             assert low < high
             assert (batch.seq[low:high] == b).all()
             assert (np.diff(batch.pos[low:high]) == 1).all()
-            held = -(-(int(batch.pos[high - 1]) + 1) // self.facts.page_tokens)
+            held = -(-(int(batch.pos[high - 1]) + 1) // self.model_info.page_tokens)
             row = batch.table[b]
             assert ((row[:held] >= 0) & (row[:held] < self.pages)).all()
             assert (np.diff((row >= 0).astype(int)) <= 0).all()  # mapped pages first, then only -1
@@ -137,17 +138,23 @@ class Run:
 
     def __init__(
         self,
-        facts: ModelFacts | None = None,
+        model_info: ModelInfo | None = None,
         *,
         pages: int = 64,
         tokenizer: Tokenizer | None = None,
         start: bool = True,
-        gate: Callable[[], None] | None = None,
+        before_first_output: Callable[[], None] | None = None,
         max_queued: int = 1000,
     ) -> None:
-        self.facts = facts or make_facts()
-        self.executor = FakeExecutor(self.facts, pages)
-        self.engine = Engine(self.executor, self.facts, tokenizer=tokenizer, gate=gate, max_queued=max_queued)
+        self.model_info = model_info or make_facts()
+        self.executor = FakeExecutor(self.model_info, pages)
+        self.engine = Engine(
+            self.executor,
+            self.model_info,
+            tokenizer=tokenizer,
+            before_first_output=before_first_output,
+            max_queued=max_queued,
+        )
         self.events: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._ids = 0
         if start:

@@ -12,9 +12,10 @@ import pytest
 from fake_executor import VOCAB, FakeExecutor, Run, error_of, make_facts, toy_greedy, toy_row
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.engine import Engine, Request
+from xllm_compiler.runtime.engine import Engine
 from xllm_compiler.runtime.executor import Logits
 from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 
 PROMPT = [5, 6, 7]
@@ -24,9 +25,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 def test_greedy_tokens_times_and_finish() -> None:
     with Run() as run:
         out = run.generate(PROMPT, GREEDY)
-    choice = out.outputs[0]
-    assert choice.token_ids == toy_greedy(PROMPT, 12) and choice.finish_reason == "length"
-    assert choice.logprobs is None and choice.cumulative_logprob is None and out.prompt_logprobs is None
+    sequence = out.outputs[0]
+    assert sequence.token_ids == toy_greedy(PROMPT, 12) and sequence.finish_reason == "length"
+    assert sequence.logprobs is None and sequence.cumulative_logprob is None and out.prompt_logprobs is None
     m = out.metrics
     assert m is not None and 0 < m.arrival <= m.first_scheduled <= m.first_token <= m.last_token <= m.finished
     assert run.executor.closed
@@ -35,8 +36,8 @@ def test_greedy_tokens_times_and_finish() -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_chunked_prompts_give_the_same_tokens(chunk: int) -> None:
     prompt = [(i * 31) % VOCAB for i in range(40)]
-    facts = make_facts(max_num_batched_tokens=chunk, max_num_seqs=1, max_num_logits=1)
-    with Run(facts) as run:
+    model_info = make_facts(max_num_batched_tokens=chunk, max_num_seqs=1, max_num_logits=1)
+    with Run(model_info) as run:
         assert run.generate(prompt, GREEDY).outputs[0].token_ids == toy_greedy(prompt, 12)
         assert max(n for n, _, _ in run.executor.step_sizes) == min(chunk, 40)
 
@@ -98,8 +99,8 @@ def log_softmax(row: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, n
 def test_prompt_logprobs_come_once_and_are_right_however_chunked(rows: int, chunk: int) -> None:
     prompt = [(i * 7) % VOCAB for i in range(23)]
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, logprobs=1)
-    facts = make_facts(max_num_logits=rows, max_num_batched_tokens=chunk)
-    with Run(facts) as run:
+    model_info = make_facts(max_num_logits=rows, max_num_batched_tokens=chunk)
+    with Run(model_info) as run:
         other = run.submit([9] * 20, SamplingParams(temperature=0, max_tokens=30))
         name = run.submit(prompt, params)
         events: list[Output] = []
@@ -123,10 +124,10 @@ def test_prompt_logprobs_come_once_and_are_right_however_chunked(rows: int, chun
 
 def test_a_prompt_that_loses_its_pages_half_way_is_scored_once() -> None:
     """One page per token: the older answer's growth takes the younger prompt's pages in the middle of its chunks."""
-    facts = make_facts(max_num_seqs=2, max_num_logits=2, page_tokens=1)
+    model_info = make_facts(max_num_seqs=2, max_num_logits=2, page_tokens=1)
     old, young = SamplingParams(temperature=0, max_tokens=10), SamplingParams(max_tokens=1, prompt_logprobs=0)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    run = Run(facts, pages=12, start=False)
+    run = Run(model_info, pages=12, start=False)
     names = [run.submit([1, 2], old), run.submit(prompt, young)]
     turn_until(run, lambda: not run.engine.health().busy)
     assert run.engine.stats().preemptions == 1
@@ -198,7 +199,7 @@ def turn_until(run: Run, done: Any, limit: int = 500) -> None:
     for _ in range(limit):
         if done():
             return
-        run.engine.turn()
+        run.engine.step()
     raise AssertionError("it does not end")
 
 
@@ -206,29 +207,29 @@ def test_an_abort_frees_pages_before_the_next_step() -> None:
     run = Run(start=False)
     name = run.submit([1] * 30, SamplingParams(max_tokens=30, n=2))
     for _ in range(4):
-        run.engine.turn()
+        run.engine.step()
     assert run.engine.stats().kv_pages_used > 0
     steps = run.executor.steps
     run.engine.abort(name)
     run.engine.abort("nobody")
-    run.engine.turn()
+    run.engine.step()
     assert run.engine.stats().kv_pages_used == 0 and run.executor.steps == steps
     events = []
     while not run.events.empty():
         events.append(run.events.get())
     assert [e.finish_reason for e in events[-2:]] == ["abort", "abort"]
     assert [e.finished for e in events[-2:]] == [False, True]
-    run.engine.turn()
+    run.engine.step()
     assert run.events.empty() and not run.engine.health().busy
 
 
 def test_an_exception_in_a_step_fails_those_in_it_only() -> None:
-    facts = make_facts(max_num_seqs=2, max_num_batched_tokens=4)
-    run = Run(facts, start=False)
+    model_info = make_facts(max_num_seqs=2, max_num_batched_tokens=4)
+    run = Run(model_info, start=False)
     names = [run.submit([i] * 3, SamplingParams(temperature=0, max_tokens=6)) for i in range(4)]
-    run.engine.turn()
+    run.engine.step()
     run.executor.fail_next = RuntimeError("a kernel fell over")
-    run.engine.turn()
+    run.engine.step()
     outcome: dict[str, Output] = {}
     turn_until(run, lambda: not run.engine.health().busy)
     while not run.events.empty():
@@ -248,7 +249,7 @@ def test_logits_that_are_no_numbers_fail_one_request() -> None:
     run = Run(start=False)
     first = run.submit([1], GREEDY)
     second = run.submit([2], GREEDY)
-    run.engine.turn()
+    run.engine.step()
     run.executor.nan_next = True
     turn_until(run, lambda: not run.engine.health().busy)
     ends = {}
@@ -279,7 +280,7 @@ def test_a_listener_that_raises_ends_its_own_request_only() -> None:
 
 def test_the_gate_opens_before_the_first_token_is_told() -> None:
     opened = threading.Event()
-    with Run(gate=lambda: opened.wait(10) and None) as run:
+    with Run(before_first_output=lambda: opened.wait(10) and None) as run:
         name = run.submit(PROMPT, GREEDY)
         time.sleep(0.1)
         assert run.events.empty()
@@ -291,7 +292,7 @@ def test_a_closed_gate_fails_everyone_and_health() -> None:
     def shut() -> None:
         raise XllmError("artifact", "weights.bin is damaged")
 
-    with Run(gate=shut) as run:
+    with Run(before_first_output=shut) as run:
         assert error_of(run, PROMPT, GREEDY).kind == "artifact"
         health = run.engine.health()
         assert not health.alive and health.error is not None and health.error.kind == "artifact"
@@ -404,7 +405,7 @@ def test_clients_are_told_during_the_next_step() -> None:
 
         run.engine.submit(Request("x", PROMPT, SamplingParams(temperature=0, max_tokens=4)), on_output)
         assert done.wait(30)
-    assert told == [("xllm-teller", steps) for steps in (2, 3, 4, 4)]
+    assert told == [("xllm-outputs", steps) for steps in (2, 3, 4, 4)]
 
 
 def test_a_listener_may_stop_the_engine() -> None:
@@ -475,12 +476,12 @@ def test_the_engine_adds_little_to_a_step() -> None:
         def execute(self, batch: Any) -> Any:
             return Logits.of(self._logits[: batch.s])
 
-    facts = make_facts(max_model_len=40960, page_tokens=16, vocab=32000)
-    engine = Engine(Instant(facts, 2560), facts)
+    model_info = make_facts(max_model_len=40960, page_tokens=16, vocab=32000)
+    engine = Engine(Instant(model_info, 2560), model_info)
     done = []
     engine.submit(Request("x", [1, 2, 3], SamplingParams(temperature=0, max_tokens=300)), lambda e: done.append(e))
     began = time.process_time()
     while engine.health().busy:
-        engine.turn()
+        engine.step()
     assert len(done) == 300
     assert (time.process_time() - began) / 300 < 1e-3

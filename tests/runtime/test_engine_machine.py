@@ -31,14 +31,14 @@ class EngineMachine(RuleBasedStateMachine):
         page_tokens=st.integers(1, 5),
     )
     def begin(self, pages: int, seqs: int, extra: int, rows: int, page_tokens: int) -> None:
-        facts = make_facts(
+        model_info = make_facts(
             max_model_len=40,
             max_num_seqs=seqs,
             max_num_batched_tokens=seqs + extra,
             max_num_logits=rows,
             page_tokens=page_tokens,
         )
-        self.run = Run(facts, pages=pages, start=False)
+        self.run = Run(model_info, pages=pages, start=False)
         self.longest = self.run.engine.max_tokens
 
     @precondition(lambda self: self.longest >= 2)
@@ -65,7 +65,7 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(times):
             busy = self.run.engine.health().busy
             before = self.signature()
-            self.run.engine.turn()
+            self.run.engine.step()
             if busy:
                 assert self.signature() != before, "requests are queued and nothing moved"
             self.check()
@@ -73,7 +73,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def failing_step(self) -> None:
         self.run.executor.fail_next = RuntimeError("told to")
-        self.run.engine.turn()
+        self.run.engine.step()
         if self.run.executor.fail_next is None:
             self.failed_steps += 1
         self.run.executor.fail_next = None
@@ -90,12 +90,12 @@ class EngineMachine(RuleBasedStateMachine):
             return
         engine = self.run.engine
         held: list[int] = []
-        for choice in engine._running:
-            assert choice.table.count == -(-choice.computed // engine.facts.page_tokens)
-            assert all(engine._pool.owner(page) == choice.serial for page in choice.table.pages)
-            held += choice.table.pages
-        for choice in engine._waiting:
-            assert choice.table.count == 0 and choice.computed == 0
+        for sequence in engine._running:
+            assert sequence.table.count == -(-sequence.computed // engine.model_info.page_tokens)
+            assert all(engine._pool.owner(page) == sequence.serial for page in sequence.table.pages)
+            held += sequence.table.pages
+        for sequence in engine._waiting:
+            assert sequence.table.count == 0 and sequence.computed == 0
         assert len(set(held)) == len(held) == engine._pool.used == engine.stats().kv_pages_used
         serials = [c.serial for c in [*engine._running, *engine._waiting]]
         assert serials == sorted(serials)
@@ -119,7 +119,7 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(3000):
             if not self.run.engine.health().busy:
                 break
-            self.run.engine.turn()
+            self.run.engine.step()
             self.check()
         self.read_events()
         engine = self.run.engine

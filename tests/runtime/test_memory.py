@@ -1,4 +1,4 @@
-"""The ledger's arithmetic, the reading of cgroups from made-up file trees, and huge pages."""
+"""The memory_plan's arithmetic, the reading of cgroups from made-up file trees, and huge pages."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import pytest
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host
-from xllm_compiler.runtime.memory import Fixed, Ledger, decide, show_bytes
+from xllm_compiler.runtime.memory import Fixed, MemoryPlan, decide, show_bytes
 
 MIB = 1 << 20
 FIXED = Fixed(weights=100 * MIB, arena=20 * MIB, logits=10 * MIB, host=2 * MIB)
 
 
-def ledger(available: int | None, kv_bytes: int | None = None, **changes: int) -> Ledger:
+def memory_plan(available: int | None, kv_bytes: int | None = None, **changes: int) -> MemoryPlan:
     sizes = {"page_bytes": MIB, "page_tokens": 16, "max_model_len": 160, "max_num_seqs": 8, "max_pages": 1 << 24}
     return decide(FIXED, available=available, kv_bytes=kv_bytes, **{**sizes, **changes})
 
 
 def test_all_entries_fit_the_budget() -> None:
-    found = ledger(200 * MIB)
+    found = memory_plan(200 * MIB)
     assert found.pages == 48 and found.kv_tokens == 48 * 16
     assert found.total == sum(size for _, size in found.entries()) <= 0.9 * 200 * MIB
     assert found.total + found.page_bytes > 0.9 * 200 * MIB
 
 
 def test_no_more_pages_than_requests_can_use() -> None:
-    assert ledger(1 << 40).pages == 8 * 10
-    assert ledger(1 << 40, max_pages=30).pages == 30
-    assert ledger(None, kv_bytes=1 << 40).pages == 80
+    assert memory_plan(1 << 40).pages == 8 * 10
+    assert memory_plan(1 << 40, max_pages=30).pages == 30
+    assert memory_plan(None, kv_bytes=1 << 40).pages == 80
 
 
 def test_a_cache_that_cannot_hold_one_request_is_refused_with_the_way_out() -> None:
     with pytest.raises(XllmError) as caught:
-        ledger(155 * MIB)
+        memory_plan(155 * MIB)
     assert caught.value.kind == "capacity" and "--max-model-len to at most 112" in caught.value.help
-    assert ledger(155 * MIB, max_model_len=112).pages == 7
+    assert memory_plan(155 * MIB, max_model_len=112).pages == 7
     with pytest.raises(XllmError) as caught:
-        ledger(100 * MIB)
+        memory_plan(100 * MIB)
     assert caught.value.kind == "capacity" and "no KV cache" in caught.value.message
 
 
 def test_a_given_size_is_taken_as_it_is() -> None:
-    assert ledger(None, kv_bytes=3 * MIB + 5).pages == 3
+    assert memory_plan(None, kv_bytes=3 * MIB + 5).pages == 3
     with pytest.raises(XllmError) as caught:
-        ledger(None, kv_bytes=MIB - 1)
+        memory_plan(None, kv_bytes=MIB - 1)
     assert caught.value.kind == "capacity" and str(MIB) in caught.value.help
 
 
 def test_a_model_without_kv() -> None:
-    assert ledger(1, page_bytes=0).kv == 0 and ledger(1, page_bytes=0).pages == 80
+    assert memory_plan(1, page_bytes=0).kv == 0 and memory_plan(1, page_bytes=0).pages == 80
 
 
 def test_bytes_for_people() -> None:

@@ -16,10 +16,10 @@ from xllm_compiler.driver import compile_checkpoint
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.options import CompileOptions
-from xllm_compiler.runtime.choice import Request
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.profile.profiler import Profiler
 from xllm_compiler.runtime.profile.table import Peaks, show
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.startup import EngineOptions, prepare_engine
 
@@ -46,7 +46,7 @@ def serve(artifact: Path, profiler: Profiler | None) -> list[tuple[int, list[tup
             params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=2)
             engine.submit(Request(f"{round_}-{i}", ids, params), seen.append)
         while engine.stats().running or engine.stats().waiting:
-            engine.turn()
+            engine.step()
     engine.stop()
     return [(event.token_ids, repr(event.logprobs)) for event in seen]
 
@@ -146,7 +146,7 @@ def test_an_engine_that_ends_early_tells_what_there_is(artifact: Path) -> None:
     ).engine
     engine.submit(Request("a", [1, 2, 3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)), lambda e: None)
     while engine.stats().running or engine.stats().waiting:
-        engine.turn()
+        engine.step()
     engine.stop()
     assert len(told) == 2 and "no prefill step after the first one" in told[0]
     assert told[1].startswith("profile of decode") and "of 2 steps" in told[1] and "limits" in told[1]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.choice import Request, RequestGroup
 from xllm_compiler.runtime.executor import Logits
+from xllm_compiler.runtime.request import Request, SequenceGroup
 from xllm_compiler.runtime.sampler import RowSampler, Scratch, prompt_ids
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.stops import StopWatch, StopWords
@@ -65,7 +65,7 @@ def test_a_long_list_costs_its_request_once(fields: dict[str, Any]) -> None:
     began = time.process_time()
     params = SamplingParams(n=128, **fields)
     params.check_vocab(10)
-    group = RequestGroup(Request("x", [1], params), lambda output: None)
+    group = SequenceGroup(Request("x", [1], params), lambda output: None)
     for index in range(128):
         RowSampler(params, seed=0, index=index, prompt=group.seen, eos_ids=(2,), vocab=10, scratch=Scratch(10))
     assert 5 in (params.stop_token_ids or params.allowed_token_ids or ())
@@ -187,7 +187,7 @@ def test_choices_share_what_their_request_lists() -> None:
         logit_bias={token: 1.0 for token in range(10**5)},
         stop=["x" * 1000] * 64,
     )
-    group = RequestGroup(Request("x", list(range(1000)), params), lambda output: None)
+    group = SequenceGroup(Request("x", list(range(1000)), params), lambda output: None)
     samplers = [
         RowSampler(params, seed=0, index=i, prompt=group.seen, eos_ids=(), vocab=10**5, scratch=Scratch(8))
         for i in range(2)

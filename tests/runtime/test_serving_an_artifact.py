@@ -104,10 +104,10 @@ def test_prompt_forms_and_parameters(toy: Path) -> None:
         assert len(llm.generate([7, 8])[0].outputs[0].token_ids) == 3  # generation_config.json says so
         assert llm.get_default_sampling_params().temperature == 0.5
         logged = llm.generate([1], SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1))[0]
-        choice = logged.outputs[0]
-        assert choice.logprobs is not None and choice.cumulative_logprob is not None
-        total = sum(d[t].logprob for d, t in zip(choice.logprobs, choice.token_ids, strict=True))
-        assert choice.cumulative_logprob == pytest.approx(total) and logged.prompt_logprobs == [None]
+        sequence = logged.outputs[0]
+        assert sequence.logprobs is not None and sequence.cumulative_logprob is not None
+        total = sum(d[t].logprob for d, t in zip(sequence.logprobs, sequence.token_ids, strict=True))
+        assert sequence.cumulative_logprob == pytest.approx(total) and logged.prompt_logprobs == [None]
         bad: list[Any] = ["text", {}, {"prompt": 3}, {"prompt_token_ids": "ab"}, [1, 999], [[1], [1.5]], [[]], {"x": 1}]
         for prompt in bad:
             with pytest.raises(XllmError) as caught:
@@ -237,7 +237,7 @@ def test_the_phases_of_a_start_add_up(toy: Path) -> None:
     started = prepare_engine(toy, EngineOptions(threads=1), phases)
     assert sum(seconds for _, seconds in phases.rows) == pytest.approx(phases.total)
     assert all(seconds >= 0 for _, seconds in phases.rows) and "total" in phases.table()
-    assert started.ledger.total == sum(size for _, size in started.ledger.entries())
+    assert started.memory_plan.total == sum(size for _, size in started.memory_plan.entries())
     assert started.sampling_defaults == {"temperature": 0.5, "max_tokens": 3}
     started.engine.stop()
 

@@ -25,14 +25,14 @@ from tokenizers import decoders, models, pre_tokenizers
 from xllm_compiler.runtime.chat_template import ChatTemplate
 from xllm_compiler.runtime.engine import Engine
 from xllm_compiler.runtime.executor import Logits, StepBatch
-from xllm_compiler.runtime.facts import ModelFacts
+from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.server import lifecycle
 from xllm_compiler.runtime.server.access import Cors, Hosts
 from xllm_compiler.runtime.server.app import build_app
-from xllm_compiler.runtime.server.bridge import Bridge
 from xllm_compiler.runtime.server.budget import Budget
+from xllm_compiler.runtime.server.connection_guard import ConnectionGuard
 from xllm_compiler.runtime.server.context import Context
-from xllm_compiler.runtime.server.limits import ConnectionGuard
+from xllm_compiler.runtime.server.engine_client import EngineClient
 from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.sockets import bind, doors
 from xllm_compiler.runtime.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ class Served:
         """One in-process request from a test that is not async."""
 
         async def go() -> httpx.Response:
-            self.ctx.bridge.attach(asyncio.get_running_loop())
+            self.ctx.engine_client.attach(asyncio.get_running_loop())
             async with self.client() as client:
                 return await client.request(method, path, **options)
 
@@ -149,16 +149,16 @@ def make() -> Iterator[Maker]:
         cors: Cors | None = None,
         **fields: Any,
     ) -> Served:
-        facts = ModelFacts("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64)
+        model_info = ModelInfo("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64)
         executor = NextByte(pages)
         tokenizer = byte_tokenizer()
-        engine = Engine(executor, facts, tokenizer=tokenizer)
+        engine = Engine(executor, model_info, tokenizer=tokenizer)
         engine.start()
         metrics = Metrics("made-up")
         ctx = Context(
             tokenizer=tokenizer,
-            facts=facts,
-            bridge=Bridge(engine, metrics, 8 + max_waiting),
+            model_info=model_info,
+            engine_client=EngineClient(engine, metrics, 8 + max_waiting),
             metrics=metrics,
             names=("made-up", "alias"),
             defaults={"temperature": 0.0},
@@ -197,7 +197,7 @@ def listening(served: Served, drain: float = 5.0, keep_alive: int = 5) -> Iterat
 
     def run() -> None:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            served.ctx.bridge.attach(runner.get_loop())
+            served.ctx.engine_client.attach(runner.get_loop())
             assert served.server is not None
             runner.run(served.server.serve(doors(sock)))
 

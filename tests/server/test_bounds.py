@@ -184,7 +184,7 @@ def test_what_waits_to_be_tokenized_is_bounded(make: Any) -> None:
     body = packed(prompt="a" * 9_000, truncate_prompt_tokens=3, max_tokens=1)
 
     async def go() -> list[int]:
-        served.ctx.bridge.attach(asyncio.get_running_loop())
+        served.ctx.engine_client.attach(asyncio.get_running_loop())
         async with served.client() as client:
             asked = [client.post(PATH, content=body, headers={"content-type": "application/json"}) for _ in range(9)]
             return sorted(answer.status_code for answer in await asyncio.gather(*asked))
@@ -238,4 +238,4 @@ def test_a_long_answer_lets_others_have_their_turn(make: Any, path: str, fields:
     answer, seconds = ask(served, path, packed(**fields))
     assert answer.status_code == 200, answer.text[:300]
     assert seconds < 0.05
-    assert served.ctx.bridge.held.used == 0
+    assert served.ctx.engine_client.held.used == 0

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from xllm_compiler.runtime.server.limits import NEW_SECONDS
+from xllm_compiler.runtime.server.connection_guard import NEW_SECONDS
 
 ENDLESS = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
 
@@ -49,7 +49,7 @@ def test_a_client_that_hangs_up_frees_its_pages_within_a_step(live: Any, until: 
     assert until(lambda: live.engine.stats().kv_pages_used == 0)
     # One step may have been running, and one more may have begun while the news travelled.
     assert live.executor.steps - steps <= 3
-    assert until(lambda: live.ctx.bridge.open == 0)
+    assert until(lambda: live.ctx.engine_client.open == 0)
     assert live.ctx.metrics.finished["abort"] == 1
 
 
@@ -58,10 +58,10 @@ def test_hanging_up_in_the_queue_works_too(live: Any, until: Any) -> None:
     socks = [connect(live) for _ in range(12)]  # eight may run
     for sock in socks:
         sock.sendall(post_bytes("/v1/completions", json.dumps(ENDLESS).encode()))
-    assert until(lambda: live.ctx.bridge.open == 12)
+    assert until(lambda: live.ctx.engine_client.open == 12)
     for sock in socks:
         sock.close()
-    assert until(lambda: live.ctx.bridge.open == 0)
+    assert until(lambda: live.ctx.engine_client.open == 0)
     live.executor.open.set()
     assert until(lambda: live.engine.stats().kv_pages_used == 0 and live.engine.stats().waiting == 0)
     assert live.executor.steps <= 2
@@ -94,12 +94,12 @@ def test_a_full_queue_is_429_with_retry_after(make: Any, listen: Any, until: Any
         socks = [connect(served) for _ in range(10)]
         for sock in socks:
             sock.sendall(post_bytes("/v1/completions", json.dumps({**ENDLESS, "max_tokens": 2}).encode()))
-        assert until(lambda: served.ctx.bridge.open == 10)
+        assert until(lambda: served.ctx.engine_client.open == 10)
         refused = httpx.post(served.url + "/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "server_overloaded"
         served.executor.open.set()
-        assert until(lambda: served.ctx.bridge.open == 0)
+        assert until(lambda: served.ctx.engine_client.open == 0)
         assert httpx.post(served.url + "/v1/completions", json={"prompt": "a"}).status_code == 200
         for sock in socks:
             sock.close()
@@ -233,7 +233,7 @@ def test_pipelined_requests_are_answered_in_order(live: Any) -> None:
 def test_a_client_that_never_reads_is_dropped(
     make: Any, listen: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xllm_compiler.runtime.server.limits.WRITE_STALL_SECONDS", 0.3)
+    monkeypatch.setattr("xllm_compiler.runtime.server.connection_guard.WRITE_STALL_SECONDS", 0.3)
     with listen(make()) as served:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -241,9 +241,9 @@ def test_a_client_that_never_reads_is_dropped(
         sock.connect((host, int(port)))
         ask = {"prompt": ["a"] * 24, "max_tokens": 400, "ignore_eos": True, "logprobs": 20, "stream": True}
         sock.sendall(post_bytes("/v1/completions", json.dumps(ask).encode()))
-        assert until(lambda: served.ctx.bridge.open > 0)
+        assert until(lambda: served.ctx.engine_client.open > 0)
         assert until(lambda: served.guard.open == 0, 20)
-        assert until(lambda: served.ctx.bridge.open == 0)
+        assert until(lambda: served.ctx.engine_client.open == 0)
         sock.close()
 
 

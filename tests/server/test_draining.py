@@ -24,7 +24,7 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(live: Any, until: A
             assert int(answer.headers["retry-after"]) >= 1
         answer = running.result()
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 20
-    assert until(lambda: live.server.ctx.bridge.open == 0)
+    assert until(lambda: live.server.ctx.engine_client.open == 0)
     assert until(lambda: not listens(live.url))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from xllm_compiler.runtime.server.limits import MAX_HEAD_BYTES, MAX_HEADERS
+from xllm_compiler.runtime.server.connection_guard import MAX_HEAD_BYTES, MAX_HEADERS
 
 CHUNKED = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 BODY = b'{"prompt": "abc"}'
@@ -262,7 +262,7 @@ def test_ambiguous_lengths_are_refused(live: Any, head: bytes) -> None:
 
 def test_a_body_that_nobody_wants_ends(make: Any, listen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused request's body may still arrive, but not for ever."""
-    monkeypatch.setattr("xllm_compiler.runtime.server.limits._MOST_DISCARDED", 2**20)
+    monkeypatch.setattr("xllm_compiler.runtime.server.connection_guard._MOST_DISCARDED", 2**20)
     with listen(make(keys=("k",))) as served, connect(served) as sock:
         sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000000\r\n\r\n")
         assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
@@ -308,7 +308,7 @@ def test_what_waits_behind_a_request_is_bounded(make: Any, listen: Any, until: A
         served.executor.open.clear()
         body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
         sock.sendall(post(b"/v1/completions", body))
-        assert until(lambda: served.ctx.bridge.open == 1)
+        assert until(lambda: served.ctx.engine_client.open == 1)
         sock.settimeout(0.5)
         sent = 0
         with pytest.raises(TimeoutError):
@@ -326,7 +326,7 @@ def test_a_bad_request_behind_a_good_one_waits_for_its_answer(live: Any, until: 
         body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
         with connect(live) as sock:
             sock.sendall(post(b"/v1/completions", body) + bad)
-            assert until(lambda: live.ctx.bridge.open == 1)
+            assert until(lambda: live.ctx.engine_client.open == 1)
             live.executor.open.set()
             answer = everything(sock)
         first, second = answer.index(b"HTTP/1.1 200 "), answer.index(b"HTTP/1.1 4")
@@ -355,7 +355,7 @@ def test_a_client_that_asks_to_upgrade_is_served_without(live: Any) -> None:
 
 def test_bodies_in_flight_share_a_budget(make: Any, listen: Any, until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow senders of large bodies make room for each other and for quick ones; nobody takes more than there is."""
-    monkeypatch.setattr("xllm_compiler.runtime.server.gate._SWALLOW_SECONDS", 0.5)
+    monkeypatch.setattr("xllm_compiler.runtime.server.middleware._SWALLOW_SECONDS", 0.5)
     with listen(make(budget_bytes=2**20, receive_timeout=20)) as served:
         head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 400000\r\n\r\n"
         socks = [connect(served) for _ in range(40)]
@@ -419,7 +419,7 @@ def test_connections_beyond_the_limit_are_told(make: Any, listen: Any, until: An
         busy = [connect(served) for _ in range(5)]
         for sock in busy:
             sock.sendall(ask)
-        assert until(lambda: served.ctx.bridge.open == 5)
+        assert until(lambda: served.ctx.engine_client.open == 5)
         more = [connect(served) for _ in range(12)]
         for sock in more:
             sock.sendall(ask)

@@ -161,7 +161,7 @@ def test_bad_values_get_typed_answers(make: Any) -> None:
         return answer.status_code
 
     async def go() -> list[int]:
-        served.ctx.bridge.attach(asyncio.get_running_loop())
+        served.ctx.engine_client.attach(asyncio.get_running_loop())
         statuses: list[int] = []
         async with served.client() as client:
             todo = bodies(seed=1)
@@ -173,5 +173,5 @@ def test_bad_values_get_typed_answers(make: Any) -> None:
     statuses = asyncio.run(go())
     assert not faults, "\n".join(faults[:10])
     assert len(statuses) == COUNT and statuses.count(400) > COUNT / 2 and statuses.count(200) > COUNT / 40
-    assert slowest < 10 and served.ctx.bridge.open == 0 and served.ctx.bridge.held.used == 0
+    assert slowest < 10 and served.ctx.engine_client.open == 0 and served.ctx.engine_client.held.used == 0
     assert served.post("/v1/completions", prompt="a", max_tokens=1).json()["choices"][0]["text"] == "b"

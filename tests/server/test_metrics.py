@@ -27,7 +27,7 @@ def scrape(served: Any) -> dict[tuple[str, str], float]:
 def test_counts_follow_requests(fake: Any) -> None:
     fake.ctx.metrics.sources.append(observe.engine_samples(fake.engine))
     fake.ctx.metrics.sources.append(observe.connection_samples(fake.guard))
-    fake.ctx.metrics.sources.append(observe.start_samples(fake.ctx.facts, [("weights", 5)], 64, {"listen": 0.5}))
+    fake.ctx.metrics.sources.append(observe.start_samples(fake.ctx.model_info, [("weights", 5)], 64, {"listen": 0.5}))
     fake.post("/v1/completions", prompt="abc", max_tokens=4)
     fake.post("/v1/completions", prompt="x", max_tokens=9, n=2)
     fake.post("/v1/completions", prompt="x", max_tokens=-9)

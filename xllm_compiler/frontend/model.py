@@ -2,7 +2,7 @@
 
 Parameters become fake tensors (shape and dtype only) the moment a module registers them; buffers, such as a rotary
 embedding's frequencies, keep the values that the model's constructor computed. Owns what has to be known about the
-model as a whole: its facts and its limits.
+model as a whole: its info and its limits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class CheckpointInfo:
     """What the artifact's manifest and the runtime need to know about a model besides its step function."""
 
     architecture: str  # the transformers class, such as "Qwen3ForCausalLM"
@@ -236,7 +236,7 @@ def model_lengths(config: Any) -> Lengths:
 
 def model_facts(
     config: Any, model: Any, generation: dict[str, Any], *, layers: int, vocab: int, dtype: str, max_model_len: int
-) -> ModelFacts:
+) -> CheckpointInfo:
     text = text_config(config)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     if eos is None:
@@ -245,7 +245,7 @@ def model_facts(
     bos = generation.get("bos_token_id", getattr(config, "bos_token_id", None))
     if bos is None:
         bos = getattr(text, "bos_token_id", None)
-    return ModelFacts(
+    return CheckpointInfo(
         architecture=type(model).__name__,
         model_type=str(config.model_type),
         vocab_size=vocab,

@@ -29,7 +29,7 @@ from xllm_compiler.frontend.checkpoint import Array, Checkpoint
 from xllm_compiler.frontend.importer import DTYPES, Importer, Item, short_path
 from xllm_compiler.frontend.model import (
     TORCH_DTYPE,
-    ModelFacts,
+    CheckpointInfo,
     build_model,
     load_config,
     model_facts,
@@ -57,7 +57,7 @@ class Traced:
     """A traced model: `module` is in stage graph with the function @step; `weights` has a tensor for every param op."""
 
     module: Module
-    facts: ModelFacts
+    info: CheckpointInfo
     weights: WeightSource
     notes: tuple[str, ...] = ()  # what the user should know
 
@@ -148,7 +148,7 @@ def trace_checkpoint(
     _number_by_position(module.func("step"))
     _drop_dead(module.func("step"))
     check_rows(module.func("step"))
-    facts = model_facts(
+    info = model_facts(
         config,
         model,
         checkpoint.generation if checkpoint else {},
@@ -165,7 +165,7 @@ def trace_checkpoint(
                 match(slot, checkpoint)
     if quantized is not None:
         notes += [*quantized.notes, *quantized.dequantized()]
-    return Traced(module, facts, WeightSource(slots, checkpoint, check_finite), tuple(notes))
+    return Traced(module, info, WeightSource(slots, checkpoint, check_finite), tuple(notes))
 
 
 def _check_quantized(model: torch.nn.Module, names: Mapping[str, str], quantized: Quantized) -> None:

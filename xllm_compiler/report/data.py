@@ -48,7 +48,7 @@ def report_data(
     return {
         "title": title,
         "stage": module.stage,
-        "facts": _facts(module, report),
+        "info": _facts(module, report),
         "machine": {
             "name": machine.name,
             "flops": machine.flops,

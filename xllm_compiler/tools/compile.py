@@ -246,7 +246,7 @@ def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteL
 
 def report_text(report: CompileReport) -> str:
     """What a compile prints at its end: phases that add up, sizes, and memory formulas with values."""
-    from xllm_compiler.loss.report import report_text as loss_text
+    from xllm_compiler.quant_eval.report import report_text as loss_text
     from xllm_compiler.tools.describe import memory_text
 
     manifest = report.manifest

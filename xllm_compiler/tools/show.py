@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from xllm_compiler.artifact import read_manifest
-from xllm_compiler.loss.report import report_text
+from xllm_compiler.quant_eval.report import report_text
 from xllm_compiler.tools.console import table
 from xllm_compiler.tools.describe import files_text, memory_text, programs_text, weights_text
 
@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write(manifest.to_json())
         return 0
     model, limits = manifest.model, manifest.limits
-    facts = [
+    info = [
         ("artifact", f"{manifest.id}, format {manifest.format}"),
         ("model", f"{model.name}, {model.architecture}, {model.layers} layers, hidden {model.hidden_size}"),
         ("", f"{model.vocab_size} vocabulary items, {model.dtype}, up to {model.max_model_len} tokens"),
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     key = [(name, "absent" if value is None else str(value)) for name, value in sorted(manifest.key.items())]
     sections = [
-        table(facts),
+        table(info),
         f"dims\n{table(dims)}",
         f"step\n{table(specs)}",
         programs_text(manifest),

@@ -8,9 +8,9 @@ import time
 
 from protocol import Options, Steps, serve
 
-from xllm_compiler.runtime.engine import Request
 from xllm_compiler.runtime.llm import LLM
 from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 
 

@@ -21,13 +21,13 @@ from xllm_compiler.ir.core import Module
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
+from xllm_compiler.lowering.barriers import barriers
 from xllm_compiler.lowering.cpu.calls import call_table
-from xllm_compiler.lowering.cpu.choose import select
 from xllm_compiler.lowering.cpu.emit import emit_program
 from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
+from xllm_compiler.lowering.cpu.select_kernels import select
 from xllm_compiler.lowering.cpu.tiles import TileChoices
-from xllm_compiler.lowering.schedule import barriers
-from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.kernel_registry import Call
 from xllm_compiler.lowering.storage import kv_args
 from xllm_compiler.lowering.weights import WeightTable
 

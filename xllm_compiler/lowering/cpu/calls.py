@@ -12,7 +12,7 @@ from xllm_compiler.analysis.kernel_cost import kernel_cost
 from xllm_compiler.artifact.calls import CallTable, KernelCost, ProgramCalls
 from xllm_compiler.ir.core import Op
 from xllm_compiler.ir.types import Kv
-from xllm_compiler.lowering.cpu.selection import Selection
+from xllm_compiler.lowering.cpu.lowering_context import Selection
 
 _DOTS = ("nn.linear", "nn.linear_glu", "kv.attend")
 

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.dims import Dim
 from xllm_compiler.kernels.tir.generic.eval import dim_expr
 from xllm_compiler.kernels.tir.native.module import NativeModule
-from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.kernel_registry import Call
 from xllm_compiler.lowering.storage import INPUTS, Ref
 
 ARGS: Final = ("arena", "weights", "kv", *INPUTS, "logits", "N", "B", "S", "P", "barrier", "profile")

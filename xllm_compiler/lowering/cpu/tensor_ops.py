@@ -15,7 +15,7 @@ from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.kernels.tir.generic.kernels import Generic
 from xllm_compiler.kernels.tir.generic.nodes import Attr, Body, GenericSpec, Matmul, Node, Pointwise, Reduce, Scan
-from xllm_compiler.lowering.cpu.selection import Selection
+from xllm_compiler.lowering.cpu.lowering_context import Selection
 from xllm_compiler.lowering.fuse import MOVES, POINTWISE, is_literal
 from xllm_compiler.lowering.storage import Ref, where
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelInfo:
     """Sizes are tokens unless said otherwise. The limits are those in force, which may be lower than the artifact's."""
 
     name: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from xllm_compiler.runtime.facts import ModelFacts
-from xllm_compiler.runtime.server.limits import ConnectionGuard
+from xllm_compiler.runtime.model_info import ModelInfo
+from xllm_compiler.runtime.server.connection_guard import ConnectionGuard
 from xllm_compiler.runtime.server.metrics import Sample
 from xllm_compiler.runtime.server.outlets import dropped_lines
 from xllm_compiler.runtime.stats import EngineStats, Health
@@ -66,11 +66,11 @@ def log_samples() -> Callable[[], Iterable[Sample]]:
 
 
 def start_samples(
-    facts: ModelFacts, memory: Sequence[tuple[str, int]], pages: int, phases: Mapping[str, float]
+    model_info: ModelInfo, memory: Sequence[tuple[str, int]], pages: int, phases: Mapping[str, float]
 ) -> Callable[[], Iterable[Sample]]:
     """What was decided at the start: memory by class in bytes, pages of the KV pool, seconds by phase."""
-    cache = {"block_size": str(facts.page_tokens), "num_cpu_blocks": str(pages), "cache_dtype": facts.dtype}
-    artifact = {"id": facts.artifact_id, "architecture": facts.architecture, "dtype": facts.dtype}
+    cache = {"block_size": str(model_info.page_tokens), "num_cpu_blocks": str(pages), "cache_dtype": model_info.dtype}
+    artifact = {"id": model_info.artifact_id, "architecture": model_info.architecture, "dtype": model_info.dtype}
 
     def read() -> Iterable[Sample]:
         yield Sample("gauge", "vllm:cache_config_info", "How the KV cache is laid out.", 1, cache)

@@ -1,7 +1,7 @@
 """Between the event loop and the engine's threads. Owns the hand-over of outputs and the count of open requests.
 
-The engine calls `Bridge._deliver` from its own thread, once per output event; the events of one step cross to the loop
-in one wake-up. Everything else here runs on the loop's thread. Must not know HTTP.
+The engine's dispatcher thread calls `EngineClient._deliver`, once per output event; the events of one step cross to the
+loop in one wake-up. Everything else here runs on the loop's thread. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from xllm_compiler.runtime.choice import Request
 from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.held import Held, of_output, of_prompt
@@ -40,7 +40,7 @@ class ClientGone(Exception):
     """The client hung up; there is nobody to answer."""
 
 
-class Stream:
+class RequestStream:
     """The outputs of one HTTP request, which may be several prompts with several choices each.
 
     Call `add` for every prompt, `next_batch` until it is empty, and always `close()`. What it holds counts towards the
@@ -48,7 +48,7 @@ class Stream:
     closed.
     """
 
-    def __init__(self, bridge: Bridge, arrival: float, *, keeps: bool) -> None:
+    def __init__(self, engine_client: EngineClient, arrival: float, *, keeps: bool) -> None:
         self.arrival = arrival
         self.gone = False
         self.held = 0
@@ -57,7 +57,7 @@ class Stream:
         self._handed = 0
         self._failure: ApiError | None = None
         self._listed = False
-        self._bridge = bridge
+        self._engine_client = engine_client
         self._pending: list[Output] = []
         self._open: dict[str, _Tracked] = {}
         self._waiter: asyncio.Future[None] | None = None
@@ -68,21 +68,21 @@ class Stream:
         if not self._listed:
             self._listed = True
             size += params.nbytes
-        self._bridge.check_memory(size)
-        self._bridge.admit(params.n)
-        self._bridge.holders.add(self)
+        self._engine_client.check_memory(size)
+        self._engine_client.admit(params.n)
+        self._engine_client.holders.add(self)
         self._hold(size)
         self._open[request_id] = _Tracked(len(prompt_token_ids), params, self.arrival)
         try:
-            self._bridge.start(request_id, prompt_token_ids, params, self)
+            self._engine_client.start(request_id, prompt_token_ids, params, self)
         except BaseException:
             del self._open[request_id]
-            self._bridge.release(params.n)
+            self._engine_client.release(params.n)
             raise
 
     def hold(self, size: int) -> None:
         """Count bytes that the answer will take beside what is counted by itself. Raises ApiError as `add` does."""
-        self._bridge.check_memory(size)
+        self._engine_client.check_memory(size)
         self._hold(size)
 
     async def next_batch(self) -> list[Output]:
@@ -111,17 +111,17 @@ class Stream:
 
     def _hold(self, size: int) -> None:
         self.held += size
-        self._bridge.held.used += size
+        self._engine_client.held.used += size
 
     def push(self, output: Output) -> None:
         """One output from the engine, on the loop's thread."""
         tracked = self._open.get(output.request_id)
         if tracked is None:  # closed while the output was on its way
             return
-        tracked.observe(output, self._bridge.metrics)
+        tracked.observe(output, self._engine_client.metrics)
         if output.finished:
             del self._open[output.request_id]
-            self._bridge.release(tracked.params.n)
+            self._engine_client.release(tracked.params.n)
         self._pending.append(output)
         size = of_output(output)
         self._fresh += size
@@ -148,11 +148,11 @@ class Stream:
     def close(self) -> None:
         """Abort what is unfinished. Safe to call twice."""
         for request_id, tracked in self._open.items():
-            self._bridge.stop(request_id)
-            self._bridge.release(tracked.params.n)
-            self._bridge.metrics.finished["abort"] += 1
+            self._engine_client.stop(request_id)
+            self._engine_client.release(tracked.params.n)
+            self._engine_client.metrics.finished["abort"] += 1
         self._open.clear()
-        self._bridge.holders.discard(self)
+        self._engine_client.holders.discard(self)
         self._hold(-self.held)
         self._fresh = self._handed = 0
 
@@ -208,7 +208,7 @@ class _Tracked:
                 metrics.observe("request_inference_time_seconds", times.last_token - times.first_scheduled)
 
 
-class Bridge:
+class EngineClient:
     """One per server. `max_open` bounds the choices in flight: those that run plus those that may wait. `max_held`
     bounds what they hold, in bytes."""
 
@@ -216,12 +216,12 @@ class Bridge:
         self.metrics = metrics
         self.max_open = max_open
         self.held = Held(max_held)
-        self.holders: set[Stream] = set()
+        self.holders: set[RequestStream] = set()
         self.open = 0
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: deque[tuple[Stream, Output]] = deque()
-        self._streams: dict[str, Stream] = {}
+        self._inbox: deque[tuple[RequestStream, Output]] = deque()
+        self._streams: dict[str, RequestStream] = {}
         self._scheduled = False
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -229,11 +229,11 @@ class Bridge:
         self._loop = loop
         self._scheduled = False  # what a loop that has ended was to call is never called
 
-    def stream(self, arrival: float | None = None, *, keeps: bool = False) -> Stream:
+    def stream(self, arrival: float | None = None, *, keeps: bool = False) -> RequestStream:
         """`keeps`: its outputs are gathered until the answer is whole."""
         if self._loop is None:
             self.attach(asyncio.get_running_loop())
-        return Stream(self, time.monotonic() if arrival is None else arrival, keeps=keeps)
+        return RequestStream(self, time.monotonic() if arrival is None else arrival, keeps=keeps)
 
     def check_memory(self, size: int) -> None:
         """Raises ApiError: 429 when so many bytes more do not fit now, 400 when they never will."""
@@ -284,7 +284,9 @@ class Bridge:
     def release(self, choices: int) -> None:
         self.open -= choices
 
-    def start(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, stream: Stream) -> None:
+    def start(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, stream: RequestStream
+    ) -> None:
         def sink(output: Output) -> None:
             self._deliver(stream, output)
 
@@ -302,8 +304,8 @@ class Bridge:
             stream.push(Output(request_id, 0, finish_reason="abort", finished=True))
         self._streams.clear()
 
-    def _deliver(self, stream: Stream, output: Output) -> None:
-        """On the teller's thread. A deque's append and popleft are atomic, so no lock is needed.
+    def _deliver(self, stream: RequestStream, output: Output) -> None:
+        """On the dispatcher's thread. A deque's append and popleft are atomic, so no lock is needed.
 
         The flag is cleared before the inbox is emptied: an event that arrives in between costs a spare wake-up, whereas
         the other order would lose one.

@@ -1,57 +1,26 @@
-"""One choice of one request while the engine works on it. Owns its tokens, pages, sampler and text; must not know other
-requests, or when it runs."""
+"""One sequence of a request while the engine works on it: its tokens, KV pages, sampler and text. A request has `n`."""
 
 from __future__ import annotations
 
-import time
 from array import array
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.executor import F32
-from xllm_compiler.runtime.facts import ModelFacts
 from xllm_compiler.runtime.kv import BlockTable
-from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output, RequestMetrics
-from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, prompt_ids, raw_logprobs
-from xllm_compiler.runtime.sampling_params import SamplingParams
+from xllm_compiler.runtime.model_info import ModelInfo
+from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output
+from xllm_compiler.runtime.request import SequenceGroup
+from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, raw_logprobs
 from xllm_compiler.runtime.text import CONTEXT, TextStream
 from xllm_compiler.runtime.token_text import TokenNames, append_rest, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
-OnOutput = Callable[[Output], None]
 
-
-@dataclass(slots=True)
-class Request:
-    """What a client asks for. `prompt` is only carried along, for whoever wants to show it."""
-
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams = field(default_factory=SamplingParams)
-    prompt: str | None = None
-    arrival: float = field(default_factory=time.monotonic)
-
-
-class RequestGroup:
-    """What the `n` choices of a request share: everything whose size a client chooses. `open`: choices that are not
-    finished."""
-
-    __slots__ = ("metrics", "on_output", "open", "prompt", "request", "seen")
-
-    def __init__(self, request: Request, on_output: OnOutput) -> None:
-        self.request = request
-        self.on_output = on_output
-        self.open = request.params.n
-        self.metrics = RequestMetrics(arrival=request.arrival)
-        self.prompt = np.array(request.prompt_token_ids, np.int32)
-        self.seen = prompt_ids(request.params, self.prompt)
-
-
-class Choice:
+class Sequence:
     """A token list that grows. `known`, `computed`, `first_row` and `pages` are what the scheduler sees."""
 
     __slots__ = (
@@ -78,13 +47,13 @@ class Choice:
 
     def __init__(
         self,
-        group: RequestGroup,
+        group: SequenceGroup,
         index: int,
         serial: int,
         *,
         seed: int,
         table: BlockTable,
-        facts: ModelFacts,
+        model_info: ModelInfo,
         tokenizer: Tokenizer | None,
         limit: int,
         scratch: Scratch,
@@ -99,7 +68,7 @@ class Choice:
         self.prompt_len = len(group.prompt)
         self.computed = 0
         self.limit = limit if params.max_tokens is None else min(limit, self.prompt_len + params.max_tokens)
-        self._eos = () if params.ignore_eos else facts.eos_token_ids
+        self._eos = () if params.ignore_eos else model_info.eos_token_ids
         self._stop_ids: Collection[int] = params.stop_token_ids or ()
         self._sampler = RowSampler(
             params,
@@ -107,7 +76,7 @@ class Choice:
             index=index,
             prompt=group.seen,
             eos_ids=self._eos,
-            vocab=facts.vocab_size,
+            vocab=model_info.vocab_size,
             scratch=scratch,
         )
         self._scratch = scratch
@@ -124,7 +93,7 @@ class Choice:
         self._names: TokenNames | None = None
         if tokenizer is not None and self._text is not None and params.logprobs is not None:
             self._names = TokenNames(tokenizer)
-        # Only choice 0 reports the prompt's logprobs, so only it pays for the rows.
+        # Only sequence 0 reports the prompt's logprobs, so only it pays for the rows.
         self._prompt_logprobs: list[LogprobDict | None] | None = None
         if params.prompt_logprobs is not None and index == 0:
             self._prompt_logprobs = [None]

@@ -1,6 +1,6 @@
 """The state of kernel selection for the CPU: calls made so far, weights asked for. Owns how a value becomes a place.
 
-Must not know any op: choosers (choose.py, tensor_ops.py) do.
+Must not know any op: select_kernels.py and tensor_ops.py do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.linear.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.lowering.fuse import Fusion
-from xllm_compiler.lowering.select import Call, Registry
+from xllm_compiler.lowering.kernel_registry import Call, Registry
 from xllm_compiler.lowering.storage import Ref, Storage, where
 from xllm_compiler.lowering.weights import WeightTable
 

@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.server.access import Cors, Hosts, host_name, is_same_origin
-from xllm_compiler.runtime.server.bridge import ClientGone
 from xllm_compiler.runtime.server.budget import Hold
 from xllm_compiler.runtime.server.context import Context
+from xllm_compiler.runtime.server.engine_client import ClientGone
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, from_xllm, unavailable
 from xllm_compiler.runtime.server.streaming import error_response
 
@@ -38,7 +38,7 @@ _SWALLOW_SECONDS = 5.0
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-class Gate:
+class Middleware:
     """The outermost ASGI application."""
 
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xllm_compiler.lowering.select import Call
+from xllm_compiler.lowering.kernel_registry import Call
 from xllm_compiler.lowering.storage import Ref, Storage
 
 

@@ -23,10 +23,10 @@ from xllm_compiler.kernels.tir.rows.embedding import Embedding
 from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
 from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm, LayerNorm, RmsNorm
 from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
-from xllm_compiler.lowering.cpu.selection import CPU, Selection, const_dim, rows
+from xllm_compiler.lowering.cpu.lowering_context import CPU, Selection, const_dim, rows
 from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
 from xllm_compiler.lowering.fuse import Fusion
-from xllm_compiler.lowering.select import Key
+from xllm_compiler.lowering.kernel_registry import Key
 from xllm_compiler.lowering.storage import Ref, Storage, where
 from xllm_compiler.lowering.weights import WeightTable
 

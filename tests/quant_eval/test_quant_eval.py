@@ -14,17 +14,17 @@ from xllm_compiler.interp import run
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.semantics import kv_zeros
 from xllm_compiler.ir.types import Kv
-from xllm_compiler.loss import mixed
-from xllm_compiler.loss.compare import compare
-from xllm_compiler.loss.measure import Bench
-from xllm_compiler.loss.replay import replay
-from xllm_compiler.loss.text import pieces, take, windows
 from xllm_compiler.models.corpus import python_version, source_files
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.passes.pipelines import UNQUANTIZED
 from xllm_compiler.passes.quantize.forms import NARROW, WIDE, parse_form
+from xllm_compiler.quant_eval import mixed_precision
+from xllm_compiler.quant_eval.compare import compare
+from xllm_compiler.quant_eval.measure import Reference
+from xllm_compiler.quant_eval.replay import replay
+from xllm_compiler.quant_eval.text import pieces, take, windows
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
 
@@ -61,7 +61,7 @@ def test_figures_against_torch() -> None:
 @pytest.mark.parametrize("form", ["w8a8", "w8a16", "w4a16-g64-asym", "int4"])
 def test_a_variant_is_what_the_passes_make(model: Traced, form: str) -> None:
     """All requests in one step of the interpreter, over the module that quantize-weights and quantize-rows changed."""
-    bench = Bench(model.module, model.weights, IDS, "")
+    bench = Reference(model.module, model.weights, IDS, "")
     kind = parse_form(form)
     for chosen in (bench.weights, bench.weights[3:4], bench.weights[-1:]):
         plain, got = replay(model.module, model.weights, IDS, [dict.fromkeys(chosen, kind)])
@@ -94,13 +94,13 @@ def whole(module: object, model: Traced) -> np.ndarray:
 
 
 def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
-    bench = Bench(model.module, model.weights, IDS, "")
+    bench = Reference(model.module, model.weights, IDS, "")
     narrow = bench.losses(IDS, [dict.fromkeys(bench.weights, NARROW)])[0].kl
     wide = bench.losses(IDS, [dict.fromkeys(bench.weights, WIDE)])[0].kl
     assert wide < narrow / 10
-    assert set(mixed.choose(bench, narrow * 2)[0].values()) == {NARROW}
-    assert set(mixed.choose(bench, wide / 2)[0].values()) == {WIDE}
-    forms, layers = mixed.choose(bench, narrow / 2)
+    assert set(mixed_precision.choose(bench, narrow * 2)[0].values()) == {NARROW}
+    assert set(mixed_precision.choose(bench, wide / 2)[0].values()) == {WIDE}
+    forms, layers = mixed_precision.choose(bench, narrow / 2)
     assert set(forms.values()) == {WIDE, NARROW}
     assert bench.losses(IDS, [forms])[0].kl < narrow / 2
     gains = {
@@ -112,7 +112,7 @@ def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
         for form in (WIDE, NARROW)
     }
     assert min(gains[WIDE]) >= max(gains[NARROW])
-    assert mixed.choose(bench, narrow / 2)[0] == forms
+    assert mixed_precision.choose(bench, narrow / 2)[0] == forms
 
 
 def test_windows() -> None:

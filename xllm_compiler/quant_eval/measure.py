@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from xllm_compiler.analysis.weights import param_names
 from xllm_compiler.artifact import WEIGHTS, Manifest, choose_isa
 from xllm_compiler.ir.core import Module, Value
-from xllm_compiler.loss.compare import Loss, compare
-from xllm_compiler.loss.replay import Variant, replay
-from xllm_compiler.loss.report import LayerLoss
-from xllm_compiler.loss.text import take, windows
 from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import layer_weights
+from xllm_compiler.quant_eval.compare import Loss, compare
+from xllm_compiler.quant_eval.replay import Variant, replay
+from xllm_compiler.quant_eval.report import LayerLoss
+from xllm_compiler.quant_eval.text import take, windows
 
 _WHOLE: Final = 1 << 38  # multiplications that the reference may cost: seconds on two cores
 _ALONE: Final = 1 << 39  # and all layers' turns together
@@ -33,7 +33,7 @@ Params = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Bench:
+class Reference:
     """A module without quantization and the text for it: `text` says what that is."""
 
     module: Module
@@ -42,7 +42,7 @@ class Bench:
     text: str
 
     @classmethod
-    def of(cls, module: Module, params: Params, tokenizer: Path | None, vocab: int, longest: int) -> Bench:
+    def of(cls, module: Module, params: Params, tokenizer: Path | None, vocab: int, longest: int) -> Reference:
         """With as many positions as the model affords. `tokenizer`: a tokenizer.json, None where there is none."""
         ids, text = windows(tokenizer, vocab, longest)
         return cls(module, params, take(ids, max(128, _WHOLE // _size(module))), text)
@@ -69,7 +69,7 @@ class Bench:
         return [compare(reference, logits) for logits in found]
 
 
-def layer_losses(bench: Bench, forms: Mapping[Value, QuantForm], alone: QuantForm) -> tuple[LayerLoss, ...]:
+def layer_losses(bench: Reference, forms: Mapping[Value, QuantForm], alone: QuantForm) -> tuple[LayerLoss, ...]:
     """Each weight alone in the form `alone`; `forms` is what each got."""
     weights = bench.weights
     losses = bench.losses(bench.few, [{w: alone} for w in weights])
@@ -79,7 +79,7 @@ def layer_losses(bench: Bench, forms: Mapping[Value, QuantForm], alone: QuantFor
     )
 
 
-def total_loss(bench: Bench, folder: Path, manifest: Manifest) -> tuple[Loss, str]:
+def total_loss(bench: Reference, folder: Path, manifest: Manifest) -> tuple[Loss, str]:
     """The loss of the programs and weights that lie in `folder`, and the instruction set they were run with."""
     isa = choose_isa(manifest.target.isas)
     return compare(bench.reference(), served_logits(folder, manifest, isa, bench.ids)), isa

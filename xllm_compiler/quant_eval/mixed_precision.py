@@ -10,16 +10,16 @@ from typing import Final
 
 from xllm_compiler.analysis.weights import param_names
 from xllm_compiler.ir.core import Value
-from xllm_compiler.loss.compare import Loss
-from xllm_compiler.loss.measure import Bench
-from xllm_compiler.loss.report import LayerLoss
 from xllm_compiler.passes.quantize.forms import NARROW, WIDE, QuantForm
+from xllm_compiler.quant_eval.compare import Loss
+from xllm_compiler.quant_eval.measure import Reference
+from xllm_compiler.quant_eval.report import LayerLoss
 
 _SHARE: Final = 0.9  # of the limit: the compiled programs round in other places than the interpreter
 _TRIES: Final = 4
 
 
-def choose(bench: Bench, limit: float) -> tuple[dict[Value, QuantForm], tuple[LayerLoss, ...]]:
+def choose(bench: Reference, limit: float) -> tuple[dict[Value, QuantForm], tuple[LayerLoss, ...]]:
     """The form of each weight so that the loss of all together is below `limit`, where 8 bits can do that, and the
     losses it was decided by."""
     weights = bench.weights
@@ -53,7 +53,7 @@ def names_of(forms: dict[Value, QuantForm]) -> list[str]:
     return [param_names(w)[0] for w, form in forms.items() if form == WIDE]
 
 
-def _measure(bench: Bench, weights: list[Value], wide: list[int]) -> Loss:
+def _measure(bench: Reference, weights: list[Value], wide: list[int]) -> Loss:
     return bench.losses(bench.ids, [{w: WIDE if i in wide else NARROW for i, w in enumerate(weights)}])[0]
 
 

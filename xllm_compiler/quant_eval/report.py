@@ -10,7 +10,7 @@ from typing import Final
 from xllm_compiler.artifact import Contents, Manifest
 from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.errors import XllmError
-from xllm_compiler.loss.compare import Loss
+from xllm_compiler.quant_eval.compare import Loss
 
 FILE: Final = "quantization.json"
 _SHOWN: Final = 12

@@ -11,17 +11,17 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.trace import Traced
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.core import Value
-from xllm_compiler.loss import mixed
-from xllm_compiler.loss.compare import Loss
-from xllm_compiler.loss.measure import Bench, layer_losses, total_loss
-from xllm_compiler.loss.report import LayerLoss, LossReport
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
 from xllm_compiler.passes.pipelines import UNQUANTIZED, quantized
 from xllm_compiler.passes.quantize.forms import MIXED, NARROW, QuantForm, parse_form
+from xllm_compiler.quant_eval import mixed_precision
+from xllm_compiler.quant_eval.compare import Loss
+from xllm_compiler.quant_eval.measure import Reference, layer_losses, total_loss
+from xllm_compiler.quant_eval.report import LayerLoss, LossReport
 
 
-class Judge:
+class QuantizationEvaluator:
     """Keeps a copy of the traced module in its unquantized form for as long as the compile takes."""
 
     def __init__(self, form: str, limit: float | None, pipeline: str, traced: Traced, tokenizer: Path) -> None:
@@ -31,12 +31,12 @@ class Judge:
         run_pipeline(",".join(UNQUANTIZED), module, PassContext())
         self._form, self._limit, self._pipeline = form, limit, pipeline
         longest = module.func("step").arg("table").shape[1].value * 16
-        self._bench = Bench.of(
+        self._bench = Reference.of(
             module,
             traced.weights,
             tokenizer if tokenizer.is_file() else None,
-            traced.facts.vocab_size,
-            min(longest, traced.facts.max_model_len),
+            traced.info.vocab_size,
+            min(longest, traced.info.max_model_len),
         )
         self._layers: tuple[LayerLoss, ...] | None = None
 
@@ -44,8 +44,8 @@ class Judge:
         """The passes to run: those that were asked for, or what mixed makes of them."""
         if self._form == MIXED:
             assert self._limit is not None
-            forms, self._layers = mixed.choose(self._bench, self._limit)
-            self._pipeline = str(parse_pipeline(",".join(quantized(NARROW, mixed.names_of(forms)))))
+            forms, self._layers = mixed_precision.choose(self._bench, self._limit)
+            self._pipeline = str(parse_pipeline(",".join(quantized(NARROW, mixed_precision.names_of(forms)))))
         return self._pipeline
 
     def report(self, folder: Path, manifest: Manifest) -> LossReport:
