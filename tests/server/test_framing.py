@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import resource
 import socket
 import threading
@@ -37,6 +38,23 @@ def everything(sock: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return b"".join(parts)
+
+
+def read_answer(sock: socket.socket) -> bytes:
+    """One whole answer with a content-length: head and body may arrive apart."""
+    data = b""
+    while (end := data.find(b"\r\n\r\n")) < 0 or len(data) < end + 4 + length(data[:end]):
+        part = sock.recv(65536)
+        if not part:
+            break
+        data += part
+    return data
+
+
+def length(head: bytes) -> int:
+    """What the head of an answer says about its body."""
+    found = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+    return int(found[1]) if found else 0
 
 
 def exchange(served: Any, data: bytes, cut: int = 1 << 30, pause: float = 0.0) -> bytes:
@@ -96,7 +114,7 @@ def test_one_byte_at_a_time(live: Any) -> None:
     with connect(live) as sock:
         for byte in request:
             sock.sendall(bytes((byte,)))
-        assert b'"tokens":[97,98,99]' in sock.recv(65536)
+        assert b'"tokens":[97,98,99]' in read_answer(sock)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +205,7 @@ def test_trailers_are_not_kept(live: Any) -> None:
     with connect(live) as sock:
         for _ in range(3):
             sock.sendall(CHUNKED % b"/tokenize" + chunk(BODY) + b"0\r\n" + few + b"\r\n")
-            assert b'"tokens":[97,98,99]' in sock.recv(65536)
+            assert b'"tokens":[97,98,99]' in read_answer(sock)
 
 
 def test_memory_under_endless_trailers(live: Any) -> None:
@@ -217,7 +235,7 @@ def test_chunks_of_any_size_are_taken(live: Any, size: int) -> None:
     request = CHUNKED % b"/v1/completions" + b"".join(chunk(body[at : at + size]) for at in range(0, len(body), size))
     with connect(live) as sock:
         sock.sendall(request + b"0\r\n\r\n")
-        assert b" 200 OK" in sock.recv(65536)
+        assert b" 200 OK" in read_answer(sock)
 
 
 def test_a_large_body_in_small_chunks_is_taken(make: Any, listen: Any) -> None:
@@ -226,7 +244,7 @@ def test_a_large_body_in_small_chunks_is_taken(make: Any, listen: Any) -> None:
         for at in range(0, len(body), 64):
             sock.sendall(chunk(body[at : at + 64]) if at else CHUNKED % b"/tokenize" + chunk(body[:64]))
         sock.sendall(b"0\r\n\r\n")
-        assert b'"tokens":[97,98,99]' in sock.recv(65536)
+        assert b'"tokens":[97,98,99]' in read_answer(sock)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +283,7 @@ def test_a_body_that_nobody_wants_ends(make: Any, listen: Any, monkeypatch: pyte
     monkeypatch.setattr("xllm_compiler.runtime.server.connection_guard._MOST_DISCARDED", 2**20)
     with listen(make(keys=("k",))) as served, connect(served) as sock:
         sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000000\r\n\r\n")
-        assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
+        assert read_answer(sock).startswith(b"HTTP/1.1 401 ")
         sent = 0
         with pytest.raises(OSError):
             while sent < 64 * 2**20:
@@ -277,7 +295,7 @@ def test_a_refused_body_leaves_the_connection_usable(make: Any, listen: Any) -> 
     with listen(make(keys=("k",))) as served, connect(served) as sock:
         for _ in range(3):
             sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n" + b"x" * 200_000)
-            assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
+            assert read_answer(sock).startswith(b"HTTP/1.1 401 ")
 
 
 @pytest.mark.parametrize("many", [2, 30, 5000])
@@ -317,7 +335,7 @@ def test_what_waits_behind_a_request_is_bounded(make: Any, listen: Any, until: A
         assert served.ctx.budget.peak < 2**20
         served.executor.open.set()
         sock.settimeout(5)
-        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert read_answer(sock).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_bad_request_behind_a_good_one_waits_for_its_answer(live: Any, until: Any) -> None:
@@ -346,7 +364,7 @@ def test_a_client_that_asks_to_upgrade_is_served_without(live: Any) -> None:
                 for at in range(0, len(data), cut):
                     sock.sendall(data[at : at + cut])
                     time.sleep(0.001)
-                assert b'"tokens":[97,98,99]' in sock.recv(65536)
+                assert b'"tokens":[97,98,99]' in read_answer(sock)
     assert exchange(live, head + b"transfer-encoding: chunked\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
@@ -407,7 +425,7 @@ def test_the_budget_is_free_again_after_every_kind_of_end(make: Any, listen: Any
 def test_nothing_of_a_body_is_read_before_the_key(make: Any, listen: Any) -> None:
     with listen(make(keys=("k",))) as served, connect(served) as sock:
         sock.sendall(CHUNKED % b"/tokenize" + chunk(b" " * 50_000))
-        assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
+        assert read_answer(sock).startswith(b"HTTP/1.1 401 ")
         assert served.ctx.budget.peak == 0
 
 
@@ -427,6 +445,6 @@ def test_connections_beyond_the_limit_are_told(make: Any, listen: Any, until: An
         assert all(b" 503 " in answer and b"retry-after" in answer for answer in answers)
         assert served.guard.refused["too_many_connections"] == 12
         served.executor.open.set()
-        assert all(sock.recv(65536).startswith(b"HTTP/1.1 200 ") for sock in busy)
+        assert all(read_answer(sock).startswith(b"HTTP/1.1 200 ") for sock in busy)
         for sock in [*busy, *more]:
             sock.close()
