@@ -29,6 +29,7 @@ import numpy as np
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import scheduler
+from xllm_compiler.runtime.drafts import Drafter
 from xllm_compiler.runtime.executor import F32, Executor, Logits
 from xllm_compiler.runtime.kv import BlockTable, PagePool
 from xllm_compiler.runtime.model_info import ModelInfo
@@ -54,6 +55,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         max_queued: int = MAX_QUEUED,
         before_first_output: Callable[[], None] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """`before_first_output` is called once, before the first output is delivered (the loader's digest check of the
         weights); it raises XllmError when nothing may be delivered."""
@@ -73,6 +75,7 @@ class Engine:
         self.max_tokens = min(model_info.max_model_len, pool_tokens)  # longest request, prompt and answer
         self._max_queued = max_queued
         self._before_first_output = before_first_output
+        self._drafter = drafter
         self._running: list[Sequence] = []  # both in the order of arrival, and all running arrived before all waiting
         self._waiting: deque[Sequence] = deque()
         self._groups: dict[str, list[Sequence]] = {}
@@ -309,6 +312,7 @@ class Engine:
     def _run_step(self) -> None:
         seconds = self._stats.step_seconds
         began = time.perf_counter()
+        self._propose()
         plan = scheduler.plan(self._running, self._waiting, self._pool.free, self._limits)
         self._apply(plan)
         self._flush_outputs()
@@ -338,6 +342,17 @@ class Engine:
         self._stats.steps += 1
         self._stats.step_tokens += self._batch.n
 
+    def _propose(self) -> None:
+        """Ask for a draft of every sequence that decodes next."""
+        if self._drafter is None:
+            return
+        vocab = range(self.model_info.vocab_size)
+        for sequence in self._running:
+            most = sequence.limit - sequence.known - 1
+            if sequence.known - sequence.computed == 1 and most > 0:
+                draft = list(self._drafter.propose(sequence, most))[:most]
+                sequence.draft = list(itertools.takewhile(vocab.__contains__, draft))
+
     def _check_alive(self) -> None:
         if self._fatal is not None:
             raise self._fatal
@@ -364,6 +379,7 @@ class Engine:
             sequence.group.metrics.preemptions += 1
             sequence.table.clear()
             sequence.computed = 0
+            sequence.draft = []
         for sequence, why in plan.fail:
             error = XllmError("capacity", why, help="shorten the request, or give the server more KV cache memory")
             self._finish(sequence, sequence.end("error", error))
@@ -408,29 +424,37 @@ class Engine:
             first = max(low, sequence.first_row)
             wanted = slice(s, s + max(0, high - first))
             s = wanted.stop
+            draft, sequence.draft = sequence.draft[: high - sequence.known], []
+            events: list[Output] = []
             try:
-                event = self._advance(sequence, first, logits.rows[wanted], logits.maxima[wanted])
+                self._advance(sequence, first, logits.rows[wanted], logits.maxima[wanted], draft, events)
             except XllmError as error:
-                event = sequence.end("error", error)
+                events.append(sequence.end("error", error))
             except Exception as error:
-                event = sequence.end("error", _internal(error))
-            if event is None:
-                continue
-            if event.token_ids:
-                metrics = sequence.group.metrics
-                metrics.first_token = metrics.first_token or now
-                metrics.last_token = now
-                self._stats.generation_tokens += len(event.token_ids)
-            if event.finish_reason is None:
-                group = sequence.group
-                self._undelivered.append(
-                    partial(self._deliver, sequence, group.request.request_id, group.on_output, event)
-                )
-            else:
-                self._finish(sequence, event)
+                events.append(sequence.end("error", _internal(error)))
+            for event in events:
+                self._emit(sequence, event, now)
 
-    def _advance(self, sequence: Sequence, first: int, rows: F32, maxima: F32) -> Output | None:
-        """Use the logits of positions `first`, `first` + 1, ...; None when they only judged the prompt."""
+    def _emit(self, sequence: Sequence, event: Output, now: float) -> None:
+        """Count what an event tells, and have it delivered."""
+        if event.token_ids:
+            metrics = sequence.group.metrics
+            metrics.first_token = metrics.first_token or now
+            metrics.last_token = now
+            self._stats.generation_tokens += len(event.token_ids)
+        if event.finish_reason is None:
+            group = sequence.group
+            self._undelivered.append(partial(self._deliver, sequence, group.request.request_id, group.on_output, event))
+        else:
+            self._finish(sequence, event)
+
+    def _advance(
+        self, sequence: Sequence, first: int, rows: F32, maxima: F32, draft: list[int], events: list[Output]
+    ) -> None:
+        """Use the logits of positions `first`, `first` + 1, ...; `events` gets what there is to tell.
+
+        The rows from the last known position on each give a token, as long as the tokens before were those of `draft`,
+        which the step was run with."""
         last = sequence.known - 1
         for offset in range(len(rows)):
             position = first + offset
@@ -438,10 +462,18 @@ class Engine:
                 sequence.score_prompt(rows[offset], position)
                 sequence.first_row = position + 1
         if first + len(rows) <= last or not len(rows):
-            return None
+            return
         if sequence.known >= sequence.limit:
-            return sequence.end("length")  # max_tokens is 0: only the prompt's logprobs were wanted
-        return sequence.sample(rows[-1], maxima[-1])
+            events.append(sequence.end("length"))  # max_tokens is 0: only the prompt's logprobs were wanted
+            return
+        self._stats.draft_tokens += len(draft)
+        for row, expected in zip(range(last - first, len(rows)), [*draft, None], strict=True):
+            event = sequence.sample(rows[row], maxima[row])
+            events.append(event)
+            sequence.computed = sequence.known - 1  # what was computed behind it is not part of the text
+            if event.finish_reason is not None or event.token_ids[0] != expected:
+                break
+            self._stats.accepted_draft_tokens += 1
 
     def _finish(self, sequence: Sequence, event: Output) -> None:
         """Free what the sequence holds; its last event is to be told."""

@@ -7,12 +7,13 @@ forward or fails one with a reason*. The oldest running request may take the pag
 alone needs more than the whole pool, which is a reason to fail it; with nothing running all pages are free, and the
 same choice stands for the oldest waiting one.
 
-The policy. Every running request that needs one token (a decode) has a token and a row reserved first; what is left of
-the step's tokens goes to unfinished prompts, oldest first, in chunks. A running request that finds no page takes those
-of the youngest running request, which goes back to the head of the queue and will be computed again; the youngest
-itself just skips the step, since keeping its pages costs nothing until an older one asks. A new request is admitted
-only when pages for its whole prompt are free beyond what running prompts still need, plus one for each running request:
-admitting on the first chunk alone is what makes preemption storms.
+The policy. Every running request that needs one token (a decode) has a token and a row reserved first. What is left of
+the step's tokens and rows goes, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A draft
+fills only the page of its decode, so no page is taken for it and a rejected one leaves nothing behind. A running
+request that finds no page takes those of the youngest running request, which goes back to the head of the queue and
+will be computed again; the youngest itself just skips the step, since keeping its pages costs nothing until an older
+one asks. A new request is admitted only when pages for its whole prompt are free beyond what running prompts still
+need, plus one for each running request: admitting on the first chunk alone is what makes preemption storms.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Job(Protocol):
         ...
 
     @property
+    def drafted(self) -> int:
+        """Tokens proposed to follow the known ones. A decode may run some of them in the same step, a row each."""
+        ...
+
+    @property
     def pages(self) -> int:
         """Pages held."""
         ...
@@ -66,7 +72,8 @@ J = TypeVar("J", bound=Job)
 @dataclass(slots=True)
 class Plan(Generic[J]):
     """`preempt` (youngest first) loses its pages before `work` takes any; `work` is (request, tokens to run), oldest
-    first, and ends with the newly admitted, which `admit` lists; `fail` can never run: (request, why)."""
+    first, and ends with the newly admitted, which `admit` lists; `fail` can never run: (request, why). The tokens of a
+    decode beyond the first are its draft's."""
 
     work: list[tuple[J, int]] = field(default_factory=list)
     preempt: list[J] = field(default_factory=list)
@@ -110,13 +117,15 @@ class _Planner(Generic[J]):
     def _advance(self, index: int) -> None:
         job = self.running[index]
         need = job.known - job.computed
-        count = 1 if need == 1 else self._prompt_chunk(job)
         page = self.limits.page_tokens
         held = job.pages * page - job.computed
+        count = 1 if need == 1 else self._prompt_chunk(job)
         while count and held + self.free * page <= 0 and self.end - 1 > index:
             self._preempt_youngest()
         fits = min(count, held + self.free * page)
         if fits:
+            if need == 1 and job.drafted:
+                fits += self._draft(job, held)
             self._take(job, fits)
             if need > 1:
                 self._spend(job, fits)
@@ -135,6 +144,14 @@ class _Planner(Generic[J]):
         if victim.known - victim.computed == 1:
             self.tokens += 1
             self.rows += 1
+
+    def _draft(self, job: J, held: int) -> int:
+        """How many drafted tokens run behind a decode; they are spent."""
+        room = held or self.limits.page_tokens
+        count = max(0, min(job.drafted, self.tokens, self.rows, room - 1))
+        self.tokens -= count
+        self.rows -= count
+        return count
 
     def _prompt_chunk(self, job: J) -> int:
         """How many of the prompt's tokens the step's tokens and rows allow."""

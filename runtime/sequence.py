@@ -36,6 +36,7 @@ class Sequence:
         "_tokenizer",
         "broken",
         "computed",
+        "draft",
         "first_row",
         "group",
         "index",
@@ -67,6 +68,7 @@ class Sequence:
         self._generated = array("i")
         self.prompt_len = len(group.prompt)
         self.computed = 0
+        self.draft: list[int] = []  # tokens that somebody expects behind the known ones
         self.limit = limit if params.max_tokens is None else min(limit, self.prompt_len + params.max_tokens)
         self._eos = () if params.ignore_eos else model_info.eos_token_ids
         self._stop_ids: Collection[int] = params.stop_token_ids or ()
@@ -106,6 +108,10 @@ class Sequence:
         return self.prompt_len + len(self._generated)
 
     @property
+    def drafted(self) -> int:
+        return len(self.draft)
+
+    @property
     def pages(self) -> int:
         return self.table.count
 
@@ -119,12 +125,13 @@ class Sequence:
         return int(self._generated[at] if at >= 0 else self.group.prompt[position])
 
     def span(self, low: int, high: int) -> NDArray[np.int32]:
-        """The tokens at positions low .. high - 1."""
+        """The tokens at positions low .. high - 1: known ones, and behind them those of the draft."""
         if high <= self.prompt_len:
             return self.group.prompt[low:high]
         end = self.prompt_len
         rest = np.array(self._generated[max(0, low - end) : high - end], np.int32)
-        return np.concatenate([self.group.prompt[low:end], rest])
+        expected = np.array(self.draft[: max(0, high - self.known)], np.int32)
+        return np.concatenate([self.group.prompt[low:end], rest, expected])
 
     def score_prompt(self, row: F32, position: int) -> None:
         """Take the logits at `position`, which judge the prompt token after it."""

@@ -19,6 +19,8 @@ class EngineStats:
     step_tokens: int = 0  # tokens of all steps, recomputed ones included
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    draft_tokens: int = 0  # run behind decodes; `accepted_draft_tokens` of them were drawn
+    accepted_draft_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
     callback_errors: int = 0

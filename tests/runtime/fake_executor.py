@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime import sequence
+from xllm_compiler.runtime.drafts import Drafter
 from xllm_compiler.runtime.engine import Engine
 from xllm_compiler.runtime.executor import Logits, StepBatch
 from xllm_compiler.runtime.model_info import ModelInfo
@@ -65,6 +67,19 @@ def make_facts(
         max_num_logits=max_num_logits,
         page_tokens=page_tokens,
     )
+
+
+class ToyDrafter:
+    """Knows what the toy says, and is right about each token with probability `right`."""
+
+    def __init__(self, right: float, length: int = 4) -> None:
+        self.right, self.length = right, length
+        self.random = np.random.default_rng(0)
+
+    def propose(self, of: sequence.Sequence, most: int) -> list[int]:
+        known = of.span(0, of.known).tolist()
+        draft = toy_greedy(known, min(most, self.length))
+        return [token if self.random.random() < self.right else (token + 1) % VOCAB for token in draft]
 
 
 class FakeExecutor:
@@ -145,6 +160,7 @@ class Run:
         start: bool = True,
         before_first_output: Callable[[], None] | None = None,
         max_queued: int = 1000,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model_info = model_info or make_facts()
         self.executor = FakeExecutor(self.model_info, pages)
@@ -154,6 +170,7 @@ class Run:
             tokenizer=tokenizer,
             before_first_output=before_first_output,
             max_queued=max_queued,
+            drafter=drafter,
         )
         self.events: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._ids = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from fake_executor import VOCAB, Run, make_facts, toy_greedy
+from fake_executor import VOCAB, Run, ToyDrafter, make_facts, toy_greedy
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -29,8 +29,9 @@ class EngineMachine(RuleBasedStateMachine):
         extra=st.integers(0, 10),
         rows=st.integers(1, 6),
         page_tokens=st.integers(1, 5),
+        right=st.sampled_from([None, 0.0, 0.6, 1.0]),
     )
-    def begin(self, pages: int, seqs: int, extra: int, rows: int, page_tokens: int) -> None:
+    def begin(self, pages: int, seqs: int, extra: int, rows: int, page_tokens: int, right: float | None) -> None:
         model_info = make_facts(
             max_model_len=40,
             max_num_seqs=seqs,
@@ -38,7 +39,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_logits=rows,
             page_tokens=page_tokens,
         )
-        self.run = Run(model_info, pages=pages, start=False)
+        drafter = None if right is None else ToyDrafter(right)
+        self.run = Run(model_info, pages=pages, start=False, drafter=drafter)
         self.longest = self.run.engine.max_tokens
 
     @precondition(lambda self: self.longest >= 2)

@@ -19,6 +19,7 @@ class FakeJob:
     prompt: int = 0
     target: int = 0
     moved: int = 0
+    drafted: int = 0
 
     @property
     def first_row(self) -> int:
@@ -55,11 +56,17 @@ def check_plan(p: Plan[FakeJob], running: list[FakeJob], waiting: list[FakeJob],
     # The step's limits.
     assert sum(count for _, count in p.work) <= limits.max_tokens
     assert sum(rows_of(job, count) for job, count in p.work) <= limits.max_rows
-    assert all(1 <= count <= job.known - job.computed for job, count in p.work)
+    for job, count in p.work:
+        drafts = job.drafted if job.known - job.computed == 1 else 0
+        assert 1 <= count <= job.known - job.computed + drafts
     # Pages.
     have = free + sum(job.pages for job in p.preempt)
     new = sum(max(0, pages_of(j.computed + c, limits.page_tokens) - j.pages) for j, c in p.work)
     assert new <= have
+    for job, count in p.work:
+        if job.known - job.computed == 1:
+            page = limits.page_tokens
+            assert pages_of(job.computed + count, page) == pages_of(job.known, page), "a draft took a page"
     # Decodes are never put off for lack of tokens or rows.
     for job in survivors:
         if job.known - job.computed == 1 and job not in jobs and job not in failed:
@@ -84,7 +91,8 @@ def snapshots(draw: st.DrawFn) -> tuple[list[FakeJob], list[FakeJob], int, Limit
         pages = pages_of(computed, limits.page_tokens)
         free -= pages
         scored = draw(st.booleans())
-        running.append(FakeJob(known, computed, pages, scored, prompt=known if scored else 0))
+        drafted = draw(st.integers(0, 6))
+        running.append(FakeJob(known, computed, pages, scored, prompt=known if scored else 0, drafted=drafted))
     waiting = [FakeJob(draw(st.integers(1, 60))) for _ in range(draw(st.integers(0, 4)))]
     return running, waiting, free, limits
 
