@@ -110,17 +110,19 @@ def attend_cases(isa: Isa) -> Iterator[Case]:
     for requests, context, chunk in ((1, 2048, 1), (8, 512, 1), (1, 512, 512), (1, 4096, 512)):
         width = -(-context // 16)
         pages = requests * width
-        layer = pages * KV.page_bytes
-        pool = filled((max(layer, ROTATION_BYTES if chunk == 1 else layer) // 2,), BF16).view(np.uint8)
+        layer = pages * KV.block_bytes
+        layers = -(-ROTATION_BYTES // layer) if chunk == 1 else 1
+        pool = filled((layers * layer // 2,), BF16).view(np.uint8)
         rows = requests * chunk
         q, out = filled((rows, Q_HEADS, KV.k_dim), BF16), aligned((rows, Q_HEADS, KV.v_dim), BF16)
         pos = np.tile(np.arange(context - chunk, context, dtype=np.int32), requests)
         seq = np.repeat(np.arange(requests, dtype=np.int32), chunk)
         start = np.arange(requests + 1, dtype=np.int32) * chunk
         table = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(requests, width)
+        stride = layers * KV.block_bytes
         calls = [
-            (pool[at : at + layer], q, pos, seq, start, table, out, rows, requests, width)
-            for at in range(0, pool.size - layer + 1, layer)
+            (pool[at * KV.block_bytes :], q, pos, seq, start, table, out, rows, requests, width, stride)
+            for at in range(layers)
         ]
         flops = float((pos + 1).sum()) * Q_HEADS * 2 * (KV.k_dim + KV.v_dim)
         name = f"attend requests={requests} context={context} chunk={chunk}"
@@ -143,12 +145,13 @@ def small_cases(isa: Isa) -> Iterator[Case]:
             yield Case(f"quantize_rows {form} rows={rows}", quantize, [(x, integers, scales, sums, rows)], 0, 0)
         append = Standalone(KvAppend(KV, Q_HEADS, KV.k_dim, "half", True, True), isa)
         width = -(-rows // 16)
-        pool = filled((width * KV.page_bytes // 2,), BF16).view(np.uint8)
+        pool = filled((width * KV.block_bytes // 2,), BF16).view(np.uint8)
         pos, seq = np.arange(rows, dtype=np.int32), np.zeros(rows, np.int32)
         table = np.arange(width, dtype=np.int32).reshape(1, width)
         angles = filled((rows, KV.k_dim // 2), np.float32)
         q, qw = aligned((rows, Q_HEADS, KV.k_dim), BF16), filled((KV.k_dim,), BF16)
-        arguments = (pool, filled((rows, QKV), BF16), pos, seq, table, angles, angles, qw, qw, q, rows, width)
+        sizes = rows, width, KV.block_bytes
+        arguments = (pool, filled((rows, QKV), BF16), pos, seq, table, angles, angles, qw, qw, q, *sizes)
         yield Case(f"kv_append rows={rows}", append, [arguments], 0, 0)
 
 

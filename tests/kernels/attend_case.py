@@ -1,7 +1,7 @@
 """Requests in one pool of KV pages and queries for all their tokens: what the tests of attention share.
 
 The pool is filled with NaN before it is written and tables are -1 past the last token, so touching what a token does
-not see shows.
+not see shows. The layer at hand lies between two others in every block, which must stay as they were.
 """
 
 from __future__ import annotations
@@ -47,17 +47,20 @@ class Case:
         v_dim: int,
         room: int = 1 << 16,
         quantized: bool = False,
+        tiles: int = 1,
         **options: Any,
     ) -> None:
         rng = np.random.default_rng(q_heads)
         self.dtype, self.group, self.v_dim, self.options = NUMPY[dtype], q_heads // heads, v_dim, options
         self.tolerance = EIGHT_BIT_TOLERANCE if quantized else TOLERANCE[dtype]
         level = ISAS[isa] if isinstance(isa, str) else isa
-        layout = KvLayout(dtype, heads, k_dim, v_dim, quantized)
-        self.width = -(-max(lengths) // 16)
+        layout = KvLayout(dtype, heads, k_dim, v_dim, quantized, tiles)
+        self.block = 16 * tiles
+        self.width = -(-max(lengths) // self.block)
         pages = len(lengths) * self.width + 2
         self.table = rng.permutation(pages)[: len(lengths) * self.width].reshape(-1, self.width).astype(np.int32)
-        self.pool = np.full(pages * layout.page_bytes, 0xFF, np.uint8)
+        self.before, self.stride = 64, layout.block_bytes + 192
+        self.pool = np.full(pages * self.stride, 0xFF, np.uint8)
         self.k = [rng.standard_normal((n, heads, k_dim)).astype(self.dtype) for n in lengths]
         self.v = [rng.standard_normal((n, heads, v_dim)).astype(self.dtype) for n in lengths]
         self.q = [rng.standard_normal((n, q_heads, k_dim)).astype(self.dtype) for n in lengths]
@@ -66,10 +69,19 @@ class Case:
         write = Standalone(KvWrite(layout), level)
         for request, n in enumerate(lengths):
             pos, seq = np.arange(n, dtype=np.int32), np.full(n, request, np.int32)
-            write(self.pool, self.k[request], self.v[request], pos, seq, self.table, n, self.width)
+            write(self.layer, self.k[request], self.v[request], pos, seq, self.table, n, self.width, self.stride)
+        others = self.pool.reshape(pages, self.stride)
+        assert (others[:, : self.before] == 0xFF).all() and (
+            others[:, self.before + layout.block_bytes :] == 0xFF
+        ).all()
         if quantized:
             self.k, self.v = ([eight_bits(x) for x in xs] for xs in (self.k, self.v))
         self.kernel = Standalone(Attend(layout, q_heads, self.scale, **options), level)
+
+    @property
+    def layer(self) -> np.ndarray:
+        """The pool from this layer's bytes of block 0 on."""
+        return self.pool[self.before :]
 
     def run(self, parts: Sequence[Part], team: int = 1) -> list[np.ndarray]:
         q = np.concatenate([self.q[request][first:last] for request, first, last in parts])
@@ -79,13 +91,13 @@ class Case:
         start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         table = self.table[[request for request, _, _ in parts]].copy()
         for row, (_, _, last) in zip(table, parts, strict=True):
-            row[-(-last // 16) :] = -1
+            row[-(-last // self.block) :] = -1
         out = np.zeros((len(q), q.shape[1], self.v_dim), self.dtype)
         sinks = [self.sinks] if self.options.get("sinks") else []
         divide = self.options.get("divide", False)
         parts_args = [np.full(self.room, np.nan, np.float32), aligned((64,), np.uint8)] if divide else []
-        sizes = [len(q), len(parts), self.width, *([self.room] if divide else [])]
-        self.kernel(self.pool, q, pos, seq, start, table, *sinks, out, *parts_args, *sizes, team=team)
+        sizes = [len(q), len(parts), self.width, self.stride, *([self.room] if divide else [])]
+        self.kernel(self.layer, q, pos, seq, start, table, *sinks, out, *parts_args, *sizes, team=team)
         return [out[a:b] for a, b in pairwise(start)]
 
     def exact(self, request: int, token: int, head: int) -> np.ndarray:

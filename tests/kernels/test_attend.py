@@ -9,6 +9,8 @@ import pytest
 from attend_case import Case, Part
 from levels import BYTE_LEVELS, ISA_TYPES
 
+from xllm_compiler.artifact.cpu_isa import machine_isas
+
 LENGTHS = (147, 70, 5)
 
 CHUNKS: list[list[Part]] = [
@@ -63,4 +65,13 @@ def test_eight_bit_pages_give_the_same_bits_at_every_level() -> None:
         outs = case.run([(0, 0, 147), (1, 64, 70), (2, 3, 5)], 2)
         assert np.isfinite(outs[0].astype(np.float32)).all()
         found.add(tuple(out.tobytes() for out in outs))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_size_of_a_block_does_not_show(quantized: bool) -> None:
+    found = set()
+    for tiles in (1, 2, 7):
+        case = Case(LENGTHS, machine_isas()[-1], "bf16", 4, 2, 64, 64, quantized=quantized, tiles=tiles)
+        found.add(tuple(out.tobytes() for out in case.run([(0, 0, 147), (1, 64, 70), (2, 3, 5)], 2)))
     assert len(found) == 1

@@ -31,7 +31,7 @@ def test_unseen_values_do_not_leak(case: Case, token: int, value: float) -> None
     elements = case.pool.view(case.dtype)
     try:
         for head in range(layout.heads):
-            base = (page * layout.page_bytes + head * layout.head_bytes) // 2 + 16 * layout.k_dim
+            base = (case.before + page * case.stride + head * layout.head_bytes) // 2 + 16 * layout.k_dim
             slot = token % 16
             # pairs of tokens: one column's two values are neighbours
             elements[base + (slot // 2 * layout.v_dim + 3) * 2 + slot % 2] = value

@@ -69,9 +69,9 @@ def test_append(
     extra = [cos, sin] * (rotary > 0) + [qw, kw] * norm
     results = []
     for team in (1, 3):
-        pool = np.full(PAGES * layout.page_bytes, 0x7F, np.uint8)
+        pool = np.full(PAGES * layout.block_bytes, 0x7F, np.uint8)
         q = np.zeros((ROWS, q_heads, k_dim), NUMPY[dtype])
-        kernel(pool, qkv, POS, SEQ, TABLE, *extra, q, ROWS, WIDTH, team=team)
+        kernel(pool, qkv, POS, SEQ, TABLE, *extra, q, ROWS, WIDTH, layout.block_bytes, team=team)
         results.append(pool.tobytes() + q.tobytes())
     assert results[0] == results[1]
 
@@ -91,7 +91,9 @@ def test_append(
     # the unfused kernel writes the same slots
     again = np.full_like(pool, 0x7F)
     keys, values = np.ascontiguousarray(k[where]), np.ascontiguousarray(v[where])
-    Standalone(KvWrite(layout), ISAS[isa])(again, keys, values, POS, SEQ, TABLE, ROWS, WIDTH, team=2)
+    Standalone(KvWrite(layout), ISAS[isa])(
+        again, keys, values, POS, SEQ, TABLE, ROWS, WIDTH, layout.block_bytes, team=2
+    )
     assert again.tobytes() == pool.tobytes()
 
 

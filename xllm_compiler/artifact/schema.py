@@ -94,7 +94,7 @@ class KvLayer:
 
 @dataclass(frozen=True, slots=True)
 class KvPlan:
-    """The KV pool. Layer l starts at byte `P * sum(page_bytes of the layers before)`."""
+    """The KV pool: pages one after the other, in each the layers one after the other."""
 
     page_tokens: int
     layers: tuple[KvLayer, ...]

@@ -67,6 +67,11 @@ class Storage:
         return found
 
     @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block: the same tokens of all layers, one after the other."""
+        return sum(v.kv.page_bytes for v in kv_args(self.func))
+
+    @property
     def barrier(self) -> Ref:
         """Of kernels whose members meet in the middle; it needs no order, since all members call all kernels."""
         return Ref("barrier", 0, as_dim(0), as_dim(_LINE))
@@ -92,13 +97,11 @@ class Storage:
         return apart is not True
 
     def _place_arguments(self) -> None:
-        layer = 0
-        start = as_dim(0)
+        layer = before = 0
         for v in self.func.args:
             if isinstance(v.type, Kv):
-                size = v.type.pages * v.type.page_bytes
-                self._refs[v] = Ref("kv", layer, start, size)
-                start, layer = start + size, layer + 1
+                self._refs[v] = Ref("kv", layer, as_dim(before), v.type.pages * v.type.page_bytes)
+                before, layer = before + v.type.page_bytes, layer + 1
             elif v.name in INPUTS and v.dtype == "i32":
                 self._refs[v] = Ref("input", INPUTS.index(v.name), as_dim(0), v.tensor.nbytes)
             else:

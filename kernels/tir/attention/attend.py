@@ -25,7 +25,7 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.attention.amx import MatrixTiles
 from xllm_compiler.kernels.tir.attention.int8 import ByteTiles
-from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
+from xllm_compiler.kernels.tir.attention.kv_address import TABLE_SIZES, KvLayout
 from xllm_compiler.kernels.tir.attention.register_tiles import Tiles
 from xllm_compiler.kernels.tir.attention.state import BLOCK, CHUNK, QUERY_ROWS, Item
 from xllm_compiler.kernels.tir.attention.widened import WideTiles
@@ -93,7 +93,7 @@ class Attend(Kernel):
         sinks = (Arg("sinks", "f32", f"{heads}"),) if self.sinks else ()
         out = Arg("out", dtype, f"rows, {heads}, {self.kv.v_dim}", written=True)
         parts = (Arg("parts", "f32", "room", written=True), Arg("barrier", "u8", "64")) if self.divide else ()
-        sizes = (scalar("rows"), scalar("requests"), scalar("width"), *((scalar("room"),) if self.divide else ()))
+        sizes = (scalar("rows"), scalar("requests"), *TABLE_SIZES, *((scalar("room"),) if self.divide else ()))
         return (*pointers, *sinks, out, *parts, TURNS, *sizes, *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:

@@ -1,7 +1,8 @@
 """Where a token's keys and values lie. The one place that knows: `kv_append` writes and `attend` reads through it.
 
-A layer's pool is an array of pages of 16 tokens; `table[request, position // 16]` names the page. A page holds, head by
-head,
+The pool is an array of blocks of `tiles` times 16 tokens, each with these tokens of all layers: one copy moves them. A
+block is `stride` bytes, and `kv` points at the layer's own bytes of block 0. There a tile of 16 tokens follows the
+other; `table[request, position // (16 * tiles)]` names the block. A tile holds, head by head,
 
     bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
     f32     K [k_dim, 16]        then V [16, v_dim]
@@ -11,7 +12,8 @@ head,
 
 so that one vector of K is 16 tokens of one k (or pair or quad of k), and one vector of V is 16 columns of one token (or
 pair or quad).
-Contiguous virtual ranges in place of a table would change `Pages.page` and nothing else.
+`stride` is an argument, so models of any number of layers share a kernel. Contiguous virtual ranges in place of a table
+would change `Pages.page` and nothing else.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE, require
+from xllm_compiler.kernels.tir.codegen.kernel import PAGE, require, scalar
 
 Expr = Any
+TABLE_SIZES = (scalar("width"), scalar("stride"))
+"""What finding a slot takes beside the table: blocks in a row of it, bytes of a block over all layers."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class KvLayout:
     """The KV cache of one layer: `heads` KV heads of k_dim and v_dim elements, both even.
 
     `quantized`: each head of a key or value is stored as 8-bit integers times a scale; `dtype` is what they are made of
-    and computed with.
+    and computed with. `tiles`: of 16 tokens in a block.
     """
 
     dtype: str
@@ -39,9 +43,11 @@ class KvLayout:
     k_dim: int
     v_dim: int
     quantized: bool = False
+    tiles: int = 1
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bf16", "f32"), f"KV cache in {self.dtype}", self)
+        require(self.tiles > 0, f"{self.tiles} tiles in a block", self)
         require(self.heads > 0, f"{self.heads} KV heads", self)
         require(self.k_dim > 0 and self.k_dim % 2 == 0, f"KV head of k_dim {self.k_dim}, which must be even", self)
         require(self.v_dim > 0 and self.v_dim % 2 == 0, f"KV head of v_dim {self.v_dim}, which must be even", self)
@@ -63,8 +69,14 @@ class KvLayout:
         return self.k_bytes + PAGE * self.v_dim * self.element_bytes + (3 * PAGE * 4 if self.quantized else 0)
 
     @property
-    def page_bytes(self) -> int:
+    def tile_bytes(self) -> int:
+        """Bytes of 16 tokens."""
         return self.heads * self.head_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of this layer in a block."""
+        return self.tiles * self.tile_bytes
 
     @property
     def k_steps(self) -> int:
@@ -88,17 +100,22 @@ class KvLayout:
 
 
 class Pages:
-    """Addresses, as int64 byte offsets from a layer's first page."""
+    """Addresses, as int64 byte offsets from a layer's bytes of block 0. `width`: blocks in a row of `table`."""
 
-    def __init__(self, layout: KvLayout, table: Expr, width: Expr) -> None:
+    def __init__(self, layout: KvLayout, table: Expr, width: Expr, stride: Expr) -> None:
         self.layout = layout
         self._table = table
         self._width = width
+        self._stride = stride
 
     def page(self, request: Expr, number: Expr, head: Expr) -> Expr:
-        """K of `head` in the page of positions 16*number .. 16*number+15 of `request`; reads one table entry."""
-        page = T.Cast("int64", self._table[request * self._width + number])
-        return T.bind(page * self.layout.page_bytes + T.Cast("int64", head) * self.layout.head_bytes)
+        """K of `head` in the tile of positions 16*number .. 16*number+15 of `request`; reads one table entry."""
+        tiles = self.layout.tiles
+        block = number if tiles == 1 else T.truncdiv(number, T.int32(tiles))
+        at = T.Cast("int64", self._table[request * self._width + block]) * T.Cast("int64", self._stride)
+        if tiles > 1:
+            at = at + T.Cast("int64", T.truncmod(number, T.int32(tiles))) * self.layout.tile_bytes
+        return T.bind(at + T.Cast("int64", head) * self.layout.head_bytes)
 
     def values(self, page: Expr) -> Expr:
         """V of the head whose K is at `page`."""

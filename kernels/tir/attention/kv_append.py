@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attention.kv_address import KvLayout, Pages
+from xllm_compiler.kernels.tir.attention.kv_address import TABLE_SIZES, KvLayout, Pages
 from xllm_compiler.kernels.tir.attention.rope import check_rotary, rotate
 from xllm_compiler.kernels.tir.codegen.builder import (
     Vectors,
@@ -43,7 +43,7 @@ class KvWrite(Kernel):
         kv = self.kv
         k = Arg("k", kv.dtype, f"rows, {kv.heads}, {kv.k_dim}")
         v = Arg("v", kv.dtype, f"rows, {kv.heads}, {kv.v_dim}")
-        return (Arg("kv", "u8", "pages", written=True), k, v, *_TABLES, scalar("rows"), scalar("width"), *MEMBER_ARGS)
+        return (Arg("kv", "u8", "pages", written=True), k, v, *_TABLES, scalar("rows"), *TABLE_SIZES, *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         layout = self.kv
@@ -102,7 +102,7 @@ class KvAppend(Kernel):
         if self.k_norm:
             pointers.append(Arg("kw", dtype, f"{self.kv.k_dim}"))
         pointers.append(Arg("q", dtype, f"rows, {self.q_heads}, {self.kv.k_dim}", written=True))
-        return (*pointers, scalar("rows"), scalar("width"), *MEMBER_ARGS)
+        return (*pointers, scalar("rows"), *TABLE_SIZES, *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         layout, dim, dtype = self.kv, self.kv.k_dim, self.kv.dtype
@@ -168,7 +168,7 @@ class _Slots:
 
     def __init__(self, layout: KvLayout, env: dict[str, Expr]) -> None:
         self._layout = layout
-        self._pages = Pages(layout, env["table"], env["width"])
+        self._pages = Pages(layout, env["table"], env["width"], env["stride"])
         self._env = env
         self.tir_type = "float32" if layout.dtype == "f32" else "uint16"
 

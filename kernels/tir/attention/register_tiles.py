@@ -81,7 +81,7 @@ class Tiles(Softmax):
         self.env = env
         self.layout = kernel.kv
         self.group = kernel.q_heads // kernel.kv.heads
-        self.pages = Pages(kernel.kv, env["table"], env["width"])
+        self.pages = Pages(kernel.kv, env["table"], env["width"], env["stride"])
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
         self.pairs = kernel.kv.dtype == "bf16"  # whether two elements are multiplied at a time
         self.key_steps = self.layout.k_steps  # of a walk over keys

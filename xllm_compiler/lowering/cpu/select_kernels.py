@@ -16,7 +16,7 @@ from xllm_compiler.kernels.tir.attention.attend import Attend
 from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
 from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
 from xllm_compiler.kernels.tir.attention.rope import Rope
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL
+from xllm_compiler.kernels.tir.codegen.kernel import PAGE, PANEL
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
 from xllm_compiler.kernels.tir.rows.embedding import Embedding
@@ -291,14 +291,21 @@ def _embedding(s: Selection, op: Op) -> None:
 # ---------------------------------------------------------------------------------------------- rotary, KV, attention
 
 
-def _kv(op: Op) -> tuple[Kv, KvLayout]:
+def _kv(op: Op) -> KvLayout:
     kv = _operand(op, "kv").kv
     dtype = op.operands[1].dtype  # q, k or qkv
-    return kv, KvLayout(dtype=dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim, quantized=kv.quantized)
+    tiles, rest = divmod(kv.page, PAGE)
+    if rest:
+        raise XllmError("unsupported", f"KV blocks of {kv.page} tokens, not of whole {PAGE}s", where=where(op))
+    return KvLayout(dtype=dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim, quantized=kv.quantized, tiles=tiles)
 
 
-def _width(op: Op) -> Dim:
-    return _operand(op, "table").shape[1]
+def _table_sizes(s: Selection, op: Op) -> list[Dim]:
+    """What `TABLE_SIZES` asks for: blocks in a row of the table, bytes of a block over all layers."""
+    block = s.storage.kv_block_bytes
+    if block >= 1 << 31:
+        raise XllmError("unsupported", f"a KV block of {block} bytes over all layers", where=where(op))
+    return [_operand(op, "table").shape[1], as_dim(block)]
 
 
 def _rotary(s: Selection, op: Op, n: Dim) -> tuple[int, list[Ref]]:
@@ -326,14 +333,14 @@ def _style(op: Op) -> str:
 
 @CPU.register(_keys("kv.write"))
 def _kv_write(s: Selection, op: Op) -> None:
-    _, layout = _kv(op)
+    layout = _kv(op)
     places = [s.ref(_operand(op, name)) for name in ("kv", "k", "v", "pos", "seq", "table")]
-    s.call(op, KvWrite(kv=layout), [*places, _operand(op, "k").shape[0], _width(op)])
+    s.call(op, KvWrite(kv=layout), [*places, _operand(op, "k").shape[0], *_table_sizes(s, op)])
 
 
 @CPU.register(_keys("kv.append"))
 def _kv_append(s: Selection, op: Op) -> None:
-    _, layout = _kv(op)
+    layout = _kv(op)
     n = _operand(op, "qkv").shape[0]
     qw, kw = _one(op, "qw"), _one(op, "kw")
     rotary, tables = _rotary(s, op, n)
@@ -349,12 +356,12 @@ def _kv_append(s: Selection, op: Op) -> None:
     )
     places = [s.ref(_operand(op, name)) for name in ("kv", "qkv", "pos", "seq", "table")]
     places += [*tables, *(s.ref(w, layout.dtype) for w in (qw, kw) if w is not None)]
-    s.call(op, kernel, [*places, s.ref(op.results[1]), n, _width(op)])
+    s.call(op, kernel, [*places, s.ref(op.results[1]), n, *_table_sizes(s, op)])
 
 
 @CPU.register(_keys("kv.attend"))
 def _kv_attend(s: Selection, op: Op) -> None:
-    _, layout = _kv(op)
+    layout = _kv(op)
     q, sinks = _operand(op, "q"), _one(op, "sinks")
     kernel = Attend(
         kv=layout,
@@ -373,7 +380,7 @@ def _kv_attend(s: Selection, op: Op) -> None:
         places.append(s.storage.barrier)
         room = [op.results[1].tensor.elements]
     places.append(s.storage.turns())
-    s.call(op, kernel, [*places, q.shape[0], _operand(op, "table").shape[0], _width(op), *room])
+    s.call(op, kernel, [*places, q.shape[0], _operand(op, "table").shape[0], *_table_sizes(s, op), *room])
 
 
 # ------------------------------------------------------------------------------------------------------------- the walk
