@@ -51,7 +51,6 @@ class ImportClean(Pass):
 
 
 Handler = Callable[["_Relayout", Op, list[View]], View | None]
-_ELEMENTWISE = ops.Add.__module__
 
 
 class _Relayout:
@@ -117,7 +116,7 @@ class _Relayout:
 
 def _handler(op: Op) -> Handler | None:
     found = _HANDLERS.get(type(op))
-    if found is None and type(op).__module__ == _ELEMENTWISE:
+    if found is None and isinstance(op, ops.Elementwise):
         return _elementwise
     return found
 

@@ -5,34 +5,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from xllm_compiler.analysis.weights import is_weight_expr
+from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Op, Value
-from xllm_compiler.ir.ops import (
-    Add,
-    Cast,
-    Clamp,
-    Div,
-    Gelu,
-    LayerNorm,
-    Linear,
-    LinearGlu,
-    MatMul,
-    Mul,
-    Neg,
-    Relu,
-    RmsNorm,
-    Sigmoid,
-    Silu,
-    Slice,
-    Sub,
-    Take,
-    Tanh,
-    Transpose,
-)
+from xllm_compiler.ir.ops import Linear, MatMul, Take, Transpose
 from xllm_compiler.ir.rewrite import Rewriter, Rule, rule
-
-_UNARY: Final[tuple[type[Op], ...]] = (Cast, Clamp, Gelu, Neg, Relu, Sigmoid, Silu, Tanh)
-_BINARY: Final[tuple[type[Op], ...]] = (Add, Div, Mul, Sub)
-_LAST_AXIS: Final[tuple[type[Op], ...]] = (LayerNorm, Linear, LinearGlu, RmsNorm)
+from xllm_compiler.ir.types import Tensor
 
 
 @rule(MatMul)
@@ -51,22 +28,39 @@ def take_early(op: Take, rw: Rewriter) -> bool:
 
     So the vocabulary is computed for sampled rows only, however the model was traced, and the last MLP too.
     """
-    made, n = op.x.op, op.x.shape[0]
-    if made is None or op.axis != 0 or op.idx.op is not None or not op.x.has_one_use:
+    made = op.x.op
+    if made is None or op.axis != 0 or op.idx.op is not None or op.idx.tensor.rank != 1 or not op.x.has_one_use:
         return False
-    if n.is_const or op.x.tensor.rank < 2 or not _row_by_row(made):
+    rows = _row_axes(made, op.x.shape[0])
+    if rows is None:
         return False
-    rank = op.x.tensor.rank
-    rows = [v.tensor.rank == rank and v.shape[0] is n for v in made.operands]
-    operands = [rw.create(Take, v, op.idx, axis=0).result if r else v for v, r in zip(made.operands, rows, strict=True)]
+    operands = list(made.operands)
+    for i, axis in rows.items():
+        operands[i] = rw.create(Take, operands[i], op.idx, axis=axis).result
     rw.replace(op, rebuilt(made, operands, rw))
     return True
 
 
-def _row_by_row(op: Op) -> bool:
-    if isinstance(op, Slice):
-        return op.axis > 0
-    return isinstance(op, (*_UNARY, *_BINARY, *_LAST_AXIS))
+def _row_axes(op: Op, n: Dim) -> dict[int, int] | None:
+    """Where `op` treats the `n` rows of its result one by one: by operand, the axis along which those rows lie in it.
+
+    None where it does not, or where its attributes depend on how many rows there are.
+    """
+    if n.is_const or not op.SPEC.pure or len(op.results) != 1:
+        return None
+    fixed = [d for value in op.attrs.values() for d in (value if isinstance(value, tuple) else (value,))]
+    if any(isinstance(d, Dim) and set(d.symbols) & set(n.symbols) for d in fixed):
+        return None
+    found: dict[int, int] = {}
+    for i, v in enumerate(op.operands):
+        for axis, size in enumerate(v.shape if isinstance(v.type, Tensor) else ()):
+            if size is n:
+                place = op.rows.follow(op, i, axis)
+                if isinstance(place, str):
+                    return None
+                if place == 0:
+                    found[i] = axis
+    return found or None
 
 
 def rebuilt(op: Op, operands: list[Value], rw: Rewriter) -> Op:

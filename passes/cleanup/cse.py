@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.printer import attr_text
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
-
-COMMUTATIVE: Final = frozenset({"t.add", "t.mul", "t.max", "t.min", "t.and", "t.or", "t.eq", "t.ne"})
 
 
 @register_pass("cse")
@@ -50,7 +47,7 @@ class Cse(FuncPass):
 
 def _key(op: Op, number: dict[Value, int]) -> tuple[object, ...]:
     operands = [number[v] for v in op.operands]
-    if op.name in COMMUTATIVE:
+    if op.SPEC.commutative:
         operands.sort()
     # Attributes by text: 0.0 and -0.0, 1 and 1.0 and true are equal in Python and are not the same attribute.
     attrs = []

@@ -162,6 +162,11 @@ HEAD = "xir 1 stage=graph\ndim N in [1, 64]\ndim S in [0, 8]\n"
             "two token axes",
         ),
         ("%y = t.take(%x, %p, axis=1) : f32[1, N, 8]", "f32[1, N, 8]", "picks tokens by index"),
+        (
+            '%t = param(name="t") : f32[64, 8]\n  %y = t.slice(%t, axis=0, start=0, stop=N) : f32[N, 8]',
+            "f32[N, 8]",
+            "numbers the tokens by their index in the step",
+        ),
     ],
 )
 def test_mixing_tokens_is_found(body: str, returns: str, message: str) -> None:

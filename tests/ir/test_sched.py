@@ -121,7 +121,7 @@ def test_errors_of_the_text(old: str, new: str, message: str) -> None:
 
 
 def test_no_op_may_declare_a_common_attribute() -> None:
-    with pytest.raises(ValueError, match="every op may carry stream"):
+    with pytest.raises(IrError, match="declares stream, which every op may carry"):
 
         @op("test.streamed")
         class Streamed(Op):

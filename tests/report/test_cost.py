@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_text import TWO_STREAMS, model_text
 
-from xllm_compiler.analysis.cost import MACHINES, Amounts, Costs, Machine, estimate, machine_of
+from xllm_compiler.analysis.cost import MACHINES, Costs, Machine, estimate, machine_of
 from xllm_compiler.analysis.weights import weight_roots
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op
+from xllm_compiler.ir.cost import Amounts
 from xllm_compiler.ir.ops import Dequantize, Embedding, Linear, LinearGlu, Take
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.report.sizes import complete

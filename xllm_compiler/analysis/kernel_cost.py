@@ -1,20 +1,17 @@
 """What one kernel costs that computes several ops: the ops' own costs, less what stays inside. Owns that subtraction.
 
-The counting rules are those of `analysis.cost`; for a single op the result is its cost.
+The counting rules are those of `ir/cost.py`; for a single op the result is its cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
-from xllm_compiler.analysis.cost import Cost, Costs
+from xllm_compiler.analysis.cost import Costs
 from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.cost import Cost
 from xllm_compiler.ir.types import Tensor
-
-_PARTIAL: Final = frozenset({"t.slice", "t.take", "nn.embedding"})
-"""Ops that do not read all of their first operand."""
 
 
 def kernel_cost(costs: Costs, ops: Sequence[Op]) -> Cost:
@@ -35,13 +32,14 @@ def kernel_cost(costs: Costs, ops: Sequence[Op]) -> Cost:
         if cost.free:
             continue
         read, written, weights = cost.read, cost.written, cost.weights
-        for i, operand in enumerate(dict.fromkeys(op.operands)):
+        table = op.field(op.SPEC.gathers)[0] if op.SPEC.gathers else None
+        for operand in dict.fromkeys(op.operands):
             if not isinstance(operand.type, Tensor):
                 continue
             source = _source(operand, together)
-            partial = i == 0 and op.name in _PARTIAL
+            partial = operand is table
             known = operand in costs.weights
-            part = (weights if known else read) if partial else operand.tensor.nbytes
+            part = op.results[0].tensor.nbytes if partial else operand.tensor.nbytes
             if source.op in together or (not partial and source in seen):
                 weights, read = (weights - part, read) if known else (weights, read - part)
             elif not partial:

@@ -6,29 +6,26 @@ numbers its tokens by their index, sums over them or slides a convolution along 
 it is refused, with the operation's source line.
 
 The analysis follows the axis on which the tokens lie (its size mentions N, or S after the sampled rows were taken).
+What an op does to it is said by the op's class (`rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Func, Op, Value
-from xllm_compiler.ir.types import Tensor
+from xllm_compiler.ir.rows import ThroughCache
+from xllm_compiler.ir.types import Future, Tensor
 
 ROW_SYMBOLS = ("N", "S")
 
-_ALONG_LAST = (ops.Linear, ops.RmsNorm, ops.LayerNorm)
-_ANY_AXIS = (ops.Transpose, ops.Expand)
-
 
 def row_axes(v: Value) -> list[int]:
-    """The axes of a tensor along which tokens (or sampled rows) lie."""
-    if not isinstance(v.type, Tensor):
+    """The axes of a tensor, or of a promised one, along which tokens (or sampled rows) lie."""
+    ty = v.type.of if isinstance(v.type, Future) else v.type
+    if not isinstance(ty, Tensor):
         return []
-    return [i for i, d in enumerate(v.shape) if any(s in ROW_SYMBOLS for s in d.symbols)]
+    return [i for i, d in enumerate(ty.shape) if any(s in ROW_SYMBOLS for s in d.symbols)]
 
 
 def check_rows(func: Func) -> None:
@@ -45,74 +42,26 @@ def check_rows(func: Func) -> None:
 
 def _mixes(op: Op) -> str | None:
     """Why `op` may let tokens see each other or their index in the step; None when it does not."""
-    result = op.results[0]
-    axes = row_axes(result)
-    if len(axes) > 1:
+    if any(len(row_axes(r)) > 1 for r in op.results):
         return "makes a tensor with two token axes"
-    if isinstance(op, ops.Iota):
-        return "numbers the tokens by their index in the step, not by their position" if axes else None
-    if isinstance(op, (ops.KvWrite, ops.KvAttend)):
+    if isinstance(op.rows, ThroughCache) or _takes_sampled(op):
         return None
-    touched = [v for v in op.operands if row_axes(v)]
-    if not touched:
-        return None
-    for v in touched:
-        if len(row_axes(v)) > 1:
+    places: set[int] = set()
+    for i, v in enumerate(op.operands):
+        axes = row_axes(v)
+        if len(axes) > 1:
             return "reads a tensor with two token axes"
-    axis = row_axes(touched[0])[0]
-    if isinstance(op, (ops.Reduce,)):
-        return "combines values of different tokens" if axis in op.axes else None
-    if isinstance(op, (ops.Softmax, ops.CumSum, ops.Slice, ops.Pad)):
-        return "works along the token axis" if op.axis == axis else None
-    if isinstance(op, ops.Concat):
-        return "joins along the token axis" if op.axis in (axis, *axes) else None
-    if isinstance(op, ops.Reshape):
-        return None if _keeps_rows(op) else "folds the token axis into another"
-    if isinstance(op, _ANY_AXIS):
-        return None
-    if isinstance(op, _ALONG_LAST):
-        return "contracts the token axis" if axis == touched[0].tensor.rank - 1 else _only_first(op, touched)
-    if isinstance(op, ops.Embedding):
-        return _only_first(op, touched)
-    if isinstance(op, ops.Take):
-        return _take(op, touched)
-    if isinstance(op, ops.MatMul):
-        contracted = {id(op.a): op.a.tensor.rank - 1, id(op.b): op.b.tensor.rank - 2}
-        return "contracts the token axis" if any(row_axes(v)[0] == contracted[id(v)] for v in touched) else None
-    if _elementwise(op):
-        rank = result.tensor.rank
-        places = {row_axes(v)[0] + rank - v.tensor.rank for v in touched}
-        return None if len(places) == 1 else "pairs different tokens"
-    return "is not known to treat tokens one by one"
+        for axis in axes:
+            place = op.rows.follow(op, i, axis)
+            if isinstance(place, str):
+                return place
+            places.add(place)
+    if len(places) > 1:
+        return "pairs different tokens"
+    begun = [axis for r in op.results for axis in row_axes(r) if axis not in places]
+    return next((why for axis in begun if (why := op.rows.begin(op, axis))), None)
 
 
-def _only_first(op: Op, touched: Sequence[Value]) -> str | None:
-    return None if all(v is op.operands[0] for v in touched) else "uses values of tokens as weights"
-
-
-def _elementwise(op: Op) -> bool:
-    return type(op).__module__ == ops.Add.__module__
-
-
-def _take(op: ops.Take, touched: Sequence[Value]) -> str | None:
-    if not row_axes(op.x):
-        return None
-    if row_axes(op.x)[0] != op.axis:
-        return None if not row_axes(op.idx) else "looks up by token in values of tokens"
-    return None if op.idx.name == "sel" and op.idx.op is None else "picks tokens by index"
-
-
-def _keeps_rows(op: ops.Reshape) -> bool:
-    """The token axis stays an axis of the same size with as many elements before it."""
-    before, after = row_axes(op.x), row_axes(op.result)
-    if len(before) != 1 or len(after) != 1:
-        return False
-    old, new = op.x.shape, op.result.shape
-    return old[before[0]] is new[after[0]] and _product(old[: before[0]]) is _product(new[: after[0]])
-
-
-def _product(shape: Sequence[Dim]) -> Dim:
-    n = as_dim(1)
-    for d in shape:
-        n = n * d
-    return n
+def _takes_sampled(op: Op) -> bool:
+    """Whether `op` takes the rows of which logits are wanted: the one choice of tokens by their index in the step."""
+    return isinstance(op, ops.Take) and op.idx.op is None and op.idx.name == "sel" and row_axes(op.x) == [op.axis]

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from xllm_compiler.dims import Dim, DimScope
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Rows, Work
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
 
 if TYPE_CHECKING:
+    from xllm_compiler.ir.cost import Cost, CostContext
     from xllm_compiler.ir.semantics import Array, EvalContext
 
 Stage = Literal["graph", "sched", "buf"]
@@ -104,6 +106,9 @@ class Op:
     """One operation. Subclasses are declared with `@op` in opdef; storage is the same for all of them."""
 
     SPEC: ClassVar[OpSpec]
+    rows: ClassVar[Rows]
+    noise: ClassVar[Noise]
+    work: ClassVar[Work]
 
     def __init__(
         self,
@@ -143,6 +148,10 @@ class Op:
         """The reference meaning. One argument per declared operand field (None: absent; a tuple: variadic); the caller
         rounds to the result types. `Any` because every op has its own operands: overrides spell them out."""
         raise IrError(f"{self.name} has no reference meaning")
+
+    def cost(self, ctx: CostContext) -> Cost:
+        """Bytes and operations, as formulas. Asked only of ops that run something (`work`), on values of a step."""
+        raise IrError(f"{self.name} has no cost")
 
     def default_hint(self, index: int) -> str:
         """SSA name of a result that nobody named."""
@@ -565,4 +574,6 @@ ReturnOp.SPEC = OpSpec(
     consumes="",
     linear=False,
     view=False,
+    commutative=False,
+    gathers="",
 )

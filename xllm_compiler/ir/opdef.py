@@ -2,10 +2,22 @@
 
     @op("nn.rms_norm")
     class RmsNorm(Op):
+        \"\"\"y = x / sqrt(mean(x^2) + eps) * (w + offset) over the last axis.\"\"\"
+
+        rows = LastAxis()
+        noise = Noise.ROUNDS
+        work = Work.HEAVY
         x: Operand
         w: OptOperand
         eps: float
         offset: float = 0.0
+
+        def infer(self) -> tuple[Type, ...]: ...
+        def cost(self, ctx: CostContext) -> Cost: ...
+        def interp(self, ctx: EvalContext, x: Array, w: Array | None) -> Array: ...
+
+All of these are asked for (ir/facts.py says what they mean). A class that lacks one, and inherits it from no base, is
+an error where it is declared.
 
 Annotations say what a field is: `Operand` (exactly one), `OptOperand` (none or one; keyword in text), `Operands`
 (variadic; must be the only operand field, or be followed by optional ones only), and every other annotation is an
@@ -22,6 +34,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar, get_args, 
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Op, ReturnOp, Value
+from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Rows, Work
 from xllm_compiler.ir.spec import COMMON, MISSING, Arity, Attr, AttrField, AttrKind, OperandField, OpSpec
 from xllm_compiler.ir.types import Type
 
@@ -36,7 +50,7 @@ OPS: Final[dict[str, type[Op]]] = {}
 
 T = TypeVar("T", bound=Op)
 
-_OWN: Final = frozenset(get_type_hints(Op, include_extras=True))
+_OWN: Final = frozenset(get_type_hints(Op))
 _SCALARS: Final[dict[object, AttrKind]] = {int: "int", float: "float", bool: "bool", str: "str", Dim: "dim"}
 
 
@@ -47,29 +61,34 @@ def op(
     consumes: str = "",
     linear: bool = False,
     view: bool = False,
+    commutative: bool = False,
+    gathers: str = "",
 ) -> Callable[[type[T]], type[T]]:
-    """Declares an op class under its text name and registers it in OPS.
+    """Declares an op class under its text name and registers it in OPS; IrError where something of it is missing.
 
-    `effects`: anything that keeps a dead op alive and stops reordering; none means pure. `consumes`: the operand field
-    whose linear value is used up. `linear`: partial sums may pass through. `view`: the result may share the bytes of
-    operand 0.
+    What most ops are not is said here. `effects`: anything that keeps a dead op alive and stops reordering; none means
+    pure. `consumes`: the operand field whose linear value is used up. `linear`: partial sums may pass through. `view`:
+    the result may share the bytes of operand 0. `commutative`: operands may change places. `gathers`: the operand field
+    of which no more is read than the result holds.
     """
 
     def declare(cls: type[T]) -> type[T]:
         if name in OPS and (OPS[name].__module__, OPS[name].__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"op {name} is already declared by {OPS[name].__qualname__}")
-        if not inspect.getdoc(cls) or cls.__doc__ is None:
-            raise ValueError(f"op {name} needs a docstring: its equation")
+            raise _refused(name, cls, f"is already declared by {OPS[name].__qualname__}", "give it another name")
         operands: list[OperandField] = []
         attrs: list[AttrField] = []
         for field, hint in get_type_hints(cls, include_extras=True).items():
-            if field in _OWN or get_origin(hint) is ClassVar:
+            if get_origin(hint) is ClassVar:
+                if field not in _OWN and not hasattr(cls, field):
+                    raise _refused(name, cls, f"says no {field}", "its family asks every op for it")
                 continue
+            if field in _OWN or hasattr(Op, field):
+                raise _refused(name, cls, f"declares {field}, which every op has", f"{field}_ is {field} in text")
             default = cls.__dict__.get(field, MISSING)
             arity = _arity(hint)
             key = field.removesuffix("_")
             if key in COMMON:
-                raise ValueError(f"op {name}: every op may carry {key}; name this field otherwise")
+                raise _refused(name, cls, f"declares {key}, which every op may carry", "name this field otherwise")
             if arity is not None:
                 operands.append(OperandField(field, arity))
                 setattr(cls, field, _operand_property(field, arity))
@@ -80,14 +99,52 @@ def op(
                 setattr(cls, field, _attr_property(key))
         for i, f in enumerate(operands):
             if f.arity != "opt" and i > 0 and operands[i - 1].arity != "one":
-                raise ValueError(f"op {name}: operand {f.name} must come before optional and variadic ones")
+                raise _refused(name, cls, f"has operand {f.name} after optional or variadic ones", "put it before them")
             if f.arity == "many" and i > 0:
-                raise ValueError(f"op {name}: a variadic operand must be the only positional one")
-        cls.SPEC = OpSpec(name, tuple(operands), tuple(attrs), frozenset(effects), consumes, linear, view)
+                raise _refused(name, cls, f"has operands before {f.name}", "a variadic operand stands alone")
+        for flag, field in (("consumes", consumes), ("gathers", gathers)):
+            if field and all(f.name != field for f in operands):
+                raise _refused(name, cls, f"{flag} {field}, which is none of its operands", f"{flag}: an operand field")
+        _check_facts(name, cls, view)
+        cls.SPEC = OpSpec(
+            name, tuple(operands), tuple(attrs), frozenset(effects), consumes, linear, view, commutative, gathers
+        )
         OPS[name] = cls
         return cls
 
     return declare
+
+
+_VALUES: Final[dict[str, tuple[type, str]]] = {
+    "rows": (Rows, "rows = one of xllm_compiler.ir.rows: what it does to the rows of its operands"),
+    "noise": (Noise, "noise = Noise.ROUNDS, MOVES or EXACT: whether its results are rounded"),
+    "work": (Work, "work = Work.NONE, COPY, LIGHT, HEAVY or DOT: what one element of its results takes"),
+}
+_METHODS: Final[dict[str, str]] = {
+    "infer": "def infer(self) -> tuple[Type, ...]: result types from operands and attributes",
+    "interp": "def interp(self, ctx, ...) -> Array: the reference meaning in numpy",
+    "cost": "def cost(self, ctx) -> Cost: bytes and operations as formulas",
+}
+
+
+def _check_facts(name: str, cls: type[Op], view: bool) -> None:
+    """IrError at the first fact that the class neither states nor inherits."""
+    if cls.__doc__ is None or not inspect.getdoc(cls):
+        raise _refused(name, cls, "says no equation", "its docstring is the equation")
+    for fact, (kind, help) in _VALUES.items():
+        if not isinstance(getattr(cls, fact, None), kind):
+            raise _refused(name, cls, f"says no {fact}", help)
+    if view and cls.work is not Work.NONE:
+        raise _refused(name, cls, f"is a view with work {cls.work.word}", "nothing runs for a view: work = Work.NONE")
+    for fact, help in _METHODS.items():
+        if fact == "cost" and cls.work is Work.NONE:
+            continue
+        if getattr(cls, fact) is getattr(Op, fact):
+            raise _refused(name, cls, f"says no {fact}", help)
+
+
+def _refused(name: str, cls: type[Op], what: str, help: str) -> IrError:
+    return IrError(f"op {name} {what}", where=f"{cls.__module__}.{cls.__qualname__}", help=help)
 
 
 def _arity(hint: Any) -> Arity | None:
@@ -103,7 +160,7 @@ def _attr_field(name: str, hint: Any, default: object) -> AttrField:
     if get_origin(hint) is tuple:
         args = get_args(hint)
         if len(args) != 2 or args[1] is not Ellipsis:
-            raise ValueError(f"attribute {name}: a tuple attribute is tuple[kind, ...]")
+            raise IrError(f"attribute {name}: {hint!r} is not a kind of attribute", help="tuple[kind, ...]")
         hint, many = args[0], True
     for mark in getattr(hint, "__metadata__", ()):
         if mark in ("dtype", "group", "number"):
@@ -115,7 +172,9 @@ def _attr_field(name: str, hint: Any, default: object) -> AttrField:
         return AttrField(name, "type", many, (), default)
     if hint in _SCALARS:
         return AttrField(name, _SCALARS[hint], many, (), default)
-    raise ValueError(f"attribute {name}: {hint!r} is not a kind of attribute")
+    raise IrError(
+        f"attribute {name}: {hint!r} is not a kind of attribute", help="the docstring of ir/opdef.py lists them"
+    )
 
 
 def _operand_property(name: str, arity: Arity) -> property:

@@ -113,6 +113,8 @@ class OpSpec:
     consumes: str  # name of the operand field whose (linear) value this op uses up, or ""
     linear: bool  # maps partial sums to partial sums: f(a + b) = f(a) + f(b)
     view: bool  # result 0 is the same bytes as operand 0 in a dense row-major layout
+    commutative: bool  # operands may change places
+    gathers: str  # name of the operand field of which only as much is read as the result holds, or ""
     places: dict[str, int] = field(init=False, compare=False, repr=False)  # of operand fields, by name
 
     def __post_init__(self) -> None:

@@ -12,16 +12,13 @@ from typing import Final
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.facts import Work
 from xllm_compiler.kernels.tir.generic import nodes as generic_nodes
 from xllm_compiler.lowering.storage import Storage, where
 
 POINTWISE: Final = frozenset(f"t.{name}" for name in generic_nodes.POINTWISE)
 MOVES: Final = frozenset(f"t.{name}" for name in generic_nodes.MOVES)
 JOINING: Final = POINTWISE | MOVES | {"t.reduce", "t.concat", "t.pad"}  # consumers that take a fused operand
-HEAVY: Final = frozenset(
-    f"t.{name}"
-    for name in "pow exp log sqrt rsqrt sin cos tanh sigmoid silu erf gelu softplus div floordiv mod".split()  # noqa: SIM905
-)
 MAX_GROUP: Final = 64  # ops in one kernel: keeps compile time and register pressure bounded
 
 
@@ -98,7 +95,7 @@ class Fusion:
     def _worth(self, op: Op, home: Op) -> bool:
         """False where computing `op` anew for every element of the group's domain would repeat costly work."""
         shape = op.result.shape
-        if op.name not in HEAVY or not shape or shape[-1] == 1:  # along a row a single value is computed once
+        if op.work is not Work.HEAVY or not shape or shape[-1] == 1:  # along a row a single value is computed once
             return True
         return self.storage.scope.prove_le(_elements(domain(home)), _elements(shape)) is True
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xllm_compiler.analysis.cost import Amounts, Costs, Machine, estimate
+from xllm_compiler.analysis.cost import Costs, Machine, estimate
 from xllm_compiler.analysis.simulate import WAITS, Slot, makespan, simulate, streams_of
 from xllm_compiler.ir.core import Func, Module
+from xllm_compiler.ir.cost import Amounts
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.printer import func_names
 from xllm_compiler.ir.types import DTYPE_BYTES, Kv

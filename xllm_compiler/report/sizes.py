@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xllm_compiler.analysis.cost import CONTEXT
 from xllm_compiler.dims import DimScope
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.cost import CONTEXT
 from xllm_compiler.ir.types import Kv, Tensor
 
 CONTEXT_NAME = CONTEXT.symbols[0]

@@ -9,6 +9,7 @@ import numpy as np
 
 from xllm_compiler.interp.run import Watch
 from xllm_compiler.ir.core import Func, Value
+from xllm_compiler.ir.facts import Noise
 from xllm_compiler.ir.ops import Const
 from xllm_compiler.ir.semantics import OUR_DTYPE, Array
 from xllm_compiler.ir.types import FLOATS, Tensor
@@ -16,18 +17,6 @@ from xllm_compiler.ir.types import FLOATS, Tensor
 EPS: Final = {"f64": 2.0**-52, "f32": 2.0**-23, "bf16": 2.0**-7, "f16": 2.0**-10}
 BITS: Final = {"f64": 53, "f32": 24, "bf16": 8, "f16": 11}
 EXACT_BITS: Final = 12  # a constant that these hold is meant exactly
-_MOVES: Final = frozenset(  # results that are elements of their operands, so that nothing is rounded
-    {
-        *("t.reshape", "t.transpose", "t.expand", "t.slice", "t.concat", "t.pad", "t.take", "t.where", "t.cast"),
-        *("t.clamp", "t.relu", "t.max", "t.min", "t.neg", "t.abs", "t.const", "t.iota", "param"),
-        *("nn.embedding", "kv.write", "comm.wait"),
-        *(
-            "quant.weight",
-            "quant.rows",
-            "quant.norm_rows",
-        ),  # their results are what is stored, in its dtype, exact arithmetic or not
-    }
-)
 
 
 def noise(rng: np.random.Generator) -> Watch:
@@ -35,7 +24,11 @@ def noise(rng: np.random.Generator) -> Watch:
 
     def watch(v: Value, rank: int, x: Array) -> Array:
         dtype = OUR_DTYPE[x.dtype]
-        if dtype not in FLOATS or (v.op is not None and v.op.name in _MOVES) or (v.op is None and dtype != "f64"):
+        if (
+            dtype not in FLOATS
+            or (v.op is not None and v.op.noise is not Noise.ROUNDS)
+            or (v.op is None and dtype != "f64")
+        ):
             return x  # an argument in its own dtype is what it is
         wide = x.astype(np.float64)
         off = wide * (1 + EPS[dtype] * rng.choice((-1.0, 1.0), x.shape))

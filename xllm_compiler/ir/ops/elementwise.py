@@ -1,20 +1,22 @@
-"""Elementwise tensor ops: binary, unary, clamp, where, cast. Owns their shape rules and reference meanings.
+"""Elementwise tensor ops of several operands: arithmetic, comparisons, logic, where. Owns their rules and meanings.
 
 Operands broadcast like numpy. Both sides have the same dtype, except that a t.const scalar takes the other's.
 """
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import numpy as np
 
 from xllm_compiler.ir.core import Op
+from xllm_compiler.ir.cost import Cost, CostContext
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.opdef import DType, Operand, op
-from xllm_compiler.ir.semantics import Array, EvalContext, erf, gelu, sigmoid, silu
-from xllm_compiler.ir.shapes import broadcast, common_dtype, no_partial, require_float
+from xllm_compiler.ir.facts import Noise, Work
+from xllm_compiler.ir.opdef import Operand, op
+from xllm_compiler.ir.rows import Broadcast
+from xllm_compiler.ir.semantics import Array, EvalContext
+from xllm_compiler.ir.shapes import broadcast, common_dtype, no_partial
 from xllm_compiler.ir.types import Tensor, Type
 
 
@@ -25,7 +27,8 @@ def _infer_binary(op: Op, dtype: str | None = None) -> tuple[Type, ...]:
     return (Tensor(dtype or common, broadcast(op.scope, a.shape, b.shape, op.name)),)
 
 
-def _reject_bool(op: Op) -> None:
+def reject_bool(op: Op) -> None:
+    """IrError when an operand is bool."""
     for v in op.operands:
         if v.dtype == "bool":
             raise IrError(f"{op.name} is arithmetic, %{v.name} is bool", help="insert t.cast")
@@ -42,15 +45,26 @@ def _pair(ctx: EvalContext, a: Array, b: Array) -> tuple[Array, Array]:
     return x, y
 
 
-@op("t.add", linear=True)
-class Add(Op):
+class Elementwise(Op):
+    """What all of them share: operands meet element by element, and each element of the result is one operation."""
+
+    rows = Broadcast()
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=self.result.tensor.elements)
+
+
+@op("t.add", linear=True, commutative=True)
+class Add(Elementwise):
     """y = a + b. Two partial sums over the same group add up to a partial sum."""
 
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     a: Operand
     b: Operand
 
     def infer(self) -> tuple[Type, ...]:
-        _reject_bool(self)
+        reject_bool(self)
         parts = [v.tensor.partial for v in self.operands]
         if parts[0] != parts[1]:
             raise IrError(
@@ -65,7 +79,7 @@ class Add(Op):
         return np.add(x, y)
 
 
-class _Arith(Op):
+class _Arith(Elementwise):
     """What binary arithmetic shares: numbers in, the common dtype out."""
 
     FN: ClassVar[np.ufunc]
@@ -73,16 +87,18 @@ class _Arith(Op):
     b: Operand
 
     def infer(self) -> tuple[Type, ...]:
-        _reject_bool(self)
+        reject_bool(self)
         return _infer_binary(self)
 
     def interp(self, ctx: EvalContext, a: Array, b: Array) -> Array:
         return np.asarray(self.FN(*_pair(ctx, a, b)))
 
 
-class _Compare(Op):
+class _Compare(Elementwise):
     """What comparisons share: bool out."""
 
+    noise = Noise.EXACT
+    work = Work.LIGHT
     FN: ClassVar[np.ufunc]
     a: Operand
     b: Operand
@@ -98,13 +114,17 @@ class _Compare(Op):
 class Sub(_Arith):
     """y = a - b."""
 
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     FN = np.subtract
 
 
-@op("t.mul")
+@op("t.mul", commutative=True)
 class Mul(_Arith):
     """y = a * b."""
 
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     FN = np.multiply
 
 
@@ -112,6 +132,8 @@ class Mul(_Arith):
 class Div(_Arith):
     """y = a / b, floats only."""
 
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     FN = np.divide
 
     def infer(self) -> tuple[Type, ...]:
@@ -125,20 +147,26 @@ class Div(_Arith):
 class Pow(_Arith):
     """y = a ** b."""
 
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     FN = np.power
 
 
-@op("t.max")
+@op("t.max", commutative=True)
 class Max(_Arith):
     """y = max(a, b); NaN wins."""
 
+    noise = Noise.MOVES
+    work = Work.LIGHT
     FN = np.maximum
 
 
-@op("t.min")
+@op("t.min", commutative=True)
 class Min(_Arith):
     """y = min(a, b); NaN wins."""
 
+    noise = Noise.MOVES
+    work = Work.LIGHT
     FN = np.minimum
 
 
@@ -146,6 +174,8 @@ class Min(_Arith):
 class FloorDiv(_Arith):
     """y = floor(a / b), also for negative integers."""
 
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     FN = np.floor_divide
 
 
@@ -153,17 +183,19 @@ class FloorDiv(_Arith):
 class Mod(_Arith):
     """y = a - b * floor(a / b): the sign of b, like Python's %."""
 
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     FN = np.mod
 
 
-@op("t.eq")
+@op("t.eq", commutative=True)
 class Eq(_Compare):
     """y = a == b, bool."""
 
     FN = np.equal
 
 
-@op("t.ne")
+@op("t.ne", commutative=True)
 class Ne(_Compare):
     """y = a != b, bool."""
 
@@ -198,235 +230,45 @@ class Ge(_Compare):
     FN = np.greater_equal
 
 
-def _infer_logic(op: Op) -> tuple[Type, ...]:
-    for v in op.operands:
-        if v.dtype != "bool":
-            raise IrError(f"{op.name} needs bool, %{v.name} is {v.dtype}")
-    return _infer_binary(op)
+class _Logic(Elementwise):
+    """What the connectives share: bool in and out."""
+
+    noise = Noise.EXACT
+    work = Work.LIGHT
+    FN: ClassVar[np.ufunc]
+    a: Operand
+    b: Operand
+
+    def infer(self) -> tuple[Type, ...]:
+        for v in self.operands:
+            if v.dtype != "bool":
+                raise IrError(f"{self.name} needs bool, %{v.name} is {v.dtype}")
+        return _infer_binary(self)
+
+    def interp(self, ctx: EvalContext, a: Array, b: Array) -> Array:
+        return np.asarray(self.FN(a, b))
 
 
-@op("t.and")
-class And(Op):
+@op("t.and", commutative=True)
+class And(_Logic):
     """y = a and b, bool."""
 
-    a: Operand
-    b: Operand
-
-    def infer(self) -> tuple[Type, ...]:
-        return _infer_logic(self)
-
-    def interp(self, ctx: EvalContext, a: Array, b: Array) -> Array:
-        return np.logical_and(a, b)
+    FN = np.logical_and
 
 
-@op("t.or")
-class Or(Op):
+@op("t.or", commutative=True)
+class Or(_Logic):
     """y = a or b, bool."""
 
-    a: Operand
-    b: Operand
-
-    def infer(self) -> tuple[Type, ...]:
-        return _infer_logic(self)
-
-    def interp(self, ctx: EvalContext, a: Array, b: Array) -> Array:
-        return np.logical_or(a, b)
-
-
-class _FloatUnary(Op):
-    """What the float-only unary ops share: the result has the operand's type."""
-
-    x: Operand
-
-    def infer(self) -> tuple[Type, ...]:
-        no_partial(self)
-        require_float(self, self.x)
-        return (self.x.tensor,)
-
-
-class _NumberUnary(Op):
-    """What the unary ops on any number share."""
-
-    x: Operand
-
-    def infer(self) -> tuple[Type, ...]:
-        no_partial(self)
-        _reject_bool(self)
-        return (self.x.tensor,)
-
-
-@op("t.neg")
-class Neg(_NumberUnary):
-    """y = -x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.negative(ctx.up(x))
-
-
-@op("t.abs")
-class Abs(_NumberUnary):
-    """y = |x|."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.abs(ctx.up(x))
-
-
-@op("t.relu")
-class Relu(_NumberUnary):
-    """y = max(x, 0)."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.maximum(ctx.up(x), 0)
-
-
-@op("t.exp")
-class Exp(_FloatUnary):
-    """y = e ** x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.exp(ctx.up(x))
-
-
-@op("t.log")
-class Log(_FloatUnary):
-    """y = ln x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.log(ctx.up(x))
-
-
-@op("t.sqrt")
-class Sqrt(_FloatUnary):
-    """y = sqrt(x)."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.sqrt(ctx.up(x))
-
-
-@op("t.rsqrt")
-class Rsqrt(_FloatUnary):
-    """y = 1 / sqrt(x)."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.reciprocal(np.sqrt(ctx.up(x)))
-
-
-@op("t.sin")
-class Sin(_FloatUnary):
-    """y = sin x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.sin(ctx.up(x))
-
-
-@op("t.cos")
-class Cos(_FloatUnary):
-    """y = cos x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.cos(ctx.up(x))
-
-
-@op("t.tanh")
-class Tanh(_FloatUnary):
-    """y = tanh x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.tanh(ctx.up(x))
-
-
-@op("t.sigmoid")
-class Sigmoid(_FloatUnary):
-    """y = 1 / (1 + e ** -x)."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return sigmoid(ctx.up(x))
-
-
-@op("t.silu")
-class Silu(_FloatUnary):
-    """y = x * sigmoid(x)."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return silu(ctx.up(x))
-
-
-@op("t.erf")
-class Erf(_FloatUnary):
-    """y = 2 / sqrt(pi) * integral of e ** -t^2 from 0 to x."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return erf(ctx.up(x))
-
-
-@op("t.floor")
-class Floor(_FloatUnary):
-    """y = the greatest integer <= x, as a float."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.floor(ctx.up(x))
-
-
-@op("t.softplus")
-class Softplus(_FloatUnary):
-    """y = ln(1 + e ** x)."""
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        up = ctx.up(x)
-        return np.maximum(up, 0) + np.log1p(np.exp(-np.abs(up)))
-
-
-@op("t.gelu")
-class Gelu(_FloatUnary):
-    """y = x * Phi(x), or with `tanh` its usual approximation."""
-
-    tanh: bool = False
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return gelu(ctx.up(x), self.tanh)
-
-
-@op("t.not")
-class Not(Op):
-    """y = not x, bool."""
-
-    x: Operand
-
-    def infer(self) -> tuple[Type, ...]:
-        if self.x.dtype != "bool":
-            raise IrError(f"t.not needs bool, %{self.x.name} is {self.x.dtype}")
-        return (self.x.tensor,)
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        return np.logical_not(x)
-
-
-@op("t.clamp")
-class Clamp(Op):
-    """y = min(max(x, lo), hi); an infinite bound does nothing. NaN stays NaN."""
-
-    x: Operand
-    lo: float = -math.inf
-    hi: float = math.inf
-
-    def infer(self) -> tuple[Type, ...]:
-        no_partial(self)
-        _reject_bool(self)
-        return (self.x.tensor,)
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        up = ctx.up(x)
-        if not math.isinf(self.lo):
-            up = np.maximum(up, np.asarray(self.lo).astype(up.dtype))
-        if not math.isinf(self.hi):
-            up = np.minimum(up, np.asarray(self.hi).astype(up.dtype))
-        return up
+    FN = np.logical_or
 
 
 @op("t.where")
-class Where(Op):
+class Where(Elementwise):
     """y = a where c else b."""
 
+    noise = Noise.MOVES
+    work = Work.LIGHT
     c: Operand
     a: Operand
     b: Operand
@@ -442,20 +284,3 @@ class Where(Op):
     def interp(self, ctx: EvalContext, c: Array, a: Array, b: Array) -> Array:
         x, y = _pair(ctx, a, b)
         return np.where(c, x, y)
-
-
-@op("t.cast")
-class Cast(Op):
-    """y = x as `dtype`: floats round to nearest even, float to int truncates, anything nonzero is true."""
-
-    x: Operand
-    dtype: DType
-
-    def infer(self) -> tuple[Type, ...]:
-        no_partial(self)
-        return (Tensor(self.dtype, self.x.shape),)
-
-    def interp(self, ctx: EvalContext, x: Array) -> Array:
-        if self.dtype == "bool":
-            return np.not_equal(x, 0)
-        return x.astype(ctx.dtype(self.dtype), copy=False)

@@ -5,17 +5,22 @@ Token n of the step has position pos[n] in request seq[n]; table[seq[n], pos[n] 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from xllm_compiler.dims import Dim, as_dim
+from xllm_compiler.dims import Dim, as_dim, ceildiv, dmin
 from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.cost import CONTEXT, Cost, CostContext
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import Operand, OptOperand, op
+from xllm_compiler.ir.ops.nn import rotations
+from xllm_compiler.ir.rows import ThroughCache
 from xllm_compiler.ir.semantics import Array, EvalContext, kv_rows, kv_stored, rms_norm, rope
 from xllm_compiler.ir.shapes import no_partial, require_float, require_le, require_rank, require_shape
-from xllm_compiler.ir.types import Kv, Tensor, Type
+from xllm_compiler.ir.types import DTYPE_BYTES, Kv, Tensor, Type
 
 
 def _tokens(op: Op, n: Dim, pos: Value, seq: Value, table: Value) -> None:
@@ -36,10 +41,18 @@ def _same_float(op: Op, kv: Kv, *values: Value) -> None:
             raise IrError(f"{op.name}: %{v.name} is {v.type}, the cache holds {kv.dtype}", help="insert t.cast")
 
 
+def _read_entries(cost: Cost, table: Value, entries: Dim) -> Cost:
+    """`cost`, which counts the whole block table, where only `entries` page indices of it are read."""
+    return replace(cost, read=cost.read - table.tensor.nbytes + entries * DTYPE_BYTES[table.dtype])
+
+
 @op("kv.write", consumes="kv")
 class KvWrite(Op):
     """kv' = kv with the rows of the step's tokens set to k [N, heads, k_dim] and v [N, heads, v_dim]."""
 
+    rows = ThroughCache()
+    noise = Noise.MOVES
+    work = Work.COPY
     kv: Operand
     k: Operand
     v: Operand
@@ -57,6 +70,11 @@ class KvWrite(Op):
         require_shape(self.scope, self.v.shape, [n, kv.heads, kv.v_dim], "kv.write: v")
         _tokens(self, n, self.pos, self.seq, self.table)
         return (kv,)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        tokens = self.k.shape[0]
+        cost = _read_entries(ctx.count(self, flops=0), self.table, tokens)
+        return replace(cost, kv_written=tokens * self.kv.kv.token_bytes)
 
     def interp(self, ctx: EvalContext, kv: Array, k: Array, v: Array, pos: Array, seq: Array, table: Array) -> Array:
         out = kv.copy()
@@ -77,6 +95,9 @@ class KvAttend(Op):
     result of so many f32, room to work in; what it holds means nothing.
     """
 
+    rows = ThroughCache()
+    noise = Noise.ROUNDS
+    work = Work.DOT
     kv: Operand
     q: Operand
     pos: Operand
@@ -109,6 +130,23 @@ class KvAttend(Op):
             raise IrError("kv.attend: window, softcap and scratch are at least 0; 0 means none")
         out = Tensor(self.q.dtype, (n, heads, kv.v_dim))
         return (out, Tensor("f32", (self.scratch,))) if self.scratch else (out,)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        """Every request's rows are read once. A score costs its dot product, its share of the weighted sum of values,
+        and five for scaling and softmax."""
+        kv = self.kv.kv
+        tokens, heads, _ = self.q.shape
+        requests = self.table.shape[0]
+        each = ceildiv(tokens, requests)
+        length = CONTEXT + each
+        pairs = tokens * CONTEXT + tokens * (each + 1) // 2
+        if self.window:
+            length = dmin(length, self.window - 1 + each)
+            pairs = dmin(pairs, tokens * self.window)
+        flops = heads * pairs * (2 * kv.k_dim + 2 * kv.v_dim + 5)
+        cost = _read_entries(ctx.count(self, flops=flops), self.table, requests * ceildiv(length, kv.page))
+        written = self.results[0].tensor.nbytes  # scratch is for few rows, and for them it is small
+        return replace(cost, written=written, kv_read=requests * length * kv.token_bytes)
 
     def interp(
         self,
@@ -164,6 +202,9 @@ class KvAppend(Op):
     """Splits qkv [N, (Hq + Hk) * Dk + Hk * Dv] into q, k, v; normalises q and k per head (qw, kw); rotates them
     (cos, sin); writes k and v. Results (kv', q [N, Hq, Dk]). One rounding, at the results."""
 
+    rows = ThroughCache()
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     kv: Operand
     qkv: Operand
     pos: Operand
@@ -202,6 +243,13 @@ class KvAppend(Op):
                 require_float(self, w)
                 require_shape(self.scope, w.shape, [kv.k_dim], f"kv.append: %{w.name}")
         return (kv, Tensor(self.qkv.dtype, (n, self.q_heads, kv.k_dim)))
+
+    def cost(self, ctx: CostContext) -> Cost:
+        kv, tokens = self.kv.kv, self.qkv.shape[0]
+        vectors = tokens * (self.q_heads * (self.qw is not None) + kv.heads * (self.kw is not None))
+        flops = 4 * vectors * kv.k_dim + rotations(tokens * (self.q_heads + kv.heads), self.cos)
+        cost = _read_entries(ctx.count(self, flops=flops), self.table, tokens)
+        return replace(cost, kv_written=tokens * kv.token_bytes)
 
     def interp(
         self,

@@ -5,15 +5,19 @@ Every op computes in f32 and rounds once, at its results.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from xllm_compiler.dims import as_dim, ceildiv
+from xllm_compiler.dims import Dim, as_dim, ceildiv
 from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.cost import Cost, CostContext
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import Group, Operand, OptOperand, op
 from xllm_compiler.ir.ops.tensor import check_range
+from xllm_compiler.ir.rows import FirstAxis, Gathered, LastAxis
 from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm, rope
 from xllm_compiler.ir.shapes import (
     broadcast,
@@ -30,10 +34,13 @@ from xllm_compiler.ir.types import Tensor, Type
 Activation = Literal["none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh"]
 
 
-@op("nn.embedding")
+@op("nn.embedding", gathers="w")
 class Embedding(Op):
     """y[.., :] = w[ids[..], :]."""
 
+    rows = Gathered()
+    noise = Noise.MOVES
+    work = Work.COPY
     ids: Operand
     w: Operand
 
@@ -42,6 +49,14 @@ class Embedding(Op):
         require_int(self, self.ids)
         require_rank(self, self.w, 2)
         return (self.w.tensor.with_(shape=(*self.ids.shape, self.w.shape[1])),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        cost, taken = ctx.count(self, flops=0), self.result.tensor
+        made = ctx.narrow(self.w)
+        if made is None:
+            return cost
+        stored = self.ids.tensor.elements * made.stored_row_bytes()
+        return replace(cost, weights=cost.weights - taken.nbytes + stored, flops=2 * taken.elements)
 
     def interp(self, ctx: EvalContext, ids: Array, w: Array) -> Array:
         check_range(self, ids, w.shape[0])
@@ -65,6 +80,9 @@ class Linear(Op):
     With `partial` the columns of w are this rank's share of the contraction, and y is a partial sum over that group.
     """
 
+    rows = LastAxis("residual")
+    noise = Noise.ROUNDS
+    work = Work.DOT
     x: Operand
     w: Operand
     bias: OptOperand
@@ -87,6 +105,11 @@ class Linear(Op):
             raise IrError("nn.linear: a partial sum takes no bias, activation or residual before its all-reduce")
         return (Tensor(x.dtype, shape, self.partial or None),)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        out = self.result.tensor.elements
+        extras = sum((self.bias is not None, self.residual is not None, self.act != "none"))
+        return ctx.widened(ctx.count(self, flops=2 * out * self.w.shape[1] + extras * out), self.w)
+
     def interp(self, ctx: EvalContext, x: Array, w: Array, bias: Array | None, residual: Array | None) -> Array:
         y = np.asarray(np.matmul(ctx.up(x), ctx.up(w).T))
         if bias is not None:
@@ -99,6 +122,9 @@ class Linear(Op):
 class LinearGlu(Op):
     """y = act(x @ g.T + bias_g) * (x @ u.T + bias_u), where w [2 * F, in] holds the rows of g, then those of u."""
 
+    rows = LastAxis()
+    noise = Noise.ROUNDS
+    work = Work.DOT
     x: Operand
     w: Operand
     bias: OptOperand
@@ -111,6 +137,11 @@ class LinearGlu(Op):
         half = self.w.shape[0] // 2
         require_same_dim(self.scope, 2 * half, self.w.shape[0], "nn.linear_glu: rows of w in two halves")
         return (x.with_(shape=(*x.shape[:-1], half)),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        out = self.result.tensor.elements
+        extras = 2 + 2 * (self.bias is not None)  # activation and product, biases of both halves
+        return ctx.widened(ctx.count(self, flops=4 * out * self.w.shape[1] + extras * out), self.w)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array, bias: Array | None) -> Array:
         y = np.asarray(np.matmul(ctx.up(x), ctx.up(w).T))
@@ -133,6 +164,9 @@ def check_norm_vector(op: Op, x: Value, v: Value | None, what: str) -> None:
 class RmsNorm(Op):
     """y = x / sqrt(mean(x^2) + eps) * (w + offset) over the last axis, statistics in f32; without w no factor."""
 
+    rows = LastAxis()
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     x: Operand
     w: OptOperand
     eps: float
@@ -143,6 +177,9 @@ class RmsNorm(Op):
         check_norm_vector(self, self.x, self.w, "w")
         return (self.x.tensor,)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=4 * self.x.tensor.elements)
+
     def interp(self, ctx: EvalContext, x: Array, w: Array | None) -> Array:
         return rms_norm(ctx.up(x), None if w is None else ctx.up(w), self.eps, self.offset)
 
@@ -151,6 +188,9 @@ class RmsNorm(Op):
 class LayerNorm(Op):
     """y = (x - mean) / sqrt(variance + eps) * w + b over the last axis, statistics in f32."""
 
+    rows = LastAxis()
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     x: Operand
     w: OptOperand
     b: OptOperand
@@ -162,6 +202,9 @@ class LayerNorm(Op):
         check_norm_vector(self, self.x, self.b, "b")
         return (self.x.tensor,)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=7 * self.x.tensor.elements)
+
     def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> Array:
         return layer_norm(ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b), self.eps)
 
@@ -170,6 +213,9 @@ class LayerNorm(Op):
 class AddRmsNorm(Op):
     """sum = x + res, rounded to its dtype; y = rms_norm(sum, w). Results (y, sum)."""
 
+    rows = LastAxis("res")
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     x: Operand
     res: Operand
     w: Operand
@@ -184,6 +230,9 @@ class AddRmsNorm(Op):
         check_norm_vector(self, self.x, self.w, "w")
         return (self.x.tensor, self.x.tensor)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=5 * self.x.tensor.elements)
+
     def interp(self, ctx: EvalContext, x: Array, res: Array, w: Array) -> tuple[Array, Array]:
         # The norm reads the rounded sum, as the unfused pair would.
         total = ctx.store(ctx.up(x) + ctx.up(res), self.x.type)
@@ -193,6 +242,11 @@ class AddRmsNorm(Op):
         return ("add_rms_norm", "sum")[index]
 
 
+def rotations(vectors: Dim, cos: Value | None) -> Dim:
+    """Operations to rotate `vectors` heads: two products and a sum for each rotated element."""
+    return as_dim(0) if cos is None else 6 * vectors * cos.shape[1]
+
+
 @op("nn.rope")
 class Rope(Op):
     """Rotates the first R of the last axis of x [N, H, D] by tables cos, sin [N, R/2]; the rest passes through.
@@ -200,6 +254,9 @@ class Rope(Op):
     half: (a, b) = (x[:R/2], x[R/2:R]); interleaved: a = x[0::2], b = x[1::2]; a' = a cos - b sin, b' = b cos + a sin.
     """
 
+    rows = FirstAxis("x", "cos", "sin")
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     x: Operand
     cos: Operand
     sin: Operand
@@ -215,6 +272,9 @@ class Rope(Op):
         require_le(self.scope, as_dim(2) * self.cos.shape[1], self.x.shape[2], "nn.rope: rotated part of the head")
         return (self.x.tensor,)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=rotations(self.x.shape[0] * self.x.shape[1], self.cos))
+
     def interp(self, ctx: EvalContext, x: Array, cos: Array, sin: Array) -> Array:
         return rope(ctx.up(x), ctx.up(cos), ctx.up(sin), self.style)
 
@@ -226,6 +286,9 @@ class BlockMax(Op):
     Beside a row of logits it tells a sampler where to look: the largest logit is in the first of the largest blocks.
     """
 
+    rows = LastAxis()
+    noise = Noise.MOVES
+    work = Work.LIGHT
     x: Operand
     block: int = 64
 
@@ -235,6 +298,9 @@ class BlockMax(Op):
         if self.x.tensor.rank < 1 or self.block < 1:
             raise IrError(f"nn.block_max of {self.x.type} in blocks of {self.block}")
         return (self.x.tensor.with_(shape=(*self.x.shape[:-1], ceildiv(self.x.shape[-1], self.block))),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=self.x.tensor.elements)
 
     def interp(self, ctx: EvalContext, x: Array) -> Array:
         up = ctx.up(x)

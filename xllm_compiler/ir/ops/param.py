@@ -6,8 +6,11 @@ import numpy as np
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Op
+from xllm_compiler.ir.cost import Cost, CostContext
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import DType, Number, op
+from xllm_compiler.ir.rows import NoRows
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext, array_shape
 from xllm_compiler.ir.types import FLOATS, INTS, Tensor, Type
 
@@ -16,6 +19,9 @@ from xllm_compiler.ir.types import FLOATS, INTS, Tensor, Type
 class Param(Op):
     """y = the checkpoint tensor (or traced buffer) called `name`; its type is written as the result type."""
 
+    rows = NoRows()
+    noise = Noise.EXACT
+    work = Work.NONE
     name_: str
     type: Type
 
@@ -44,6 +50,9 @@ class Param(Op):
 class Const(Op):
     """y = value, a rank-0 scalar. Combined with another tensor elementwise it takes that tensor's dtype, unrounded."""
 
+    rows = NoRows()
+    noise = Noise.EXACT
+    work = Work.NONE
     value: Number
     dtype: DType = "f32"
 
@@ -74,6 +83,9 @@ class Const(Op):
 class Iota(Op):
     """y[i] = i for i in 0..size-1."""
 
+    rows = NoRows()
+    noise = Noise.EXACT
+    work = Work.LIGHT
     size: Dim
     dtype: DType = "i32"
 
@@ -83,6 +95,9 @@ class Iota(Op):
         if self.scope.prove(self.size) is False:
             raise IrError(f"t.iota of negative size {self.size}")
         return (Tensor(self.dtype, (self.size,)),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=self.result.tensor.elements)
 
     def interp(self, ctx: EvalContext) -> Array:
         return np.arange(ctx.dim(self.size)).astype(ctx.dtype(self.dtype))

@@ -7,6 +7,7 @@ every `grid` values along `in` lie on a grid of 16 numbers, so that they can be 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -14,12 +15,15 @@ import numpy as np
 from xllm_compiler.dims import Dim, as_dim, ceildiv
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Op, Value
+from xllm_compiler.ir.cost import Cost, CostContext, NarrowWeight
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import DType, Operand, OptOperand, op
 from xllm_compiler.ir.ops.nn import Activation, check_norm_vector
+from xllm_compiler.ir.rows import LastAxis
 from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm
 from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, require_same_dim, require_shape
-from xllm_compiler.ir.types import FLOATS, Tensor, Type
+from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS, Tensor, Type
 
 
 def _check_form(op: Op, bits: int, group: int, grid: int = 0, zeros: bool = False) -> None:
@@ -65,6 +69,9 @@ def _check_weight(op: Op, values: Value, scales: Value, zeros: Value | None, gro
 class QuantWeight(Op):
     """(stored, scales[, zeros]) of w [out, in], rotated along `in` and rounded: (stored - zero) * scale by group."""
 
+    rows = LastAxis()
+    noise = Noise.EXACT
+    work = Work.HEAVY
     w: Operand
     bits: int
     group: int = 0
@@ -83,6 +90,9 @@ class QuantWeight(Op):
         made: list[Type] = [Tensor("u8", self.w.shape), Tensor(quant.scale_dtype(self.group), shape)]
         return (*made, Tensor("u8", shape)) if self.zeros else tuple(made)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=(4 + self.rotate.bit_length()) * self.w.tensor.elements)
+
     def interp(self, ctx: EvalContext, w: Array) -> tuple[Array, ...]:
         turned = quant.rotate(ctx.up(w), self.rotate)
         if self.grid:
@@ -94,10 +104,24 @@ class QuantWeight(Op):
         return ("stored", "scales", "zeros")[index]
 
 
+def _stored_values(values: Value, bits: int, grid: int) -> Dim:
+    """Bytes that kernels read of stored values: at 4 bits and on grids two to a byte, whatever the IR's type says."""
+    out, in_ = values.shape
+    return out * _row_bytes(in_, bits, grid) if grid else out * in_ * bits // 8
+
+
+def _row_bytes(in_: Dim, bits: int, grid: int) -> Dim:
+    """The same of one row; on grids there is a byte for each run."""
+    return ceildiv(in_, 2) + ceildiv(in_, grid) if grid else in_ * bits // 8
+
+
 @op("quant.dequantize")
-class Dequantize(Op):
+class Dequantize(NarrowWeight):
     """(values - zero) * scale, [out, in], rotated back, in `dtype`; without zeros the zero is 2^(bits - 1)."""
 
+    rows = LastAxis("scales", "zeros")
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     values: Operand
     scales: Operand
     zeros: OptOperand
@@ -114,6 +138,18 @@ class Dequantize(Op):
         if self.dtype not in FLOATS:
             raise IrError(f"quant.dequantize to {self.dtype}")
         return (Tensor(self.dtype, self.values.shape),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=(2 + self.rotate.bit_length()) * self.values.tensor.elements)
+
+    def stored_bytes(self) -> Dim:
+        table = self.scales.tensor.nbytes + (self.zeros.tensor.nbytes if self.zeros else as_dim(0))
+        return _stored_values(self.values, self.bits, self.grid) + table
+
+    def stored_row_bytes(self) -> Dim:
+        table = (self.scales, self.zeros) if self.zeros else (self.scales,)
+        heads = sum(self.scales.shape[1].value * DTYPE_BYTES[v.dtype] for v in table)
+        return _row_bytes(self.values.shape[1], self.bits, self.grid) + heads
 
     def interp(self, ctx: EvalContext, values: Array, scales: Array, zeros: Array | None) -> Array:
         wide = np.float64 if ctx.precise else np.float32
@@ -140,6 +176,9 @@ class QuantRows(Op):
     to whole groups and summed by group. `by_group`: each group has a scale of its own, f32 [.., groups].
     """
 
+    rows = LastAxis()
+    noise = Noise.EXACT
+    work = Work.HEAVY
     x: Operand
     group: int = 0
     rotate: int = 0
@@ -153,6 +192,10 @@ class QuantRows(Op):
             raise IrError("quant.rows of a scalar")
         _check_rotation(self, self.x.shape[-1], self.rotate)
         return _row_types(self, self.x, self.group, self.by_group)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        """The largest value, a product and a rounding of each, and their sum. A rotation: its halvings, a product."""
+        return ctx.count(self, flops=(4 + self.rotate.bit_length()) * self.x.tensor.elements)
 
     def interp(self, ctx: EvalContext, x: Array) -> tuple[Array, ...]:
         return quant.quantize_rows(quant.rotate(ctx.up(x), self.rotate), self.group, self.by_group)
@@ -168,6 +211,9 @@ class QuantNormRows(Op):
     `offset` is that of nn.rms_norm, `b` that of nn.layer_norm.
     """
 
+    rows = LastAxis()
+    noise = Noise.EXACT
+    work = Work.HEAVY
     x: Operand
     w: OptOperand
     b: OptOperand
@@ -187,6 +233,10 @@ class QuantNormRows(Op):
         if self.kind == "layer" and self.offset:
             raise IrError("quant.norm_rows: a layer norm has no offset", help="kind=rms")
         return _row_types(self, self.x, self.group, self.by_group)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        """Those of the norm and of quant.rows."""
+        return ctx.count(self, flops=(8 if self.kind == "rms" else 11) * self.x.tensor.elements)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> tuple[Array, ...]:
         wide, w, b = ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b)
@@ -227,11 +277,28 @@ def _product(
     return np.asarray(y.astype(wide) * scale[..., None].astype(wide))
 
 
+def _product_cost(op: QuantLinear | QuantLinearGlu, ctx: CostContext, extras: int) -> Cost:
+    """Integer products and sums by group count like others; each group's sum is scaled, by the row's scale too where
+    that is the group's, and added once. `extras`: further operations for each element of the result."""
+    out, in_ = op.values.shape
+    rows = op.sums.tensor.elements // op.scales.shape[1]
+    each = 2 * in_ + (3 if quant.rows_by_group(op.bits, op.group) else 2) * op.scales.shape[1]
+    bias = rows * out if op.bias is not None else as_dim(0)
+    cost = ctx.count(op, flops=rows * out * each + bias + extras * op.result.tensor.elements)
+    spare = op.values.tensor.nbytes - _stored_values(op.values, op.bits, op.grid)
+    if op.values in ctx.weights:
+        return replace(cost, weights=cost.weights - spare)
+    return replace(cost, read=cost.read - spare)
+
+
 @op("quant.linear")
 class QuantLinear(Op):
     """y = act(x @ w.T + bias) + residual, where x is scaled by row, or by group where w has 8 bits in groups, and w is
     (values - zero) * scales by group."""
 
+    rows = LastAxis("scale", "sums", "residual")
+    noise = Noise.ROUNDS
+    work = Work.DOT
     x: Operand
     scale: Operand
     sums: Operand
@@ -258,6 +325,10 @@ class QuantLinear(Op):
             require_shape(self.scope, self.residual.shape, shape, f"quant.linear: residual %{self.residual.name}")
         return (Tensor(self.dtype, shape),)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        extras = (self.residual is not None) + (self.act != "none")
+        return _product_cost(self, ctx, extras)
+
     def interp(
         self,
         ctx: EvalContext,
@@ -281,6 +352,9 @@ class QuantLinear(Op):
 class QuantLinearGlu(Op):
     """y = act(g) * u, where g and u are the halves of the columns of x @ w.T + bias (see quant.linear)."""
 
+    rows = LastAxis("scale", "sums")
+    noise = Noise.ROUNDS
+    work = Work.DOT
     x: Operand
     scale: Operand
     sums: Operand
@@ -303,6 +377,9 @@ class QuantLinearGlu(Op):
         half = self.values.shape[0] // 2
         require_same_dim(self.scope, 2 * half, self.values.shape[0], "quant.linear_glu: rows of w in two halves")
         return (Tensor(self.dtype, (*self.x.shape[:-1], half)),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return _product_cost(self, ctx, 2)
 
     def interp(
         self,

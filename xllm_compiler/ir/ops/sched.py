@@ -6,7 +6,9 @@ import numpy as np
 
 from xllm_compiler.ir.core import Op
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import Operand, op
+from xllm_compiler.ir.rows import NoRows
 from xllm_compiler.ir.semantics import Array, EvalContext
 from xllm_compiler.ir.types import Event, Type
 
@@ -14,6 +16,10 @@ from xllm_compiler.ir.types import Event, Type
 @op("sched.record", effects=("order",))
 class Record(Op):
     """e = the event that fires once everything earlier on this op's stream is done."""
+
+    rows = NoRows()
+    noise = Noise.EXACT
+    work = Work.NONE
 
     def infer(self) -> tuple[Type, ...]:
         return (Event(),)
@@ -29,6 +35,9 @@ class Record(Op):
 class WaitEvent(Op):
     """What follows on this op's stream starts after the event e has fired. Any number of streams may wait for one."""
 
+    rows = NoRows()
+    noise = Noise.EXACT
+    work = Work.NONE
     e: Operand
 
     def infer(self) -> tuple[Type, ...]:

@@ -8,8 +8,11 @@ import numpy as np
 
 from xllm_compiler.dims import Dim, as_dim, ceildiv
 from xllm_compiler.ir.core import Op
+from xllm_compiler.ir.cost import Cost, CostContext
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import Operand, Operands, op
+from xllm_compiler.ir.rows import Along, Broadcast, Multiplied, Reduced, Reshaped, Taken, Transposed
 from xllm_compiler.ir.semantics import Array, EvalContext
 from xllm_compiler.ir.shapes import (
     axis_of,
@@ -27,10 +30,23 @@ from xllm_compiler.ir.shapes import (
 from xllm_compiler.ir.types import Tensor, Type
 
 
+class _Move(Op):
+    """What ops share that put elements elsewhere: a copy, without operations."""
+
+    noise = Noise.MOVES
+    work = Work.COPY
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=0)
+
+
 @op("t.reduce")
 class Reduce(Op):
     """y = sum, mean, max or min of x over `axes`, which stay as 1 with `keep`."""
 
+    rows = Reduced()
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     x: Operand
     kind: Literal["sum", "mean", "max", "min"]
     axes: tuple[int, ...]
@@ -51,6 +67,9 @@ class Reduce(Op):
             return (x.with_(shape=[1 if i in axes else d for i, d in enumerate(x.shape)]),)
         return (x.with_(shape=[d for i, d in enumerate(x.shape) if i not in axes]),)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=self.x.tensor.elements)
+
     def interp(self, ctx: EvalContext, x: Array) -> Array:
         up = ctx.up(x)
         match self.kind:
@@ -68,6 +87,9 @@ class Reduce(Op):
 class Softmax(Op):
     """y = exp(x - max x) / sum of the same, along `axis`."""
 
+    rows = Along()
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
     x: Operand
     axis: int = -1
 
@@ -76,6 +98,9 @@ class Softmax(Op):
         require_float(self, self.x)
         self.attrs["axis"] = axis_of(self.axis, self.x.tensor.rank)
         return (self.x.tensor,)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=5 * self.x.tensor.elements)
 
     def interp(self, ctx: EvalContext, x: Array) -> Array:
         up = ctx.up(x)
@@ -89,6 +114,9 @@ class Softmax(Op):
 class CumSum(Op):
     """y[i] = x[0] + ... + x[i] along `axis`."""
 
+    rows = Along()
+    noise = Noise.ROUNDS
+    work = Work.LIGHT
     x: Operand
     axis: int
 
@@ -99,6 +127,9 @@ class CumSum(Op):
         self.attrs["axis"] = axis_of(self.axis, self.x.tensor.rank)
         return (self.x.tensor,)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=self.x.tensor.elements)
+
     def interp(self, ctx: EvalContext, x: Array) -> Array:
         up = ctx.up(x)
         return np.cumsum(up, axis=self.axis, dtype=up.dtype)
@@ -108,6 +139,9 @@ class CumSum(Op):
 class Reshape(Op):
     """y = the same elements in row-major order with another shape."""
 
+    rows = Reshaped()
+    noise = Noise.MOVES
+    work = Work.NONE
     x: Operand
     shape: tuple[Dim, ...]
 
@@ -125,9 +159,10 @@ class Reshape(Op):
 
 
 @op("t.transpose", linear=True)
-class Transpose(Op):
+class Transpose(_Move):
     """y's axis i is x's axis perm[i]."""
 
+    rows = Transposed()
     x: Operand
     perm: tuple[int, ...]
 
@@ -144,9 +179,10 @@ class Transpose(Op):
 
 
 @op("t.expand", linear=True)
-class Expand(Op):
+class Expand(_Move):
     """y = x broadcast to `shape` by numpy's rule."""
 
+    rows = Broadcast()
     x: Operand
     shape: tuple[Dim, ...]
 
@@ -162,10 +198,11 @@ class Expand(Op):
         return np.broadcast_to(x, [ctx.dim(d) for d in self.shape])
 
 
-@op("t.slice", linear=True)
-class Slice(Op):
+@op("t.slice", linear=True, gathers="x")
+class Slice(_Move):
     """y = x[start:stop:step] along `axis`; 0 <= start <= stop <= size must be provable, step >= 1."""
 
+    rows = Along()
     x: Operand
     axis: int
     start: Dim
@@ -193,9 +230,10 @@ class Slice(Op):
 
 
 @op("t.concat", linear=True)
-class Concat(Op):
+class Concat(_Move):
     """y = the operands one after the other along `axis`; all other Dims must be equal."""
 
+    rows = Along("joins along the token axis")
     xs: Operands
     axis: int
 
@@ -220,9 +258,10 @@ class Concat(Op):
 
 
 @op("t.pad")
-class Pad(Op):
+class Pad(_Move):
     """y = x with `lo` elements of `value` before and `hi` after along `axis`."""
 
+    rows = Along()
     x: Operand
     axis: int
     lo: Dim
@@ -255,6 +294,9 @@ class Pad(Op):
 class MatMul(Op):
     """y[..., i, j] = sum over k of a[..., i, k] * b[..., k, j]; leading axes broadcast; f32 accumulation."""
 
+    rows = Multiplied()
+    noise = Noise.ROUNDS
+    work = Work.DOT
     a: Operand
     b: Operand
 
@@ -269,14 +311,18 @@ class MatMul(Op):
         lead = broadcast(self.scope, a.shape[:-2], b.shape[:-2], self.name)
         return (Tensor(a.dtype, (*lead, a.shape[-2], b.shape[-1])),)
 
+    def cost(self, ctx: CostContext) -> Cost:
+        return ctx.count(self, flops=2 * self.result.tensor.elements * self.a.shape[-1])
+
     def interp(self, ctx: EvalContext, a: Array, b: Array) -> Array:
         return np.asarray(np.matmul(ctx.up(a), ctx.up(b)))
 
 
-@op("t.take")
-class Take(Op):
+@op("t.take", gathers="x")
+class Take(_Move):
     """y[.., i.., ..] = x[.., idx[i..], ..] along `axis`; indices count from 0 and must be in range."""
 
+    rows = Taken()
     x: Operand
     idx: Operand
     axis: int = 0

@@ -11,10 +11,11 @@ from xllm_compiler.analysis.cost import Costs
 from xllm_compiler.analysis.kernel_cost import kernel_cost
 from xllm_compiler.artifact.calls import CallTable, KernelCost, ProgramCalls
 from xllm_compiler.ir.core import Op
+from xllm_compiler.ir.facts import Work
 from xllm_compiler.ir.types import Kv
+from xllm_compiler.kernels.tir.generic.kernels import Generic
 from xllm_compiler.lowering.cpu.lowering_context import Selection
-
-_DOTS = ("nn.linear", "nn.linear_glu", "kv.attend")
+from xllm_compiler.lowering.kernel_registry import Call
 
 
 def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> CallTable:
@@ -31,7 +32,7 @@ def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> Call
             row = KernelCost(
                 symbol=call.kernel.symbol,
                 ops=tuple(op.name for op in ops),
-                arithmetic=_arithmetic(call.op),
+                arithmetic=_arithmetic(call),
                 read=str(cost.read),
                 written=str(cost.written),
                 weights=str(cost.weights),
@@ -60,11 +61,10 @@ def computed_by(selection: Selection) -> dict[Op, list[Op]]:
     return groups
 
 
-def _arithmetic(op: Op) -> str:
-    if op.name.startswith("quant.linear"):
-        return "i8"
-    if op.name not in _DOTS:
+def _arithmetic(call: Call) -> str:
+    """What the kernel multiplies in: operands as they are where it sums products of them, f32 otherwise."""
+    if call.op.work is not Work.DOT or isinstance(call.kernel, Generic):  # generic kernels widen all they read
         return "f32"
-    first = op.operands[0]
+    first = call.op.operands[0]
     dtype = first.kv.dtype if isinstance(first.type, Kv) else first.dtype
     return dtype if dtype in ("bf16", "i8") else "f32"
