@@ -7,6 +7,7 @@ import pytest
 from xllm_compiler.dims import as_dim, sym
 from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.ops import AllReduceStart, KvAttend, KvWrite, Linear, Mul, Neg, Param, Reshape, Wait
 from xllm_compiler.ir.parser import parse_module
@@ -180,7 +181,7 @@ def lost_group(f: Func, v: dict[str, Value]) -> Op:
 
 
 def empty_group(f: Func, v: dict[str, Value]) -> None:
-    f.module.groups["none"] = 0
+    f.module.groups["none"] = RankGroup(0)
 
 
 def partial_returned(f: Func, v: dict[str, Value]) -> None:

@@ -13,8 +13,11 @@ that each request had before this step. The step's N tokens are taken to be shar
 
 Time is a roofline: an op takes the longest of its operations at the machine's peak, its bytes at the memory's
 bandwidth, and its traffic at the link's, plus a fixed cost of starting it (Williams, Waterman and Patterson, "Roofline:
-an insightful visual performance model for multicore architectures", CACM 52(4), 2009). A ring all-reduce over R ranks
-sends 2 * (R - 1) / R of its bytes per rank in 2 * (R - 1) hops (Patarasuk and Yuan, JPDC 69(2), 2009).
+an insightful visual performance model for multicore architectures", CACM 52(4), 2009).
+
+Collectives over R ranks are rings of R - 1 hops. In each of them a rank sends an R-th of x to scatter sums or to
+exchange shares, and all of x to gather. An all-reduce scatters sums, then gathers them: 2 * (R - 1) hops (Patarasuk and
+Yuan, JPDC 69(2), 2009). A broadcast is a binomial tree, whose root sends x in each of ceil(log2 R) hops.
 """
 
 from __future__ import annotations
@@ -30,8 +33,12 @@ from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.ops import (
     AddRmsNorm,
+    AllGatherStart,
     AllReduceStart,
+    AllToAllStart,
     BlockMax,
+    BroadcastStart,
+    Collective,
     Concat,
     Dequantize,
     Embedding,
@@ -49,6 +56,7 @@ from xllm_compiler.ir.ops import (
     QuantNormRows,
     QuantRows,
     Reduce,
+    ReduceScatterStart,
     RmsNorm,
     Rope,
     Slice,
@@ -421,12 +429,23 @@ def _kv_attend(costs: Costs, op: Op, cost: Cost) -> Cost:
     return replace(cost, read=read, written=written, kv_read=requests * length * _token_bytes(kv), flops=flops)
 
 
-def _all_reduce(costs: Costs, op: Op, cost: Cost) -> Cost:
-    assert isinstance(op, AllReduceStart)
-    x = op.x.tensor
-    ranks = op.func.module.groups[op.group]
-    sent = 2 * (ranks - 1) * x.nbytes // ranks
-    return replace(cost, written=x.nbytes, flops=x.elements * (ranks - 1), comm=sent, hops=2 * (ranks - 1))
+def _collective(costs: Costs, op: Op, cost: Cost) -> Cost:
+    """What one rank sends. A reduction adds up the shares of all others."""
+    assert isinstance(op, Collective)
+    x, ranks = op.x.tensor, op.func.module.groups[op.group].size
+    others = ranks - 1
+    match op:
+        case AllReduceStart():
+            sent, hops = 2 * others * x.nbytes // ranks, 2 * others
+        case AllGatherStart():
+            sent, hops = others * x.nbytes, others
+        case BroadcastStart():
+            hops = others.bit_length()
+            sent = hops * x.nbytes
+        case _:  # reduce-scatter, all-to-all
+            sent, hops = others * x.nbytes // ranks, others
+    flops = others * x.elements // ranks if "kind" in op.attrs else _ZERO
+    return replace(cost, written=op.result.future.of.nbytes, flops=flops, comm=sent, hops=hops)
 
 
 Rule = Callable[[Costs, Op, Cost], Cost]
@@ -458,5 +477,5 @@ RULES: Final[Mapping[type[Op], Rule]] = {
     KvWrite: _kv_write,
     KvAppend: _kv_append,
     KvAttend: _kv_attend,
-    AllReduceStart: _all_reduce,
+    **dict.fromkeys((AllReduceStart, AllGatherStart, ReduceScatterStart, AllToAllStart, BroadcastStart), _collective),
 }

@@ -20,7 +20,8 @@ _MOVES: Final = frozenset(  # results that are elements of their operands, so th
     {
         *("t.reshape", "t.transpose", "t.expand", "t.slice", "t.concat", "t.pad", "t.take", "t.where", "t.cast"),
         *("t.clamp", "t.relu", "t.max", "t.min", "t.neg", "t.abs", "t.const", "t.iota", "param"),
-        *("nn.embedding", "kv.write", "comm.wait"),
+        *("nn.embedding", "kv.write", "comm.all_gather_start", "comm.all_to_all_start", "comm.broadcast_start"),
+        "comm.wait",
         *(
             "quant.weight",
             "quant.rows",

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Op, Value
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.types import Kv, Tensor
 
 Choose = Callable[[int], int]
@@ -123,7 +124,7 @@ class Sketch:
 
     def group(self) -> str:
         name = self.pick(("tp", "ep"))
-        self.module.groups.setdefault(name, self.ranks)
+        self.module.groups.setdefault(name, RankGroup(self.ranks))
         return name
 
     # Adding to it.

@@ -1,6 +1,14 @@
 """All op classes, by family. Importing this package registers every op; families must not import passes or interp."""
 
-from xllm_compiler.ir.ops.comm import AllReduceStart, Wait
+from xllm_compiler.ir.ops.comm import (
+    AllGatherStart,
+    AllReduceStart,
+    AllToAllStart,
+    BroadcastStart,
+    Collective,
+    ReduceScatterStart,
+    Wait,
+)
 from xllm_compiler.ir.ops.elementwise import (
     Abs,
     Add,
@@ -63,11 +71,15 @@ __all__ = [
     "Abs",
     "Add",
     "AddRmsNorm",
+    "AllGatherStart",
     "AllReduceStart",
+    "AllToAllStart",
     "And",
     "BlockMax",
+    "BroadcastStart",
     "Cast",
     "Clamp",
+    "Collective",
     "Concat",
     "Const",
     "Cos",
@@ -113,6 +125,7 @@ __all__ = [
     "QuantWeight",
     "Record",
     "Reduce",
+    "ReduceScatterStart",
     "Relu",
     "Reshape",
     "RmsNorm",
