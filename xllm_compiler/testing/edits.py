@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from xllm_compiler.dims import Dim, DimScope, as_dim, parse_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
+from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.spec import Attr, Scalar
@@ -146,6 +147,8 @@ class _Rebuilder:
         if self.edit.number is not None:
             attrs = {name: self.attr(op, name, value) for name, value in attrs.items()}
         made = type(op)(self.new, operands, segments, attrs, op.loc, [r.name for r in op.results])
+        if len(made.results) != len(op.results):
+            raise IrError(f"{op.name} has {len(made.results)} results after the edit, {len(op.results)} before")
         self.builder.insert(made)
         self.mapping.update(zip(op.results, made.results, strict=True))
 
