@@ -41,8 +41,8 @@ def test_text() -> None:
 @pytest.mark.parametrize(
     ("head", "text"),
     [
-        ("group @a size=0", "V9: group @a has 0 ranks"),
-        ("group @a size=2 stride=0", "V9: group @a has 2 ranks, 0 apart"),
+        ("group @a size=0", "a group of 0 ranks, 1 apart"),
+        ("group @a size=2 stride=0", "a group of 2 ranks, 0 apart"),
         ("group @a size=2\ngroup @b size=3", "V9: groups @a and @b are no axes of one mesh: 2 ranks do not divide 3"),
         ("group @a size=4\ngroup @b size=2 stride=2\ngroup @c size=2 stride=3", "no axes of one mesh"),
         ("group @a size=1048577", "V9: the groups need 1048577 ranks"),

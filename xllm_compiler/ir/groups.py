@@ -29,6 +29,10 @@ class RankGroup:
     stride: int = 1
     rank: str = ""
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.stride < 1:
+            raise IrError(f"a group of {self.size} ranks, {self.stride} apart", help="both are at least 1")
+
     @property
     def span(self) -> int:
         """How many ranks there are from the first of a group to the next group behind it."""
@@ -77,9 +81,6 @@ def rank_sizes(groups: Groups, rank: int) -> dict[str, int]:
 
 def check_groups(groups: Groups, scope: DimScope) -> None:
     """IrError unless all groups are axes of one mesh, and each rank symbol is a place in its group (V9, V21)."""
-    for name, group in groups.items():
-        if group.size < 1 or group.stride < 1:
-            raise IrError(f"V9: group @{name} has {group.size} ranks, {group.stride} apart", help="at least 1")
     # Where an axis of the mesh begins or ends, each with the group that says so.
     cuts = {1: ""}
     for name, group in groups.items():

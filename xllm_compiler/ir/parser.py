@@ -291,7 +291,7 @@ class _Parser:
         self.guarded(start, lambda: module.scope.declare(name, lo, hi, multiple, self.why(start)))
 
     def rank_group(self) -> RankGroup:
-        self.expect("size")
+        start = self.expect("size")
         self.expect("=")
         size, stride, rank = self.integer(), 1, ""
         if self.accept("stride"):
@@ -300,7 +300,7 @@ class _Parser:
         if self.accept("rank"):
             self.expect("=")
             rank = self.kind("name", "a symbol").text
-        return RankGroup(size, stride, rank)
+        return self.guarded(start, lambda: RankGroup(size, stride, rank))
 
     def func(self, module: Module) -> None:
         name = self.kind("global", "a @name")

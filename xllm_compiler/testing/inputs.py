@@ -135,6 +135,10 @@ def step_dims(func: Func, sizes: Sizes | int, *others: DimScope) -> dict[str, in
     if isinstance(sizes, int) and "N" not in symbols:
         wanted = {}
     for name in wanted:
+        if name in ranks:
+            raise XllmError(
+                "option", f"{name} has no size: it is each rank's place in @{ranks[name]}", help="leave it out"
+            )
         if name not in symbols:
             raise XllmError(
                 "option", f"the module has no symbol {name}", help="it has " + (", ".join(symbols) or "none")

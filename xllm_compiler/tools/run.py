@@ -46,7 +46,9 @@ def parser() -> Arguments:
     p.add_argument("--func", metavar="NAME", help="default: step, or the only function")
     p.add_argument("--seed", type=whole_number, default=0, help="of made-up arrays; default 0")
     p.add_argument("--precise", action="store_true", help="compute in f64 and never round")
-    p.add_argument("--ranks", type=whole_number, metavar="R", help="as many ranks; default: as the groups' sizes say")
+    p.add_argument(
+        "--ranks", type=whole_number, metavar="R", help="give every group R ranks; default: what the module says"
+    )
     p.add_argument(
         "--orders", type=whole_number, metavar="K", help="also K random legal orders of the streams, bit for bit"
     )
