@@ -18,7 +18,7 @@ from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.groups import world_size
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.opdef import OPS
-from xllm_compiler.ir.ops import AllReduceStart, KvAppend, KvAttend, KvWrite, Linear
+from xllm_compiler.ir.ops import Add, AllReduceStart, Collective, KvAppend, KvAttend, KvWrite, Linear
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.semantics import Array, kv_zeros
 from xllm_compiler.ir.verify import verify
@@ -129,9 +129,11 @@ def test_random_graphs_reach_what_else_there_is() -> None:
     modules = graphs(200)
     ops = [op for m in modules for f in m.funcs.values() for op in f.ops]
     assert {world_size(m.groups) for m in modules} == {1, 2, 4}
+    assert any({g.stride for g in m.groups.values()} == {1, 2} for m in modules), "no mesh"
     partial = [op for op in ops if isinstance(op, Linear) and op.partial]
     assert {op.func.module.groups[op.partial].size for op in partial} == {1, 2, 4}
     assert {op.kind for op in ops if isinstance(op, AllReduceStart)} == {"sum", "max"}
+    assert {type(op.x.op) for op in ops if isinstance(op, Collective) and op.x.tensor.partial} >= {Linear, Add}
     assert {len(m.funcs) for m in modules} == {1, 2}
     assert {r.type.dtype for op in ops for r in op.results if hasattr(r.type, "dtype")} == {
         *("f32", "f64", "bf16", "f16", "i64", "i32", "i8", "u8", "bool")

@@ -123,8 +123,10 @@ class Sketch:
         return name
 
     def group(self) -> str:
+        """@tp, or @ep: of two ranks they are the axes of a mesh, otherwise the same ranks."""
         name = self.pick(("tp", "ep"))
-        self.module.groups.setdefault(name, RankGroup(self.ranks))
+        stride = 2 if (name, self.ranks) == ("ep", 2) else 1
+        self.module.groups.setdefault(name, RankGroup(self.ranks, stride))
         return name
 
     # Adding to it.
