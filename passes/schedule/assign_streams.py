@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module, Op, Stage
-from xllm_compiler.ir.types import Future
+from xllm_compiler.ir.ops import Collective, Wait
 from xllm_compiler.passes.base import Pass, PassContext
 from xllm_compiler.passes.registry import register_pass
 from xllm_compiler.passes.schedule.events import insert_events
@@ -46,7 +46,7 @@ class AssignStreams(Pass):
             if self.move:
                 _spread(func, ctx)
             for op in func.ops:
-                if self.comm and _starts(op) and ctx.allows("assign-streams/stream", op):
+                if self.comm and isinstance(op, Collective) and ctx.allows("assign-streams/stream", op):
                     op.set_attr("stream", self.comm)
                     op.loc = op.loc.touched_by("assign-streams/stream")
                     ctx.tried("assign-streams/stream", op, True, [op])
@@ -59,28 +59,24 @@ class AssignStreams(Pass):
         return True
 
 
-def _starts(op: Op) -> bool:
-    return any(isinstance(r.type, Future) for r in op.results)
-
-
 def _spread(func: Func, ctx: PassContext) -> None:
     """Starts up, waits down; a use and the order of the starts are kept."""
     previous: Op | None = None
-    for op in [op for op in func.ops if _starts(op)]:
+    for op in [op for op in func.ops if isinstance(op, Collective)]:
         after = [v.op for v in op.operands if v.op is not None] + ([previous] if previous is not None else [])
         last = max(after, key=func.ops.order, default=None)
         anchor = func.ops.first if last is None else last.next
         if anchor is not None and anchor is not op:
             _move(op, anchor, "assign-streams/start-early", ctx)
         previous = op
-    for op in [op for op in func.ops if op.name == "comm.wait"]:
-        users = [user for user in op.result.users if user is not func.ret]
+    for wait in [op for op in func.ops if isinstance(op, Wait)]:
+        users = [user for user in wait.result.users if user is not func.ret]
         until = min(users, key=func.ops.order, default=None)
-        following = op.next
-        while following is not None and following is not until and following.name == "comm.wait":
+        following = wait.next
+        while following is not None and following is not until and isinstance(following, Wait):
             following = following.next
         if following is not until:
-            _move(op, until, "assign-streams/wait-late", ctx)
+            _move(wait, until, "assign-streams/wait-late", ctx)
 
 
 def _move(op: Op, before: Op | None, rule: str, ctx: PassContext) -> None:

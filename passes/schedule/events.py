@@ -5,8 +5,7 @@ from __future__ import annotations
 from xllm_compiler.analysis.happens_before import Clock, passed
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.ir.core import Builder, Func, Op
-from xllm_compiler.ir.ops import Record, WaitEvent
-from xllm_compiler.ir.types import Future
+from xllm_compiler.ir.ops import Collective, Record, WaitEvent
 
 
 def insert_events(func: Func, lineage: str) -> tuple[int, int]:
@@ -55,11 +54,10 @@ def _depends_on(op: Op, starts: dict[str, Op]) -> list[Op]:
     if op.SPEC.consumes:
         version = op.field(op.SPEC.consumes)[0]
         out += [reader for reader in version.users if reader is not op and reader is not op.func.ret]
-    if any(isinstance(r.type, Future) for r in op.results):
-        for group in [str(op.attrs[a.name]) for a in op.SPEC.attrs if a.kind == "group"]:
-            if group in starts:
-                out.append(starts[group])
-            starts[group] = op
+    if isinstance(op, Collective):
+        if op.group in starts:
+            out.append(starts[op.group])
+        starts[op.group] = op
     return out
 
 

@@ -40,6 +40,15 @@ func @step(%x: f32[N, 8]) -> (f32[N, 8]) {
   return %y
 }
 """
+SHARES = """\
+xir 1 stage=graph
+dim R in [0, 1]
+group @tp size=2 rank=R
+func @step(%x: f32[8]) -> (f32[4]) {
+  %y = t.slice(%x, axis=0, start=4*R, stop=4*R + 4) : f32[4]
+  return %y
+}
+"""
 
 Capture = pytest.CaptureFixture[str]
 
@@ -49,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d.xir").write_text(DOUBLE)
     Path("r.xir").write_text(RANKS)
+    Path("s.xir").write_text(SHARES)
 
 
 def digest(array: np.ndarray) -> str:  # type: ignore[type-arg]
@@ -142,6 +152,14 @@ def test_ranks_may_be_given_different_arrays(capsys: Capture) -> None:
         assert np.array_equal(out["rank0/0"], 10 * one) and np.array_equal(out["rank1/0"], 10 * one)
 
 
+def test_every_rank_takes_its_share(capsys: Capture) -> None:
+    np.savez("in.npz", x=np.arange(8, dtype=np.float32))
+    for ranks in ([], ["--ranks", "2"]):
+        assert main(["s.xir", "--inputs", "in.npz", "-o", "out.npz", *ranks]) == 0
+        with np.load("out.npz") as out:
+            assert out["rank0/0"].tolist() == [0, 1, 2, 3] and out["rank1/0"].tolist() == [4, 5, 6, 7]
+
+
 def test_orders_of_streams(capsys: Capture) -> None:
     assert opt(["r.xir", "-p", "assign-streams,plan-memory", "-o", "s.xir"]) == 0
     assert main(["s.xir", "N=3", "--orders", "5"]) == 0
@@ -193,6 +211,8 @@ def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, capsys: Capt
         (["d.xir", "--func", "dubble"], "--func: the module has no function dubble", "did you mean 'double'?"),
         (["d.xir", "--ranks", "0"], "--ranks 0: at least one rank has to run", ""),
         (["d.xir", "--rank", "2"], "xllm-run has no flag --rank", "did you mean --ranks?"),
+        (["s.xir", "--ranks", "3"], "the module is for group @tp as it is: size=2 rank=R", "can be given another size"),
+        (["s.xir", "R=1"], "R has no size: it is each rank's place in @tp", "leave it out"),
         (["d.xir", "--inputs", "no.npz"], "there is no file no.npz", ""),
         (["d.xir", "--inputs", "d.xir"], "d.xir is not a sound .npz file", ""),
         (["d.xir", "--inputs", "one.npy"], "one.npy holds a single array", ""),

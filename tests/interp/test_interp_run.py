@@ -145,7 +145,7 @@ def test_ranks_in_lockstep() -> None:
     module = parse_module(RANKS)
     for out in run_ranks(module, "step", inputs, weights):
         np.testing.assert_allclose(out[0], 2 * x @ w.T, rtol=1e-5, atol=1e-5)
-    with pytest.raises(IrError, match="group @tp has 2 ranks, 1 are run"):
+    with pytest.raises(IrError, match="the groups need 2 ranks, 1 are run"):
         run(module, "step", inputs[0], weights[0])
 
 

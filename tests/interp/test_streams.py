@@ -10,6 +10,7 @@ import pytest
 from xllm_compiler.interp import run, run_interleaved, run_interleaved_ranks, run_ranks
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.semantics import Array
 from xllm_compiler.ir.verify import verify
@@ -292,9 +293,13 @@ def _stage(m: Module) -> None:
     m.stage = "graph"
 
 
+def _pairs(m: Module) -> None:
+    m.groups["tp"] = RankGroup(2)
+
+
 @pytest.mark.parametrize(
     ("spoil", "ranks", "message"),
-    [(_stage, 1, "stage graph has no streams"), (lambda m: None, 2, "group @tp has 1 ranks, 2 are run")],
+    [(_stage, 1, "stage graph has no streams"), (_pairs, 3, "the groups need 2 ranks, 3 are run")],
 )
 def test_what_cannot_be_run(spoil: Callable[[Module], None], ranks: int, message: str) -> None:
     m = module(SWAP)

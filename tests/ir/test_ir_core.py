@@ -5,6 +5,7 @@ import pytest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.ops import Add, AddRmsNorm, Concat, Linear, Neg, Param, RmsNorm
 from xllm_compiler.ir.spec import format_float
 from xllm_compiler.ir.types import Kv, Tensor
@@ -100,7 +101,7 @@ def test_operands_keep_their_type() -> None:
 
 def test_create_sorts_operands_and_attributes() -> None:
     module = Module()
-    module.groups["tp"] = 2
+    module.groups["tp"] = RankGroup(2)
     func = module.add_func("f")
     x, w, bias = (func.add_arg(n, Tensor("f32", s)) for n, s in (("x", [4, 8]), ("w", [16, 8]), ("b", [16])))
     b = Builder.at_end(func)

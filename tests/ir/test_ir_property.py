@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.ops import Linear, LinearGlu, Neg
 from xllm_compiler.ir.parser import parse_module
@@ -46,7 +47,7 @@ def test_a_clone_is_equal_and_independent(module: Module) -> None:
         op.attrs["at"] = ()
         op.loc = op.loc.touched_by("x/y")
     copy.funcs["step"].set_returns([])
-    copy.groups["other"] = 3
+    copy.groups["other"] = RankGroup(3)
     copy.scope.declare("Z", 0, 1)
     assert erase_dead(copy.funcs["step"]) > 0 or not list(copy.funcs["step"].ops)
     assert structural_hash(copy) != digest

@@ -6,6 +6,7 @@ import pytest
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Builder, Module, Op
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.ops import Add, AddRmsNorm, AllReduceStart, Neg, RmsNorm, Silu, Wait
 from xllm_compiler.ir.parser import parse_module
@@ -129,7 +130,7 @@ def test_the_last_user_is_looked_at_again() -> None:
 
 def test_effects_keep_ops_alive() -> None:
     module = Module()
-    module.groups["tp"] = 1
+    module.groups["tp"] = RankGroup(1)
     func = module.add_func("f")
     from xllm_compiler.ir.types import Tensor
 

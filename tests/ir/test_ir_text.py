@@ -18,9 +18,11 @@ SAMPLE = """xir 1 stage=graph
 dim N in [1, 8192]  // tokens in this step
 dim B in [1, 256]
 dim M in [*, *] % 16
+dim R in [0, 3]  // place in @dp
 assume N - B >= 0  // every request has a token
 assume N // 2 + 1 >= 0
 group @tp size=8
+group @dp size=4 stride=8 rank=R
 
 func @step(
     %ids: i32[N],
@@ -41,10 +43,11 @@ kv<bf16, heads=1, k=8, v=8, page=16>[M // 16], bf16[N, 2, 8]
   %a = kv.attend(%kv1, %q, %pos, %seq, %start, %table, scale=0.35) : bf16[N, 2, 8]
   %flat = t.reshape(%a, shape=[N, 16]) : bf16[N, 16]
   %wo = param(name="o") : bf16[16, 16]
-  %o = nn.linear(%flat, %wo, partial=@tp) : bf16[N, 16] partial(@tp)
-  %f = comm.all_reduce_start(%o, group=@tp) : !future<bf16[N, 16]>
-  %s = comm.wait(%f) : bf16[N, 16]
-  %cl = t.clamp(%s, hi=30.0) : bf16[N, 16]
+  %o = nn.linear(%flat, %wo, partial=@tp) : f32[N, 16] partial(@tp)
+  %f = comm.all_reduce_start(%o, group=@tp) : !future<f32[N, 16]>
+  %s = comm.wait(%f) : f32[N, 16]
+  %s16 = t.cast(%s, dtype=bf16) : bf16[N, 16]
+  %cl = t.clamp(%s16, hi=30.0) : bf16[N, 16]
   %c = t.const(value=-inf) : f32[]
   %m = t.max(%cl, %c) : bf16[N, 16]
   %sl = t.slice(%m, axis=0, start=N // 2, stop=N) : bf16[N - N // 2, 16]
@@ -159,26 +162,26 @@ def test_buf_stage_attributes() -> None:
     [
         ("xir 1", "xir 2", "version 2 is not known", 1, "2"),
         ("stage=graph", "stage=fast", "unknown stage", 1, "fast"),
-        ("assume N - B >= 0", "assume N - B > 0", "an assumption reads", 5, "assume"),
+        ("assume N - B >= 0", "assume N - B > 0", "an assumption reads", 6, "assume"),
         ("dim B in [1, 256]", "dim B in [9, 2]", "no multiple of 1", 3, "dim B in [9, 2]"),
-        ("%ids: i32[N]", "%ids: i31[N]", "unknown dtype 'i31'", 10, "i31"),
-        ("%ids: i32[N]", "%ids: i32[N", "in dim expression", 11, "%pos"),
-        ("%h = nn.embedding(%ids", "%h = nn.embedding(%idz", "%idz is not defined", 18, "%idz"),
-        ("%wq = param", "%x = param", "%x is defined twice", 21, "%x"),
-        ("nn.linear(%x, %wq)", "nn.linaer(%x, %wq)", "unknown op nn.linaer", 22, "nn.linaer"),
-        ("nn.linear(%x, %wq)", "nn.linear(%x, %wo)", "%wo is not defined", 22, "%wo"),
-        ("nn.linear(%x, %wq)", "nn.linear(%x)", "operand w is missing", 22, "nn.linear"),
-        ("%wq) : bf16[N, 32]", "%wq) : bf16[N, 33]", "yields bf16\\[N, 32\\]", 22, "bf16[N, 33]"),
-        ("eps=1e-05", "epz=1e-05", "no attribute 'epz'", 20, "epz"),
-        ("eps=1e-05", "eps=tiny", "expected a number", 20, "tiny"),
-        ("eps=1e-05", "eps=1e-05, eps=1.0", "eps is given twice", 20, "eps"),
-        ("%x, %r =", "%x =", "has 2 results, 1 are named", 20, "%x"),
-        ("shape=[N, 16]", "shape=[N, 17]", "16\\*N elements are not provably 17\\*N", 25, "t.reshape"),
-        ("group=@tp", "group=@pp", "which the module does not declare", 28, "comm.all_reduce_start"),
-        ("  return %sl, %kv1\n", "", "ends without `return`", 34, "}"),
-        ("return %sl, %kv1", "return %m, %kv1", "its signature says", 16, "("),
-        ("%c = t.const", "%c ? t.const", "unexpected character", 31, "?"),
-        ("[N, 16]) : bf16", "[N, 16] : bf16", "expected", 25, None),
+        ("%ids: i32[N]", "%ids: i31[N]", "unknown dtype 'i31'", 12, "i31"),
+        ("%ids: i32[N]", "%ids: i32[N", "in dim expression", 13, "%pos"),
+        ("%h = nn.embedding(%ids", "%h = nn.embedding(%idz", "%idz is not defined", 20, "%idz"),
+        ("%wq = param", "%x = param", "%x is defined twice", 23, "%x"),
+        ("nn.linear(%x, %wq)", "nn.linaer(%x, %wq)", "unknown op nn.linaer", 24, "nn.linaer"),
+        ("nn.linear(%x, %wq)", "nn.linear(%x, %wo)", "%wo is not defined", 24, "%wo"),
+        ("nn.linear(%x, %wq)", "nn.linear(%x)", "operand w is missing", 24, "nn.linear"),
+        ("%wq) : bf16[N, 32]", "%wq) : bf16[N, 33]", "yields bf16\\[N, 32\\]", 24, "bf16[N, 33]"),
+        ("eps=1e-05", "epz=1e-05", "no attribute 'epz'", 22, "epz"),
+        ("eps=1e-05", "eps=tiny", "expected a number", 22, "tiny"),
+        ("eps=1e-05", "eps=1e-05, eps=1.0", "eps is given twice", 22, "eps"),
+        ("%x, %r =", "%x =", "has 2 results, 1 are named", 22, "%x"),
+        ("shape=[N, 16]", "shape=[N, 17]", "16\\*N elements are not provably 17\\*N", 27, "t.reshape"),
+        ("group=@tp", "group=@pp", "which the module does not declare", 30, "comm.all_reduce_start"),
+        ("  return %sl, %kv1\n", "", "ends without `return`", 37, "}"),
+        ("return %sl, %kv1", "return %m, %kv1", "its signature says", 18, "("),
+        ("%c = t.const", "%c ? t.const", "unexpected character", 34, "?"),
+        ("[N, 16]) : bf16", "[N, 16] : bf16", "expected", 27, None),
     ],
 )
 def test_errors_show_line_and_caret(old: str, new: str, message: str, line: int, caret: str | None) -> None:
@@ -212,6 +215,8 @@ def test_hash_sees_what_matters() -> None:
         ("N in [1, 8192]", "N in [1, 4096]"),
         ("assume N - B >= 0", "assume N - B + 1 >= 0"),
         ("size=8", "size=4"),
+        ("stride=8", "stride=16"),
+        (" rank=R", ""),
         ("%ids", "%tokens"),
         ("hi=30.0", "lo=30.0"),
         ('name="o"', 'name="p"'),

@@ -7,6 +7,7 @@ import pytest
 from xllm_compiler.dims import as_dim, sym
 from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.ops import AllReduceStart, KvAttend, KvWrite, Linear, Mul, Neg, Param, Reshape, Wait
 from xllm_compiler.ir.parser import parse_module
@@ -179,8 +180,8 @@ def lost_group(f: Func, v: dict[str, Value]) -> Op:
     return op_of(v["o"])
 
 
-def empty_group(f: Func, v: dict[str, Value]) -> None:
-    f.module.groups["none"] = 0
+def no_mesh(f: Func, v: dict[str, Value]) -> None:
+    f.module.groups["three"] = RankGroup(3)
 
 
 def partial_returned(f: Func, v: dict[str, Value]) -> None:
@@ -242,7 +243,7 @@ def arena_in_graph(f: Func, v: dict[str, Value]) -> None:
         ("V8", waited_twice),
         ("V8", future_argument),
         ("V9", lost_group),
-        ("V9", empty_group),
+        ("V9", no_mesh),
         ("V10", partial_returned),
         ("V10", partial_to_nonlinear),
         ("V11", same_argument_names),

@@ -15,6 +15,7 @@ from xllm_compiler.ir import ops
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.core import Builder, Module, Op, Value
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.semantics import Array
@@ -161,7 +162,7 @@ def two_ranks(seed: int, size: int = 16) -> Module:
     module = Module()
     n, b_, p = (module.scope.declare(name, 1, hi) for name, hi in (("N", 64), ("B", 8), ("P", 64)))
     module.scope.assume(n - b_, why="every request has a token")
-    module.groups |= {"tp": 2, "dp": 2}
+    module.groups |= {"tp": RankGroup(2), "dp": RankGroup(2)}
     func = module.add_func("step")
     i32 = {
         name: func.add_arg(name, Tensor("i32", [size])) for name, size in (("pos", n), ("seq", n), ("start", b_ + 1))

@@ -202,6 +202,26 @@ def test_a_ring_all_reduce_sends_twice_what_it_lacks() -> None:
     assert numbers("c", {"N": 6}, TWO_STREAMS) == Amounts()
 
 
+@pytest.mark.parametrize(
+    ("op", "sent", "hops", "flops", "written"),
+    [  # of x: f32[N, 8] at N=6, 192 bytes, on 4 ranks
+        ("all_reduce_start(%x, group=@g) : !future<f32[N, 8]>", 2 * 3 * 48, 6, 3 * 12, 192),
+        ("all_reduce_start(%x, group=@g, kind=max) : !future<f32[N, 8]>", 2 * 3 * 48, 6, 3 * 12, 192),
+        ("reduce_scatter_start(%x, group=@g, axis=1) : !future<f32[N, 2]>", 3 * 48, 3, 3 * 12, 48),
+        ("all_gather_start(%x, group=@g, axis=0) : !future<f32[4*N, 8]>", 3 * 192, 3, 0, 4 * 192),
+        ("all_to_all_start(%x, group=@g, split=1, concat=0) : !future<f32[4*N, 2]>", 3 * 48, 3, 0, 192),
+        ("broadcast_start(%x, group=@g, root=3) : !future<f32[N, 8]>", 2 * 192, 2, 0, 192),
+    ],
+)
+def test_collectives_send_what_their_algorithms_send(op: str, sent: int, hops: int, flops: int, written: int) -> None:
+    head = "xir 1 stage=graph\ndim N in [1, 512]\ngroup @tp size=2\ngroup @g size=4 stride=2\n"
+    ty = op.partition("<")[2].rstrip(">")
+    body = f"%f = comm.{op}\n  %y = comm.wait(%f) : {ty}\n  return %y"
+    text = f"{head}func @step(%x: f32[N, 8]) -> ({ty}) {{\n  {body}\n}}\n"
+    got = numbers("f", {"N": 6}, text)
+    assert got == Amounts(read=192, written=written, flops=flops, comm=sent, hops=hops, free=False)
+
+
 def test_the_roofline_takes_the_longest_and_a_launch() -> None:
     machine = Machine("m", flops=100.0, bandwidth=10.0, launch=0.5)
     memory = estimate(Amounts(read=30, written=10, flops=100, free=False), machine)

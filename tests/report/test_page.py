@@ -24,6 +24,7 @@ from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.report.data import report_data
 from xllm_compiler.report.page import ReportPage, page, write_report
 from xllm_compiler.report.sizes import complete, scenarios
+from xllm_compiler.testing.corpus import entry
 
 CPU = MACHINES["cpu"]
 SECTIONS = ["summary", "graph", "passes", "memory", "timeline", "rewrites", "costs"]
@@ -217,6 +218,7 @@ def test_without_a_plan_or_passes() -> None:
 def test_sizes() -> None:
     module = parse_module(model_text(1), "m.xir")
     assert complete(module, {"N": 20, "B": 3}) == {"N": 20, "B": 3, "S": 3, "P": 3, "context": 0}
+    assert complete(entry("written/mesh").module(), {}).keys() == {"N"}, "a rank dim is no size"
     assert complete(module, {"N": 20, "context": 5000})["context"] == 1024 - 20, "a request is no longer than its table"
     assert [s.name for s in scenarios(module)] == ["decode, 1 request", "decode, 8 requests", "prefill, 512 tokens"]
     small = parse_module(model_text(1).replace("dim N in [1, 512]", "dim N in [1, 8]"), "m.xir")

@@ -15,9 +15,10 @@ import pytest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_ranks
 from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.groups import world_size
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.opdef import OPS
-from xllm_compiler.ir.ops import AllReduceStart, KvAppend, KvAttend, KvWrite, Linear
+from xllm_compiler.ir.ops import Add, AllReduceStart, Collective, KvAppend, KvAttend, KvWrite, Linear
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.semantics import Array, kv_zeros
 from xllm_compiler.ir.verify import verify
@@ -127,10 +128,12 @@ def test_random_graphs_reach_what_else_there_is() -> None:
     """Ranks with real partial sums, two functions, every dtype, every kind of attention, odd sizes."""
     modules = graphs(200)
     ops = [op for m in modules for f in m.funcs.values() for op in f.ops]
-    assert {m.groups.get("tp", 1) for m in modules} == {1, 2, 4}
+    assert {world_size(m.groups) for m in modules} == {1, 2, 4}
+    assert any({g.stride for g in m.groups.values()} == {1, 2} for m in modules), "no mesh"
     partial = [op for op in ops if isinstance(op, Linear) and op.partial]
-    assert {op.func.module.groups[op.partial] for op in partial} == {1, 2, 4}
+    assert {op.func.module.groups[op.partial].size for op in partial} == {1, 2, 4}
     assert {op.kind for op in ops if isinstance(op, AllReduceStart)} == {"sum", "max"}
+    assert {type(op.x.op) for op in ops if isinstance(op, Collective) and op.x.tensor.partial} >= {Linear, Add}
     assert {len(m.funcs) for m in modules} == {1, 2}
     assert {r.type.dtype for op in ops for r in op.results if hasattr(r.type, "dtype")} == {
         *("f32", "f64", "bf16", "f16", "i64", "i32", "i8", "u8", "bool")
@@ -155,17 +158,10 @@ def test_a_random_graph_is_a_function_of_its_seed() -> None:
 # ------------------------------------------------------------------------------------------------------ several ranks
 
 
-def sharded(name: str, whole: Array, rank: int, ranks: int) -> Array:
-    """A rank's share: rows of the projections by head and of gate and up, columns of what is summed over ranks."""
-    kind = name.rpartition(".")[2]
-    if kind in ("q", "k", "v", "gate", "up"):
-        return np.split(whole, ranks, axis=0)[rank]
-    return np.split(whole, ranks, axis=1)[rank] if kind in ("o", "down") else whole
-
-
 @pytest.mark.parametrize("ranks", (2, 4))
 @pytest.mark.parametrize("n", (1, 7, 23))
 def test_a_tensor_parallel_decoder_is_its_single_rank_twin(ranks: int, n: int) -> None:
+    """On the same params: each rank takes its share of them. Only the heads of the cache are split by hand."""
     twin, module = entry("written/decoder-tp1").module(), entry(f"written/decoder-tp{ranks}").module()
     assert ranks_of(twin) == 1 and ranks_of(module) == ranks
     func = twin.func("step")
@@ -175,12 +171,11 @@ def test_a_tensor_parallel_decoder_is_its_single_rank_twin(ranks: int, n: int) -
         inputs[name] = kv_zeros(func.arg(name).kv, given.dims)
         rng = np.random.default_rng(5)
         inputs[name] += rng.standard_normal(inputs[name].shape).astype(np.float32)
-    shares = [{k: sharded(k, v, r, ranks) for k, v in params.items()} for r in range(ranks)]
     locals_ = [
         {k: cache_share(v, r, ranks) if k.startswith("kv") else v for k, v in inputs.items()} for r in range(ranks)
     ]
     want = run_ranks(twin, "step", [inputs], [params], given.dims, precise=True)[0]
-    got = run_ranks(module, "step", locals_, shares, given.dims, precise=True)
+    got = run_ranks(module, "step", locals_, [params] * ranks, given.dims, precise=True)
     for rank, (logits, *caches) in enumerate(got):
         np.testing.assert_allclose(logits, want[0], rtol=1e-12, atol=1e-12)
         for mine, whole in zip(caches, want[1:], strict=True):

@@ -9,6 +9,8 @@ import pytest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.parser import parse_module
+from xllm_compiler.ir.printer import print_module
+from xllm_compiler.testing.corpus import entry
 from xllm_compiler.testing.equiv import Reference, check_equal
 from xllm_compiler.testing.graphs import random_module
 
@@ -179,6 +181,19 @@ def test_ranks_run_in_lockstep(kind: str) -> None:
         found = check_equal(before, after)
         assert (found is None) == (ranks == 1)
         assert found is None or f" of {ranks}, in exact" in str(found)
+
+
+def test_the_share_of_another_rank_is_noticed() -> None:
+    """Params are the same on all ranks, so that only the rank dim tells shares apart."""
+    before = entry("written/decoder-tp2").module()
+    text = print_module(before)
+    assert check_equal(before, parse_module(text), [{"N": 5}]) is None
+    for old, new in (
+        ("start=8*R, stop=8*R + 8", "start=0, stop=8"),
+        ("=12*R, stop=12*R + 12", "=12 - 12*R, stop=24 - 12*R"),
+    ):
+        found = check_equal(before, parse_module(text.replace(old, new, 1)), [{"N": 5}])
+        assert found is not None and " of 2, in exact arithmetic" in found.message
 
 
 def test_interfaces_that_cannot_be_compared_are_errors() -> None:

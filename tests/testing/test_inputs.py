@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_ranks
 from xllm_compiler.ir.parser import parse_module
-from xllm_compiler.testing.corpus import corpus
+from xllm_compiler.testing.corpus import corpus, entry
 from xllm_compiler.testing.graphs import random_module
-from xllm_compiler.testing.inputs import make, ranks_of, step_dims, telling_sizes
+from xllm_compiler.testing.inputs import make, rank_local, ranks_of, step_dims, telling_sizes
 from xllm_compiler.testing.ranges import Range, index_ranges
 
 
@@ -170,15 +170,26 @@ func @f(%x: f32[N, 8], %res: f32[N, 8]) -> (f32[N, 8]) {
     assert np.array_equal(first[0], second[0])
 
 
-def test_groups_of_different_size_cannot_be_run_together() -> None:
+def test_what_a_rank_dim_cuts_is_the_same_on_all_ranks() -> None:
+    """Every rank takes its share of the whole, so that a rewrite may put shares together again."""
+    func = entry("written/decoder-tp2").module().func("step")
+    assert not rank_local(func)
+    made = make(func, 5)
+    assert "R" not in made.dims and len(made.params) == 2
+    assert all(np.array_equal(made.params[0][k], made.params[1][k]) for k in made.params[0])
+    assert rank_local(entry("written/mesh").module().func("experts")) == {"x"}
+
+
+def test_groups_of_different_size_make_one_world() -> None:
     body = "".join(
         f"  %f{g} = comm.all_reduce_start(%x, group=@{g}) : !future<f32[4]>\n  %y{g} = comm.wait(%f{g}) : f32[4]\n"
         for g in "ab"
     )
     head = "xir 1 stage=graph\ngroup @a size=2\ngroup @b size=4\n"
     text = f"{head}\nfunc @f(%x: f32[4]) -> (f32[4]) {{\n{body}  return %x\n}}\n"
-    with pytest.raises(XllmError, match="@a has 2, @b has 4 ranks"):
-        ranks_of(parse_module(text))
+    assert ranks_of(parse_module(text)) == 4
+    with pytest.raises(XllmError, match="the groups need 128 ranks"):
+        ranks_of(parse_module(text.replace("size=4", "size=128")))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -191,8 +202,8 @@ def test_random_modules_can_be_run(seed: int) -> None:
 
 
 def test_every_shipped_module_can_be_run() -> None:
-    for entry in corpus(random_graphs=0)[::6]:
-        module = entry.module()
+    for e in corpus(random_graphs=0)[::6]:
+        module = e.module()
         for func in module.funcs.values():
             made = make(func, {"N": 5} if "N" in module.scope.symbols else {})
             run_ranks(module, func.name, made.inputs, made.params, made.dims)

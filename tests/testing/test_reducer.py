@@ -22,9 +22,9 @@ from xllm_compiler.ir.verify import verify
 from xllm_compiler.passes import registry
 from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.passes.registry import load_passes
-from xllm_compiler.testing.corpus import TRACED
+from xllm_compiler.testing.corpus import TRACED, entry
 from xllm_compiler.testing.cuts import measure, simpler
-from xllm_compiler.testing.edits import Edit, rebuild
+from xllm_compiler.testing.edits import Edit, rebuild, with_ranks
 from xllm_compiler.testing.failures import CommandCheck, PipelineCheck, message_class
 from xllm_compiler.testing.graphs import random_module
 from xllm_compiler.testing.reducer import Progress, Reduction, op_count, reduce_module
@@ -168,8 +168,9 @@ def test_every_kind_of_op_can_be_singled_out(seed: int) -> None:
     for name in dict.fromkeys(names(module)):
         small = reduce_module(module, has(name))
         verify(small)
-        alone = ["comm.all_reduce_start", "comm.wait"] if name.startswith("comm.") else [name]
-        assert [n for n in names(small) if n != "t.const" or name == "t.const"] == alone
+        left = [n for n in names(small) if n != "t.const" or name == "t.const"]
+        start = left[0] if name == "comm.wait" else name
+        assert left == ([start, "comm.wait"] if name.startswith("comm.") else [name])
     assert print_module(module) == text, "the module itself has changed"
 
 
@@ -194,6 +195,26 @@ def test_what_is_left_is_simpler_verifies_and_fails_and_a_second_time_nothing_go
 def test_an_empty_edit_changes_nothing(seed: int) -> None:
     module = random_module(random.Random(seed).randrange, size=25)
     assert print_module(rebuild(module, Edit()), loc=True) == print_module(module, loc=True)
+
+
+def test_groups_of_another_size() -> None:
+    """Types follow; what fits its own sizes only is refused."""
+    text = """xir 1 stage=graph
+group @tp size=2
+func @f(%x: f32[4, 6]) -> (f32[8, 6]) {
+  %f = comm.all_gather_start(%x, group=@tp, axis=0) : !future<f32[8, 6]>
+  %y = comm.wait(%f) : f32[8, 6]
+  return %y
+}
+"""
+    wide = text.replace("size=2", "size=4").replace("[8, 6]", "[16, 6]")
+    assert print_module(with_ranks(parse_module(text), 4)) == print_module(parse_module(wide))
+    cut = text.replace("all_gather_start(%x, group=@tp, axis=0)", "reduce_scatter_start(%x, group=@tp, axis=1)")
+    with pytest.raises(XllmError, match="6 is not provably a multiple of 4"):
+        with_ranks(parse_module(cut.replace("f32[8, 6]", "f32[4, 3]")), 4)
+    for name in ("written/mesh", "written/decoder-tp2"):
+        with pytest.raises(XllmError, match="the module is for group @tp as it is: size=2 rank="):
+            with_ranks(entry(name).module(), 4)
 
 
 def test_an_empty_edit_changes_nothing_in_stage_buf() -> None:

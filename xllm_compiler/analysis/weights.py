@@ -1,9 +1,14 @@
-"""Which values are known before any step. Owns the classification of weight expressions; interp evaluates them."""
+"""Which values are known before any step. Owns the classification of weight expressions; interp evaluates them.
+
+A weight expression may depend on a rank dim, such as a slice that begins at R * 64: it is known once the rank is.
+"""
 
 from __future__ import annotations
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.groups import rank_symbols
+from xllm_compiler.ir.spec import dims_in
 from xllm_compiler.ir.types import Tensor
 
 
@@ -39,6 +44,22 @@ def weight_roots(func: Func) -> list[Value]:
     return [v for v in known if any(user is func.ret or user.results[0] not in known for user in v.users)]
 
 
+def ranks_read(value: Value) -> list[str]:
+    """The groups of whose rank dims a weight expression depends, in the order of their declaration."""
+    found: set[str] = set()
+    seen: set[Op] = set()
+    stack = [value]
+    while stack:
+        op = stack.pop().op
+        if op is None or op in seen:
+            continue
+        seen.add(op)
+        found.update(s for d in dims_in(op.attrs.values()) for s in d.symbols)
+        stack += op.operands
+    assert value.op is not None
+    return [group for symbol, group in rank_symbols(value.op.func.module.groups).items() if symbol in found]
+
+
 def param_names(value: Value) -> list[str]:
     """Checkpoint names of the parameters that a weight expression reads, in order."""
     out: list[str] = []
@@ -59,7 +80,7 @@ def param_names(value: Value) -> list[str]:
 
 
 def _fixed(op: Op) -> bool:
-    """Pure, and independent of every symbol by itself."""
+    """Pure, and by itself independent of every symbol but those of ranks."""
     if not op.SPEC.pure or not op.results:
         return False
     dims: list[Dim] = []
@@ -67,6 +88,6 @@ def _fixed(op: Op) -> bool:
         if not isinstance(r.type, Tensor):
             return False
         dims += r.type.shape
-    for value in op.attrs.values():
-        dims += [d for d in (value if isinstance(value, tuple) else (value,)) if isinstance(d, Dim)]
-    return all(d.is_const for d in dims)
+    dims += dims_in(op.attrs.values())
+    ranks = rank_symbols(op.func.module.groups)
+    return all(d.is_const or all(name in ranks for name in d.symbols) for d in dims)

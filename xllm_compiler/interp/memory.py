@@ -17,7 +17,7 @@ import numpy as np
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.ops import AllReduceStart
+from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.printer import func_names
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext
 from xllm_compiler.ir.types import Kv
@@ -192,7 +192,7 @@ class Memory:
             why = f"which {op.name} itself reads: no op writes over what it reads"
         elif other.value not in self.ready:
             why = "which a collective in flight is to write"
-        elif waiting and isinstance(waiting[0], AllReduceStart):
+        elif waiting and isinstance(waiting[0], Collective):
             why = f"which {waiting[0].name} on stream {waiting[0].stream} reads until its comm.wait is done"
         else:
             why = f"which {waiting[0].name} on stream {waiting[0].stream} has still to read"

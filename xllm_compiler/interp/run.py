@@ -13,7 +13,8 @@ import numpy as np
 from xllm_compiler.dims import DimScope
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
-from xllm_compiler.ir.ops import AllReduceStart
+from xllm_compiler.ir.groups import check_world, rank_sizes, rank_symbols
+from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape, stored_dtype
 from xllm_compiler.ir.types import FLOATS, Kv, Tensor
 
@@ -49,14 +50,11 @@ def run_ranks(
 ) -> list[list[Array]]:
     """The same function on several ranks in lockstep, collectives included; `inputs` and `params` per rank.
 
-    A collective is run over all ranks given: its group must have as many. `watch` is called for every argument and
-    every result that is used, in order.
+    There are as many ranks as the module's groups need (`world_size`), or a multiple. Each has sizes of its own, its
+    places in its groups among them. `watch` is called for every argument and every result that is used, in order.
     """
-    if len(inputs) != len(params) or not inputs:
-        raise IrError(f"{len(inputs)} ranks of inputs and {len(params)} of params")
     f = module.func(func)
-    sizes = bind_dims(f, inputs[0], dims or {})
-    ranks = [EvalContext(p, sizes, precise) for p in params]
+    ranks = contexts(f, inputs, params, dims or {}, precise)
     envs = [bind_arguments(f, ctx, given) for ctx, given in zip(ranks, inputs, strict=True)]
     if watch is not None:
         envs = [{v: watch(v, i, x) for v, x in env.items()} for i, env in enumerate(envs)]
@@ -64,12 +62,34 @@ def run_ranks(
     return [[env[v] for v in f.returns] for env in envs]
 
 
-def run_value(value: Value, params: Mapping[str, Array], precise: bool = False) -> Array:
-    """The array of a weight expression, contiguous. Only what it needs is computed, and freed as early as possible."""
-    return run_values([value], params, precise)[0]
+def contexts(
+    func: Func,
+    inputs: Sequence[Mapping[str, Array]],
+    params: Sequence[Mapping[str, Array]],
+    dims: Mapping[str, int],
+    precise: bool,
+) -> list[EvalContext]:
+    """What each rank evaluates ops with; IrError unless there are as many ranks as the groups need, or a multiple."""
+    if len(inputs) != len(params) or not inputs:
+        raise IrError(f"{len(inputs)} ranks of inputs and {len(params)} of params")
+    check_world(func.module.groups, len(inputs))
+    return [
+        EvalContext(p, bind_dims(func, given, dims, rank), precise)
+        for rank, (given, p) in enumerate(zip(inputs, params, strict=True))
+    ]
 
 
-def run_values(values: Sequence[Value], params: Mapping[str, Array], precise: bool = False) -> list[Array]:
+def run_value(
+    value: Value, params: Mapping[str, Array], precise: bool = False, ranks: Mapping[str, int] | None = None
+) -> Array:
+    """The array of a weight expression, contiguous. Only what it needs is computed, and freed as early as possible.
+    `ranks`: the rank dims that it depends on."""
+    return run_values([value], params, precise, ranks)[0]
+
+
+def run_values(
+    values: Sequence[Value], params: Mapping[str, Array], precise: bool = False, ranks: Mapping[str, int] | None = None
+) -> list[Array]:
     """The arrays of weight expressions of one function; what several need is computed once."""
     needed: dict[Op, None] = {}
     stack: list[Op] = []
@@ -89,13 +109,20 @@ def run_values(values: Sequence[Value], params: Mapping[str, Array], precise: bo
                 raise IrError(f"%{name} is not a weight expression: it depends on argument %{v.name}", op=op)
             stack.append(v.op)
     env: dict[Value, Array] = {}
-    _execute(sorted(needed, key=func.ops.order), [EvalContext(params, {}, precise)], [env], keep=values)
+    _execute(sorted(needed, key=func.ops.order), [EvalContext(params, ranks or {}, precise)], [env], keep=values)
     return [np.ascontiguousarray(env[v]) for v in values]
 
 
-def bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int]) -> dict[str, int]:
-    """All symbol sizes: those given, and those read off inputs; checked against the module's scope."""
-    sizes = dict(dims)
+def bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int], rank: int = 0) -> dict[str, int]:
+    """All symbol sizes of a rank: those given, those read off its inputs, and its places in groups; checked against the
+    module's scope."""
+    groups = func.module.groups
+    for symbol, group in rank_symbols(groups).items():
+        if symbol in dims:
+            raise IrError(
+                f"{symbol} = {dims[symbol]} is given", help=f"it is each rank's place in @{group}; leave it out"
+            )
+    sizes = {**dims, **rank_sizes(groups, rank)}
     for arg in func.args:
         if arg.name not in inputs:
             raise IrError(f"no input for %{arg.name}: {arg.type}", where=f"@{func.name}")
@@ -155,9 +182,9 @@ def _execute(
     last = {v: op for op in ops for v in op.operands}
     with np.errstate(all="ignore"):  # inf and NaN are results like others
         for op in ops:
-            made = _collective(op, ranks, envs) if isinstance(op, AllReduceStart) else None
+            made = _exchanged(op, ranks, envs) if isinstance(op, Collective) else None
             for i, (ctx, env) in enumerate(zip(ranks, envs, strict=True)):
-                outs = (made,) if made is not None else call_op(op, ctx, env)
+                outs = (made[i],) if made is not None else call_op(op, ctx, env)
                 for r, out in zip(op.results, outs, strict=True):
                     check_shape(op, r, out, ctx)
                     if r.has_uses or r in kept:
@@ -199,13 +226,21 @@ def _dense(x: Array) -> Array:
     return x if x.flags.c_contiguous else x.copy(order="C")
 
 
-def _collective(op: AllReduceStart, ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]]) -> Array:
-    check_group(op, len(ranks))
-    return op.interp_ranks(ranks[0], [env[op.x] for env in envs])
+def _exchanged(op: Collective, ranks: Sequence[EvalContext], envs: Sequence[dict[Value, Array]]) -> list[Array]:
+    """What every rank gets from a collective, group by group."""
+    group = op.func.module.groups[op.group]
+    out: dict[int, Array] = {}
+    for rank in range(len(ranks)):
+        if rank not in out:
+            members = group.members(rank)
+            made = exchange(op, ranks[rank], [envs[m][op.x] for m in members])
+            out.update(zip(members, made, strict=True))
+    return [out[rank] for rank in range(len(ranks))]
 
 
-def check_group(op: AllReduceStart, ranks: int) -> None:
-    """IrError unless the collective's group is all the ranks that are run."""
-    size = op.func.module.groups[op.group]
-    if size != ranks:
-        raise blame(op, f"group @{op.group} has {size} ranks, {ranks} are run", "use run_ranks")
+def exchange(op: Collective, ctx: EvalContext, xs: Sequence[Array]) -> list[Array]:
+    """What each rank of one group gets from a collective to which they bring `xs`; not yet rounded."""
+    if len({x.shape for x in xs}) > 1:
+        text = ", ".join(str(list(x.shape)) for x in xs)
+        raise blame(op, f"the ranks of a group of @{op.group} bring shapes {text} to {op.name}: they must be equal")
+    return op.ranks(ctx, [_dense(x) for x in xs])

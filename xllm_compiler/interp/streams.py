@@ -25,10 +25,10 @@ from typing import Final
 import numpy as np
 
 from xllm_compiler.interp.memory import Layout, Memory
-from xllm_compiler.interp.run import bind_arguments, bind_dims, call_op, check_group, check_shape
+from xllm_compiler.interp.run import bind_arguments, call_op, check_shape, contexts, exchange
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
-from xllm_compiler.ir.ops import AllReduceStart
+from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.printer import print_op
 from xllm_compiler.ir.semantics import Array, EvalContext
 
@@ -64,13 +64,10 @@ def run_interleaved_ranks(
     """The same on several ranks, which go on independently of each other; arguments as of `interp.run_ranks`."""
     if module.stage == "graph":
         raise IrError("a module in stage graph has no streams", help="run pass assign-streams, or use interp.run")
-    if len(inputs) != len(params) or not inputs:
-        raise IrError(f"{len(inputs)} ranks of inputs and {len(params)} of params")
     f = module.func(func)
-    sizes = bind_dims(f, inputs[0], dims or {})
-    contexts = [EvalContext(p, sizes, precise) for p in params]
+    ranks = contexts(f, inputs, params, dims or {}, precise)
     with np.errstate(all="ignore"):  # inf and NaN are results like others
-        run = _Run(f, contexts, [bind_arguments(f, c, given) for c, given in zip(contexts, inputs, strict=True)], seed)
+        run = _Run(f, ranks, [bind_arguments(f, ctx, given) for ctx, given in zip(ranks, inputs, strict=True)], seed)
         run.to_the_end()
     return [[rank.memory.beside[v] for v in f.returns] for rank in run.ranks]
 
@@ -81,17 +78,18 @@ class _Rank:
     ctx: EvalContext
     memory: Memory
     queues: dict[int, deque[Op]]
-    issued: dict[str, list[AllReduceStart]] = field(default_factory=dict)
+    issued: dict[str, list[Collective]] = field(default_factory=dict)
     recorded: set[Value] = field(default_factory=set)
 
 
 @dataclass(eq=False, slots=True)
-class _Collective:
-    """One that at least one rank has issued."""
+class _Exchange:
+    """A collective in one group of ranks, of which at least one has issued it. `made`: what each is going to get."""
 
-    op: AllReduceStart
+    op: Collective
+    members: tuple[_Rank, ...]
     issuers: list[_Rank] = field(default_factory=list)
-    total: Array | None = None
+    made: list[Array] | None = None
     complete: set[int] = field(default_factory=set)
 
 
@@ -108,18 +106,18 @@ class _Step:
 
 class _Run:
     def __init__(
-        self, func: Func, contexts: Sequence[EvalContext], given: Sequence[dict[Value, Array]], seed: int
+        self, func: Func, ranks: Sequence[EvalContext], given: Sequence[dict[Value, Array]], seed: int
     ) -> None:
         self.func, self.seed = func, seed
         self.random = random.Random(seed)
-        self.layout = Layout(func, contexts[0].dims)
-        self.collectives: dict[Op | None, _Collective] = {}  # by start
-        self.in_flight: list[_Collective] = []
-        self.steps: deque[_Step] = deque(maxlen=SHOWN * 2 * len(contexts))
+        self.layout = Layout(func, ranks[0].dims)
+        self.exchanges: dict[tuple[Collective, int], _Exchange] = {}  # by start, and the first rank of the group
+        self.in_flight: list[_Exchange] = []
+        self.steps: deque[_Step] = deque(maxlen=SHOWN * 2 * len(ranks))
         self.ranks: list[_Rank] = []
-        for i, (ctx, env) in enumerate(zip(contexts, given, strict=True)):
+        for i, (ctx, env) in enumerate(zip(ranks, given, strict=True)):
             queues = self._load(ctx, env)
-            memory = Memory(self.layout, ctx, env, partial(self._fault, i))
+            memory = Memory(self.layout if i == 0 else Layout(func, ctx.dims), ctx, env, partial(self._fault, i))
             self.ranks.append(_Rank(i, ctx, memory, queues))
         spread = self.random.choice((0.5, 1.5, 3.0))
         self.eager = {(r.number, s): 10 ** -self.random.uniform(0, spread) for r in self.ranks for s in r.queues}
@@ -159,13 +157,13 @@ class _Run:
                         _Step(self.eager[rank.number, stream], rank.number, op, "", partial(self._run, rank, op))
                     )
         for c in self.in_flight:
-            if c.total is None:
-                if len(c.issuers) == len(self.ranks):
+            if c.made is None:
+                if len(c.issuers) == len(c.members):
                     out.append(_Step(self.eager_collectives, ALL, c.op, "reads", partial(self._combine, c)))
                 continue
-            for rank in self.ranks:
+            for place, rank in enumerate(c.members):
                 if rank.number not in c.complete:
-                    done = partial(self._deliver, c, rank)
+                    done = partial(self._deliver, c, place)
                     out.append(_Step(self.eager_collectives, rank.number, c.op, "completes", done))
         return out
 
@@ -173,7 +171,7 @@ class _Run:
         if op.name == "sched.wait":
             return op.operands[0] in rank.recorded
         if op.name == "comm.wait":
-            c = self.collectives.get(op.operands[0].op)
+            c = self._waited_for(rank, op)
             return c is not None and rank.number in c.complete
         return True
 
@@ -182,7 +180,7 @@ class _Run:
     def _run(self, rank: _Rank, op: Op) -> None:
         rank.queues[op.stream].popleft()
         memory = rank.memory
-        if isinstance(op, AllReduceStart):
+        if isinstance(op, Collective):
             self._issue(rank, op)
             return
         if op.name in ("sched.record", "sched.wait"):
@@ -199,10 +197,20 @@ class _Run:
                 memory.publish(r)
             memory.finish(op)
 
-    def _issue(self, rank: _Rank, op: AllReduceStart) -> None:
-        check_group(op, len(self.ranks))
+    def _members(self, rank: _Rank, op: Collective) -> tuple[_Rank, ...]:
+        """The ranks with which `rank` runs a collective."""
+        return tuple(self.ranks[m] for m in self.func.module.groups[op.group].members(rank.number))
+
+    def _waited_for(self, rank: _Rank, wait: Op) -> _Exchange | None:
+        """The exchange for which `rank` waits, once one of its group has issued it."""
+        start = wait.operands[0].op
+        assert isinstance(start, Collective), "a future is the result of a collective"
+        return self.exchanges.get((start, self._members(rank, start)[0].number))
+
+    def _issue(self, rank: _Rank, op: Collective) -> None:
+        members = self._members(rank, op)
         mine = rank.issued.setdefault(op.group, [])
-        for other in self.ranks:
+        for other in members:
             theirs = other.issued.get(op.group, [])
             if len(theirs) > len(mine) and theirs[len(mine)] is not op:
                 raise self._fault(
@@ -212,28 +220,30 @@ class _Run:
         rank.memory.read(op, op.x)  # it must be there when the collective is issued, and then until it is complete
         for wait in op.result.users:
             rank.memory.claim(op, wait.result)
-        if op not in self.collectives:
-            self.collectives[op] = _Collective(op)
-            self.in_flight.append(self.collectives[op])
-        self.collectives[op].issuers.append(rank)
+        key = (op, members[0].number)
+        if key not in self.exchanges:
+            self.exchanges[key] = _Exchange(op, members)
+            self.in_flight.append(self.exchanges[key])
+        self.exchanges[key].issuers.append(rank)
 
-    def _combine(self, c: _Collective) -> None:
-        operands = [rank.memory.read(c.op, c.op.x) for rank in self.ranks]
-        c.total = c.op.interp_ranks(self.ranks[0].ctx, operands)
-        check_shape(c.op, c.op.result, c.total, self.ranks[0].ctx)
+    def _combine(self, c: _Exchange) -> None:
+        c.made = exchange(c.op, c.members[0].ctx, [rank.memory.read(c.op, c.op.x) for rank in c.members])
+        for rank, made in zip(c.members, c.made, strict=True):
+            check_shape(c.op, c.op.result, made, rank.ctx)
 
-    def _deliver(self, c: _Collective, rank: _Rank) -> None:
-        assert c.total is not None
+    def _deliver(self, c: _Exchange, place: int) -> None:
+        assert c.made is not None
+        rank = c.members[place]
         for wait in c.op.result.users:
-            rank.memory.write(c.op, wait.result, rank.ctx.store(c.total, wait.result.type))
+            rank.memory.write(c.op, wait.result, rank.ctx.store(c.made[place], wait.result.type))
         c.complete.add(rank.number)
-        if len(c.complete) == len(self.ranks):
+        if len(c.complete) == len(c.members):
             self.in_flight.remove(c)
         rank.memory.finish(c.op)
 
     # What errors say.
 
-    def _mismatch(self, rank: _Rank, op: AllReduceStart, other: _Rank, pair: AllReduceStart) -> str:
+    def _mismatch(self, rank: _Rank, op: Collective, other: _Rank, pair: Collective) -> str:
         mine, theirs = self.layout.names.of(op.result), self.layout.names.of(pair.result)
         number = len(rank.issued[op.group]) + 1
         return (
@@ -247,8 +257,9 @@ class _Run:
         if op.name == "sched.wait":
             maker = source.op
             return f"sched.wait for {name}, whose record on stream {maker.stream if maker else 0} has not run"
-        c = self.collectives.get(source.op)
-        missing = [r.number for r in self.ranks if c is None or r not in c.issuers]
+        c = self._waited_for(rank, op)
+        assert isinstance(source.op, Collective)
+        missing = [r.number for r in self._members(rank, source.op) if c is None or r not in c.issuers]
         return f"comm.wait for {name}, which ranks {missing} have not started"
 
     def _fault(self, rank: int, op: Op, text: str, help: str, everyone: bool = False) -> IrError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from xllm_compiler.dims import Dim, DimScope
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.facts import Noise, Rows, Work
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
@@ -417,7 +418,7 @@ class Module:
     def __init__(self, stage: Stage = "graph", scope: DimScope | None = None) -> None:
         self.scope = DimScope() if scope is None else scope
         self.stage: Stage = stage
-        self.groups: dict[str, int] = {}
+        self.groups: dict[str, RankGroup] = {}
         self.funcs: dict[str, Func] = {}
 
     def add_func(self, name: str) -> Func:

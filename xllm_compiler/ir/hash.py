@@ -27,8 +27,8 @@ def structural_hash(module: Module) -> str:
         put("dim", s.name, str(s.lo), str(s.hi), str(s.multiple))
     for a in module.scope.assumptions:
         put("assume", str(a.expr))
-    for name, size in module.groups.items():
-        put("group", name, str(size))
+    for name, group in module.groups.items():
+        put("group", name, str(group))
     for func in module.funcs.values():
         for line in _func_lines(func):
             put(*line)

@@ -19,6 +19,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir import ops as _ops  # registers every op  # noqa: F401
 from xllm_compiler.ir.core import Builder, Func, Module, Op, Stage, Value
 from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.lexer import Source, Token, tokenize
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.opdef import OPS
@@ -266,11 +267,9 @@ class _Parser:
                 self.declare(module, start)
             elif self.accept("group"):
                 name = self.group()
-                self.expect("size")
-                self.expect("=")
                 if name in module.groups:
                     self.fail(f"group @{name} is declared twice", start)
-                module.groups[name] = self.integer()
+                module.groups[name] = self.rank_group()
             elif self.accept("func"):
                 self.func(module)
             else:
@@ -290,6 +289,18 @@ class _Parser:
         self.expect("]")
         multiple = self.integer() if self.accept("%") else 1
         self.guarded(start, lambda: module.scope.declare(name, lo, hi, multiple, self.why(start)))
+
+    def rank_group(self) -> RankGroup:
+        start = self.expect("size")
+        self.expect("=")
+        size, stride, rank = self.integer(), 1, ""
+        if self.accept("stride"):
+            self.expect("=")
+            stride = self.integer()
+        if self.accept("rank"):
+            self.expect("=")
+            rank = self.kind("name", "a symbol").text
+        return self.guarded(start, lambda: RankGroup(size, stride, rank))
 
     def func(self, module: Module) -> None:
         name = self.kind("global", "a @name")

@@ -71,8 +71,8 @@ def print_module(module: Module, loc: bool = False) -> str:
         lines.append(_with_why(line, s.why))
     for a in module.scope.assumptions:
         lines.append(_with_why(f"assume {a.expr} >= 0", a.why))
-    for name, size in module.groups.items():
-        lines.append(f"group @{name} size={size}")
+    for name, group in module.groups.items():
+        lines.append(f"group @{name} {group}")
     for func in module.funcs.values():
         lines += ["", *print_func(func, loc)]
     return "\n".join(lines) + "\n"

@@ -58,15 +58,16 @@ class SameAxes(Rows):
 
 @dataclass(frozen=True)
 class Along(Rows):
-    """Values meet along the axis in attribute `axis` only; all others stay where they are."""
+    """Values meet along the axes in `attributes` only; all others stay where they are."""
 
+    attributes: tuple[str, ...] = ("axis",)
     why: str = "works along the token axis"
 
     def __str__(self) -> str:
-        return "mixed along `axis`"
+        return "mixed along " + ", ".join(f"`{name}`" for name in self.attributes)
 
     def follow(self, op: Any, operand: int, axis: int) -> int | str:
-        return self.why if axis == op.axis else axis
+        return self.why if axis in (getattr(op, name) for name in self.attributes) else axis
 
 
 @dataclass(frozen=True, init=False)

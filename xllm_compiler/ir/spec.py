@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -17,6 +17,11 @@ AttrKind = Literal["int", "float", "bool", "str", "dim", "dtype", "type", "group
 Arity = Literal["one", "opt", "many"]
 
 MISSING: Final = object()
+
+
+def dims_in(attrs: Iterable[Attr]) -> list[Dim]:
+    """The Dims among attributes' values, types apart."""
+    return [d for a in attrs for d in (a if isinstance(a, tuple) else (a,)) if isinstance(d, Dim)]
 
 
 @dataclass(frozen=True, slots=True)

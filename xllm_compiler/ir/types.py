@@ -45,7 +45,8 @@ def check_size(size: DimLike) -> Dim:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Tensor:
-    """A dense array. `partial` names the group over which it still has to be summed."""
+    """A dense array. `partial` names the group over which it still has to be summed: in f32 or f64, so that the sum is
+    rounded once."""
 
     dtype: str
     shape: tuple[Dim, ...]
@@ -56,6 +57,8 @@ class Tensor:
         if len(shape) > MAX_RANK:
             raise IrError(f"a tensor of {len(shape)} axes", help=f"at most {MAX_RANK}")
         object.__setattr__(self, "shape", tuple(check_size(d) for d in shape))
+        if partial is not None and dtype not in ("f32", "f64"):
+            raise IrError(f"a partial sum over @{partial} in {dtype}", help="f32 or f64; round it once it is whole")
         object.__setattr__(self, "partial", partial)
 
     @property

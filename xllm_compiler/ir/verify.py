@@ -9,38 +9,38 @@ V5   A kv version is used up at most once: by one consuming operand or by one re
 V6   Every read of a kv version stands before the op that uses it up.
 V7   A returned kv value is a later version of exactly one kv argument and says so with `alias`; nothing else aliases.
 V8   A future is used exactly once, by comm.wait.
-V9   Every group named by an op or a partial type is declared, with at least one rank.
+V9   Every group named by an op or a partial type is declared; all groups are axes of one mesh of ranks.
 V10  A partial sum reaches only a collective or a linear op, and is not returned.
 V11  Arguments have names, and no two the same.
 V12  Offsets (`at`) and an arena size stand in stage buf only.
 V13, V14, V15  Stage buf: see verify_buf.py.
-V20  No size in a type is negative, whatever the symbols are.
 V16, V17, V18, V19  Streams and events: see verify_sched.py.
+V20  No size in a type is negative, whatever the symbols are.
+V21  A rank dim is a place in its group. No size in a type, no offset or arena size and no assumption depends on it: all
+     ranks have the same shapes and the same plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
-from xllm_compiler.ir.spec import COMMON, Attr
+from xllm_compiler.ir.groups import check_groups, rank_symbols
+from xllm_compiler.ir.ops.comm import Collective
+from xllm_compiler.ir.spec import COMMON, Attr, dims_in
 from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type
 from xllm_compiler.ir.verify_buf import check_buffers
 from xllm_compiler.ir.verify_sched import check_order, check_stage, order_of
-
-_REDUCERS: Final = frozenset({"comm.all_reduce_start"})
 
 
 def verify(module: Module) -> None:
     """Raises the first violation as an IrError that shows the op and its neighbours."""
     for a in module.scope.assumptions:
         _check_symbols(module, [a.expr], f"assumption {a.expr} >= 0", None)
-    for name, size in module.groups.items():
-        if size < 1:
-            raise IrError(f"V9: group @{name} has {size} ranks")
+        _check_same_on_all_ranks(module, [a.expr], f"assumption {a.expr} >= 0", None)
+    check_groups(module.groups, module.scope)
     for func in module.funcs.values():
         _check_order(func)
         _check_uses(func)
@@ -116,8 +116,10 @@ def _check_signature(module: Module, func: Func) -> None:
             )
         seen.add(a.name)
         _check_symbols(module, _type_dims(a.type), f"the type of %{a.name}", None)
+        _check_same_on_all_ranks(module, _type_dims(a.type), f"the type of %{a.name}", None)
     if func.arena is not None:
         _check_symbols(module, [func.arena], f"the arena size of @{func.name}", None)
+        _check_same_on_all_ranks(module, [func.arena], f"the arena size of @{func.name}", None)
         if module.stage != "buf":
             raise IrError(f"V12: @{func.name} has an arena in stage {module.stage}")
 
@@ -191,12 +193,25 @@ def _check_symbols(module: Module, dims: Iterable[Dim], what: str, op: Op | None
                 raise blame(op, text, help) if op is not None else IrError(text, help=help)
 
 
+def _check_same_on_all_ranks(module: Module, dims: Iterable[Dim], what: str, op: Op | None) -> None:
+    ranks = rank_symbols(module.groups)
+    for d in dims if ranks else ():
+        for name in d.symbols:
+            if name in ranks:
+                text = f"V21: {what} depends on {name}, the rank of @{ranks[name]}"
+                help = (
+                    "shapes and plan are the same on all ranks: a rank may choose where a t.slice begins, not its size"
+                )
+                raise blame(op, text, help) if op is not None else IrError(text, help=help)
+
+
 def _check_op_symbols(module: Module, op: Op) -> None:
     for r in op.results:
         _check_symbols(module, _type_dims(r.type), f"the type of %{r.name}", op)
+        _check_same_on_all_ranks(module, _type_dims(r.type), f"the type of %{r.name}", op)
+    _check_same_on_all_ranks(module, dims_in([op.attrs.get("at", ())]), f"an offset of {op.name}", op)
     for name, value in op.attrs.items():
-        parts = value if isinstance(value, tuple) else (value,)
-        _check_symbols(module, [d for d in parts if isinstance(d, Dim)], f"attribute {name}", op)
+        _check_symbols(module, dims_in([value]), f"attribute {name}", op)
 
 
 def _check_groups(module: Module, op: Op) -> None:
@@ -290,8 +305,8 @@ def _check_partial(func: Func) -> None:
     for op in (*func.ops, func.ret):
         for v in op.operands:
             if isinstance(v.type, Tensor) and v.type.partial is not None and not op.SPEC.linear:
-                if op.name in _REDUCERS:
-                    continue
+                if isinstance(op, Collective):
+                    continue  # V3: its type rule says which
                 text = f"V10: partial sum %{v.name} over @{v.type.partial} reaches {op.name}"
                 help = "comm.all_reduce_start and comm.wait it first"
                 raise blame(op, text, help) if op is not func.ret else IrError(text, where=f"@{func.name}", help=help)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
-from xllm_compiler.ir.spec import Attr
+from xllm_compiler.ir.groups import rank_symbols
+from xllm_compiler.ir.spec import dims_in
 from xllm_compiler.ir.types import Future, Tensor
 
 
@@ -61,21 +62,17 @@ def arena_results(op: Op, weights: set[Value]) -> list[Value]:
 
 
 def weight_values(func: Func) -> set[Value]:
-    """Values made of params, constants and fixed-size counting only."""
+    """Values made of params, constants, fixed-size counting and a rank's place only."""
+    ranks = set(rank_symbols(func.module.groups))
     weights: set[Value] = set()
     for op in func.ops:
         if not op.SPEC.pure or any(v not in weights for v in op.operands):
             continue
         dims = [d for r in op.results if isinstance(r.type, Tensor) for d in r.type.shape]
-        dims += [d for a in op.attrs.values() for d in _dims(a)]
-        if all(d.is_const for d in dims):
+        dims += dims_in(op.attrs.values())
+        if all(ranks.issuperset(d.symbols) for d in dims):
             weights.update(op.results)
     return weights
-
-
-def _dims(attr: Attr) -> list[Dim]:
-    parts = attr if isinstance(attr, tuple) else (attr,)
-    return [d for d in parts if isinstance(d, Dim)]
 
 
 def check_buffers(func: Func, order: Order | None = None) -> None:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
-from xllm_compiler.ir.types import Event, Future, Kv
+from xllm_compiler.ir.ops.comm import Collective
+from xllm_compiler.ir.types import Event, Kv
 from xllm_compiler.ir.verify_buf import Order, weight_values
 
 
@@ -80,18 +81,17 @@ def check_order(func: Func, order: Order) -> None:
                 )
         if op.SPEC.consumes:
             _check_reads(op, op.field(op.SPEC.consumes)[0], order)
-        if op.results and isinstance(op.results[0].type, Future):
-            for group in [str(op.attrs[a.name]) for a in op.SPEC.attrs if a.kind == "group"]:
-                earlier = last.get(group)
-                if earlier is not None and not order.done(earlier, op):
-                    raise blame(
-                        op,
-                        f"V19: {op.name} of %{op.results[0].name} on stream {op.stream} is not ordered after that of "
-                        f"%{earlier.results[0].name} on stream {earlier.stream}: ranks could issue the collectives of "
-                        f"@{group} in different orders",
-                        "start all collectives of a group on one stream, or order them: " + _missing(earlier, op),
-                    )
-                last[group] = op
+        if isinstance(op, Collective):
+            earlier = last.get(op.group)
+            if earlier is not None and not order.done(earlier, op):
+                raise blame(
+                    op,
+                    f"V19: {op.name} of %{op.results[0].name} on stream {op.stream} is not ordered after that of "
+                    f"%{earlier.results[0].name} on stream {earlier.stream}: ranks could issue the collectives of "
+                    f"@{op.group} in different orders",
+                    "start all collectives of a group on one stream, or order them: " + _missing(earlier, op),
+                )
+            last[op.group] = op
 
 
 def _check_reads(writer: Op, version: Value, order: Order) -> None:

@@ -13,6 +13,8 @@ from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.dims import Dim, DimScope, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.groups import rank_symbols
+from xllm_compiler.ir.spec import dims_in
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
@@ -57,6 +59,7 @@ class Storage:
         self._logits_bytes = self._written_as_logits()
         for op in func.ops:
             if not all(r in self.weights for r in op.results):
+                self._check_ranks(op)
                 self._place_results(op)
 
     def ref(self, value: Value) -> Ref:
@@ -141,6 +144,17 @@ class Storage:
                 break
             chain.append(value)
         return frozenset(chain)
+
+    def _check_ranks(self, op: Op) -> None:
+        """XllmError where a step would have to know its rank: all ranks run the same program."""
+        ranks = rank_symbols(self.func.module.groups)
+        for symbol in (s for d in dims_in(op.attrs.values()) for s in d.symbols if s in ranks):
+            raise XllmError(
+                "unsupported",
+                f"{op.name} depends on {symbol}, the rank of @{ranks[symbol]}, and is no weight",
+                where=where(op),
+                help="only what is packed before the step may depend on a rank dim",
+            )
 
     def _place_results(self, op: Op) -> None:
         offsets = self._offsets(op)

@@ -81,8 +81,10 @@ def _facts(module: Module, report: PipelineReport) -> list[list[str]]:
     ]
     if caches:
         rows.append(["KV cache", f"{len(caches)} layers, {token:,} bytes per token"])
-    for name, size in module.groups.items():
-        rows.append([f"group @{name}", f"{size} ranks"])
+    for name, group in module.groups.items():
+        apart = f", {group.stride} apart" if group.stride != 1 else ""
+        place = f"; {group.rank} is a rank's place" if group.rank else ""
+        rows.append([f"group @{name}", f"{group.size} ranks{apart}{place}"])
     for symbol in module.scope.symbols.values():
         bounds = f"{'*' if symbol.lo is None else symbol.lo} to {'*' if symbol.hi is None else format(symbol.hi, ',')}"
         rows.append([f"dim {symbol.name}", f"{bounds}{f' ({symbol.why})' if symbol.why else ''}"])

@@ -9,6 +9,7 @@ from xllm_compiler.dims import DimScope
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.cost import CONTEXT
+from xllm_compiler.ir.groups import rank_symbols
 from xllm_compiler.ir.types import Kv, Tensor
 
 CONTEXT_NAME = CONTEXT.symbols[0]
@@ -43,9 +44,10 @@ def scenarios(module: Module, given: Mapping[str, int] | None = None) -> list[Sc
 
 
 def _names(module: Module) -> list[str]:
-    """What may be given a size: the symbols and, where there is a KV cache, the context."""
+    """What may be given a size: the symbols, ranks' places apart, and, where there is a KV cache, the context."""
     caches = any(isinstance(a.type, Kv) for f in module.funcs.values() for a in f.args)
-    return [*module.scope.symbols, *([CONTEXT_NAME] if caches else [])]
+    ranks = rank_symbols(module.groups)
+    return [*(name for name in module.scope.symbols if name not in ranks), *([CONTEXT_NAME] if caches else [])]
 
 
 def complete(module: Module, given: Mapping[str, int]) -> dict[str, int]:
@@ -67,7 +69,7 @@ def complete(module: Module, given: Mapping[str, int]) -> dict[str, int]:
         context = max(0, min(context, longest - each))
     page = next((a.type.page for f in module.funcs.values() for a in f.args if isinstance(a.type, Kv)), 16)
     known = {"N": tokens, "B": requests, "S": requests, "P": requests * -(-(context + each) // page)}
-    sizes = {name: given.get(name, _within(scope, name, known.get(name, USUAL_SIZE))) for name in scope.symbols}
+    sizes = {name: given.get(name, _within(scope, name, known.get(name, USUAL_SIZE))) for name in names}
     return {**sizes, CONTEXT_NAME: context} if CONTEXT_NAME in names else sizes
 
 

@@ -16,6 +16,7 @@ from xllm_compiler.analysis.cost import MACHINES, Machine
 from xllm_compiler.analysis.simulate import Slot, simulate, streams_of
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module
+from xllm_compiler.ir.groups import world_size
 from xllm_compiler.ir.printer import func_names
 from xllm_compiler.passes.instruments import Instrument
 from xllm_compiler.passes.manager import PipelineReport
@@ -66,7 +67,7 @@ def trace(module: Module, machine: Machine, dims: Mapping[str, int] | None = Non
 def _process(func: Func, pid: int, dims: Mapping[str, int], machine: Machine) -> list[Event]:
     slots = simulate(func, dims, machine)
     threads = {stream: i + 1 for i, stream in enumerate(streams_of(slots))}
-    ranks = max(func.module.groups.values(), default=1)
+    ranks = world_size(func.module.groups)
     name = f"@{func.name}" if ranks == 1 else f"@{func.name}, one of {ranks} equal ranks"
     events = [_name("process_name", pid, 0, name), _sort("process_sort_index", pid, 0, pid)]
     for stream, tid in threads.items():

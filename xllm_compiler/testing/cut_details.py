@@ -4,6 +4,7 @@ cuts.py's. Functions come in pairs as in cut_ops.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from xllm_compiler.dims import DimScope
 from xllm_compiler.ir.core import Func, Module, Op
@@ -118,9 +119,11 @@ def facts(module: Module) -> list[tuple[str, str, int | None]]:
         if s.multiple > 1:
             out.append(("multiple", s.name, None))
         out += [("hi", s.name, hi) for hi in (2, 4, 8, 64) if (s.hi is None or hi < s.hi) and hi >= (s.lo or 0)]
-    for name, size in module.groups.items():
+    for name, group in module.groups.items():
         out.append(("group", name, None))
-        out += [("ranks", name, 1)] if size > 1 else []
+        out += [("ranks", name, 1)] if group.size > 1 else []
+        out += [("stride", name, 1)] if group.stride > 1 else []
+        out += [("place", name, None)] if group.rank else []
     return out
 
 
@@ -141,5 +144,9 @@ def change_fact(module: Module, atoms: Sequence[tuple[str, str, int | None]]) ->
     if kind == "group":
         del groups[name]
     elif kind == "ranks" and value is not None:
-        groups[name] = value
+        groups[name] = replace(groups[name], size=value)
+    elif kind == "stride" and value is not None:
+        groups[name] = replace(groups[name], stride=value)
+    elif kind == "place":
+        groups[name] = replace(groups[name], rank="")
     yield Edit(scope=scope, groups=groups)

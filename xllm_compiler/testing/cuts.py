@@ -61,7 +61,9 @@ def measure(module: Module) -> Iterator[int]:
     yield sum(cut_details.numbers(module))
     symbols = module.scope.symbols.values()
     yield sum(f.arena is not None for f in funcs)
-    yield len(symbols) + len(module.scope.assumptions) + len(module.groups) + sum(module.groups.values())
+    groups = module.groups.values()
+    yield len(symbols) + len(module.scope.assumptions) + len(groups)
+    yield sum(g.size + g.stride + bool(g.rank) for g in groups)
     yield sum(s.multiple for s in symbols)
     yield sum(64 if s.hi is None else s.hi.bit_length() for s in symbols)
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from xllm_compiler.dims import Dim, DimScope, as_dim, parse_dim
+from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
+from xllm_compiler.ir.diag import IrError
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.spec import Attr, Scalar
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.verify import verify
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
 
 _INTEGER = re.compile(r"\b\d+\b")
@@ -46,7 +50,7 @@ class Edit:
     arenas: dict[Func, None] = field(default_factory=dict)
     number: Callable[[int], int] | None = None
     scope: DimScope | None = None
-    groups: dict[str, int] | None = None
+    groups: dict[str, RankGroup] | None = None
 
     def resolve(self, value: Value) -> Value:
         """The old value that stands for `value` now; it may itself be one of `fresh`."""
@@ -73,6 +77,21 @@ def rebuild(module: Module, edit: Edit) -> Module:
     for func in module.funcs.values():
         if func.name not in edit.funcs:
             _Rebuilder(func, edit, copy).run()
+    return copy
+
+
+def with_ranks(module: Module, ranks: int) -> Module:
+    """A copy in which every group has so many ranks, all types inferred anew. XllmError where the module is for the
+    sizes that it declares: its groups are a mesh or have rank dims, or it does not verify with others."""
+    for name, group in module.groups.items():
+        if group.stride != 1 or group.rank:
+            raise XllmError(
+                "unsupported",
+                f"the module is for group @{name} as it is: {group}",
+                help="only groups without stride and rank dim can be given another size",
+            )
+    copy = rebuild(module, Edit(groups=dict.fromkeys(module.groups, RankGroup(ranks))))
+    verify(copy)
     return copy
 
 
@@ -128,6 +147,8 @@ class _Rebuilder:
         if self.edit.number is not None:
             attrs = {name: self.attr(op, name, value) for name, value in attrs.items()}
         made = type(op)(self.new, operands, segments, attrs, op.loc, [r.name for r in op.results])
+        if len(made.results) != len(op.results):
+            raise IrError(f"{op.name} has {len(made.results)} results after the edit, {len(op.results)} before")
         self.builder.insert(made)
         self.mapping.update(zip(op.results, made.results, strict=True))
 

@@ -6,8 +6,8 @@
 Sound: sizes are in their ranges and meet every `assume`; `pos seq start table sel` describe one step of a server,
 whether they are called so or only used so by kv ops; an integer that ends as an index stays in its range. Adversarial
 within that: pages are permuted and unmapped ones -1, starts are ragged, requests have contexts of different length, one
-of them none, floats hold zeros and a large value, integers touch the ends of their range. What a collective combines
-differs from rank to rank, everything else is the same on all of them.
+of them none, floats hold zeros and a large value, integers touch the ends of their range. What a collective exchanges
+differs from rank to rank, everything else is the same on all of them. Rank dims get no size: each rank has its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from xllm_compiler.dims import Dim
 from xllm_compiler.dims.scope import DimScope, Symbol
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module, Op, Value
-from xllm_compiler.ir.ops import AllReduceStart, Linear, Param
+from xllm_compiler.ir.groups import rank_symbols, world_size
+from xllm_compiler.ir.ops import Collective, Linear, Param
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, possible
+from xllm_compiler.ir.spec import dims_in
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.testing.ranges import Range, index_ranges
 
@@ -32,6 +34,7 @@ Sizes = Mapping[str, int]
 MAX_TRIES = 20_000  # assignments tried before sizes are said not to exist
 SPARE_PAGES = 2  # of context per request, beyond what the step's own tokens need
 SMALL = 64  # limits up to here are worth a run at the limit
+MAX_RANKS = 64  # that inputs are made up for
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +60,25 @@ def make(func: Func, sizes: Sizes | int, seed: int = 0) -> Given:
 
 
 def ranks_of(module: Module) -> int:
-    """How many ranks a module has to be run on: the size of the groups that its collectives name."""
-    used = {op.group for f in module.funcs.values() for op in f.ops if isinstance(op, AllReduceStart)}
-    sizes = {name: module.groups[name] for name in module.groups if name in used}
-    if len(set(sizes.values())) > 1:
-        text = ", ".join(f"@{name} has {size}" for name, size in sizes.items())
-        raise XllmError(
-            "unsupported",
-            f"groups of different size cannot be interpreted together: {text} ranks",
-            help="collectives run over all ranks at once; give the groups one size",
-        )
-    return max(sizes.values(), default=1)
+    """How many ranks a module has to be run on: those of its groups' mesh."""
+    ranks = world_size(module.groups)
+    if ranks > MAX_RANKS:
+        raise XllmError("unsupported", f"the groups need {ranks} ranks", help=f"inputs are made up for {MAX_RANKS}")
+    return ranks
 
 
 def rank_local(func: Func) -> set[str]:
-    """Names of the arguments and parameters that differ by rank: what collectives combine, and what makes it.
+    """Names of the arguments and parameters that differ by rank: what collectives exchange, and what makes it.
 
     A partial sum's weight is each rank's share; an operand that is no partial sum is different by its nature, or it
-    would not be combined. Everything else is taken to be replicated, so that a rewrite may rely on it.
+    would not be exchanged. Everything else is taken to be replicated, so that a rewrite may rely on it. So is what a
+    rank dim cuts into shares: then the whole is the same on all ranks.
     """
     found: dict[str, None] = {}
     for op in func.ops:
         if isinstance(op, Linear) and op.partial:
             found.update(_leaves(op.w))
-        elif isinstance(op, AllReduceStart):
+        elif isinstance(op, Collective):
             source = op.x.op
             if isinstance(source, Linear):
                 found.update(_leaves(source.w))
@@ -90,7 +88,7 @@ def rank_local(func: Func) -> set[str]:
 
 
 def _leaves(value: Value) -> dict[str, None]:
-    """Float arguments and parameters that `value` is made of."""
+    """Float arguments and parameters that `value` is made of on every rank in the same way."""
     out: dict[str, None] = {}
     seen: set[Value] = set()
     stack = [value]
@@ -105,9 +103,15 @@ def _leaves(value: Value) -> dict[str, None]:
         elif isinstance(v.op, Param):
             if v.tensor.is_float:
                 out[v.op.name_] = None
-        else:
+        elif not _chosen_by_rank(v.op):
             stack.extend(v.op.operands)
     return out
+
+
+def _chosen_by_rank(op: Op) -> bool:
+    """Whether an attribute of `op` depends on a rank dim, so that its results differ by rank by themselves."""
+    ranks = rank_symbols(op.func.module.groups)
+    return any(name in ranks for d in dims_in(op.attrs.values()) for name in d.symbols)
 
 
 def _other(array: Array, rng: np.random.Generator) -> Array:
@@ -126,10 +130,15 @@ def step_dims(func: Func, sizes: Sizes | int, *others: DimScope) -> dict[str, in
     """
     wanted = {"N": sizes} if isinstance(sizes, int) else dict(sizes)
     scopes = (func.module.scope, *others)
-    symbols = {name: s for scope in scopes for name, s in scope.symbols.items()}
+    ranks = rank_symbols(func.module.groups)
+    symbols = {name: s for scope in scopes for name, s in scope.symbols.items() if name not in ranks}
     if isinstance(sizes, int) and "N" not in symbols:
         wanted = {}
     for name in wanted:
+        if name in ranks:
+            raise XllmError(
+                "option", f"{name} has no size: it is each rank's place in @{ranks[name]}", help="leave it out"
+            )
         if name not in symbols:
             raise XllmError(
                 "option", f"the module has no symbol {name}", help="it has " + (", ".join(symbols) or "none")

@@ -115,7 +115,7 @@ def signature_text(module: Module, funcs: Sequence[str] | None = None) -> str:
     """What callers rely on: symbols, assumptions, groups, and of each function arguments, returns and aliases."""
     lines = [f"dim {s.name} in [{s.lo}, {s.hi}] % {s.multiple}" for s in module.scope.symbols.values()]
     lines += [f"assume {a.expr} >= 0" for a in module.scope.assumptions]
-    lines += [f"group @{name} size={size}" for name, size in module.groups.items()]
+    lines += [f"group @{name} {group}" for name, group in module.groups.items()]
     for name in module.funcs if funcs is None else funcs:
         func = module.funcs.get(name)
         lines += [f"no @{name}"] if func is None else _func_lines(func)

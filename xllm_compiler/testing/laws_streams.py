@@ -16,7 +16,7 @@ from xllm_compiler.interp import run_ranks
 from xllm_compiler.interp.streams import run_interleaved_ranks
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.diag import render
-from xllm_compiler.ir.ops import AllReduceStart
+from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.semantics import Array
 from xllm_compiler.testing.inputs import Given, make
 from xllm_compiler.testing.laws_trial import Trial
@@ -28,7 +28,7 @@ CLOSE = 1e-5  # relative: payloads are told apart, not judged; constants may hav
 
 @dataclass(frozen=True)
 class Payload:
-    """One collective as it was run: `value` is what its ranks got. Without a `value` it was never waited for."""
+    """One collective as it was run: `value` is what rank 0 got."""
 
     op: Op
     group: str
@@ -67,8 +67,10 @@ def payloads(func: Func, given: Given) -> dict[str, list[Payload]]:
     out: dict[str, list[Payload]] = {}
 
     def watch(v: Value, rank: int, x: Array) -> Array:
-        if rank == 0 and isinstance(v.op, AllReduceStart):
-            out.setdefault(v.op.group, []).append(Payload(v.op, v.op.group, v.op.kind, x))
+        if rank == 0 and isinstance(v.op, Collective):
+            choices = [str(v.op.attrs[a.name]) for a in v.op.SPEC.attrs if a.kind not in ("group", "dim")]
+            kind = " ".join([v.op.name.removeprefix("comm.").removesuffix("_start"), *choices])
+            out.setdefault(v.op.group, []).append(Payload(v.op, v.op.group, kind, x))
         return x
 
     run_ranks(func.module, func.name, _inputs(func, given), given.params, given.dims, True, watch)
@@ -121,7 +123,7 @@ def bits_equal(a: Array, b: Array) -> bool:
 
 
 def _starts(func: Func) -> bool:
-    return any(isinstance(op, AllReduceStart) for op in func.ops)
+    return any(isinstance(op, Collective) for op in func.ops)
 
 
 def _given(func: Func) -> Given:

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Op, Value
+from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.types import Kv, Tensor
 
 Choose = Callable[[int], int]
@@ -122,8 +123,10 @@ class Sketch:
         return name
 
     def group(self) -> str:
+        """@tp, or @ep: of two ranks they are the axes of a mesh, otherwise the same ranks."""
         name = self.pick(("tp", "ep"))
-        self.module.groups.setdefault(name, self.ranks)
+        stride = 2 if (name, self.ranks) == ("ep", 2) else 1
+        self.module.groups.setdefault(name, RankGroup(self.ranks, stride))
         return name
 
     # Adding to it.

@@ -46,7 +46,9 @@ def parser() -> Arguments:
     p.add_argument("--func", metavar="NAME", help="default: step, or the only function")
     p.add_argument("--seed", type=whole_number, default=0, help="of made-up arrays; default 0")
     p.add_argument("--precise", action="store_true", help="compute in f64 and never round")
-    p.add_argument("--ranks", type=whole_number, metavar="R", help="as many ranks; default: as the groups' sizes say")
+    p.add_argument(
+        "--ranks", type=whole_number, metavar="R", help="give every group R ranks; default: what the module says"
+    )
     p.add_argument(
         "--orders", type=whole_number, metavar="K", help="also K random legal orders of the streams, bit for bit"
     )
@@ -63,10 +65,14 @@ def _main(argv: list[str]) -> int:
     sizes = parse_sizes(args.sizes, "xllm-run")
     if args.ranks == 0:
         raise XllmError("option", "--ranks 0: at least one rank has to run")
+    from xllm_compiler.ir.groups import world_size
+    from xllm_compiler.testing.edits import with_ranks
     from xllm_compiler.tools.evaluate import call, results_text, write_arrays
     from xllm_compiler.tools.files import read_module
 
     module = read_module(args.file, check=not args.no_verify)
+    if args.ranks is not None and module.groups and args.ranks != world_size(module.groups):
+        module = with_ranks(module, args.ranks)
     func = _func(module, args.func)
     check_sizes(module.scope, sizes, "xllm-run")
     if args.no_verify:
@@ -147,8 +153,6 @@ def _given(module: Module, func: Func, args: Any, sizes: dict[str, int]) -> Give
     from xllm_compiler.testing.inputs import make, ranks_of
     from xllm_compiler.tools.evaluate import given_arrays, read_arrays
 
-    if args.ranks is not None:
-        module.groups.update(dict.fromkeys(module.groups, args.ranks))
     ranks = args.ranks or ranks_of(module)
     if args.inputs is not None:
         return given_arrays(func, read_arrays(args.inputs), sizes, args.seed, ranks)

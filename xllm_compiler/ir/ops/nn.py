@@ -77,7 +77,8 @@ def _check_linear(op: Op, x: Value, w: Value, bias: Value | None) -> None:
 class Linear(Op):
     """y = act(x @ w.T + bias) + residual; w is [out, in]. f32 accumulation, one rounding at the end.
 
-    With `partial` the columns of w are this rank's share of the contraction, and y is a partial sum over that group.
+    With `partial` the columns of w are this rank's share of the contraction, and y is a partial sum over that group, in
+    f32 (f64 where x is) whatever the dtype of x.
     """
 
     rows = LastAxis("residual")
@@ -103,7 +104,9 @@ class Linear(Op):
             raise IrError(f"nn.linear: partial sum over @{self.partial}, which the module does not declare")
         if self.partial and (self.bias is not None or self.residual is not None or self.act != "none"):
             raise IrError("nn.linear: a partial sum takes no bias, activation or residual before its all-reduce")
-        return (Tensor(x.dtype, shape, self.partial or None),)
+        if self.partial:
+            return (Tensor("f64" if x.dtype == "f64" else "f32", shape, self.partial),)
+        return (Tensor(x.dtype, shape),)
 
     def cost(self, ctx: CostContext) -> Cost:
         out = self.result.tensor.elements

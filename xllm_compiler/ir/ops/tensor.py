@@ -233,7 +233,7 @@ class Slice(_Move):
 class Concat(_Move):
     """y = the operands one after the other along `axis`; all other Dims must be equal."""
 
-    rows = Along("joins along the token axis")
+    rows = Along(why="joins along the token axis")
     xs: Operands
     axis: int
 

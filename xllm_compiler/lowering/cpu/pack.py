@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 
-from xllm_compiler.analysis.weights import param_names
+from xllm_compiler.analysis.weights import param_names, ranks_read
 from xllm_compiler.artifact.schema import HUGE_PAGE
 from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_value, run_values
@@ -89,15 +89,19 @@ def write_weights(
     params: Mapping[str, Array],
     path: Path,
     progress: Callable[[str, float], None],
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
-    """Writes the weight file of `plan`. Raises XllmError("checkpoint") for a missing or non-finite tensor."""
+    """Writes the weight file of `plan`. `ranks`: for which rank, as its place in each group that weights depend on; the
+    plan is the same for all. Raises XllmError("checkpoint") for a missing or non-finite tensor, "option" for `ranks`
+    that do not fit."""
+    places = _rank_sizes(table, ranks or {})
     total = sum(t.bytes for t in plan) or 1
     done = 0
     try:
         with path.open("wb", buffering=HUGE_PAGE) as file:
             for request, tensor in zip(table.requests, plan, strict=True):
                 progress(tensor.name, done / total)
-                packed = _pack(request, params)
+                packed = _pack(request, params, places)
                 if packed.shape != tensor.shape or packed.nbytes != tensor.bytes:
                     raise XllmError("internal", f"packed {packed.shape}, planned {tensor.shape}", where=tensor.name)
                 _write(file, memoryview(bytes(tensor.offset - file.tell())))
@@ -120,15 +124,33 @@ def _write(file: BinaryIO, data: memoryview) -> None:
         at = end
 
 
-def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
+def _rank_sizes(table: WeightTable, ranks: Mapping[str, int]) -> dict[str, int]:
+    """The rank dims on the rank that has the places `ranks` in its groups."""
+    op = table.requests[0].value.op if table.requests else None
+    groups = op.func.module.groups if op is not None else {}
+    for name, place in ranks.items():
+        if name not in groups:
+            raise XllmError("option", f"no group @{name} to pack weights for", help="it has " + ", ".join(groups))
+        if not 0 <= place < groups[name].size:
+            raise XllmError("option", f"place {place} in group @{name}, which has {groups[name].size} ranks")
+    for request in table.requests:
+        for name in (n for value in (request.value, *request.rest) for n in ranks_read(value)):
+            if name not in ranks:
+                raise XllmError(
+                    "option", f"a weight depends on the rank in @{name}, which is not given", where=request.name
+                )
+    return {groups[name].rank: place for name, place in ranks.items() if groups[name].rank}
+
+
+def _pack(request: WeightRequest, params: Mapping[str, Array], places: Mapping[str, int]) -> Array:
     sources = list(dict.fromkeys(name for value in (request.value, *request.rest) for name in param_names(value)))
     missing = [name for name in sources if name not in params]
     if missing:
         raise XllmError("checkpoint", f"the checkpoint has no tensor {missing[0]}", where=request.name)
     if request.rest:
-        return _pack_quantized(request, params, sources)
+        return _pack_quantized(request, params, sources, places)
     shape = [d.value for d in request.value.shape]  # said again, since numpy makes a contiguous rank 0 a rank 1
-    value = run_value(request.value, params).reshape(shape)
+    value = run_value(request.value, params, ranks=places).reshape(shape)
     if sources and request.value.dtype in FLOATS:
         _check_finite(value, request.name, sources, params)
     value = value.astype(NP_DTYPE[request.dtype], copy=False)
@@ -140,8 +162,10 @@ def _pack(request: WeightRequest, params: Mapping[str, Array]) -> Array:
     return value
 
 
-def _pack_quantized(request: WeightRequest, params: Mapping[str, Array], sources: Sequence[str]) -> Array:
-    parts = run_values([request.value, *request.rest], params)
+def _pack_quantized(
+    request: WeightRequest, params: Mapping[str, Array], sources: Sequence[str], places: Mapping[str, int]
+) -> Array:
+    parts = run_values([request.value, *request.rest], params, ranks=places)
     for name in sources:
         if params[name].dtype.kind not in "iub":
             _check_finite(params[name], request.name, [name], params)

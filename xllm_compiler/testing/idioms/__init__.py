@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from xllm_compiler.testing.idioms.model import (
-    all_reduce,
     attention,
+    collective,
     cross,
     gated,
     linear,
@@ -43,7 +43,7 @@ from xllm_compiler.testing.sketch import Sketch
 Idiom = Callable[[Sketch], None]
 
 IDIOMS: Final[tuple[Idiom, ...]] = (
-    *(unary, binary, constant, linear, norm, shape, attention, gated, rope, all_reduce),
+    *(unary, binary, constant, linear, norm, shape, attention, gated, rope, collective),
     *(identity, again, casts, positive, spelled_activation, reduce, rows, integers, masks, columns),
     *(cross, logits, returned_ints, quantized),
 )

@@ -313,9 +313,11 @@ def _partial(g: Sketch, group: str) -> Value:
     return _width_to_width(g, g.back(), partial=group)
 
 
-def all_reduce(g: Sketch) -> None:
+def collective(g: Sketch) -> None:
     group = g.group()
-    match g.choose(5):
+    ranks = g.module.groups[group].size
+    wide = ranks * g.width
+    match g.choose(12):
         case 0:
             done = [_reduced(g, group, _partial(g, group))]
         case 1:  # two sums of one shape under way at the same time
@@ -327,11 +329,40 @@ def all_reduce(g: Sketch) -> None:
             part = g.op(ops.Reshape, _partial(g, group), shape=(g.n, g.heads.q, g.heads.v))
             whole = _reduced(g, group, g.op(ops.Transpose, part, perm=(0, 2, 1)))
             done = [g.op(ops.Reshape, g.op(ops.Transpose, whole, perm=(0, 2, 1)), shape=(g.n, g.width))]
-        case _:  # the largest of what the ranks hold
+        case 4 | 5:  # the largest of what the ranks hold
             done = [_reduced(g, group, _width_to_width(g, g.back()), kind="max")]
+        case 6:  # all tokens of all ranks
+            rows = _exchanged(g, ops.AllGatherStart, group, _width_to_width(g, g.back()), axis=0)
+            done = [_mean_of(g, rows, ranks)]
+        case 7:  # all columns of all ranks
+            columns = _exchanged(g, ops.AllGatherStart, group, _width_to_width(g, g.back()), axis=1)
+            done = [g.op(ops.Linear, columns, g.param(g.width, wide))]
+        case 8:  # this rank's columns of a sum
+            part = g.op(ops.Linear, g.back(), g.param(wide, g.width), partial=group)
+            done = [_exchanged(g, ops.ReduceScatterStart, group, part, axis=1)]
+        case 9:  # columns for rows, and columns for columns
+            columns = g.op(ops.Linear, g.back(), g.param(wide, g.width))
+            done = [_mean_of(g, _exchanged(g, ops.AllToAllStart, group, columns, split=1, concat=0), ranks)]
+        case 10:
+            columns = g.op(ops.Linear, g.back(), g.param(wide, g.width))
+            mixed = _exchanged(g, ops.AllToAllStart, group, columns, split=1, concat=1)
+            done = [g.op(ops.Linear, mixed, g.param(g.width, wide))]
+        case _:
+            done = [_exchanged(g, ops.BroadcastStart, group, _width_to_width(g, g.back()), root=g.choose(ranks))]
     for y in done:
-        g.push(g.settle(g.op(ops.Add, y, g.back()) if g.choose(2) else y))
+        own = y if y.dtype == g.dtype else g.op(ops.Cast, y, dtype=g.dtype)
+        g.push(g.settle(g.op(ops.Add, own, g.back()) if g.choose(2) else own))
+
+
+def _exchanged(g: Sketch, cls: type[Op], group: str, x: Value, **fields: object) -> Value:
+    return g.op(ops.Wait, g.op(cls, x, group=group, **fields))
 
 
 def _reduced(g: Sketch, group: str, x: Value, **fields: object) -> Value:
-    return g.op(ops.Wait, g.op(ops.AllReduceStart, x, group=group, **fields))
+    return _exchanged(g, ops.AllReduceStart, group, x, **fields)
+
+
+def _mean_of(g: Sketch, rows: Value, ranks: int) -> Value:
+    """[N, width] from the rows of all ranks."""
+    by_rank = g.op(ops.Reshape, rows, shape=(ranks, g.n, g.width))
+    return g.op(ops.Reduce, by_rank, kind="mean", axes=(0,), keep=False)
