@@ -91,9 +91,11 @@ def _part(name: str) -> str:
 
 
 def _script() -> str:
-    """The script's parts, in the scope of one function."""
+    """The script's parts, in one scope. The page is shown when all of it is drawn, or when drawing failed: a browser that
+    is slow would else paint it empty first, and move what is being read."""
     parts = "\n".join(_part(name) for name in SCRIPTS)
-    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+    shown = 'delete document.querySelector("main").dataset.drawing;'
+    return f'"use strict";\ntry {{\n{parts}}} finally {{\n{shown}\n}}\n'
 
 
 def _digest(text: str) -> str:
