@@ -1,7 +1,7 @@
 """Offline use: `LLM(path).generate(prompts, SamplingParams(...))`. Owns the blocking front of the engine, with vLLM's
 names and result shapes; must not know HTTP.
 
-    from xllm_compiler.runtime.llm import LLM, SamplingParams
+    from xllm_compiler import LLM, SamplingParams
 
     with LLM("artifact-or-checkpoint") as llm:
         for result in llm.generate(["def add(a, b):"], SamplingParams(temperature=0, max_tokens=32)):
