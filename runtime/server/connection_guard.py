@@ -461,5 +461,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 def _too_large(what: str) -> ApiError:
-    parts = {"head": "the request's head is", "framing": "the request's trailers or chunk extensions are"}
-    return ApiError(431, f"{parts[what]} larger than {MAX_HEAD_BYTES} bytes", code=f"{what}_too_large")
+    if what == "head":
+        text = f"the request's head is larger than {MAX_HEAD_BYTES} bytes"
+        return ApiError(431, text, code="head_too_large")
+    text = f"the request's trailers or chunk extensions are larger than {MAX_HEAD_BYTES} bytes"
+    return ApiError(431, text, code="framing_too_large")

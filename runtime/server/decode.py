@@ -245,7 +245,7 @@ def _check_off(name: str, text: bytes) -> None:
     """Raises ApiError for a field that we do not act on, unless it is off."""
     if len(text) <= _TINY:
         value = _read(_ANY, text, name)
-        if any(value == off and isinstance(value, bool) is isinstance(off, bool) for off in OFF[name]):
+        if any(value == off and isinstance(value, bool) is isinstance(off, bool) for off in OFF[name].values):
             return
     raise bad_request(f"`{name}` is not supported by this server", param=name, code="unsupported_field")
 

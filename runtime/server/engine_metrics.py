@@ -56,9 +56,11 @@ def connection_samples(guard: ConnectionGuard) -> Callable[[], Iterable[Sample]]
     return read
 
 
-def log_samples() -> Callable[[], Iterable[Sample]]:
+def log_samples(dropped: Callable[[], Mapping[str, int]] = dropped_lines) -> Callable[[], Iterable[Sample]]:
+    """`dropped`: how many lines of each stream nobody read."""
+
     def read() -> Iterable[Sample]:
-        for stream, count in dropped_lines().items():
+        for stream, count in dropped().items():
             text = "Lines that nobody read in time, by stream."
             yield Sample("counter", "xllm:log_lines_dropped", text, count, {"stream": stream})
 
