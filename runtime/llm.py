@@ -73,7 +73,7 @@ class LLM:
 
     @classmethod
     def from_engine(cls, engine: Engine, sampling_defaults: Mapping[str, Any] | None = None) -> LLM:
-        """Around an engine that was not started yet."""
+        """Wrap an engine that was not started yet."""
         self = cls.__new__(cls)
         self._start(engine, sampling_defaults or {})
         return self
@@ -219,7 +219,7 @@ def _is_one(prompts: object) -> bool:
 
 
 def _next(events: queue.SimpleQueue[Output], engine: Engine) -> Output:
-    """The next event; looks up now and then whether any can still come."""
+    """The next event. Raises when the engine ended, which it checks once a second."""
     while True:
         try:
             return events.get(timeout=1.0)

@@ -1,4 +1,4 @@
-"""What is published of the engine, the connections and the start. Owns those metrics' names; counts nothing itself."""
+"""The metrics of the engine, the connections and the start: their names, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xllm_compiler.runtime.stats import EngineStats, Health
 
 
 class Observed(Protocol):
-    """What is read of an engine."""
+    """What is read from an engine."""
 
     def stats(self) -> EngineStats: ...
     def health(self) -> Health: ...

@@ -13,10 +13,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from xllm_compiler.tools.compile import VERBS
+
 ROOT = Path(__file__).resolve().parents[2]
 _SKIPPED = {".git", ".venv", ".cache", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 _SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-_VERBS = ("show", "diff", "explain", "verify")
 _OF_OTHERS = {
     *("--index-url", "--dist", "--durations"),  # pip, pytest-xdist, pytest
     *("--check-prefix", "--match-full-lines", "--strict-whitespace"),  # filecheck
@@ -98,12 +99,12 @@ def all_flags() -> frozenset[str]:
     found: set[str] = set(_OF_OTHERS)
     for tool in _SCRIPTS:
         found |= flags_of(tool)
-    for verb in _VERBS:
+    for verb in VERBS:
         found |= flags_of("xllm-compile", verb)
     for path in tree():
-        if path.endswith(".py") and path.startswith("bench/"):
+        if path.endswith(".py") and path.startswith(("bench/", "xllm_compiler/testing/")):
             found |= flags_of_script(path)
-    return frozenset(found | flags_of_script("xllm_compiler/testing/plugin.py"))
+    return frozenset(found)
 
 
 @functools.cache
@@ -138,7 +139,7 @@ def wrong_in_command(command: str) -> Iterator[str]:
         if re.fullmatch(r"xllm-[a-z-]+", program) and program not in _SCRIPTS and program != "xllm-compiler":
             yield program
         elif program in _SCRIPTS:
-            verb = words[1] if program == "xllm-compile" and len(words) > 1 and words[1] in _VERBS else ""
+            verb = words[1] if program == "xllm-compile" and len(words) > 1 and words[1] in VERBS else ""
             yield from (
                 f"{program} {verb} {flag}".replace("  ", " ") for flag in sorted(given - flags_of(program, verb))
             )
