@@ -103,7 +103,7 @@ class LLM:
             self._engine.tokenizer.chat_template.close()
 
     def get_tokenizer(self) -> Tokenizer:
-        """Raises XllmError("request") when the artifact has none."""
+        """The model's tokenizer. Raises XllmError("request") when the artifact has none."""
         if self._engine.tokenizer is None:
             raise XllmError("request", "this model has no tokenizer", help="pass prompt_token_ids")
         return self._engine.tokenizer

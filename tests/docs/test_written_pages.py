@@ -1,51 +1,37 @@
-"""docs/serving.md is what docs/serving.py makes of the code, and the ranges that it states are enforced."""
+"""docs/serving.md and docs/python.md are what their programs make of the code; the ranges stated there are enforced."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+import python_api
+import serving
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.server import protocol
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_serving", ROOT / "docs" / "serving.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["docs_serving"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-DOCS = generator()
-
-
-def test_the_page_is_what_the_code_makes() -> None:
-    made, written = DOCS.page().splitlines(), DOCS.PAGE.read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("program", [serving, python_api])
+def test_a_page_is_what_the_code_makes(program: ModuleType) -> None:
+    made, written = program.page().splitlines(), program.PAGE.read_text(encoding="utf-8").splitlines()
     differing = [pair for pair in zip(written, made, strict=False) if pair[0] != pair[1]]
-    assert made == written, f"run `python docs/serving.py`; the first difference: {differing[:1]}"
+    assert made == written, f"run `python docs/{program.__name__}.py`; the first difference: {differing[:1]}"
 
 
 def test_a_field_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = DOCS.inspect.getsource(protocol.DetokenizeRequest).replace('    """Token ids."""\n', "")
-    monkeypatch.setattr(DOCS.inspect, "getsource", lambda struct: source)
+    source = serving.inspect.getsource(protocol.DetokenizeRequest).replace('    """Token ids."""\n', "")
+    monkeypatch.setattr(serving.inspect, "getsource", lambda struct: source)
     with pytest.raises(SystemExit, match=r"DetokenizeRequest\.tokens has no string"):
-        DOCS.lines_of(protocol.DetokenizeRequest)
+        serving.lines_of(protocol.DetokenizeRequest)
 
 
 NUMBER = r"(-?[\d,]+(?:\.\d+)?)"
 RANGES = {
     name: (bool(found[1]), float(found[2]), float(found[3]))
-    for name, line in DOCS.lines_of(protocol.CompletionRequest).items()
+    for name, line in serving.lines_of(protocol.CompletionRequest).items()
     if (found := re.search(rf"(?<!\S)(Above )?{NUMBER} (?:up )?to {NUMBER}", line, re.IGNORECASE)) and name != "stop"
 }
 
