@@ -101,7 +101,7 @@ is left of the model's length for chat."""
     frequency_penalty: float | None = None
     """-2 to 2: subtracted for each time that the answer has the token."""
     repetition_penalty: float | None = None
-    """Above 0 up to 100: divides the logits of tokens that prompt or answer have; 1 is none."""
+    """Above 0 up to 100: beyond 1, tokens that prompt or answer have become less likely; 1 changes nothing."""
     logit_bias: dict[int, float] | None = None
     """Token id to a number from -100 to 100 that is added to its logit."""
     allowed_token_ids: list[int] | None = None
