@@ -207,7 +207,7 @@ def table(state: Mapping[str, dict[str, Any]]) -> str:
         "position; *tokens too* means that greedy tokens of the compiled CPU artifact were equal as well. **refused** "
         "means: `xllm-compile` says so, with the message given here, instead of compiling something else.",
         "",
-        "Checkpoints that come quantized: [quantized-checkpoints.md](quantized-checkpoints.md).",
+        "Checkpoints that come quantized: [quantization.md](quantization.md#checkpoints-that-come-quantized).",
         "",
         f"{counts['equal']} equal, {counts['refused']} refused, {counts['wrong']} wrong, {counts['crash']} crashed, "
         f"{len(state) - sum(counts.values())} untested, of {len(state)} families.",

@@ -1,7 +1,4 @@
-"""`python -m xllm_compiler.runtime.ask MODEL PROMPT`: one question, one streamed answer, no server.
-
-Owns the command line of the demo; must not know more of the engine than `LLM` shows.
-"""
+"""The command of the demo: `python -m xllm_compiler.runtime.ask MODEL PROMPT` streams one answer, without a server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A checkpoint's chat template as the server sees it. Owns the form in which a conversation is given to the template,
-and the limits within which it runs; the template language itself is `confined/templates.py`, in a process of its own.
+"""A checkpoint's chat template: gives it conversations in the form that it reads, and limits its time and memory.
+
+The template language itself is `confined/templates.py`, which runs in a child process.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class ChatTemplate:
     def __init__(
         self, source: object, variables: Mapping[str, str] | None = None, limits: Limits | None = None
     ) -> None:
-        """`source`: the text, or the list of {"name", "template"} that tokenizer_config.json may hold; `variables`:
-        what every render sees, such as bos_token. Raises XllmError("artifact") when it is neither."""
+        """`source`: the text, or the list of {"name", "template"} that tokenizer_config.json may hold. `variables`:
+        what every render sees, such as bos_token. Raises XllmError("artifact") when `source` is neither.
+        """
         if isinstance(source, str):
             self._texts = {"default": source}
         elif isinstance(source, list) and all(_is_named(item) for item in source):
@@ -57,7 +59,7 @@ class ChatTemplate:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that renders; None when it does not run."""
+        """The process that renders; None while it does not run."""
         return self._worker.pid
 
     def start(self) -> None:
@@ -85,8 +87,11 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """The conversation as text. Raises XllmError("request"): what the template refuses, or does not do within its
-        limits, is the client's to mend; XllmError("artifact") for a template that cannot be used at all."""
+        """The conversation as text.
+
+        Raises XllmError("request") when the template refuses the conversation or exceeds its limits,
+        XllmError("artifact") when it cannot be used at all.
+        """
         plain = _Conversation(messages, add_generation_prompt, continue_final_message, variables, self._texts)
         call = plain.call(self.check())
         try:
@@ -102,7 +107,7 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """As `render`, beside other work of the event loop. Raises XllmError("capacity") when too many wait."""
+        """As `render`, without blocking the event loop. Raises XllmError("capacity") when too many wait."""
         plain = _Conversation(messages, add_generation_prompt, continue_final_message, variables, self._texts)
         try:
             forms = await self._worker.aopened()

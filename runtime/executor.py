@@ -41,8 +41,10 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a step says: `rows` [s, vocabulary], and `maxima` [s, ceil(vocabulary / BLOCK)], the largest of every BLOCK
-    of a row, NaN where one of them is. The last block may be short."""
+    """The logits of a step: `rows` [s, vocabulary], and `maxima` [s, ceil(vocabulary / BLOCK)].
+
+    A maximum is the largest value of a block of BLOCK columns, NaN where one of them is. The last block may be short.
+    """
 
     rows: F32
     maxima: F32

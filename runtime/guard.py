@@ -1,16 +1,15 @@
-"""Weights that stay what they were while they are served. Owns the watch over the mapped file; must not know what is
-computed from it.
+"""Keeps mapped weights from changing while they are served.
 
-The file is mapped, not copied: that takes neither time nor memory, and whoever changes the file changes the model. Two
-protections, the better one that the file system grants:
+The weight file is mapped, not copied: that costs neither time nor memory, but whoever changes the file changes the
+model. There are two protections; the guard takes the better one that the file system has:
 
-- a lease (fcntl(2), F_SETLEASE). The kernel lets nobody open the file for writing or truncate it before we have
-  agreed, for up to 45 s. We read it into memory of our own, put that in the place of the mapping, and agree: answers
-  stay right, and nobody notices. Where there is no memory for that, the engine ends with an error first.
-- a watch (the file belongs to somebody else, or its file system has no leases). The file's size and times are looked
-  at twice a second. After a change nothing is told to anyone until every byte has been compared with its digest once
-  more; a file that differs, or that was cut, ends the engine. What was told before the change was seen is not called
-  back, and a step that reads where a file was cut ends the process (SIGBUS): nothing can prevent that.
+- a lease (fcntl(2), F_SETLEASE). The kernel lets nobody open the file for writing, or truncate it, before we agree,
+  for up to 45 s. We read the file into our own memory, put that in place of the mapping, and agree. Answers stay
+  right. Without memory for that, the engine ends with an error first.
+- a watch, where the file belongs to somebody else or its file system has no leases. Twice a second we look at the
+  file's size and times. After a change no output is delivered until every byte was compared with its digest again. A
+  file that differs, or was cut, ends the engine. Outputs delivered before the change was seen stay delivered. A step
+  that reads where the file was cut ends the process (SIGBUS): nothing can prevent that.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ log = logging.getLogger("xllm")
 
 
 class Served(Protocol):
-    """The engine, as far as it is concerned."""
+    """What the guard needs of the engine."""
 
     def fail(self, error: XllmError) -> None:
         """End all that runs and refuse what comes; no step is running when this returns."""
@@ -58,7 +57,7 @@ class Served(Protocol):
 
 
 class WeightsGuard:
-    """The watch over one mapped file, of which `fd` is a descriptor of its own that was opened for reading."""
+    """Guards one mapped file. `fd` is a descriptor of the guard's own, opened for reading."""
 
     def __init__(self, path: Path, fd: int, mapped: mmap.mmap | None, address: int, check: Callable[[], None]) -> None:
         """`mapped`: the whole file at `address`; None where it is empty. `check`: compares it with its digest, and
@@ -195,8 +194,11 @@ def _times(stat: os.stat_result) -> tuple[int, int, int]:
 
 
 def _take_lease(fd: int) -> bool:
-    """Whether the kernel asks us before anyone changes the file. It would tell by a signal, which by default ends the
-    process: ask for one that is ignored, and then for none; the thread looks by itself."""
+    """Take the lease; whether the kernel granted it.
+
+    The kernel asks us by a signal, which by default ends the process. So name a signal that is ignored, and then none:
+    the guard's thread looks by itself.
+    """
     try:
         fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)

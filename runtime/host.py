@@ -1,5 +1,4 @@
-"""What this process may use of the machine. Owns the reading of affinity, cgroups (v1 and v2), /proc/meminfo and what
-is in huge pages; must not decide what it is used for."""
+"""What this process may use of the machine: affinity, cgroups (v1 and v2), memory, huge pages. Decides nothing."""
 
 from __future__ import annotations
 
@@ -65,8 +64,10 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def default_threads(root: Path = _ROOT) -> int:
-    """Threads worth having: the CPUs we may run on, at most the quota rounded up (a team wider than the quota would be
-    throttled in the middle of a step, all members waiting for one)."""
+    """How many threads to use: the CPUs that we may run on, at most the quota rounded up.
+
+    The system would stop a wider team in the middle of a step, and all members would wait for one.
+    """
     cpus = len(os.sched_getaffinity(0))
     quota = cpu_quota(root)
     return max(1, cpus if quota is None else min(cpus, math.ceil(quota - 1e-6)))
@@ -108,9 +109,11 @@ def _reclaimable(folder: Path) -> int:
 
 
 def prefer_huge_pages(memory: mmap.mmap) -> None:
-    """Ask for `memory` in pages of 2 MiB instead of 4 KiB, which are looked up less often: weights of a step are read
-    6 to 7 % faster. A file's come when it is read from the disk, or was written in whole blocks (see pack.py); the
-    system gives what it can."""
+    """Ask for `memory` in pages of 2 MiB instead of 4 KiB.
+
+    They are looked up less often: reading a step's weights is 6 to 7 % faster. A file gets them when it is read from
+    the disk, or was written in whole blocks (pack.py). The system gives what it can.
+    """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or len(memory) < HUGE_PAGE:
         return

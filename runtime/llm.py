@@ -1,7 +1,7 @@
 """Offline use: `LLM(path).generate(prompts, SamplingParams(...))`. Owns the blocking front of the engine, with vLLM's
 names and result shapes; must not know HTTP.
 
-    from xllm_compiler.runtime.llm import LLM, SamplingParams
+    from xllm_compiler import LLM, SamplingParams
 
     with LLM("artifact-or-checkpoint") as llm:
         for result in llm.generate(["def add(a, b):"], SamplingParams(temperature=0, max_tokens=32)):
@@ -73,7 +73,7 @@ class LLM:
 
     @classmethod
     def from_engine(cls, engine: Engine, sampling_defaults: Mapping[str, Any] | None = None) -> LLM:
-        """Around an engine that was not started yet."""
+        """Wrap an engine that was not started yet."""
         self = cls.__new__(cls)
         self._start(engine, sampling_defaults or {})
         return self
@@ -103,7 +103,7 @@ class LLM:
             self._engine.tokenizer.chat_template.close()
 
     def get_tokenizer(self) -> Tokenizer:
-        """Raises XllmError("request") when the artifact has none."""
+        """The model's tokenizer. Raises XllmError("request") when the artifact has none."""
         if self._engine.tokenizer is None:
             raise XllmError("request", "this model has no tokenizer", help="pass prompt_token_ids")
         return self._engine.tokenizer
@@ -219,7 +219,7 @@ def _is_one(prompts: object) -> bool:
 
 
 def _next(events: queue.SimpleQueue[Output], engine: Engine) -> Output:
-    """The next event; looks up now and then whether any can still come."""
+    """The next event. Raises when the engine ended, which it checks once a second."""
     while True:
         try:
             return events.get(timeout=1.0)

@@ -1,5 +1,7 @@
-"""The memory plan: who gets how many bytes, decided once, before the first request. Allocates nothing and does not look
-at the machine."""
+"""The memory plan: how many bytes everything gets, decided once, before the first request.
+
+Allocates nothing and does not look at the machine.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,10 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """All in bytes but `pages` and `page_tokens`. `page_bytes` is a page over all layers. `available` is what the
-    process could take when this was decided; None when the size of the KV cache was given and nobody asked."""
+    """All sizes in bytes, except `pages` and `page_tokens`. `page_bytes` is a page over all layers.
+
+    `available` is what the process could take when the plan was made. None: the size of the KV cache was given.
+    """
 
     fixed: Fixed
     pages: int

@@ -1,7 +1,7 @@
 """Delivers the outputs of a step to clients while the next step runs.
 
-Between two steps the cores are idle and every request waits. So decoding text and calling callbacks happen on a thread
-of their own, during the next step: the engine's thread does not hold the interpreter's lock then.
+Between two steps the cores are idle and every request waits. So a thread of its own decodes text and calls callbacks,
+during the next step. The engine's thread does not hold the interpreter's lock then.
 """
 
 from __future__ import annotations

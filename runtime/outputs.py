@@ -1,5 +1,4 @@
-"""What comes back from the engine. Owns the result shapes (vLLM's names); holds data only, no behaviour of the
-engine."""
+"""What the engine returns, in vLLM's shapes and names. Data only."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ from xllm_compiler.errors import XllmError
 class Logprob:
     """Natural-log probability of a token under the model's own distribution; `rank` 1 is the most likely.
 
-    `decoded_token` is what the token adds to the text in its place, so those of an answer join to its text ("" for a
-    token that leaves a character unfinished), or its name where it is not part of the text, which `shown` tells;
-    `token_bytes` are the token's own bytes. None where the model has no tokenizer.
+    `decoded_token` is what the token adds to the text in its place, so those of an answer join to its text. It is ""
+    for a token that leaves a character unfinished. A token that is not part of the text has its name there; `shown`
+    tells which. `token_bytes` are the token's own bytes. Both are None where the model has no tokenizer.
     """
 
     logprob: float
@@ -41,12 +40,12 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class Output:
-    """One event of one choice of a request: what is new since the event before.
+    """One event of one sequence of a request: what is new since the event before.
 
-    `text` is what may be shown now (a partial character or a possible stop string is held back), so there can be
-    tokens without text. `finish_reason` is None until the last event of this choice, then one of "stop", "length",
-    "abort", "error". `finished` is true on the last event of the whole request (of all its `n` choices).
-    `prompt_logprobs` comes once, on the first event of choice 0; its first item is None.
+    `text` is what may be shown now. Partial characters and possible stop strings are held back, so there can be tokens
+    without text. `finish_reason` is None until the sequence's last event, then "stop", "length", "abort" or "error".
+    `finished` is true on the last event of the whole request, of all its `n` sequences. `prompt_logprobs` comes once,
+    on the first event of sequence 0; its first item is None.
     """
 
     request_id: str
@@ -65,7 +64,7 @@ class Output:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One choice. `cumulative_logprob` is the sum over the chosen tokens, where logprobs were asked for."""
+    """One sequence. `cumulative_logprob` is the sum over its tokens, where logprobs were asked for."""
 
     index: int
     text: str = ""
@@ -76,7 +75,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
 
     def add(self, event: Output) -> None:
-        """Append one event of this choice."""
+        """Append one event of this sequence."""
         self.text += event.text
         self.token_ids.extend(event.token_ids)
         if event.logprobs is not None:
@@ -91,7 +90,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All that a request came to; `outputs` has its `n` choices in order."""
+    """The whole result of a request; `outputs` has its `n` sequences in order."""
 
     request_id: str
     prompt: str | None
@@ -102,7 +101,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
 
     def add(self, event: Output) -> None:
-        """Fold one event in; `outputs` must already hold every choice."""
+        """Add one event; `outputs` must already hold every sequence."""
         self.outputs[event.index].add(event)
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs

@@ -1,5 +1,4 @@
-"""Where the time of a start goes. Owns the clock of the start-up table; the phases add up to the wall time by
-construction, since each ends where the next begins."""
+"""Times the phases of a start. They add up to the wall time, since each phase ends where the next begins."""
 
 from __future__ import annotations
 

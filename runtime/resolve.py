@@ -1,5 +1,7 @@
-"""From what a user names to an artifact directory. Owns the one place where the runtime asks for a compile: as another
-process, since this one must import neither compiler nor torch."""
+"""From what a user names to an artifact directory; a checkpoint is compiled first.
+
+That runs in another process, since this one must import neither compiler nor torch.
+"""
 
 from __future__ import annotations
 

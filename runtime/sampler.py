@@ -1,11 +1,13 @@
-"""From a row of logits to a token. Owns penalties, filters, random numbers and log-probabilities of one choice of one
-request; must not know about batches: a row is judged alone, so the answer cannot depend on its neighbours.
+"""From a row of logits to a token: penalties, filters, random numbers and log-probabilities of one sequence.
 
-The order is vLLM's: logprobs from the raw row; then allowed ids, bias, minimum length and penalties; then greedy, or
-temperature, min-p, top-k, top-p and a draw. The draw is Philox keyed by (seed, choice) with the position as counter, so
-it depends on nothing but these. Ties go to the lowest id. What makes it fast on a vocabulary of 150k: no full sort, and
-where the request changes no logit, not even a look at most of them. Candidates come from a threshold that provably
-keeps the wanted ones, and a block of which the largest value is below it is left where it lies.
+A row is sampled alone, so the answer cannot depend on its neighbours in the batch.
+
+The order is vLLM's. Log-probabilities come from the raw row. Then allowed ids, bias, minimum length and penalties
+apply; then greedy, or temperature, min-p, top-k, top-p and a draw. The draw is Philox, keyed by (seed, sequence), with
+the position as counter. It depends on nothing else. Ties go to the lowest id.
+
+It is fast on a vocabulary of 150k since nothing sorts all of it. Where the request changes no logit, most logits are
+not even read: a threshold provably keeps the wanted candidates, and blocks whose maximum is below it are skipped.
 """
 
 from __future__ import annotations
@@ -82,8 +84,10 @@ def top_ids(row: F32, n: int) -> I64:
 
 
 class Scratch:
-    """Buffers of one row, shared by all samplers of a thread. Fresh arrays of this size would come from and go back to
-    the kernel at every use, and the page faults cost more than the arithmetic."""
+    """Buffers of one row, shared by all samplers of a thread.
+
+    Fresh arrays of this size would be mapped and unmapped at every use. The page faults cost more than the arithmetic.
+    """
 
     __slots__ = ("blocks", "row", "weights", "work")
 
@@ -123,11 +127,12 @@ def raw_logprobs(row: F32, token: int, n: int, scratch: Scratch) -> RawLogprobs:
 
 
 def nucleus(values: F32, weights: F32, top_p: float) -> I64:
-    """Indices of the shortest prefix, by falling value, with mass >= top_p of all; at least one; in no given order.
+    """Indices of the fewest values, from the largest down, whose mass is >= top_p of all; at least one; in no given
+    order.
 
-    `weights` are exp(values - max). First only the likeliest values are looked at, which is nearly always enough. They
-    go into bins by their distance from the maximum, so that only the bin in which the prefix ends need be sorted: a
-    broad distribution has a prefix of most of the vocabulary, and sorting that takes tens of milliseconds.
+    `weights` are exp(values - max). First only the likeliest values are read, which is nearly always enough. They go
+    into bins by their distance from the maximum, and only the bin in which the mass is reached gets sorted. A broad
+    distribution may take most of the vocabulary, and sorting that would take tens of milliseconds.
     """
     want = top_p * float(weights.sum())
     top = values.max()
@@ -167,7 +172,7 @@ def pick(blocks: F32, u: float) -> int:
 
 
 def prompt_ids(params: SamplingParams, prompt: NDArray[np.integer[Any]]) -> I64:
-    """What a sampler must know of the prompt, for all choices of a request: its ids, unique and rising."""
+    """What samplers need of the prompt, for all sequences of a request: its ids, unique and rising."""
     return np.unique(prompt).astype(np.int64) if params.repetition_penalty != 1.0 else np.empty(0, np.int64)
 
 
@@ -181,7 +186,7 @@ def contains(rising: I64, ids: I64) -> NDArray[np.bool_]:
 
 
 class RowSampler:
-    """The sampling state of one choice: its parameters, its random key, and which tokens it has seen."""
+    """The sampling state of one sequence: its parameters, its random key, and which tokens it has seen."""
 
     __slots__ = (
         "_allowed",
@@ -261,7 +266,7 @@ class RowSampler:
         self._counts[slot] += 1.0
 
     def _touches(self, generated: int) -> bool:
-        """Whether the request changes logits of the row after `generated` tokens, so that no maxima are known."""
+        """Whether the request changes logits after `generated` tokens; then the row's maxima do not hold."""
         forbids = self._forbids_stop(generated)
         return self._penalised or forbids or self._bias is not None or self._allowed is not None
 
@@ -358,6 +363,6 @@ class RowSampler:
         return None if ids is None else np.sort(ids)
 
     def _uniform(self, position: int) -> float:
-        """A number in [0, 1) that depends on seed, choice and position only."""
+        """A number in [0, 1) that depends on seed, sequence and position only."""
         bits = np.random.Philox(key=self._key, counter=[position, 0, 0, 0])
         return float(np.random.Generator(bits).random())

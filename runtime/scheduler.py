@@ -1,19 +1,17 @@
-"""Which tokens run in the next step. Owns the policy, as a pure function of a snapshot; must not do I/O, hold state,
-read a clock or touch the pool.
+"""Which tokens run in the next step: a pure function of a snapshot. No I/O, no state, no clock.
 
 Requests are ordered by arrival, and that order is never broken: everything running arrived before everything waiting.
 From it follows the theorem that the property tests check: *if any request is queued, the plan moves some request
-forward or fails one with a reason*. The oldest running request may take the pages of every other one, so it moves or it
-alone needs more than the whole pool, which is a reason to fail it; with nothing running all pages are free, and the
-same choice stands for the oldest waiting one.
+forward or fails one with a reason*. The oldest running request may take the pages of all others. So it moves, or it
+alone needs more than the whole pool, which is a reason to fail it. With nothing running all pages are free, and the
+same holds for the oldest waiting request.
 
-The policy. Every running request that needs one token (a decode) has a token and a row reserved first. What is left of
-the step's tokens and rows goes, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A draft
-fills only the page of its decode, so no page is taken for it and a rejected one leaves nothing behind. A running
-request that finds no page takes those of the youngest running request, which goes back to the head of the queue and
-will be computed again; the youngest itself just skips the step, since keeping its pages costs nothing until an older
-one asks. A new request is admitted only when pages for its whole prompt are free beyond what running prompts still
-need, plus one for each running request: admitting on the first chunk alone is what makes preemption storms.
+The policy. Each running request that needs one token (a decode) gets a token and a row first. The step's other tokens
+and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A draft fills only the page of
+its decode, so a rejected one leaves nothing behind. A running request that finds no page takes those of the youngest,
+which goes back to the head of the queue and will be computed again. The youngest itself skips the step: keeping its
+pages costs nothing until an older one asks. A new request needs free pages for its whole prompt, beyond what running
+prompts still need, plus one for each running request. Admitting on the first chunk alone causes preemption storms.
 """
 
 from __future__ import annotations

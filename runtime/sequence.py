@@ -147,7 +147,7 @@ class Sequence:
         return self.accept(token, None if raw is None else self._row(raw))
 
     def accept(self, token: int, logprobs: LogprobDict | None = None) -> Output:
-        """Append a token; what there is to tell, the finish included, but for the text that `put_text` adds."""
+        """Append a token. The event of it, which says whether the sequence ended; `put_text` adds the text later."""
         self._generated.append(token)
         self.first_row = self.known - 1
         params = self.group.request.params
@@ -176,8 +176,10 @@ class Sequence:
         return event
 
     def put_text(self, event: Output) -> None:
-        """Give an event its text, when it is told: each once, in order, and on any thread, since nobody else looks at
-        the text then."""
+        """Add the text to an event, when it is delivered.
+
+        Each event once, in order. Any thread may do it, since nobody else uses the text then.
+        """
         params = self.group.request.params
         if event.prompt_logprobs is not None and self._tokenizer is not None:
             prompt = self.group.prompt.tolist()

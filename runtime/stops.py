@@ -1,7 +1,7 @@
-"""Stop strings and where a text may be on its way into one. Owns the search; must not know tokens or requests.
+"""Stop strings: finds them in a growing text, and the ends of a text that may become one.
 
-Each string is followed by an automaton (Knuth, Morris and Pratt's), so a character costs one look for each string,
-however long the strings and what they may be a part of are.
+Each string has an automaton (Knuth, Morris, Pratt). A character costs one look-up for each string, however long they
+are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 
 class StopWords(Sequence[str]):
-    """The strings of a request, shared by all its choices."""
+    """The strings of a request, shared by all its sequences."""
 
     __slots__ = ("_borders", "_words", "longest")
 

@@ -1,5 +1,5 @@
-"""The text of a growing token list. Owns what may be shown when: no partial character, no possible stop string, nothing
-after one. Must not know requests.
+"""The text of a growing token list, and what of it may be shown: no partial character, no possible stop string, nothing
+after one.
 
 What was shown never changes: the pieces joined are the answer's text.
 """

@@ -1,8 +1,7 @@
-"""How much text one token can stand for. Owns what is known of tokenizers' parts in this regard; must not know
-requests.
+"""How many characters one token can stand for, read off the parts of a tokenizer.
 
-A text with more characters than the model's length has tokens, times this, cannot fit: it can be refused before it is
-tokenized. Where a part may drop text or melt any run of it into one token there is no bound.
+A text with more characters than that, times the model's length, cannot fit. It is refused before it is tokenized. There
+is no bound where a part may drop text, or turn any run of it into one token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Token ids that a request lists: a set, and a mapping to numbers. Owns their checks and compact form; must not know
-what they are for.
+"""Token ids that a request lists: a set, and a mapping to numbers, checked and compact.
 
-A list of ids may be as long as a request's body, and is looked at for every token of every choice. So it is checked and
-made unique once, in a few calls that each look at all of it, and is shared by all choices and prompts of its request.
+A list may be as long as a request's body, and every token of every sequence looks it up. So it is checked and made
+unique once, by a few calls over the whole list, and all sequences and prompts of the request share it.
 """
 
 from __future__ import annotations

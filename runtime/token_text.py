@@ -1,9 +1,8 @@
-"""What a single token says. Owns the strings and bytes of tokens in log-probabilities; must not know requests.
+"""The strings and bytes of single tokens, for log-probabilities.
 
-The string of a token is what it adds to the text, so that the strings join to the text: a token that ends in half a
-character adds nothing for that half, and the token that completes the character adds it whole. The bytes of a token are
-its own, half characters included, so that the bytes join to the text's too. A special token that is not shown has its
-name as string and no bytes.
+A token's string is what it adds to the text, so that the strings join to the text. Half a character adds nothing; the
+token that completes it adds all of it. A token's bytes are its own, half characters included, so that the bytes join to
+the text's too. A special token that is not shown has its name as string, and no bytes.
 """
 
 from __future__ import annotations
@@ -87,8 +86,10 @@ def _is_unfinished(rest: bytes) -> bool:
 def name_prompt(
     speller: Speller, ids: Sequence[int], rows: Sequence[LogprobDict | None], skip_special_tokens: bool
 ) -> None:
-    """Name the log-probabilities of a prompt's tokens, as they read within a text: a prompt of token ids may begin with
-    a space, which is what tells two tokens apart."""
+    """Name the log-probabilities of a prompt's tokens, as they read within a text.
+
+    A prompt of token ids may begin with a space, which tells two tokens apart.
+    """
     stream = TextStream(speller, speller.context, skip_special_tokens=skip_special_tokens)
     names = TokenNames(speller)
     last: Logprob | None = None
@@ -105,8 +106,10 @@ def name_prompt(
 
 
 def drop_first_space(first: Logprob, ids: Sequence[int], rows: Sequence[LogprobDict | None], text: str) -> None:
-    """For a prompt that was a text: its tokens may write a space before it that the tokenizer put there. The first
-    token that is part of the text loses it. `first` is the entry of the first token, which has no row."""
+    """Drop the space that the tokenizer put before a prompt that was given as text.
+
+    The first token that is part of the text loses it. `first` is the entry of the first token, which has no row.
+    """
     entries = [first, *(row[token] for token, row in zip(ids[1:], rows[1:], strict=True) if row is not None)]
     shown = [entry for entry in entries if entry.shown and entry.decoded_token]
     if shown and "".join(entry.decoded_token or "" for entry in shown) == " " + text:
@@ -114,8 +117,7 @@ def drop_first_space(first: Logprob, ids: Sequence[int], rows: Sequence[LogprobD
 
 
 def append_rest(last: Logprob, rest: str) -> None:
-    """`rest` is what the text still has to show when no more tokens come: bytes that make no character. It belongs to
-    the last token, whatever that is."""
+    """Give the last token `rest`: the text that is left when no more tokens come, bytes that make no character."""
     last.decoded_token = (last.decoded_token or "") + rest if last.shown else rest
     last.shown = True
 

@@ -66,8 +66,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | Contents) -> Tokenizer:
-        """Read tokenizer.json and tokenizer_config.json of an artifact, in which the compiler wrote all that there is
-        to know: special tokens by name, chat templates, and whether special tokens in a text are split."""
+        """Read an artifact's tokenizer.json and tokenizer_config.json.
+
+        The compiler wrote all there is to know into them: special tokens by name, chat templates, and whether special
+        tokens in a text are split.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise XllmError("artifact", "there is no tokenizer.json", where=str(folder))
@@ -129,7 +132,7 @@ class Tokenizer:
         return list(self.encoding(text, add_special_tokens).ids)
 
     def encoding(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
-        """The same, before a list is made of it: other threads run meanwhile, unlike in the binding's `encode`."""
+        """As `encode`, without making the list. Other threads run meanwhile, which the binding's `encode` prevents."""
         try:
             return self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except BaseException as error:  # lone surrogates, a pattern that gives up: bare exceptions and panics

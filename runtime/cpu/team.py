@@ -22,9 +22,11 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 
 
 def load_library(file: Path | Contents) -> ctypes.CDLL:
-    """Load a step library from a copy of it in memory: the file's bytes are those that were checked, and a change of
-    the file cannot reach the code that runs. Raises XllmError("artifact") when the loader refuses it, and those of
-    reading it."""
+    """Load a step library from a copy of it in memory.
+
+    So the bytes that run are those that were checked, whatever happens to the file. Raises XllmError("artifact") when
+    the loader refuses the library, and the errors of reading it.
+    """
     code = file.read_bytes()
     fd = os.memfd_create(file.name.replace("/", "-"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -79,7 +81,7 @@ class Team:
         return int(self._run(self._ctx, step, args))
 
     def close(self) -> None:
-        """Send the threads home. Not during a run; safe to call twice."""
+        """End the threads. Not during a run; safe to call twice."""
         if not self._closed:
             self._closed = True
             self._stop(self._ctx)

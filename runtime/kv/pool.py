@@ -10,7 +10,8 @@ FREE = -1
 class PagePool:
     """`total` pages, each free or owned by one integer owner.
 
-    Last freed, first given: the pages that were touched stay few, so memory that was never needed is never faulted in.
+    The page freed last is given first. So few pages are ever touched, and memory that is not needed is never faulted
+    in.
     """
 
     __slots__ = ("_free", "_owner", "total")
@@ -36,8 +37,9 @@ class PagePool:
         return None if who == FREE else who
 
     def alloc(self, count: int, owner: int) -> list[int]:
-        """`count` pages, all or none. Raises XllmError("capacity") when fewer are free; the planner must not let that
-        be."""
+        """`count` pages, all or none. Raises XllmError("capacity") when fewer are free, which the planner
+        must prevent.
+        """
         if not 0 <= count <= len(self._free) or owner < 0:
             raise XllmError("capacity", f"{count} pages wanted for {owner}, {len(self._free)} of {self.total} free")
         if count == 0:

@@ -1,8 +1,9 @@
-"""Who may talk to the server: hosts, origins and keys. Owns what is allowed; the middleware asks, and answers.
+"""Who may talk to the server: hosts and origins. The middleware asks.
 
-A browser sends requests on behalf of any page. Three things keep a page out that its user did not mean: bodies must be
-JSON, which no page may send to another origin without asking first (the middleware checks it); the origin that it then
-names must be allowed; and the host must be ours, since a page may point its own name at this machine (DNS rebinding).
+A browser sends requests on behalf of any page. Three checks keep out a page that its user did not mean. Bodies must be
+JSON, which no page may send to another origin without asking first (the middleware checks that). The origin that the
+browser then names must be allowed. The host must be ours, since a page may point its own name at this machine (DNS
+rebinding).
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def is_address(name: str) -> bool:
 class Hosts:
     """Names under which a request may call this server.
 
-    IP addresses always pass: rebinding needs a name. So do localhost, the names of this machine, and `names`, in which
-    `*.example.com` stands for all below it and `*` for everything. `private` adds what no public name server can hold.
+    IP addresses always pass: rebinding needs a name. So do localhost, this machine's names, and `names`, in which
+    `*.example.com` stands for all names below it and `*` for every name. `private` adds names that no public DNS can
+    hold.
     """
 
     names: tuple[str, ...] = ()
@@ -70,10 +72,10 @@ class Hosts:
 
 
 def hosts_for(bound: str, names: Sequence[str], *, keys: bool) -> Hosts:
-    """What a server bound to the address `bound` accepts, when it was told to allow `names`.
+    """What a server bound to the address `bound` accepts, with `names` allowed.
 
-    On loopback, little beside loopback's names. On other addresses, the names of a private network too; with keys,
-    everything: a page does not have them, and whoever calls through a proxy should not have to say so twice.
+    On loopback: little besides loopback's names. On other addresses: the names of a private network too. With keys:
+    every name, since a page does not have the key, and a proxy should need no second flag.
     """
     listed = tuple(name.removesuffix(".").lower() for name in names)
     if not is_address(bound):

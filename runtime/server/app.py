@@ -1,10 +1,14 @@
-"""The routes. Owns which path does what, and the small endpoints; chat and completions have their own files."""
+"""The routes: which path does what, and the small endpoints. Chat and completions have their own files.
+
+A handler's docstring and its row in `ENDPOINTS` are its part of docs/serving.md, which `python docs/serving.py` writes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,12 +22,43 @@ from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import Body
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.middleware import Middleware, read_json_body
-from xllm_compiler.runtime.server.protocol import DetokenizeRequest, TokenizeRequest
-from xllm_compiler.runtime.server.responses import Detokenized, ModelCard, ModelList, Tokenized
+from xllm_compiler.runtime.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from xllm_compiler.runtime.server.responses import (
+    Chat,
+    ChatChunk,
+    Completion,
+    Detokenized,
+    ModelCard,
+    ModelList,
+    Tokenized,
+)
 from xllm_compiler.runtime.server.streaming import error_response, json_response
 
 BodyHandler = Callable[[Context, Request, Body], Awaitable[Response]]
 PlainHandler = Callable[[Context, Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An endpoint without a body. `answer`: the shape of its answer, where that is a struct."""
+
+    path: str
+    name: str
+    handler: PlainHandler
+    answer: type | None = None
+    methods: tuple[str, ...] = ("GET",)
+
+
+@dataclass(frozen=True)
+class Post:
+    """An endpoint that reads a JSON body of type `takes`. `chunk`: the shape of one event, where it can stream."""
+
+    path: str
+    name: str
+    handler: BodyHandler
+    takes: type
+    answer: type
+    chunk: type | None = None
 
 
 def build_app(
@@ -36,38 +71,31 @@ def build_app(
 ) -> ASGIApp:
     """The whole ASGI application. By default it answers to this machine's names, and to pages of this machine."""
 
-    def get(path: str, handler: PlainHandler, name: str) -> Route:
-        async def endpoint(request: Request) -> Response:
-            return await handler(ctx, request)
-
-        return Route(path, endpoint, methods=["GET"], name=name)
-
-    def post(path: str, handler: BodyHandler, name: str) -> Route:
-        async def endpoint(request: Request) -> Response:
-            hold = ctx.budget.hold(_nobody)
-            try:
-                body = Body(await read_json_body(request, ctx.max_body_size, ctx.receive_timeout, hold), hold)
-                return await handler(ctx, request, body)
-            finally:
-                hold.release()
-
-        return Route(path, endpoint, methods=["POST"], name=name)
-
     routes = [
-        post("/v1/chat/completions", chat_completions, "chat"),
-        post("/v1/completions", completions, "completions"),
-        get("/v1/models", models, "models"),
-        get("/v1/models/{model:path}", model, "model"),
-        post("/tokenize", tokenize, "tokenize"),
-        post("/detokenize", detokenize, "detokenize"),
-        get("/tokenizer_info", tokenizer_info, "tokenizer_info"),
-        get("/health", health, "health"),
-        get("/metrics", metrics, "metrics"),
-        get("/version", version, "version"),
-        Route("/ping", _ping(ctx), methods=["GET", "POST"], name="ping"),
+        _plain_route(ctx, endpoint) if isinstance(endpoint, Plain) else _post_route(ctx, endpoint)
+        for endpoint in ENDPOINTS
     ]
     router = Router(routes, redirect_slashes=False, default=_no_such_path)
     return Middleware(router, ctx, keys, hosts=hosts or Hosts(), cors=cors or Cors(), access_log=access_log)
+
+
+def _plain_route(ctx: Context, which: Plain) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return await which.handler(ctx, request)
+
+    return Route(which.path, endpoint, methods=list(which.methods), name=which.name)
+
+
+def _post_route(ctx: Context, which: Post) -> Route:
+    async def endpoint(request: Request) -> Response:
+        hold = ctx.budget.hold(_nobody)
+        try:
+            body = Body(await read_json_body(request, ctx.max_body_size, ctx.receive_timeout, hold), hold)
+            return await which.handler(ctx, request, body)
+        finally:
+            hold.release()
+
+    return Route(which.path, endpoint, methods=["POST"], name=which.name)
 
 
 def _nobody() -> None:
@@ -83,10 +111,12 @@ def _card(ctx: Context, name: str) -> ModelCard:
 
 
 async def models(ctx: Context, request: Request) -> Response:
+    """The names that the server goes by, all of one model."""
     return json_response(ModelList([_card(ctx, name) for name in ctx.names]))
 
 
 async def model(ctx: Context, request: Request) -> Response:
+    """One of them, or 404."""
     return json_response(_card(ctx, ctx.check_model(request.path_params["model"])))
 
 
@@ -100,20 +130,15 @@ async def health(ctx: Context, request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-def _ping(ctx: Context) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        return await health(ctx, request)
-
-    return endpoint
-
-
 async def metrics(ctx: Context, request: Request) -> Response:
+    """Prometheus text, or OpenMetrics where the Accept header asks for it."""
     await asyncio.to_thread(importlib.import_module, "prometheus_client")  # slow the first time; streams keep flowing
     text, content_type = ctx.metrics.render(request.headers.get("accept", ""))
     return Response(text, headers={"content-type": content_type})
 
 
 async def version(ctx: Context, request: Request) -> Response:
+    """`version` of the server and `artifact`, the id of what it serves."""
     return json_response({"version": ctx.version, "artifact": ctx.model_info.artifact_id})
 
 
@@ -149,3 +174,18 @@ async def tokenizer_info(ctx: Context, request: Request) -> Response:
     """The special tokens by name: what a client needs beside /tokenize to do without tokenizer files."""
     names = {"bos_token": None, "eos_token": None, "pad_token": None, **ctx.tokenizer.special_tokens}
     return json_response({"tokenizer_class": "xllm", **names})
+
+
+ENDPOINTS: tuple[Plain | Post, ...] = (
+    Post("/v1/chat/completions", "chat", chat_completions, ChatRequest, Chat, ChatChunk),
+    Post("/v1/completions", "completions", completions, CompletionRequest, Completion, Completion),
+    Plain("/v1/models", "models", models, ModelList),
+    Plain("/v1/models/{model:path}", "model", model, ModelCard),
+    Post("/tokenize", "tokenize", tokenize, TokenizeRequest, Tokenized),
+    Post("/detokenize", "detokenize", detokenize, DetokenizeRequest, Detokenized),
+    Plain("/tokenizer_info", "tokenizer_info", tokenizer_info),
+    Plain("/health", "health", health),
+    Plain("/ping", "ping", health, methods=("GET", "POST")),
+    Plain("/metrics", "metrics", metrics),
+    Plain("/version", "version", version),
+)

@@ -1,7 +1,6 @@
-"""Work that takes long: on a thread of its own, nicer than those that compute, and bounded in what may wait for it.
+"""Runs long work on one thread of low priority, so that the event loop goes on. What may wait for it is bounded.
 
-For calls that let go of the interpreter's lock; anything else would stop the loop from there as well. Must not know
-what the work is.
+Only for calls that release the interpreter's lock; others would block the loop from there as well.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Aside:
     """One thread and its queue. The event loop's thread only."""
 
     def __init__(self, most_waiting: int) -> None:
-        """`most_waiting`: bytes of the work that runs and waits; more is refused, but for a single larger piece."""
+        """`most_waiting`: bytes of the work that runs and waits. More is refused, except a single larger piece."""
         self.most_waiting = most_waiting
         self.waiting = 0
         self._pool = ThreadPoolExecutor(1, "xllm-aside", _be_nice)

@@ -1,8 +1,8 @@
-"""How many bytes of requests may lie in memory at once, over all connections. Owns the count and who makes room.
+"""How many bytes of requests may be in memory at once, over all connections, and who makes room.
 
-A limit per request says nothing about a thousand of them. Counted is what has arrived and is not dealt with: heads that
-are not complete, bodies until their request's handler is done with them, and requests that wait behind another one on
-their connection. The event loop's thread only.
+A limit per request says nothing about a thousand of them. What counts has arrived and is not finished: incomplete
+heads, bodies until their handler is done with them, and requests that wait behind another one on their connection. Only
+the event loop's thread may use it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 
 class Budget:
-    """`limit` in bytes. Beyond it, what has been arriving longest gives way: a client that dribbles, not one that is
-    quick."""
+    """`limit` in bytes. Beyond it, the request that has been arriving longest is ended: a slow client, not a
+    quick one.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -46,7 +47,7 @@ class Hold:
         self._complete = False
 
     def set(self, size: int) -> None:
-        """It is `size` bytes now. This request, or others, may have to give up for it."""
+        """Count `size` bytes from now on. This request, or others, may have to give up for it."""
         if self.gone or size == self.size:
             return
         budget = self.budget
@@ -64,12 +65,12 @@ class Hold:
         self.set(self.size + size)
 
     def complete(self) -> None:
-        """All of it is here: it is being worked on and need not make room any more."""
+        """The whole request has arrived; from now on it is not asked to make room."""
         self._complete = True
         self.budget._arriving.pop(self, None)
 
     def release(self) -> None:
-        """Nothing of it is in memory any more."""
+        """Count nothing any more."""
         self.budget.used -= self.size
         self.size = 0
         self.budget._arriving.pop(self, None)

@@ -40,7 +40,7 @@ from xllm_compiler.runtime.server.streaming import (
 
 
 async def chat_completions(ctx: Context, request: Request, body: Body) -> Response:
-    """Answer one chat request. Raises ApiError, XllmError and ClientGone."""
+    """Continue a conversation. Raises ApiError, XllmError and ClientGone."""
     arrival = time.monotonic()
     ctx.check_open()
     asked = body.decode(ChatRequest, ctx.bounds)

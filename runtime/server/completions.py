@@ -60,7 +60,7 @@ class _Prompt:
 
 
 async def completions(ctx: Context, request: Request, body: Body) -> Response:
-    """Answer one completion request. Raises ApiError, XllmError and ClientGone."""
+    """Continue one prompt or several. Raises ApiError, XllmError and ClientGone."""
     arrival = time.monotonic()
     ctx.check_open()
     asked = body.decode(CompletionRequest, ctx.bounds)

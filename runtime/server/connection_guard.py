@@ -1,7 +1,7 @@
-"""Guards of connections: how long a request may take to arrive, how large all but its body may be, how many there are.
+"""Guards connections: how long a request may take to arrive, how large its head may be, how many connections there are.
 
-Owns the protocol class given to uvicorn, which by itself waits for ever for a first byte, takes any size of head, any
-number of trailers, and parses whatever is sent while a response runs. Must not know about endpoints.
+This is the protocol class given to uvicorn. By itself uvicorn waits for ever for a first byte, and takes heads of any
+size and any number of trailers. It also parses whatever arrives while a response runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ConnectionGuard:
         self._turning = False
 
     def protocol_class(self) -> type[GuardedProtocol]:
-        """uvicorn makes protocols from a class alone, so the class carries the guard."""
+        """The class for uvicorn, which makes protocols from a class alone: so the class carries the guard."""
         return type("BoundProtocol", (GuardedProtocol,), {"guard": self})
 
     def share(self, loop: asyncio.AbstractEventLoop) -> float:
@@ -108,7 +108,7 @@ class ConnectionGuard:
 
 
 class _Flow(FlowControl):
-    """Reading is paused while `hold` or the request that is being answered wants so."""
+    """Pauses reading while `hold` or the request that is being answered asks for it."""
 
     _held = False
     _wished = False
@@ -261,7 +261,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._keep(bytes(view[at:]))
 
     def _keep(self, rest: bytes) -> None:
-        """For later. With enough of it, or with no time to take more, nothing is read from the connection."""
+        """Keep bytes for later. With enough of them, or no time to parse, stop reading from the connection."""
         self._rest = rest
         if len(rest) > _MOST_WAITING or self.guard.is_queued(self):
             self.flow.hold(True)
@@ -427,7 +427,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.refuse(self._refusal)
 
     def _give_way(self) -> None:
-        """All connections together hold too many bytes, and this one has been at it longest."""
+        """End this request: all connections hold too many bytes, and it has been arriving longest."""
         self._rest = b""
         if self._in_request():
             self.transport.close()
@@ -461,5 +461,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 def _too_large(what: str) -> ApiError:
-    parts = {"head": "the request's head is", "framing": "the request's trailers or chunk extensions are"}
-    return ApiError(431, f"{parts[what]} larger than {MAX_HEAD_BYTES} bytes", code=f"{what}_too_large")
+    if what == "head":
+        text = f"the request's head is larger than {MAX_HEAD_BYTES} bytes"
+        return ApiError(431, text, code="head_too_large")
+    text = f"the request's trailers or chunk extensions are larger than {MAX_HEAD_BYTES} bytes"
+    return ApiError(431, text, code="framing_too_large")

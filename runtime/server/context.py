@@ -1,6 +1,5 @@
-"""What every endpoint needs, and the steps that chat and completions share before a prompt reaches the engine.
-
-Owns model names, tokenizing off the loop, and prompt checks. Must not know response shapes.
+"""What every endpoint needs, and the steps that chat and completions share before a prompt reaches the engine: model
+names, templates, tokenizing off the event loop, checks of prompts.
 """
 
 from __future__ import annotations
@@ -117,10 +116,10 @@ class Context:
     async def encode(
         self, text: str, *, add_special_tokens: bool, field: str = "prompt", cut: int | None = None
     ) -> list[int]:
-        """Token ids. Long texts are tokenized aside so that other streams keep flowing, and those that are too long
-        whatever is in them are refused before. `cut`: truncate_prompt_tokens, with which a text of any length fits.
+        """Token ids of a text.
 
-        Raises ApiError 400 and 429.
+        Long texts are tokenized on another thread, so that streams go on. A text that is too long whatever it holds is
+        refused before. `cut` is truncate_prompt_tokens: with it a text of any length fits. Raises ApiError 400 and 429.
         """
         if len(text) <= _INLINE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens)
@@ -151,7 +150,7 @@ class Context:
         return list(encoding.ids)
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of ids that are within the vocabulary. Long ones aside, as in `encode`."""
+        """The text of ids that are within the vocabulary. Long lists go to another thread, as in `encode`."""
         if len(ids) <= _INLINE_TOKENS:
             return self.tokenizer.decode(ids, skip_special_tokens)
         return await self.aside.run(8 * len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens))
@@ -169,7 +168,7 @@ class Context:
         return await self.aside.run(sys.getsizeof(text), lambda: self.tokenizer.spans(text, add_special_tokens))
 
     async def token_names(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's names of tokens, others having their turn in between."""
+        """The vocabulary's names of tokens. The event loop serves others in between."""
         names: list[str] = []
         for start in range(0, len(ids), _INLINE_TOKENS):
             names += [self.tokenizer.id_to_token(i) or "" for i in ids[start : start + _INLINE_TOKENS]]

@@ -1,9 +1,8 @@
-"""From a body to a request, at a price that is known before it is paid.
+"""From a body to a request, at a cost that is known before it is paid.
 
-Owns the decoder and the bounds of a request's lists. A body is first only scanned: every field stays as bytes, which
-costs milliseconds whatever it holds, and a field that nobody knows ends the scan. Then how many items a field can have
-is read off its commas, brackets or quotes, and what is beyond the bounds is refused before Python objects are made of
-it. Must not know what fields mean.
+A body is first only scanned: every field stays as bytes. That costs milliseconds, whatever the body holds. An unknown
+field ends the scan. Then commas, brackets and quotes tell how many items a field can have. What is beyond the bounds is
+refused before Python objects are made of it. The meaning of fields is elsewhere (`params.py`).
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Body:
     hold: Hold
 
     def decode(self, kind: type[T], bounds: Bounds) -> T:
-        """`decode_request` of it; then nobody has the bytes any more."""
+        """Decode it with `decode_request`, and let go of the bytes."""
         data, self.data = self.data, b""
         try:
             return decode_request(data, kind, bounds)
@@ -164,9 +163,9 @@ _PROMPTS: dict[bytes, msgspec.json.Decoder[Any]] = {
 
 
 def _strings_at_least(text: bytes) -> int:
-    """A lower bound on the strings in JSON, and at least half of them.
+    """A lower bound on the number of strings in JSON, and at least half of it.
 
-    Each begins with a quote after no backslash. What is counted too little is a last quote after an escaped backslash.
+    Each string begins with a quote after no backslash. A closing quote after an escaped backslash is not counted.
     """
     return (text.count(b'"') - text.count(b'\\"')) // 2
 
@@ -245,7 +244,7 @@ def _check_off(name: str, text: bytes) -> None:
     """Raises ApiError for a field that we do not act on, unless it is off."""
     if len(text) <= _TINY:
         value = _read(_ANY, text, name)
-        if any(value == off and isinstance(value, bool) is isinstance(off, bool) for off in OFF[name]):
+        if any(value == off and isinstance(value, bool) is isinstance(off, bool) for off in OFF[name].values):
             return
     raise bad_request(f"`{name}` is not supported by this server", param=name, code="unsupported_field")
 

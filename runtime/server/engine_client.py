@@ -1,7 +1,7 @@
-"""Between the event loop and the engine's threads. Owns the hand-over of outputs and the count of open requests.
+"""Carries requests from the event loop to the engine's threads, and outputs back. Counts open requests.
 
-The engine's dispatcher thread calls `EngineClient._deliver`, once per output event; the events of one step cross to the
-loop in one wake-up. Everything else here runs on the loop's thread. Must not know HTTP.
+The engine's dispatcher thread calls `EngineClient._deliver` once per output event. The events of one step reach the
+loop in one wake-up. Everything else here runs on the loop's thread.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class ClientGone(Exception):
 
 
 class RequestStream:
-    """The outputs of one HTTP request, which may be several prompts with several choices each.
+    """The outputs of one HTTP request, which may be several prompts with several sequences each.
 
     Call `add` for every prompt, `next_batch` until it is empty, and always `close()`. What it holds counts towards the
-    server's bound: prompts until it is closed, outputs until the next ones are asked for, or with `keeps` until it is
-    closed.
+    server's bound. Prompts count until it is closed; outputs until the next ones are asked for, or with `keeps` until
+    it is closed.
     """
 
     def __init__(self, engine_client: EngineClient, arrival: float, *, keeps: bool) -> None:
@@ -129,7 +129,7 @@ class RequestStream:
         self._wake()
 
     def fail(self, error: ApiError) -> None:
-        """End it with an error for the client."""
+        """End the request with an error for the client."""
         self.close()
         self._pending = []
         self._failure = error
@@ -236,7 +236,7 @@ class EngineClient:
         return RequestStream(self, time.monotonic() if arrival is None else arrival, keeps=keeps)
 
     def check_memory(self, size: int) -> None:
-        """Raises ApiError: 429 when so many bytes more do not fit now, 400 when they never will."""
+        """Raises ApiError: 429 when `size` bytes more do not fit now, 400 when they never will."""
         if size > self.held.limit:
             raise bad_request(
                 f"the request would hold {size} bytes, and all requests of this server may hold {self.held.limit}",
@@ -305,10 +305,10 @@ class EngineClient:
         self._streams.clear()
 
     def _deliver(self, stream: RequestStream, output: Output) -> None:
-        """On the dispatcher's thread. A deque's append and popleft are atomic, so no lock is needed.
+        """Runs on the dispatcher's thread. A deque's append and popleft are atomic, so no lock is needed.
 
-        The flag is cleared before the inbox is emptied: an event that arrives in between costs a spare wake-up, whereas
-        the other order would lose one.
+        The flag is cleared before the inbox is emptied. An event in between then costs a spare wake-up; the other order
+        would lose it.
         """
         self._inbox.append((stream, output))
         if not self._scheduled and self._loop is not None:

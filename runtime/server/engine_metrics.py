@@ -1,4 +1,4 @@
-"""What is published of the engine, the connections and the start. Owns those metrics' names; counts nothing itself."""
+"""The metrics of the engine, the connections and the start: their names, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xllm_compiler.runtime.stats import EngineStats, Health
 
 
 class Observed(Protocol):
-    """What is read of an engine."""
+    """What is read from an engine."""
 
     def stats(self) -> EngineStats: ...
     def health(self) -> Health: ...
@@ -56,9 +56,11 @@ def connection_samples(guard: ConnectionGuard) -> Callable[[], Iterable[Sample]]
     return read
 
 
-def log_samples() -> Callable[[], Iterable[Sample]]:
+def log_samples(dropped: Callable[[], Mapping[str, int]] = dropped_lines) -> Callable[[], Iterable[Sample]]:
+    """`dropped`: how many lines of each stream nobody read."""
+
     def read() -> Iterable[Sample]:
-        for stream, count in dropped_lines().items():
+        for stream, count in dropped().items():
             text = "Lines that nobody read in time, by stream."
             yield Sample("counter", "xllm:log_lines_dropped", text, count, {"stream": stream})
 

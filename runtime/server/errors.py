@@ -1,4 +1,4 @@
-"""The server's one error shape. Owns the mapping from failures to HTTP statuses; must not know about endpoints."""
+"""Failures as clients see them: OpenAI's error object, and an HTTP status for each kind."""
 
 from __future__ import annotations
 

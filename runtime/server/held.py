@@ -1,6 +1,6 @@
-"""What requests hold in memory, in bytes: the sum, its bound, and what each part of a request counts for.
+"""What requests hold in memory, in bytes: the sum, its bound, and what each part counts for.
 
-The figures are upper estimates for 64-bit CPython. Must not know who holds what.
+The figures are upper estimates for 64-bit CPython.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ _LARGEST_FILE = 2**20
 
 
 def load_keys(settings: Settings) -> tuple[str, ...]:
-    """The keys of --api-key and then those of --api-key-file; none means that no key is asked for.
+    """The keys of --api-key, then those of --api-key-file; without any, no key is asked for.
 
-    Raises XllmError("option") for a file that cannot be read or has no key in it: a secret that did not arrive must not
-    open the door.
+    Raises XllmError("option") for a file that cannot be read or holds no key. A secret that did not arrive must not
+    open the server.
     """
     if settings.api_key_file is None:
         return settings.api_keys

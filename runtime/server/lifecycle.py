@@ -1,8 +1,8 @@
-"""From listening to the last byte. Owns signals, draining and the stall watchdog; must not know endpoints.
+"""From listening to the last byte: signals, draining, and the watchdog for a stalled engine.
 
-The first SIGTERM, SIGINT or SIGHUP (the terminal was closed) drains: new requests get 503 and so do health probes,
-running ones finish, and the process ends with 0. What still runs when the time is up is aborted, and its client is
-told. A second SIGTERM or SIGINT ends it at once; SIGHUP comes twice by itself, from the shell and from the kernel.
+The first SIGTERM, SIGINT or SIGHUP (the terminal was closed) drains. New requests and health probes get 503, running
+requests finish, and the process ends with 0. When the time is up, what still runs is aborted, and its client is told. A
+second SIGTERM or SIGINT ends the process at once. SIGHUP comes twice by itself, from the shell and from the kernel.
 Under nohup SIGHUP stays ignored.
 """
 

@@ -53,9 +53,11 @@ def entry() -> None:
 
 
 def _end_when_told() -> None:
-    """Until the server listens a signal ends the process at once, as the system does by itself for every process but
-    a container's first, which it leaves alone. Not by KeyboardInterrupt: whatever library is being imported or called
-    may swallow that, and the server would go on to serve."""
+    """Until the server listens, a signal ends the process at once.
+
+    The system does that by itself, except for a container's first process. KeyboardInterrupt would not do: a library
+    that is being imported or called may swallow it, and the server would go on to serve.
+    """
     for sig in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(sig) not in (signal.SIG_DFL, signal.default_int_handler):
             continue  # nohup: to be ignored

@@ -1,7 +1,7 @@
-"""What the server counts, under vLLM's metric names. Owns the counters; must not be called from the engine's threads.
+"""Counts what the server does, under vLLM's metric names. Not to be called from the engine's threads.
 
-Counting is plain arithmetic on the event loop's thread. prometheus_client turns the counts into text when somebody
-scrapes, and is imported then: it costs a tenth of a second of start-up otherwise.
+Counting is plain arithmetic on the event loop's thread. prometheus_client makes text of the counts at a scrape, and is
+imported then: at the start it would cost a tenth of a second.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The door: every request passes here first. Owns keys, the answers to browsers, body limits, request ids, the access
-log and what becomes of exceptions. Must not know what endpoints do.
+"""Checks every request before its endpoint sees it: host, origin, API key. Reads bodies within limits, sets request
+ids, writes the access log, and turns exceptions into errors.
 
 Nothing secret is logged: no headers, no query string, no body.
 """
@@ -110,8 +110,10 @@ class Middleware:
             )
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
-        """A page of another origin may only do what it could read the answer of. With keys there is nothing to check:
-        a page that has one was given it."""
+        """A page of another origin may only call what it may read the answer of.
+
+        With keys there is nothing to check: a page that has a key was given it.
+        """
         origin = headers.get("origin")
         if origin is None or self.keys or scope["method"] in _SAFE_METHODS:
             return
@@ -172,11 +174,12 @@ def _explain(error: Exception) -> ApiError:
 
 
 async def read_json_body(request: Request, limit: int, timeout: float, hold: Hold) -> bytes:
-    """The whole body of a JSON request, counted in `hold`.
+    """The whole body of a JSON request, counted in `hold`. Raises ClientGone, and ApiError:
 
-    Raises ApiError 413 beyond `limit` bytes, with or without a Content-Length, 408 when it takes longer than `timeout`
-    seconds, 503 when it has to make room for others, 415 for another content type or none (a page may send those to
-    any server behind its user's back), and ClientGone.
+    - 413 beyond `limit` bytes, with or without a Content-Length;
+    - 408 when it takes longer than `timeout` seconds;
+    - 503 when it has to make room for others;
+    - 415 for another content type or none: a page may send those to any server behind its user's back.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -242,8 +245,11 @@ async def _collect(request: Request, limit: int, hold: Hold, parts: list[bytes])
 
 
 async def _swallow(request: Request) -> None:
-    """Read on and drop, within bounds. Most clients read the answer only after sending everything, and closing with
-    unread bytes resets the connection, which would take our answer with it."""
+    """Read on and drop, within bounds.
+
+    Most clients read the answer only after sending everything. Closing with unread bytes resets the connection, and our
+    answer would be lost.
+    """
     left = _SWALLOW_BYTES
     try:
         async with asyncio.timeout(_SWALLOW_SECONDS):

@@ -1,8 +1,8 @@
-"""Standard output and error that cannot stop the server: what is written there is handed to a thread, which may block.
+"""Standard output and error that cannot block the server: a thread writes, and only that thread may block.
 
-A pipe that nobody empties is full after 64 KB, and whoever writes to it then waits: with the log, the event loop, and
-every request. Owns the process' two streams and where faulthandler writes. Lines beyond a bound are dropped, counted,
-and the count is said when the pipe moves again.
+A pipe that nobody reads is full after 64 KB. Then whoever writes to it waits: the log, with it the event loop, and
+every request. Lines beyond a bound are dropped and counted. The count is printed when the pipe moves again. The
+process' two streams, and faulthandler's, are set up here.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Outlet(io.TextIOBase):
 
 
 def dropped_lines() -> dict[str, int]:
-    """By stream, how many lines nobody read in time."""
+    """How many lines of each stream were dropped."""
     return {stream.name: stream.dropped for stream in (sys.stdout, sys.stderr) if isinstance(stream, Outlet)}
 
 

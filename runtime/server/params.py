@@ -1,4 +1,5 @@
-"""From a request's fields to `SamplingParams`. Owns defaults and the context-length rules, but no ranges of values.
+"""From a request's fields to `SamplingParams`: defaults, and the rules of the context length. `SamplingParams` checks
+ranges.
 
 Precedence: the request, then the model's generation_config.json (unless switched off), then neutral defaults.
 """

@@ -1,7 +1,6 @@
-"""Long lists of log-probabilities, made into JSON piece by piece so that others have their turn in between.
+"""Makes JSON of long lists of log-probabilities, piece by piece, so that the event loop serves others in between.
 
-Owns the size of a piece. A row that has become JSON is dropped, so the two are never there together. Must not know the
-shapes: those are in `logprobs.py`.
+A row is dropped once it is JSON, so both are never in memory together. The shapes are in `logprobs.py`.
 """
 
 from __future__ import annotations

@@ -40,8 +40,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def doors(sock: socket.socket) -> list[socket.socket]:
-    """The listening socket several times over. libuv takes one connection from it per look at all sockets, and in a
-    crowd those looks take long: whoever comes last would wait for all who came before."""
+    """The listening socket, several times.
+
+    libuv takes one connection from a socket each time it looks at all of them. With many connections those looks take
+    long, and whoever comes last would wait for all others.
+    """
     return [sock, *(sock.dup() for _ in range(_DOORS - 1))]
 
 

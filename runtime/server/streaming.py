@@ -1,7 +1,4 @@
-"""How an answer leaves: whole or as server-sent events, and what happens when nobody waits for it any more.
-
-Owns the disconnect watch and the SSE framing. Must not know the shapes of answers.
-"""
+"""Sends an answer, whole or as server-sent events, and stops the work when the client hangs up."""
 
 from __future__ import annotations
 
@@ -38,8 +35,10 @@ def json_response(value: object, status: int = 200) -> Response:
 
 
 class WholeResponse(Response):
-    """A whole answer. It counts as held until the client has nearly all of it, and goes out in pieces, since a
-    transport takes whatever it is given into memory."""
+    """A whole answer, sent in pieces, since a transport takes everything it is given into memory.
+
+    It counts as held until the client has nearly all of it.
+    """
 
     def __init__(self, held: Held, value: object) -> None:
         super().__init__(_encode(value), media_type="application/json")
@@ -62,7 +61,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def failure(output: Output) -> ApiError | None:
-    """The error that a last event carries, if it is one that the client must hear of."""
+    """The error that a last event carries, if the client must be told of it."""
     if output.error is not None:
         if output.error.kind not in ("request", "capacity"):
             log.error("request %s failed: %s", output.request_id, output.error)

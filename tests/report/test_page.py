@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html.parser
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_the_policy_names_the_script_and_the_style_that_are_there(ran: Ran) -> N
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
     assert policy == f"default-src 'none'; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"
+
+
+def test_what_the_script_reads_of_the_data_is_there(ran: Ran) -> None:
+    """A key that is renamed on one side only leaves the page empty, which otherwise only a browser sees."""
+    data = data_of(ran)
+    script = [text for tag, text in Reader(page(data)).inside if tag == "script"][-1]
+    read = set(re.findall(r"\bdata\.(\w+)", script))
+    assert {"facts", "funcs", "scenarios"} <= read <= set(data), read - set(data)
 
 
 EVIL = "</script><script>alert(1)</script><!--<b>{{script}}\u2028"

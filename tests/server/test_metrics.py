@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from xllm_compiler.runtime.server import observe
+from xllm_compiler.runtime.server import engine_metrics
 from xllm_compiler.runtime.server.metrics import Histogram
 
 
@@ -25,9 +25,10 @@ def scrape(served: Any) -> dict[tuple[str, str], float]:
 
 
 def test_counts_follow_requests(fake: Any) -> None:
-    fake.ctx.metrics.sources.append(observe.engine_samples(fake.engine))
-    fake.ctx.metrics.sources.append(observe.connection_samples(fake.guard))
-    fake.ctx.metrics.sources.append(observe.start_samples(fake.ctx.model_info, [("weights", 5)], 64, {"listen": 0.5}))
+    fake.ctx.metrics.sources.append(engine_metrics.engine_samples(fake.engine))
+    fake.ctx.metrics.sources.append(engine_metrics.connection_samples(fake.guard))
+    at_start = engine_metrics.start_samples(fake.ctx.model_info, [("weights", 5)], 64, {"listen": 0.5})
+    fake.ctx.metrics.sources.append(at_start)
     fake.post("/v1/completions", prompt="abc", max_tokens=4)
     fake.post("/v1/completions", prompt="x", max_tokens=9, n=2)
     fake.post("/v1/completions", prompt="x", max_tokens=-9)
@@ -52,7 +53,7 @@ def test_counts_follow_requests(fake: Any) -> None:
 
 
 def test_gauges_move_while_requests_run(live: Any, until: Any) -> None:
-    live.ctx.metrics.sources.append(observe.engine_samples(live.engine))
+    live.ctx.metrics.sources.append(engine_metrics.engine_samples(live.engine))
     live.executor.delay = 0.02
     ask = {"prompt": "a", "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", live.url + "/v1/completions", json=ask) as answer:

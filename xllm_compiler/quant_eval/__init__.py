@@ -1,1 +1,1 @@
-"""What a quantized model lost: measured on held-out text against the unquantized form, and choices made by it."""
+"""Measures what quantization loses, on held-out text, and chooses forms by it."""

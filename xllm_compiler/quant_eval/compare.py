@@ -1,4 +1,4 @@
-"""Two models' logits at the same positions as figures. Owns KL divergence and agreement."""
+"""Compares two models' logits at the same positions: KL divergence, and how often they agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Loss:
 
 
 def compare(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Loss:
-    """Of logits [positions, vocab]. Rows that are not finite on one side only lose infinitely much."""
+    """The loss of logits [positions, vocab]. A row that is finite on one side only makes it infinite."""
     kl = np.empty(len(reference))
     for i, (p, q) in enumerate(zip(reference, other, strict=True)):  # a row at a time: a row of a vocabulary is large
         log_p, log_q = _log_softmax(p), _log_softmax(q)

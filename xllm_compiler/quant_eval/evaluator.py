@@ -1,5 +1,7 @@
-"""The part of a compile that asks what quantization loses: before the passes for mixed, after lowering for all. Owns
-the refusal; how losses are found is `measure`'s, which weights mixed widens is `mixed`'s."""
+"""The evaluation phases of a compile: before the passes for `mixed`, after lowering for every form.
+
+Refuses a model that loses more than the limit. `measure.py` measures, `mixed_precision.py` chooses weights.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class QuantizationEvaluator:
         self._layers: tuple[LayerLoss, ...] | None = None
 
     def choose(self) -> str:
-        """The passes to run: those that were asked for, or what mixed makes of them."""
+        """The pipeline to run: the one that was asked for, or the one that `mixed` chose."""
         if self._form == MIXED:
             assert self._limit is not None
             forms, self._layers = mixed_precision.choose(self._bench, self._limit)
@@ -49,7 +51,7 @@ class QuantizationEvaluator:
         return self._pipeline
 
     def report(self, folder: Path, manifest: Manifest) -> LossReport:
-        """The losses of what lies in `folder`. Raises kind "option" when they are over the limit."""
+        """The losses of the artifact in `folder`. Raises kind "option" when they are over the limit."""
         total, isa = total_loss(self._bench, folder, manifest)
         if self._limit is not None and not total.kl <= self._limit:
             raise self._refusal(total)

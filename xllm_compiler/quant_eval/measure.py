@@ -1,7 +1,8 @@
 """Measures a quantized model: its compiled programs as they will be served, and each layer alone in the interpreter.
 
-The reference is the same checkpoint's module before the passes of the form, run in the interpreter with the model's own
-dtype: it costs one reading of the weights and no second compile. Owns how many positions a model's size affords.
+The reference is the same checkpoint's module before the passes of the form. It runs in the interpreter, in the model's
+own dtype. That costs one reading of the weights and no second compile. The model's size decides how many positions are
+measured.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Reference:
 
 
 def layer_losses(bench: Reference, forms: Mapping[Value, QuantForm], alone: QuantForm) -> tuple[LayerLoss, ...]:
-    """Each weight alone in the form `alone`; `forms` is what each got."""
+    """The loss of each weight alone in the form `alone`; `forms` is what each weight got."""
     weights = bench.weights
     losses = bench.losses(bench.few, [{w: alone} for w in weights])
     return tuple(
@@ -80,14 +81,16 @@ def layer_losses(bench: Reference, forms: Mapping[Value, QuantForm], alone: Quan
 
 
 def total_loss(bench: Reference, folder: Path, manifest: Manifest) -> tuple[Loss, str]:
-    """The loss of the programs and weights that lie in `folder`, and the instruction set they were run with."""
+    """The loss of the programs and weights in `folder`, and the instruction set that ran them."""
     isa = choose_isa(manifest.target.isas)
     return compare(bench.reference(), served_logits(folder, manifest, isa, bench.ids)), isa
 
 
 def served_logits(folder: Path, manifest: Manifest, isa: str, ids: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
-    """Logits [all tokens, vocab] from an artifact's programs, of which nothing but the files need exist; one request
-    after the other, prefilled in chunks where the limits ask for it."""
+    """Logits [all tokens, vocab] from an artifact's programs; its manifest need not be written yet.
+
+    Requests run one after the other, prefilled in chunks where the limits ask for it.
+    """
     from xllm_compiler.runtime.cpu.executor import CpuExecutor
     from xllm_compiler.runtime.cpu.team import load_library
 

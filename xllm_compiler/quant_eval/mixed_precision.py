@@ -1,7 +1,8 @@
-"""Which weights get 8 bits where 4 lose too much: those that save most loss per byte, until the limit is kept.
+"""Chooses which weights get 8 bits where 4 lose too much.
 
-Each weight's loss alone at 4 bits over the bytes that 8 bits cost more ranks them. Losses nearly add up, so their sum,
-scaled to what was measured, tells how many to take; then that choice is measured, and more are taken while it is over.
+Weights are ranked by their loss alone at 4 bits, over the bytes that 8 bits cost more. Losses nearly add up: their sum,
+scaled to the measured loss, says how many weights to take. The choice is then measured, and more weights are taken
+while it is over the limit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ _TRIES: Final = 4
 
 
 def choose(bench: Reference, limit: float) -> tuple[dict[Value, QuantForm], tuple[LayerLoss, ...]]:
-    """The form of each weight so that the loss of all together is below `limit`, where 8 bits can do that, and the
-    losses it was decided by."""
+    """The form of each weight, and the losses that decided it.
+
+    All weights together lose less than `limit`, if 8 bits can do that.
+    """
     weights = bench.weights
     alone = bench.losses(bench.few, [{w: NARROW} for w in weights])
     goal = limit * _SHARE
@@ -58,5 +61,5 @@ def _measure(bench: Reference, weights: list[Value], wide: list[int]) -> Loss:
 
 
 def _bytes(w: Value) -> int:
-    """What the weight takes more in 8 bits than in 4."""
+    """How many bytes more the weight takes in 8 bits than in 4."""
     return (w.tensor.shape[0] * w.tensor.shape[1]).value // 2

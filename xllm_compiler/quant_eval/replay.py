@@ -1,8 +1,7 @@
-"""A model in the interpreter beside variants of it in which some weights are quantized. Owns how they share work.
+"""Runs a model in the interpreter beside variants of it in which some weights are quantized.
 
-All variants go through the function together, one op at a time: a weight is read once for all, and a variant costs
-nothing before the first op at which it differs. The last linear layer and what follows go one variant at a time, since
-its results, the logits, are large.
+All variants run together, one op at a time. A weight is read once for all of them. A variant costs nothing before the
+first op at which it differs. The last linear layer and what follows run one variant at a time, since logits are large.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Variant = Mapping[Value, QuantForm]
 
 @dataclass
 class _Run:
-    """One model on its way: what differs from the plain one, and its form of each weight."""
+    """One variant in progress: the values that differ from the plain model's, and its form of each weight."""
 
     forms: Variant
     env: dict[Value, Array] = field(default_factory=dict)
@@ -99,7 +98,7 @@ def replay(
 
 
 def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, whole: bool = False) -> None:
-    """One op of one run. A variant in which nothing differs takes what the plain one has, unless `whole`."""
+    """Run one op of one variant. Without a differing operand it takes the plain result, unless `whole`."""
     changed = any(v in run.env or v in run.forms for v in op.operands)
     if run is not base and not changed and not whole:
         return
@@ -121,7 +120,7 @@ def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, wh
 
 
 def _rounded_weight(w: Array, form: QuantForm) -> Array:
-    """A weight as what its integers stand for, f32."""
+    """A weight in f32, after rounding to its integers and back."""
     if form.grid:
         made, scales = quant.quantize_on_grids(w, form.grid)
         return quant.dequantize_weight(made, scales, None, 8, 0, np.float32)
@@ -131,7 +130,7 @@ def _rounded_weight(w: Array, form: QuantForm) -> Array:
 
 
 def _rounded(x: Array, form: QuantForm, block: int) -> Array:
-    """A layer's input as what its rows of 8 bits stand for, f32; rounded where blocks are rotated."""
+    """A layer's input in f32, after rounding its rows to 8 bits and back; rotated blocks are rounded rotated."""
     by_group = quant.rows_by_group(form.weights, form.group)
     turned = quant.rotate(x.astype(np.float32), block)
     stored, scale, _ = quant.quantize_rows(turned, form.group if by_group else 0, by_group)

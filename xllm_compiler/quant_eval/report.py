@@ -1,4 +1,4 @@
-"""What was lost, as a file of the artifact and as a table. Owns rounding and wording; must not measure."""
+"""What quantization lost: the file in the artifact, and the table that people read. Measures nothing."""
 
 from __future__ import annotations
 

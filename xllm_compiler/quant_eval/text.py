@@ -1,7 +1,7 @@
-"""The tokens on which loss is measured. Owns held_out.txt and how it becomes windows; must not know models.
+"""The tokens on which loss is measured: held_out.txt, cut into windows.
 
-held_out.txt holds pieces, divided by form feeds, of the files of Python 3.11's standard library that the bundled model
-never saw (`models/corpus.py`); they are under Python's licence, (c) Python Software Foundation.
+held_out.txt holds files of Python 3.11's standard library that the bundled model never saw (`models/corpus.py`),
+divided by form feeds. They are under Python's licence, (c) Python Software Foundation.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def report_data(
     return {
         "title": title,
         "stage": module.stage,
-        "info": _facts(module, report),
+        "facts": _facts(module, report),
         "machine": {
             "name": machine.name,
             "flops": machine.flops,
