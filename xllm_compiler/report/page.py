@@ -91,8 +91,10 @@ def _part(name: str) -> str:
 
 
 def _script() -> str:
-    """The script's parts, in one scope. The page is shown when all of it is drawn, or when drawing failed: a browser that
-    is slow would else paint it empty first, and move what is being read."""
+    """The script's parts, in one scope. The page is shown when all of it is drawn, or when drawing failed.
+
+    A slow browser would else paint it empty first, and move what is being read.
+    """
     parts = "\n".join(_part(name) for name in SCRIPTS)
     shown = 'delete document.querySelector("main").dataset.drawing;'
     return f'"use strict";\ntry {{\n{parts}}} finally {{\n{shown}\n}}\n'
