@@ -44,6 +44,7 @@ from xllm_compiler.frontend.weights import Slot, WeightSource, match
 from xllm_compiler.ir import ops, quant
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.step.interface import LOGITS, STEP
 
 PAGE = 16
 MAX_PAGES = 1 << 24
@@ -145,9 +146,9 @@ def trace_checkpoint(
     stored = quantized.weights if quantized is not None else {}
     step = _StepImport(module, program, model, names, checkpoint, stored, dtype, length)
     logits = step.run(calls)
-    _number_by_position(module.func("step"))
-    _drop_dead(module.func("step"))
-    check_rows(module.func("step"))
+    _number_by_position(module.func(STEP))
+    _drop_dead(module.func(STEP))
+    check_rows(module.func(STEP))
     info = model_facts(
         config,
         model,
@@ -157,7 +158,7 @@ def trace_checkpoint(
         dtype=dtype,
         max_model_len=length,
     )
-    used = {op.name_ for op in module.func("step").ops if isinstance(op, ops.Param)}
+    used = {op.name_ for op in module.func(STEP).ops if isinstance(op, ops.Param)}
     slots = {n: s for n, s in step.slots.items() if n in used}
     if checkpoint is not None:
         for slot in slots.values():
@@ -293,7 +294,7 @@ class _StepImport:
         self.dtype = dtype
         self.slots: dict[str, Slot] = {}
         self.tied = tied_names(model)
-        self.func = module.add_func("step")
+        self.func = module.add_func(STEP)
         n, b, s, t = sym("N"), sym("B"), sym("S"), ceildiv(max_model_len, PAGE)
         self.inputs = {
             name: self.func.add_arg(name, Tensor("i32", shape))
@@ -340,7 +341,7 @@ class _StepImport:
         if not isinstance(logits, Value) or logits.dtype != "f32" or logits.tensor.rank != 2:
             raise XllmError("unsupported", f"the model does not end in logits but in {logits}")
         results = [logits, *[last for _, last in self.caches]]
-        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)})
+        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)}, {0: LOGITS})
         return logits
 
     def _tensor(self, node: fx.Node, kind: InputKind, target: str) -> Value:

@@ -356,7 +356,8 @@ class OpList:
 
 
 class Func:
-    """A function: arguments, ops, returned values. `aliases[i]` is the argument whose storage return i shares."""
+    """A function: arguments, ops, returned values. `aliases[i]` is the argument whose storage return i shares,
+    `outputs[i]` the name under which callers know return i; a return may have neither."""
 
     def __init__(self, module: Module, name: str) -> None:
         self.module = module
@@ -364,6 +365,7 @@ class Func:
         self.args: list[Value] = []
         self.ops = OpList()
         self.aliases: dict[int, Value] = {}
+        self.outputs: dict[int, str] = {}
         self.arena: Dim | None = None
         self.ret: Op = ReturnOp(self, (), (0,), {})
 
@@ -383,11 +385,18 @@ class Func:
                 return v
         raise IrError(f"@{self.name} has no argument %{name}", help="it has " + ", ".join(v.name for v in self.args))
 
-    def set_returns(self, values: Sequence[Value], aliases: Mapping[int, Value] | None = None) -> None:
-        """Replaces what the function returns. `aliases`: return index to the argument whose storage it shares."""
+    def set_returns(
+        self,
+        values: Sequence[Value],
+        aliases: Mapping[int, Value] | None = None,
+        outputs: Mapping[int, str] | None = None,
+    ) -> None:
+        """Replaces what the function returns. `aliases`: return index to the argument whose storage it shares.
+        `outputs`: return index to its name."""
         self.ret.drop_operands()
         self.ret = ReturnOp(self, values, (len(values),), {})
         self.aliases = dict(sorted((aliases or {}).items()))
+        self.outputs = dict(sorted((outputs or {}).items()))
 
     def __repr__(self) -> str:
         return f"<func @{self.name}, {len(self.ops)} ops>"

@@ -12,7 +12,7 @@ from xllm_compiler.ir.printer import attr_text
 def structural_hash(module: Module) -> str:
     """64 hex digits, equal for modules that differ only in SSA names, locations and reasons.
 
-    Argument names count: they are the interface. So does op order, which is the schedule.
+    Names of arguments and outputs count: they are the interface. So does op order, which is the schedule.
     """
     digest = hashlib.sha256()
 
@@ -60,5 +60,6 @@ def _func_lines(func: Func) -> list[list[str]]:
             line.append(_type_text(r.type))
         lines.append(line)
     lines.append(["return", *(ref(v) for v in func.returns)])
+    lines.append(["outputs", *(f"{i}:{name}" for i, name in func.outputs.items())])
     lines.append(["alias", *(f"{i}:{ref(v)}" for i, v in func.aliases.items())])
     return lines

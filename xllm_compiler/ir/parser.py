@@ -301,8 +301,12 @@ class _Parser:
         start = self.expect("(")
         declared: list[Type] = []
         aliases: dict[int, Value] = {}
+        outputs: dict[int, str] = {}
 
         def result() -> None:
+            if self.tokens[self.at + 1].text == ":":
+                outputs[len(declared)] = self.kind("name", "the name of an output").text
+                self.expect(":")
             declared.append(self.read_type())
             if self.accept("alias"):
                 aliases[len(declared) - 1] = self.operand()
@@ -327,7 +331,7 @@ class _Parser:
         if types != declared:
             got, want = ", ".join(map(str, types)), ", ".join(map(str, declared))
             self.fail(f"@{func.name} returns ({got}), its signature says ({want})", start)
-        func.set_returns(returns, aliases)
+        func.set_returns(returns, aliases, outputs)
 
     def returned(self) -> list[Value]:
         self.expect("return")

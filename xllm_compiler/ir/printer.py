@@ -89,7 +89,8 @@ def print_func(func: Func, loc: bool = False) -> list[str]:
     results: list[str] = []
     for i, v in enumerate(func.returns):
         alias = func.aliases.get(i)
-        results.append(str(v.type) if alias is None else f"{v.type} alias {names.of(alias)}")
+        name = f"{func.outputs[i]}: " if i in func.outputs else ""
+        results.append(f"{name}{v.type}" + ("" if alias is None else f" alias {names.of(alias)}"))
     arena = "" if func.arena is None else f" arena({func.arena})"
     lines = _signature(f"func @{func.name}", args, results, arena)
     for op in func.ops:

@@ -19,6 +19,7 @@ from xllm_compiler.quant_eval import mixed_precision
 from xllm_compiler.quant_eval.compare import Loss
 from xllm_compiler.quant_eval.measure import Reference, layer_losses, total_loss
 from xllm_compiler.quant_eval.report import LayerLoss, LossReport
+from xllm_compiler.step.interface import STEP
 
 
 class QuantizationEvaluator:
@@ -30,7 +31,7 @@ class QuantizationEvaluator:
         module = clone_module(traced.module)
         run_pipeline(",".join(UNQUANTIZED), module, PassContext())
         self._form, self._limit, self._pipeline = form, limit, pipeline
-        longest = module.func("step").arg("table").shape[1].value * 16
+        longest = module.func(STEP).arg("table").shape[1].value * 16
         self._bench = Reference.of(
             module,
             traced.weights,

@@ -100,7 +100,8 @@ class _Rebuilder:
                 self.copy(op)
         values = [self.value(v) for v in returns]
         aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, Kv)}
-        self.new.set_returns(values, aliases)
+        named = {old.returns[i]: name for i, name in old.outputs.items()}
+        self.new.set_returns(values, aliases, {i: named[v] for i, v in enumerate(returns) if v in named})
         self.new.arena = None if old.arena is None or old in edit.arenas else self.dim(old.arena)
         self.place()
 

@@ -127,7 +127,9 @@ def _func_lines(func: Func) -> list[str]:
     lines += [f"  argument {i}, %{a.name}: {a.type}" for i, a in enumerate(func.args)]
     for i, r in enumerate(func.returns):
         alias = func.aliases.get(i)
-        lines.append(f"  return {i}: {r.type}" + ("" if alias is None else f" alias %{alias.name}"))
+        lines.append(
+            f"  return {i}, {func.outputs.get(i)}: {r.type}" + ("" if alias is None else f" alias %{alias.name}")
+        )
     return lines
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact import STEP, Contents, Manifest, check_files, machine_isas, read_manifest
+from xllm_compiler.artifact import MODULE, Contents, Manifest, check_files, machine_isas, read_manifest
 from xllm_compiler.errors import XllmError
+from xllm_compiler.step.interface import LOGITS, STEP
 from xllm_compiler.tools.console import size
 from xllm_compiler.tools.steps import Trial, make_trial
 
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     total = sum(entry.bytes for entry in manifest.files.values())
     print(f"{len(manifest.files)} files, {size(total)}: digests match", flush=True)
     trial = make_trial(manifest, args.seed)
-    count = sum(len(step.ids) for step in trial.steps)
+    count = sum(step.sizes["N"] for step in trial.steps)
     print(f"{len(trial.tokens)} requests, {count} tokens in {len(trial.steps)} steps", flush=True)
     threads = args.threads or len(os.sched_getaffinity(0))
     here = [isa for isa in machine_isas() if isa in manifest.target.isas and args.isa in (None, isa)]
@@ -106,10 +107,8 @@ def run_native(path: Path, isa: str, trial: Trial, threads: int) -> list[F32]:
         logits = []
         batch = executor.new_batch()
         for step in trial.steps:
-            batch.n, batch.b, batch.s = len(step.ids), len(step.start) - 1, len(step.sel)
-            for name, array in step.inputs().items():
-                getattr(batch, name)[: len(array)] = array
-            logits.append(executor.execute(batch).rows.copy())
+            batch.fill(step.inputs, step.sizes)
+            logits.append(executor.execute(batch)[LOGITS].copy())
         return logits
     finally:
         executor.close()
@@ -123,12 +122,12 @@ def references(
     from xllm_compiler.tools.unpack import bind_weights
 
     try:
-        text = (Contents(path, manifest) / STEP).read_text()
+        text = (Contents(path, manifest) / MODULE).read_text()
     except UnicodeDecodeError as error:
-        raise XllmError("artifact", f"{STEP} is not UTF-8 text: {error.reason}", where=str(path / STEP)) from None
-    module = parse_module(text, STEP)
+        raise XllmError("artifact", f"{MODULE} is not UTF-8 text: {error.reason}", where=str(path / MODULE)) from None
+    module = parse_module(text, MODULE)
     params = bind_weights(module, path, manifest)
-    yield f"interpreter on {STEP}", run_interpreter(module, params, trial)
+    yield f"interpreter on {MODULE}", run_interpreter(module, params, trial)
     if checkpoint is None:
         return
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
@@ -159,15 +158,13 @@ def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: T
     from xllm_compiler.ir.semantics import kv_zeros
     from xllm_compiler.ir.types import Kv
 
-    caches = {
-        arg.name: kv_zeros(arg.type, {"P": trial.pages}) for arg in module.func("step").args if isinstance(arg.type, Kv)
-    }
+    func = module.func(STEP)
+    caches = {arg.name: kv_zeros(arg.type, {"P": trial.pages}) for arg in func.args if isinstance(arg.type, Kv)}
     logits = []
     for step in trial.steps:
-        sizes = {"N": len(step.ids), "B": len(step.start) - 1, "S": len(step.sel), "P": trial.pages}
-        results = run(module, "step", {**step.inputs(), **caches}, params, sizes)
+        results = run(module, STEP, {**step.inputs, **caches}, params, {**step.sizes, "P": trial.pages})
         logits.append(results[0].astype(np.float32))
-        caches = dict(zip(caches, results[1:], strict=False))  # then may come maxima of the logits
+        caches = {func.aliases[i].name: result for i, result in enumerate(results) if i in func.aliases}
     return logits
 
 

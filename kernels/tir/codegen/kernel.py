@@ -14,7 +14,7 @@ and `sum` of `AddRmsNorm`, may be the same memory as `x` or `res`; `y` of a line
 How the lowering uses one:
 
     module = NativeModule(isa)                                  # native/module.py
-    with module.entry("xllm_step_decode") as args, member, team:
+    with module.entry("xllm_fn_step") as args, member, team:
         module.call(Linear(...), [pointers..., rows], member, team)
         module.barrier(pointer, team)
     module.write_shared(path)
