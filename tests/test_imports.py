@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "confined": {"errors"},  # what the compiler tries and the server runs in a child process is the same
     "dims": {"errors"},
     "step": {"errors", "dims"},  # what compiler, runtime and kernels agree on
-    "ir": {"errors", "dims"},
-    "interp": {"errors", "dims", "ir"},
+    "ir": {"errors", "dims", "step"},
+    "interp": {"errors", "dims", "step", "ir"},
     "analysis": {"errors", "dims", "step", "ir"},
     "passes": IR_LEVEL,
     "models": {"errors"},

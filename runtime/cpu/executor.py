@@ -187,7 +187,7 @@ class CpuExecutor:
                     f"{self._limits[name]}",
                 )
         if given.get("B", 0) > given.get("N", 0):
-            raise XllmError("internal", f"@{batch.function} with {given['B']} requests and {given['N']} tokens")
+            raise XllmError("internal", f"@{batch.function} with {given} is beyond the limits: B is at most N")
         return sizes
 
     def execute(self, batch: StepBatch) -> Outputs:

@@ -218,6 +218,10 @@ def _check_functions(manifest: Manifest) -> None:
         _check_programs(function, f"{where}.programs", manifest)
         symbols += [program.symbol for program in function.programs]
     _unique(symbols, "$.functions: programs")
+    used = {state for function in manifest.functions.values() for state in function.states}
+    for state in manifest.states:
+        if state not in used:
+            raise bad(f"$.states.{state[:80]}", "no function uses it")
 
 
 def _check_specs(specs: tuple[TensorSpec, ...], where: str, manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from xllm_compiler.dims import as_dim, ceildiv, sym
+from xllm_compiler.dims import sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import aten  # noqa: F401  (registers the handlers)
 from xllm_compiler.frontend.attention import AttendCall, decide, recording
@@ -44,6 +44,7 @@ from xllm_compiler.frontend.weights import Slot, WeightSource, match
 from xllm_compiler.ir import ops, quant
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.step.inputs import step_inputs
 from xllm_compiler.step.interface import LOGITS, STEP
 
 PAGE = 16
@@ -295,17 +296,9 @@ class _StepImport:
         self.slots: dict[str, Slot] = {}
         self.tied = tied_names(model)
         self.func = module.add_func(STEP)
-        n, b, s, t = sym("N"), sym("B"), sym("S"), ceildiv(max_model_len, PAGE)
         self.inputs = {
-            name: self.func.add_arg(name, Tensor("i32", shape))
-            for name, shape in {
-                "ids": (n,),
-                "pos": (n,),
-                "seq": (n,),
-                "start": (b + 1,),
-                "table": (b, as_dim(t)),
-                "sel": (s,),
-            }.items()
+            spec.name: self.func.add_arg(spec.name, Tensor(spec.dtype, spec.dims()))
+            for spec in step_inputs(-(-max_model_len // PAGE))
         }
         self.calls: list[AttendCall] = []
         self.caches: list[tuple[Value, Value]] = []  # argument, last version

@@ -16,6 +16,7 @@ from xllm_compiler.ir.diag import IrError, blame
 from xllm_compiler.ir.ops import AllReduceStart
 from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape, stored_dtype
 from xllm_compiler.ir.types import FLOATS, Kv, Tensor
+from xllm_compiler.step.interface import STEP
 
 # Sees every value as it is stored, with its rank, and says what is stored instead: for recording and for perturbing.
 Watch = Callable[[Value, int, Array], Array]
@@ -23,7 +24,7 @@ Watch = Callable[[Value, int, Array], Array]
 
 def run(
     module: Module,
-    func: str = "step",
+    func: str = STEP,
     inputs: Mapping[str, Array] | None = None,
     params: Mapping[str, Array] | None = None,
     dims: Mapping[str, int] | None = None,

@@ -15,6 +15,7 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.step.interface import STEP
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.semantics import Array, EvalContext
@@ -427,7 +428,7 @@ class Module:
         self.funcs[name] = func
         return func
 
-    def func(self, name: str = "step") -> Func:
+    def func(self, name: str = STEP) -> Func:
         """The function called `name`."""
         if name not in self.funcs:
             raise IrError(f"no function @{name}", help="functions: " + ", ".join(self.funcs))

@@ -304,7 +304,7 @@ class _Parser:
         outputs: dict[int, str] = {}
 
         def result() -> None:
-            if self.tokens[self.at + 1].text == ":":
+            if self.token.kind == "name" and self.tokens[self.at + 1].text == ":":
                 outputs[len(declared)] = self.kind("name", "the name of an output").text
                 self.expect(":")
             declared.append(self.read_type())

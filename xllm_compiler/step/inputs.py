@@ -14,7 +14,7 @@ page of each run of positions, -1 where none is mapped. `sel`: [S], the tokens w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +36,12 @@ WRITTEN: Final[Mapping[str, tuple[str, ...]]] = {
     "sel": ("S",),
 }
 """The inputs that a StepWriter can give, all of them i32, with their shapes; `*` is any fixed number."""
+
+
+def step_inputs(width: int) -> tuple[TensorSpec, ...]:
+    """All of them, with `width` pages for a request."""
+    text = str(width)
+    return tuple(TensorSpec(n, "i32", tuple(text if d == "*" else d for d in shape)) for n, shape in WRITTEN.items())
 
 
 def check_written(name: str, function: Function) -> None:
@@ -130,25 +136,27 @@ class StepWriter:
         """Start a step without requests."""
         self._n = self._b = self._s = 0
 
-    def add(self, tokens: Sequence[int] | I32, position: int, pages: I32, rows: Iterable[int]) -> None:
+    def add(self, tokens: Sequence[int] | I32, position: int, pages: I32, rows: Sequence[int]) -> None:
         """The next request: its `tokens` from `position` on, `pages` of its positions from 0 on, as wide as the table,
         and the `rows`, counted from its first token in this step, whose outputs are wanted."""
         n, b, count = self._n, self._b, len(tokens)
-        self._start[b] = n
         if self._table is not None:
             self._table[b] = pages
-        if count == 1:
+        self._start[b] = n
+        if count == 1:  # a decode: the most frequent case by far, and numbers are quicker than slices
             self._ids[n] = tokens[0]
             self._pos[n] = position
             self._seq[n] = b
+            if rows:
+                self._sel[self._s] = n
+                self._s += 1
         else:
             end = n + count
             self._ids[n:end] = tokens
             self._pos[n:end] = range(position, position + count)
             self._seq[n:end] = b
-        for row in rows:
-            self._sel[self._s] = n + row
-            self._s += 1
+            first, self._s = self._s, self._s + len(rows)
+            self._sel[first : self._s] = [n + row for row in rows]
         self._n, self._b = n + count, b + 1
 
     def end(self) -> StepBatch:

@@ -71,7 +71,7 @@ class State:
     """Memory that outlives a call: `blocks` (a dim text) blocks of `block_bytes` bytes, one behind the other.
 
     `kind` says what a block means and which `sizes` describe it. "kv": keys and values of `page` tokens in `heads`
-    heads of `k` and `v` numbers. `layout`: the order of the bytes within a block, a name that the target's kernels know.
+    heads of `k` and `v` numbers. `layout`: the order of the bytes in a block, a name that the target's kernels know.
     """
 
     kind: str

@@ -25,6 +25,7 @@ from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.ops import AllReduceStart, Linear, Param
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, possible
 from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.step.inputs import WRITTEN
 from xllm_compiler.testing.ranges import Range, index_ranges
 
 Sizes = Mapping[str, int]
@@ -325,7 +326,7 @@ def _floats(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
 class _Step:
     """The arrays that describe a step. What they are called counts, and what kv ops use them for."""
 
-    RANK: ClassVar[dict[str, int]] = {"pos": 1, "seq": 1, "start": 1, "table": 2, "sel": 1}
+    RANK: ClassVar[dict[str, int]] = {name: len(shape) for name, shape in WRITTEN.items() if name != "ids"}
 
     def __init__(self, func: Func, dims: Sizes, demands: Mapping[Value, Range], rng: np.random.Generator) -> None:
         self.func, self.dims, self.rng = func, dims, rng

@@ -64,7 +64,7 @@ def lower_cpu(
     objects: KernelObjects = OBJECTS,
     progress: Progress = lambda what, done: None,
 ) -> CpuLowering:
-    """Lowers all functions of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` into `out_dir`.
+    """Lowers all functions of a module at stage buf for the CPU: writes `cpu/<isa>.so`, `weights.bin` into `out_dir`.
 
     `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
     are missing, for the best level that this machine can run; None: the kernels' own rule. `objects` compiles kernels,
