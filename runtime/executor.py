@@ -14,7 +14,7 @@ from xllm_compiler.artifact import Manifest
 from xllm_compiler.artifact.schema import BLOCK
 from xllm_compiler.errors import XllmError
 from xllm_compiler.step.inputs import StepBatch, check_written
-from xllm_compiler.step.interface import BLOCK_MAX, LOGITS, STEP, Function
+from xllm_compiler.step.interface import BLOCK_MAX, LOGITS, STEP, Function, ValueRange
 
 F32 = NDArray[np.float32]
 Outputs = Mapping[str, NDArray[Any]]
@@ -75,11 +75,13 @@ def check_functions(manifest: Manifest) -> None:
     _check_output(step, LOGITS, vocab)
     if step.output(BLOCK_MAX) is not None:
         _check_output(step, BLOCK_MAX, -(-vocab // BLOCK))
+    longest = manifest.model.max_model_len
+    width = -(-longest // manifest.page_tokens)
     for name, function in manifest.functions.items():
-        table = function.input("table")
-        width = -(-manifest.model.max_model_len // manifest.page_tokens)
+        pos, table = function.input("pos"), function.input("table")
+        if pos is not None and pos.range not in (None, ValueRange(0, longest - 1)):
+            raise _wrong(name, "inputs", f"pos is {pos}, and a request has {longest} tokens")
         if table is not None and function.states and table.shape[1] != str(width):
-            longest = manifest.model.max_model_len
             raise _wrong(name, "inputs", f"table is {table}, and {longest} tokens are {width} pages")
 
 

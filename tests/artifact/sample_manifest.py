@@ -28,7 +28,7 @@ def sample(key: dict[str, Any] | None = None, isas: tuple[str, ...] = ("avx2", "
         states={name: State("kv", "bf16", "tile16", sizes, "P", 4096) for name in ("kv0", "kv1")},
         functions={
             "step": Function(
-                step_inputs(8),
+                step_inputs(128, 16),
                 (TensorSpec("logits", "f32", ("S", "300")),),
                 ("kv0", "kv1"),
                 (Program("xllm_fn_step_1", ("8 - N",), "128*N"), Program("xllm_fn_step", (), "256*N + 64")),

@@ -20,7 +20,7 @@ from xllm_compiler.tools.verify import compare
 
 def manifest(seqs: int, tokens: int, rows: int, longest: int) -> Manifest:
     small = sample()
-    step = replace(small.functions["step"], inputs=step_inputs(-(-longest // 16)))
+    step = replace(small.functions["step"], inputs=step_inputs(longest, 16))
     return replace(
         small,
         limits=Limits(seqs, max(seqs, tokens), rows),

@@ -86,9 +86,8 @@ class FakeExecutor:
 
     def new_batch(self, function: str = STEP) -> StepBatch:
         info = self.model_info
-        width = -(-info.max_model_len // info.page_tokens)
         capacity = {"N": info.max_num_batched_tokens, "B": info.max_num_seqs, "S": info.max_num_logits}
-        return StepBatch(STEP, Function(step_inputs(width), (), (), ()), capacity)
+        return StepBatch(STEP, Function(step_inputs(info.max_model_len, info.page_tokens), (), (), ()), capacity)
 
     def execute(self, batch: StepBatch) -> Outputs:
         if self.hold is not None:

@@ -80,7 +80,7 @@ class NextByte:
         self.steps = 0
 
     def new_batch(self, function: str = STEP) -> StepBatch:
-        return StepBatch(STEP, Function(step_inputs(32), (), (), ()), {"N": 64, "B": 8, "S": 64})
+        return StepBatch(STEP, Function(step_inputs(512, 16), (), (), ()), {"N": 64, "B": 8, "S": 64})
 
     def execute(self, batch: StepBatch) -> Outputs:
         self.open.wait(20)
@@ -151,7 +151,7 @@ def make() -> Iterator[Maker]:
         cors: Cors | None = None,
         **fields: Any,
     ) -> Served:
-        model_info = ModelInfo("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64)
+        model_info = ModelInfo("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64, 16)
         executor = NextByte(pages)
         tokenizer = byte_tokenizer()
         engine = Engine(executor, model_info, tokenizer=tokenizer)

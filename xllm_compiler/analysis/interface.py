@@ -6,14 +6,14 @@ from __future__ import annotations
 from xllm_compiler.ir.core import Func, Module
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.types import Kv, Tensor
-from xllm_compiler.step.interface import KV, Function, State, TensorSpec
+from xllm_compiler.step.interface import KV, Function, State, TensorSpec, ValueRange
 
 
 def interface_of(func: Func) -> Function:
     """What `func` takes and gives, without programs. An output without a name is `out0`, `out1`, .. by its number.
 
     Raises kind "ir" where two outputs have one name."""
-    inputs = tuple(_spec(a.name, a.tensor) for a in func.args if isinstance(a.type, Tensor))
+    inputs = tuple(_spec(a.name, a.tensor, func.ranges.get(a)) for a in func.args if isinstance(a.type, Tensor))
     outputs: list[TensorSpec] = []
     for i, value in enumerate(func.returns):
         if isinstance(value.type, Tensor):
@@ -41,5 +41,5 @@ def states_of(module: Module, layout: str) -> dict[str, State]:
     return found
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    return TensorSpec(name, tensor.dtype, tuple(str(dim) for dim in tensor.shape))
+def _spec(name: str, tensor: Tensor, limits: ValueRange | None = None) -> TensorSpec:
+    return TensorSpec(name, tensor.dtype, tuple(str(dim) for dim in tensor.shape), limits)

@@ -47,7 +47,7 @@ from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.step.inputs import step_inputs
 from xllm_compiler.step.interface import LOGITS, STEP
 
-PAGE = 16
+PAGE_TOKENS = 16  # in a KV page, what is handed out to a request at once: any multiple of a target's tile
 MAX_PAGES = 1 << 24
 # The range that export may assume: so wide that a model which branches on the number of tokens is found out.
 _EXPORT_MAX = 1 << 24
@@ -297,8 +297,8 @@ class _StepImport:
         self.tied = tied_names(model)
         self.func = module.add_func(STEP)
         self.inputs = {
-            spec.name: self.func.add_arg(spec.name, Tensor(spec.dtype, spec.dims()))
-            for spec in step_inputs(-(-max_model_len // PAGE))
+            spec.name: self.func.add_arg(spec.name, Tensor(spec.dtype, spec.dims()), spec.range)
+            for spec in step_inputs(max_model_len, PAGE_TOKENS)
         }
         self.calls: list[AttendCall] = []
         self.caches: list[tuple[Value, Value]] = []  # argument, last version
@@ -420,7 +420,7 @@ class _StepImport:
                 raise im.unsupported(f"attention over {x.shape[2]} tokens that are not the step's")
             return im.cast(im.reshape(im.transpose(x, (0, 2, 1, 3)), (n, heads, size)), self.dtype)
 
-        kv_type = Kv(self.dtype, hk, dk, dv, PAGE, sym("P"))
+        kv_type = Kv(self.dtype, hk, dk, dv, PAGE_TOKENS, sym("P"))
         first = self.func.add_arg(f"kv{layer}", kv_type)
         where = {"pos": self.inputs["pos"], "seq": self.inputs["seq"], "table": self.inputs["table"]}
         written = im.emit(ops.KvWrite, first, rows(key, hk, dk), rows(value, hk, dv), **where, hint=f"kv{layer}_")

@@ -140,6 +140,9 @@ def bind_arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) ->
         ours = OUR_DTYPE.get(x.dtype, str(x.dtype))
         if ours != dtype and not (ctx.precise and ours in FLOATS and dtype in FLOATS):
             raise IrError(f"input %{arg.name} is {ours}, wanted {dtype}")
+        limits = func.ranges.get(arg)
+        if limits is not None and x.size and not limits.lo <= x.min() <= x.max() <= limits.hi:
+            raise IrError(f"input %{arg.name} has values from {x.min()} to {x.max()}, outside {limits}")
         env[arg] = ctx.store(x, arg.type)
     return env
 

@@ -15,7 +15,7 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
-from xllm_compiler.step.interface import STEP
+from xllm_compiler.step.interface import STEP, ValueRange
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.semantics import Array, EvalContext
@@ -358,7 +358,8 @@ class OpList:
 
 class Func:
     """A function: arguments, ops, returned values. `aliases[i]` is the argument whose storage return i shares,
-    `outputs[i]` the name under which callers know return i; a return may have neither."""
+    `outputs[i]` the name under which callers know return i; a return may have neither. `ranges`: of integer arguments
+    whose callers keep all values in them."""
 
     def __init__(self, module: Module, name: str) -> None:
         self.module = module
@@ -367,6 +368,7 @@ class Func:
         self.ops = OpList()
         self.aliases: dict[int, Value] = {}
         self.outputs: dict[int, str] = {}
+        self.ranges: dict[Value, ValueRange] = {}
         self.arena: Dim | None = None
         self.ret: Op = ReturnOp(self, (), (0,), {})
 
@@ -374,8 +376,15 @@ class Func:
     def returns(self) -> tuple[Value, ...]:
         return self.ret.operands
 
-    def add_arg(self, name: str, type: Type) -> Value:
+    def add_arg(self, name: str, type: Type, range: ValueRange | None = None) -> Value:
+        """A further argument. Raises IrError for a range of what is no integer tensor, or an empty one."""
         value = Value(type, self, len(self.args), name)
+        if range is not None:
+            if not isinstance(type, Tensor) or not type.is_int:
+                raise IrError(f"%{name}: {type} has no range", help="integer tensors have")
+            if range.lo > range.hi:
+                raise IrError(f"%{name}: the range {range} is empty")
+            self.ranges[value] = range
         self.args.append(value)
         return value
 

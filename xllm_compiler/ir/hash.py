@@ -44,7 +44,7 @@ def _func_lines(func: Func) -> list[list[str]]:
     lines = [["func", func.name, str(func.arena)]]
     for i, arg in enumerate(func.args):
         number[arg] = f"a{i}"
-        lines.append(["arg", arg.name, _type_text(arg.type)])
+        lines.append(["arg", arg.name, _type_text(arg.type), str(func.ranges.get(arg, ""))])
 
     # A value that is defined nowhere before its use is broken IR (verify says so), which must still hash.
     def ref(v: Value) -> str:

@@ -24,6 +24,7 @@ from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.opdef import OPS
 from xllm_compiler.ir.spec import AttrField, Scalar
 from xllm_compiler.ir.types import DTYPE_BYTES, MAX_SIZE, Event, Future, Kv, Tensor, Type
+from xllm_compiler.step.interface import ValueRange
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
 _HALF: Final = re.compile("[\ud800-\udfff]")  # of a surrogate pair; stands for no character
@@ -346,7 +347,14 @@ class _Parser:
         token = self.kind("value", "an argument %name")
         self.expect(":")
         ty = self.read_type()
-        self.define(token, func.add_arg(token.text[1:], ty))
+        limits: ValueRange | None = None
+        if self.accept("in"):
+            self.expect("[")
+            low = self.integer()
+            self.expect(",")
+            limits = ValueRange(low, self.integer())
+            self.expect("]")
+        self.define(token, self.guarded(token, lambda: func.add_arg(token.text[1:], ty, limits)))
 
     def define(self, token: Token, value: Value) -> None:
         if token.text in self.values:

@@ -85,7 +85,7 @@ def _with_why(line: str, why: str) -> str:
 def print_func(func: Func, loc: bool = False) -> list[str]:
     """The lines of one function."""
     names = Names()
-    args = [f"{names.of(a)}: {a.type}" for a in func.args]
+    args = [f"{names.of(a)}: {a.type}" + (f" in {func.ranges[a]}" if a in func.ranges else "") for a in func.args]
     results: list[str] = []
     for i, v in enumerate(func.returns):
         alias = func.aliases.get(i)

@@ -19,7 +19,6 @@ from xllm_compiler.quant_eval import mixed_precision
 from xllm_compiler.quant_eval.compare import Loss
 from xllm_compiler.quant_eval.measure import Reference, layer_losses, total_loss
 from xllm_compiler.quant_eval.report import LayerLoss, LossReport
-from xllm_compiler.step.interface import STEP
 
 
 class QuantizationEvaluator:
@@ -31,13 +30,12 @@ class QuantizationEvaluator:
         module = clone_module(traced.module)
         run_pipeline(",".join(UNQUANTIZED), module, PassContext())
         self._form, self._limit, self._pipeline = form, limit, pipeline
-        longest = module.func(STEP).arg("table").shape[1].value * 16
         self._bench = Reference.of(
             module,
             traced.weights,
             tokenizer if tokenizer.is_file() else None,
             traced.info.vocab_size,
-            min(longest, traced.info.max_model_len),
+            traced.info.max_model_len,
         )
         self._layers: tuple[LayerLoss, ...] | None = None
 

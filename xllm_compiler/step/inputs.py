@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.step.interface import ARRAY_DTYPE, Function, TensorSpec
+from xllm_compiler.step.interface import ARRAY_DTYPE, Function, TensorSpec, ValueRange
 
 Array = NDArray[Any]
 I32 = NDArray[np.int32]
@@ -38,10 +38,12 @@ WRITTEN: Final[Mapping[str, tuple[str, ...]]] = {
 """The inputs that a StepWriter can give, all of them i32, with their shapes; `*` is any fixed number."""
 
 
-def step_inputs(width: int) -> tuple[TensorSpec, ...]:
-    """All of them, with `width` pages for a request."""
-    text = str(width)
-    return tuple(TensorSpec(n, "i32", tuple(text if d == "*" else d for d in shape)) for n, shape in WRITTEN.items())
+def step_inputs(max_model_len: int, page: int) -> tuple[TensorSpec, ...]:
+    """All of them, for requests of at most `max_model_len` tokens in pages of `page` tokens."""
+    width = str(-(-max_model_len // page))
+    shapes = {name: tuple(width if dim == "*" else dim for dim in shape) for name, shape in WRITTEN.items()}
+    ranges = {"pos": ValueRange(0, max_model_len - 1)}
+    return tuple(TensorSpec(name, "i32", shape, ranges.get(name)) for name, shape in shapes.items())
 
 
 def check_written(name: str, function: Function) -> None:

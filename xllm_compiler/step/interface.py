@@ -40,6 +40,9 @@ class ValueRange:
     lo: int
     hi: int
 
+    def __str__(self) -> str:
+        return f"[{self.lo}, {self.hi}]"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -62,7 +65,7 @@ class TensorSpec:
         return size
 
     def __str__(self) -> str:
-        limits = "" if self.range is None else f" in [{self.range.lo}, {self.range.hi}]"
+        limits = "" if self.range is None else f" in {self.range}"
         return f"{self.dtype}[{', '.join(self.shape)}]{limits}"
 
 

@@ -94,7 +94,7 @@ class _Rebuilder:
         kept, used = self.live(returns)
         for arg in old.args:
             if arg in used or (arg not in edit.unused and arg not in edit.fresh and arg not in edit.subst):
-                self.mapping[arg] = self.new.add_arg(arg.name, self.type(arg.type))
+                self.mapping[arg] = self.new.add_arg(arg.name, self.type(arg.type), old.ranges.get(arg))
         for op in old.ops:
             if op in kept:
                 self.copy(op)

@@ -32,7 +32,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 
 PANEL = 64  # output columns of one packed weight panel
-PAGE = 16  # tokens in a KV page
+TILE_TOKENS = 16  # whose keys and values lie together in vectors; a KV page is one such tile
 
 FloatType = Literal["bf16", "f32"]
 

@@ -21,7 +21,7 @@ from xllm_compiler.artifact.cpu_isa import machine_isas, machine_levels
 from xllm_compiler.dims import as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE, Kernel
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS, Kernel
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
@@ -37,7 +37,7 @@ from xllm_compiler.step.abi import ArgumentBlock, symbol_of
 from xllm_compiler.step.interface import Function, Program, State
 
 Progress = Callable[[str, float], None]
-KV_LAYOUT: Final = f"tile{PAGE}"
+KV_LAYOUT: Final = f"tile{TILE_TOKENS}"
 """How the bytes of a KV page lie: K and V of so many tokens in vectors (architecture, section 5)."""
 
 

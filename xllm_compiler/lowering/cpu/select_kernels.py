@@ -16,7 +16,7 @@ from xllm_compiler.kernels.tir.attention.attend import Attend
 from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
 from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
 from xllm_compiler.kernels.tir.attention.rope import Rope
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL
+from xllm_compiler.kernels.tir.codegen.kernel import PANEL, TILE_TOKENS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
 from xllm_compiler.kernels.tir.rows.embedding import Embedding
@@ -293,6 +293,9 @@ def _embedding(s: Selection, op: Op) -> None:
 
 def _kv(op: Op) -> tuple[Kv, KvLayout]:
     kv = _operand(op, "kv").kv
+    if kv.page != TILE_TOKENS:
+        what = f"{op.name} in pages of {kv.page} tokens; a CPU kernel addresses pages of {TILE_TOKENS}"
+        raise XllmError("unsupported", what, where=where(op))
     dtype = op.operands[1].dtype  # q, k or qkv
     return kv, KvLayout(dtype=dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim, quantized=kv.quantized)
 
