@@ -115,6 +115,16 @@ def test_two_functions_share_weights_and_pages(build: Any) -> None:
             np.testing.assert_allclose(next(iter(got.values())), want, rtol=2e-5, atol=2e-5)
 
 
+def test_a_function_that_is_not_there(build: Any) -> None:
+    with _executor(build(TEXT, _params())) as executor, pytest.raises(XllmError, match="no function @draft; there is"):
+        executor.new_batch("draft")
+
+
+def test_pages_that_no_kernel_has(build: Any) -> None:
+    with pytest.raises(XllmError, match="pages of 32 tokens; a CPU kernel addresses pages of 16"):
+        build(TEXT.replace("page=16", "page=32"), _params())
+
+
 def test_what_is_shared_is_there_once(build: Any) -> None:
     both = build(TEXT, _params())
     alone = build(TEXT[: TEXT.index("func @hidden")], _params())
@@ -137,11 +147,10 @@ def test_a_manifest_of_two_functions_is_sound_and_its_arena_the_larger(build: An
 
 
 def test_a_name_means_one_state(build: Any) -> None:
-    wider = TEXT.replace("heads=1, k=16, v=16", "heads=1, k=16, v=16", 1)
-    head, tail = wider.split("func @hidden")
+    head, tail = TEXT.split("func @hidden")
     other = head + "func @hidden" + tail.replace("kv0", "kv1")
     assert list(build(other, _params()).lowering.states) == ["kv0", "kv1"]
-    clash = head + "func @hidden" + tail.replace("[P]", "[B]").replace("B, 4", "B, 4")
+    clash = head + "func @hidden" + tail.replace("[P]", "[B]")
     with pytest.raises(XllmError, match="kv0"):
         build(clash, _params())
 
