@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.artifact import Manifest
-from xllm_compiler.artifact.schema import BLOCK
 from xllm_compiler.errors import XllmError
 from xllm_compiler.step.inputs import StepBatch, check_written
-from xllm_compiler.step.interface import BLOCK_MAX, LOGITS, STEP, Function, ValueRange
+from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS, STEP, Function, ValueRange
 
 F32 = NDArray[np.float32]
 Outputs = Mapping[str, NDArray[Any]]

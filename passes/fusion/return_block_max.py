@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from xllm_compiler.analysis.weights import is_weight_expr
 from xllm_compiler.ir.core import Builder, Func, Value
@@ -11,10 +11,7 @@ from xllm_compiler.ir.ops import BlockMax
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
-from xllm_compiler.step.interface import BLOCK_MAX, LOGITS
-
-BLOCK: Final = 64
-"""Columns of a panel of the vocabulary projection: its kernel has them in registers when it writes them."""
+from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS
 
 
 @register_pass("return-block-max")

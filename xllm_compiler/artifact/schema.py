@@ -26,8 +26,6 @@ LAYOUTS = re.compile(r"row|panel|glu|(glu_)?(q[48](g[1-9][0-9]*)?z?|q4grid(16|32
 PAGES = "P"
 SYMBOLS = ("N", "B", "S", PAGES)
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges, and may give others."""
-BLOCK = 64
-"""Columns of logits of which the output `block_max` has the largest."""
 
 
 @dataclass(frozen=True, slots=True)

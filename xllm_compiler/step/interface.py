@@ -19,7 +19,9 @@ STEP: Final = "step"
 
 LOGITS: Final = "logits"
 BLOCK_MAX: Final = "block_max"
-"""Outputs that a sampler reads. `block_max` may be missing: the largest of every block of a row of logits."""
+BLOCK: Final = 64
+"""Outputs that a sampler reads. `block_max` may be missing: the largest of every BLOCK columns of a row of logits.
+The kernel of the projection has so many in registers when it writes them."""
 
 KV: Final = "kv"
 """The kind of a state that holds keys and values in pages."""

@@ -30,14 +30,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Trial:
-    """Requests and the steps that serve them from a pool of `pages` KV pages."""
+    """Requests and the steps of `function` that serve them from a pool of `pages` KV pages."""
 
+    function: str
     tokens: tuple[I32, ...]
     steps: tuple[Step, ...]
     pages: int
 
 
-def make_trial(manifest: Manifest, seed: int, decode_steps: int = 3) -> Trial:
+def make_trial(manifest: Manifest, seed: int, function: str = STEP, decode_steps: int = 3) -> Trial:
     """Random requests within the artifact's limits. Each step computes some tokens of some requests: first one chunk of
     each prompt, then the rest beside the first decodes, then decodes alone. Pages are dealt out in random order."""
     draw = np.random.default_rng(seed)
@@ -56,10 +57,10 @@ def make_trial(manifest: Manifest, seed: int, decode_steps: int = 3) -> Trial:
     steps: list[Step] = []
     while any(a < b for a, b in zip(done, goals, strict=True)):
         plan = _plan(done, lengths, goals, limits.max_num_batched_tokens, first=not steps)
-        steps.append(_step(plan, done, tokens, tables, manifest))
+        steps.append(_step(plan, done, tokens, tables, manifest, function))
         for request, count in plan:
             done[request] += count
-    return Trial(tuple(tokens), tuple(steps), pages)
+    return Trial(function, tuple(tokens), tuple(steps), pages)
 
 
 def _plan(done: list[int], prompts: list[int], goals: list[int], budget: int, first: bool) -> Plan:
@@ -75,11 +76,11 @@ def _plan(done: list[int], prompts: list[int], goals: list[int], budget: int, fi
     return plan
 
 
-def _step(plan: Plan, done: list[int], tokens: list[I32], tables: I32, manifest: Manifest) -> Step:
+def _step(plan: Plan, done: list[int], tokens: list[I32], tables: I32, manifest: Manifest, function: str) -> Step:
     most = manifest.limits.max_num_logits
     count = sum(count for _, count in plan)
     capacity = {"N": count, "B": len(plan), "S": most}
-    writer = StepWriter(StepBatch(STEP, manifest.functions[STEP], capacity))
+    writer = StepWriter(StepBatch(function, manifest.functions[function], capacity))
     rows: list[tuple[int, int]] = []
     for request, count in plan:
         at = done[request]
