@@ -20,7 +20,6 @@ from xllm_compiler.runtime.memory import MemoryPlan
 from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.phases import Phases
 from xllm_compiler.runtime.tokenizer import Tokenizer, read_json_object
-from xllm_compiler.step.interface import STEP
 
 if TYPE_CHECKING:
     from xllm_compiler.runtime.profile.profiler import Profiler
@@ -159,7 +158,8 @@ def _decide_memory(manifest: Manifest, model_info: ModelInfo, options: EngineOpt
     at_limits = manifest.limit_values(1)
     page_tokens = manifest.page_tokens
     width = -(-manifest.model.max_model_len // page_tokens)
-    inputs = sum(spec.nbytes().evaluate(at_limits) for spec in manifest.functions[STEP].inputs)
+    inputs = [spec for function in manifest.functions.values() for spec in function.inputs]
+    input_bytes = sum(spec.nbytes().evaluate(at_limits) for spec in inputs)
     given = options.kv_cache_memory_bytes is not None
     available = None if given and options.max_body_size is None else host.available_memory()
     requests, text = 0, 0
@@ -169,7 +169,7 @@ def _decide_memory(manifest: Manifest, model_info: ModelInfo, options: EngineOpt
         weights=manifest.weights.bytes,
         arena=manifest.arena_bytes(at_limits),
         outputs=manifest.output_bytes(at_limits),
-        host=inputs + 4 * width * manifest.limits.max_num_seqs,
+        host=input_bytes + 4 * width * manifest.limits.max_num_seqs,
         requests=requests,
         text=text,
     )

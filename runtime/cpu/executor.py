@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,13 @@ class _Output:
 class _Loaded:
     """A function that can be called: its argument block, with the words that do not change filled in."""
 
-    def __init__(self, name: str, function: Function, order: tuple[str, ...], library: ctypes.CDLL) -> None:
+    def __init__(self, name: str, function: Function, dims: Iterable[str], library: ctypes.CDLL) -> None:
         self.name, self.function = name, function
-        self.block = ArgumentBlock.of(function, order)
+        self.block = ArgumentBlock.of(function, dims)
+        order = tuple(self.block.dims())
         self.words = (ctypes.c_int64 * len(self.block))()
         self.at = ctypes.c_void_p(ctypes.addressof(self.words))
-        dims = self.block.dims()
-        self.sizes = slice(dims[order[0]], dims[order[0]] + len(order))
+        self.sizes = self.block.sizes()
         self.profile = self.block.place("profile")
         self.batch: StepBatch | None = None
         self.outputs: list[_Output] = []
@@ -127,8 +127,7 @@ class CpuExecutor:
         self.pages = pages
         self._weights = weights
         self._limits = manifest.limit_values(pages)
-        self._order = tuple(sorted(self._limits))
-        self._least = {name: manifest.dims[name].lo for name in self._order}
+        self._least = {name: limits.lo for name, limits in manifest.dims.items()}
         # of the cache huge pages made first prompts slower, and nothing quicker
         self._arena = _anonymous(manifest.arena_bytes(self._limits))
         host.prefer_huge_pages(self._arena)
@@ -146,7 +145,8 @@ class CpuExecutor:
         barrier = (self._barrier.ctypes.data + _ALIGN - 1) & -_ALIGN
         self._functions: dict[str, _Loaded] = {}
         for name, function in manifest.functions.items():
-            loaded = self._functions[name] = _Loaded(name, function, self._order, library)
+            loaded = self._functions[name] = _Loaded(name, function, manifest.dims, library)
+            self._order = tuple(loaded.block.dims())  # the same in all functions
             loaded.put("arena", "", _address(self._arena))
             loaded.put("weights", "", int(weights.ctypes.data))
             loaded.put("barrier", "", barrier)
@@ -176,7 +176,8 @@ class CpuExecutor:
         return self._loaded(batch.function).choose(self._sizes(batch))[0]
 
     def _sizes(self, batch: StepBatch) -> list[int]:
-        """The sizes of a call in the argument block's order. Raises XllmError("internal") beyond the limits."""
+        """The sizes of a call in the argument block's order; those of other functions' inputs are at their least. Raises
+        XllmError("internal") beyond the limits."""
         given = batch.sizes
         sizes = [self._limits[name] if name == PAGES else given.get(name, self._least[name]) for name in self._order]
         for name, size in zip(self._order, sizes, strict=True):

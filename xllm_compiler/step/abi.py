@@ -56,5 +56,10 @@ class ArgumentBlock:
         return self.words.index((space, name))
 
     def dims(self) -> dict[str, int]:
-        """The index of every size's word."""
+        """The index of every size's word, in their order; they lie side by side."""
         return {name: i for i, (space, name) in enumerate(self.words) if space == "dim"}
+
+    def sizes(self) -> slice:
+        """All sizes' words at once."""
+        places = self.dims().values()
+        return slice(min(places, default=0), max(places, default=-1) + 1)
