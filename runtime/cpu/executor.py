@@ -176,8 +176,8 @@ class CpuExecutor:
         return self._loaded(batch.function).choose(self._sizes(batch))[0]
 
     def _sizes(self, batch: StepBatch) -> list[int]:
-        """The sizes of a call in the argument block's order; those of other functions' inputs are at their least. Raises
-        XllmError("internal") beyond the limits."""
+        """The sizes of a call in the argument block's order; those of other functions' inputs are at their least.
+        Raises XllmError("internal") beyond the limits."""
         given = batch.sizes
         sizes = [self._limits[name] if name == PAGES else given.get(name, self._least[name]) for name in self._order]
         for name, size in zip(self._order, sizes, strict=True):
