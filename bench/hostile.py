@@ -4,7 +4,8 @@
 
 Quiet windows and windows with a bomb alternate in one run. What a bomb does it does each time, and what the machine
 does it does at any time; so a bomb's gap is the smallest over its throws of the longest gap that any other client saw,
-and it is judged beside the median of the quiet windows. Fails (status 1) on
+and it is judged beside the median of the quiet windows. A bomb that seems too slow is thrown again, up to twice as
+often each time. Fails (status 1) on
 
 - a gap between two chunks of another client's stream longer by 50 ms than in quiet windows,
 - an answer of /health that takes longer than 100 ms, or that much longer than in quiet windows,
@@ -253,9 +254,9 @@ HEAD = (
 )
 
 
-def attack(server: Server, crowd: Crowd, bomb: Bomb, throws: int) -> Result:
+def attack(server: Server, crowd: Crowd, result: Result, throws: int) -> None:
     """Quiet windows and throws by turns."""
-    result = Result(bomb, allowed=server.at_rest + server.promised, before=server.rss())
+    bomb = result.bomb
     bomb.build()
     for _ in range(throws):
         start = time.monotonic()
@@ -275,7 +276,23 @@ def attack(server: Server, crowd: Crowd, bomb: Bomb, throws: int) -> Result:
         result.health.append(seen["health"])
         result.peak = max(result.peak, server.peak())
     result.after = server.rss()
-    return result
+
+
+def again(server: Server, crowd: Crowd, results: list[Result], throws: int) -> None:
+    """More throws of the bombs that are too slow so far: another process may have had the cores."""
+    quiet, health = quiet_medians(results)
+    for result in results:
+        if {"gap", "health"} & set(result.faults(quiet, health)):
+            attack(server, crowd, result, throws)
+            print(f"  {result.bomb.name}, again: {min(result.gaps) * 1e3:.0f} ms", flush=True)
+
+
+def quiet_medians(results: list[Result]) -> tuple[float, float]:
+    """Of all quiet windows: longest gap and slowest /health, seconds."""
+    return (
+        statistics.median(value for result in results for value in result.quiet),
+        statistics.median(value for result in results for value in result.quiet_health),
+    )
 
 
 def run(server: Server, bombs: list[Bomb], clients: int, throws: int) -> tuple[list[str], list[Result], bool]:
@@ -285,13 +302,15 @@ def run(server: Server, bombs: list[Bomb], clients: int, throws: int) -> tuple[l
     try:
         time.sleep(THINK_SECONDS[1] + 1)
         for bomb in bombs:
-            results.append(attack(server, crowd, bomb, throws))
-            last = results[-1]
-            print(f"  {bomb.name}: {min(last.gaps) * 1e3:.0f} ms, status {last.statuses}", flush=True)
+            result = Result(bomb, allowed=server.at_rest + server.promised, before=server.rss())
+            attack(server, crowd, result, throws)
+            results.append(result)
+            print(f"  {bomb.name}: {min(result.gaps) * 1e3:.0f} ms, status {result.statuses}", flush=True)
+        for more in (throws, 2 * throws):
+            again(server, crowd, results, more)
     finally:
         crowd.end()
-    quiet = statistics.median(value for result in results for value in result.quiet)
-    health = statistics.median(value for result in results for value in result.quiet_health)
+    quiet, health = quiet_medians(results)
     verdicts = [result.faults(quiet, health) for result in results]
     rows = [result.row(faults) for result, faults in zip(results, verdicts, strict=True)]
     print(f"quiet windows, {clients} clients: longest gap, median {quiet * 1e3:.0f} ms; /health {health * 1e3:.0f} ms")

@@ -40,6 +40,7 @@ from xllm_compiler.runtime.sampler import Scratch
 from xllm_compiler.runtime.sequence import Sequence
 from xllm_compiler.runtime.stats import EngineStats, Health
 from xllm_compiler.runtime.tokenizer import Tokenizer
+from xllm_compiler.step.inputs import StepWriter
 
 MAX_QUEUED = 16384
 
@@ -63,6 +64,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._executor = executor
         self._batch = executor.new_batch()
+        self._writer = StepWriter(self._batch)
         self._pool = PagePool(executor.pages)
         self._limits = scheduler.Limits(
             max_tokens=model_info.max_num_batched_tokens,
@@ -287,7 +289,7 @@ class Engine:
     def _add(self, request: Request, on_output: OnOutput) -> None:
         group = SequenceGroup(request, on_output)
         seed = int.from_bytes(os.urandom(8), "little")
-        width = self._batch.table.shape[1]
+        width = self._batch["table"].shape[1]
         sequences: list[Sequence] = []
         self._groups[request.request_id] = sequences
         for index in range(request.params.n):
@@ -325,7 +327,7 @@ class Engine:
             filled = time.perf_counter()
             with self._computing:
                 self._check_alive()
-                logits = self._executor.execute(self._batch)
+                logits = Logits.of(self._executor.execute(self._batch))
             ran = time.perf_counter()
             if self._before_first_output is not None:
                 self._run_first_output_check()
@@ -340,7 +342,7 @@ class Engine:
         seconds["execute"] += ran - filled
         seconds["sample"] += time.perf_counter() - ran
         self._stats.steps += 1
-        self._stats.step_tokens += self._batch.n
+        self._stats.step_tokens += self._batch.sizes["N"]
 
     def _propose(self) -> None:
         """Ask for a draft of every sequence that decodes next."""
@@ -391,28 +393,14 @@ class Engine:
 
     def _fill(self, work: list[tuple[Sequence, int]]) -> None:
         """Write the step's inputs, and give every sequence the pages of its new positions."""
-        batch = self._batch
-        n = s = 0
-        for b, (sequence, count) in enumerate(work):
+        writer = self._writer
+        writer.begin()
+        for sequence, count in work:
             low = sequence.computed
-            high = low + count
-            sequence.table.ensure(high)
-            batch.start[b] = n
-            batch.table[b] = sequence.table.row
-            if count == 1:
-                batch.ids[n] = sequence.token(low)
-                batch.pos[n] = low
-                batch.seq[n] = b
-            else:
-                batch.ids[n : n + count] = sequence.span(low, high)
-                batch.pos[n : n + count] = range(low, high)
-                batch.seq[n : n + count] = b
-            for position in range(max(low, sequence.first_row), high):
-                batch.sel[s] = n + position - low
-                s += 1
-            n += count
-        batch.start[len(work)] = n
-        batch.n, batch.b, batch.s = n, len(work), s
+            sequence.table.ensure(low + count)
+            tokens = (sequence.token(low),) if count == 1 else sequence.span(low, low + count)
+            writer.add(tokens, low, sequence.table.row, range(max(0, sequence.first_row - low), count))
+        writer.end()
 
     def _take(self, work: list[tuple[Sequence, int]], logits: Logits) -> None:
         """Hand each sequence its rows; what came of it is to be told to its client."""

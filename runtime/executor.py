@@ -1,42 +1,22 @@
-"""The border between engine and target. Owns the shape of a step's inputs; must not know requests, pages or
-policies."""
+"""The border between engine and target: who runs functions, and what a sampler reads of their outputs. Owns what this
+runtime needs of an artifact's functions; must not know requests, pages or policies."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact.schema import BLOCK
+from xllm_compiler.artifact import Manifest
+from xllm_compiler.errors import XllmError
+from xllm_compiler.step.inputs import StepBatch, check_written
+from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS, STEP, Function, ValueRange
 
-I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
-
-
-class StepBatch:
-    """The inputs of one step in buffers that are allocated once (docs/architecture.md, "The step function").
-
-    Only the first `n` tokens, `b` requests (`start` has b + 1 entries) and `s` sampled rows are meaningful. `width` is
-    the number of pages of the longest request that the compiled step was told of; `table` is [max_seqs, width], C
-    order.
-    """
-
-    __slots__ = ("b", "ids", "n", "pos", "s", "sel", "seq", "start", "table")
-
-    def __init__(self, max_tokens: int, max_seqs: int, max_rows: int, width: int) -> None:
-        self.n = self.b = self.s = 0
-        self.ids: I32 = np.zeros(max_tokens, np.int32)
-        self.pos: I32 = np.zeros(max_tokens, np.int32)
-        self.seq: I32 = np.zeros(max_tokens, np.int32)
-        self.start: I32 = np.zeros(max_seqs + 1, np.int32)
-        self.table: I32 = np.full((max_seqs, width), -1, np.int32)
-        self.sel: I32 = np.zeros(max_rows, np.int32)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.ids, self.pos, self.seq, self.start, self.table, self.sel))
+Outputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +30,68 @@ class Logits:
     maxima: F32
 
     @classmethod
-    def of(cls, rows: F32) -> Logits:
-        """Rows whose maxima nobody has found yet."""
+    def of(cls, outputs: Outputs) -> Logits:
+        """Those among a step's outputs; the maxima are found here where the step did not return them."""
+        rows: F32 = outputs[LOGITS]
+        found = outputs.get(BLOCK_MAX)
+        if found is not None:
+            return cls(rows, found)
         if not len(rows):
             return cls(rows, np.zeros((0, -(-rows.shape[1] // BLOCK)), np.float32))
         return cls(rows, np.maximum.reduceat(rows, range(0, rows.shape[1], BLOCK), axis=1))
 
 
 class Executor(Protocol):
-    """Runs steps. Not thread-safe: one thread calls it."""
+    """Runs the functions of an artifact. Not thread-safe: one thread calls it."""
 
     pages: int
 
-    def new_batch(self) -> StepBatch:
-        """Input buffers of the sizes this executor was compiled for."""
+    def new_batch(self, function: str = STEP) -> StepBatch:
+        """Input buffers of a function, of the sizes this executor was compiled for."""
         ...
 
-    def execute(self, batch: StepBatch) -> Logits:
-        """Run one step; views that the next call overwrites. Raises XllmError("internal")."""
+    def execute(self, batch: StepBatch) -> Outputs:
+        """Run the batch's function once; its outputs by name, views that the function's next call overwrites. Raises
+        XllmError("internal")."""
         ...
 
     def close(self) -> None:
         """Free threads and memory. Safe to call twice."""
         ...
+
+
+def check_functions(manifest: Manifest) -> None:
+    """Raises kind "artifact" where a function needs what this runtime cannot give, or @step lacks what it needs."""
+    step = manifest.functions.get(STEP)
+    if step is None:
+        given = ", ".join(f"@{name}" for name in manifest.functions)
+        raise XllmError(
+            "artifact",
+            f"the artifact has no function @{STEP}, which a server runs; it has {given}",
+            help="compile the checkpoint again",
+        )
+    for name, function in manifest.functions.items():
+        check_written(name, function)
+    vocab = manifest.model.vocab_size
+    _check_output(step, LOGITS, vocab)
+    if step.output(BLOCK_MAX) is not None:
+        _check_output(step, BLOCK_MAX, -(-vocab // BLOCK))
+    longest = manifest.model.max_model_len
+    width = -(-longest // manifest.page_tokens)
+    for name, function in manifest.functions.items():
+        pos, table = function.input("pos"), function.input("table")
+        if pos is not None and pos.range not in (None, ValueRange(0, longest - 1)):
+            raise _wrong(name, "inputs", f"pos is {pos}, and a request has {longest} tokens")
+        if table is not None and function.states and table.shape[1] != str(width):
+            raise _wrong(name, "inputs", f"table is {table}, and {longest} tokens are {width} pages")
+
+
+def _check_output(step: Function, name: str, columns: int) -> None:
+    spec = step.output(name)
+    if spec is None or (spec.dtype, spec.shape) != ("f32", ("S", str(columns))):
+        raise _wrong(STEP, "outputs", f"{name} is {spec or 'missing'}, and a sampler reads f32[S, {columns}]")
+
+
+def _wrong(function: str, what: str, message: str) -> XllmError:
+    where = f"manifest.json: $.functions.{function}.{what}"
+    return XllmError("artifact", message, where=where, help="compile the checkpoint again")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.artifact import (
-    STEP,
+    MODULE,
     WEIGHTS,
     Contents,
     Manifest,
@@ -31,10 +31,11 @@ from xllm_compiler.artifact import (
     unlisted,
 )
 from xllm_compiler.artifact.io import open_regular
-from xllm_compiler.artifact.step_text import check_step
+from xllm_compiler.artifact.module_text import check_module
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host
 from xllm_compiler.runtime.cpu.team import load_library, native_function
+from xllm_compiler.runtime.executor import check_functions
 from xllm_compiler.runtime.guard import WeightsGuard
 
 log = logging.getLogger("xllm")
@@ -52,10 +53,12 @@ class LoadedArtifact:
         self.manifest = manifest
         self.isa = isa
         self.files = Contents(path, manifest)
-        check_step((self.files / STEP).read_bytes(), manifest)
+        check_functions(manifest)
+        check_module((self.files / MODULE).read_bytes(), manifest)
         self.code: ctypes.CDLL = load_library(self.files / f"{manifest.target.kind}/{isa}.so")
-        for program in manifest.programs:
-            native_function(self.code, program.symbol)
+        for function in manifest.functions.values():
+            for program in function.programs:
+                native_function(self.code, program.symbol)
         fd, self._map, self.weights = _map_weights(path / WEIGHTS)
         self.guard = WeightsGuard(path / WEIGHTS, fd, self._map, int(self.weights.ctypes.data), self._compare)
         self._error: Exception | None = None
@@ -98,7 +101,7 @@ def load_artifact(path: Path, isa: str | None = None) -> LoadedArtifact:
         )
     if extra := unlisted(path, manifest):
         log.warning("%s: not listed in the manifest, and not read: %s", path, ", ".join(map(repr, extra)))
-    later = (WEIGHTS, STEP, f"{manifest.target.kind}/{isa}.so")  # checked when they are read
+    later = (WEIGHTS, MODULE, f"{manifest.target.kind}/{isa}.so")  # checked when they are read
     check_files(path, manifest, [name for name in manifest.files if name not in later])
     check_size(path, manifest, WEIGHTS)
     return LoadedArtifact(path, manifest, isa)

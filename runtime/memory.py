@@ -39,14 +39,14 @@ class Fixed:
 
     weights: int
     arena: int
-    logits: int
+    outputs: int
     host: int
     requests: int = 0
     text: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.arena + self.logits + self.host + self.requests + self.text
+        return self.weights + self.arena + self.outputs + self.host + self.requests + self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class MemoryPlan:
         return [
             ("weights", fixed.weights),
             ("arena", fixed.arena),
-            ("logits", fixed.logits),
+            ("outputs", fixed.outputs),
             ("host", fixed.host),
             ("requests", fixed.requests),
             ("text", fixed.text),

@@ -20,4 +20,4 @@ class ModelInfo:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_logits: int
-    page_tokens: int = 16
+    page_tokens: int

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact.schema import BLOCK
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.token_set import TokenBias, TokenSet
+from xllm_compiler.step.interface import BLOCK
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.artifact import Manifest
-from xllm_compiler.dims import parse_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host, memory
 from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.engine import MAX_QUEUED, Engine
-from xllm_compiler.runtime.executor import Executor, StepBatch
+from xllm_compiler.runtime.executor import Executor
 from xllm_compiler.runtime.loader import LoadedArtifact, load_artifact
 from xllm_compiler.runtime.memory import MemoryPlan
 from xllm_compiler.runtime.model_info import ModelInfo
@@ -149,18 +148,18 @@ def _model_info(manifest: Manifest, options: EngineOptions) -> ModelInfo:
         eos_token_ids=model.eos_token_ids,
         bos_token_id=model.bos_token_id,
         max_num_logits=limits.max_num_logits,
-        page_tokens=manifest.target.page,
+        page_tokens=manifest.page_tokens,
         **chosen,
     )
 
 
 def _decide_memory(manifest: Manifest, model_info: ModelInfo, options: EngineOptions) -> MemoryPlan:
-    limits = manifest.limits
-    # Formulas are monotone in N, B and S; P enters none of them in a sound plan, and its upper limit would hide that.
-    at_limits = {"N": limits.max_num_batched_tokens, "B": limits.max_num_seqs, "S": limits.max_num_logits, "P": 1}
-    kv = manifest.memory.kv
-    width = -(-manifest.model.max_model_len // kv.page_tokens)
-    inputs = StepBatch(limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_num_logits, width).nbytes
+    # Formulas are monotone in the sizes; P enters none of them in a sound plan, and its upper limit would hide that.
+    at_limits = manifest.limit_values(1)
+    page_tokens = manifest.page_tokens
+    width = -(-manifest.model.max_model_len // page_tokens)
+    inputs = [spec for function in manifest.functions.values() for spec in function.inputs]
+    input_bytes = sum(spec.nbytes().evaluate(at_limits) for spec in inputs)
     given = options.kv_cache_memory_bytes is not None
     available = None if given and options.max_body_size is None else host.available_memory()
     requests, text = 0, 0
@@ -168,16 +167,16 @@ def _decide_memory(manifest: Manifest, model_info: ModelInfo, options: EngineOpt
         requests, text = memory.for_requests(available, options.max_body_size)
     fixed = memory.Fixed(
         weights=manifest.weights.bytes,
-        arena=parse_dim(manifest.memory.arena).evaluate(at_limits),
-        logits=parse_dim(manifest.memory.logits).evaluate(at_limits),
-        host=inputs + 4 * width * limits.max_num_seqs,
+        arena=manifest.arena_bytes(at_limits),
+        outputs=manifest.output_bytes(at_limits),
+        host=input_bytes + 4 * width * manifest.limits.max_num_seqs,
         requests=requests,
         text=text,
     )
     return memory.decide(
         fixed,
-        page_bytes=kv.page_bytes,
-        page_tokens=kv.page_tokens,
+        page_bytes=manifest.page_bytes,
+        page_tokens=page_tokens,
         max_model_len=model_info.max_model_len,
         max_num_seqs=model_info.max_num_seqs,
         max_pages=manifest.dims["P"].hi,

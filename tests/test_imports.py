@@ -20,6 +20,7 @@ FOLDERS = {
     "frontend": "xllm_compiler/frontend",
     "lowering": "xllm_compiler/lowering",
     "artifact": "xllm_compiler/artifact",
+    "step": "xllm_compiler/step",
     "cache": "xllm_compiler/cache.py",
     "workspace": "xllm_compiler/workspace.py",
     "options": "xllm_compiler/options.py",
@@ -34,20 +35,21 @@ FOLDERS = {
     "runtime": "runtime",
 }
 
-IR_LEVEL = {"errors", "dims", "ir", "interp", "analysis"}
+IR_LEVEL = {"errors", "dims", "step", "ir", "interp", "analysis"}
 MAY_IMPORT = {
     "errors": set(),
     "confined": {"errors"},  # what the compiler tries and the server runs in a child process is the same
     "dims": {"errors"},
-    "ir": {"errors", "dims"},
-    "interp": {"errors", "dims", "ir"},
-    "analysis": {"errors", "dims", "ir"},
+    "step": {"errors", "dims"},  # what compiler, runtime and kernels agree on
+    "ir": {"errors", "dims", "step"},
+    "interp": {"errors", "dims", "step", "ir"},
+    "analysis": {"errors", "dims", "step", "ir"},
     "passes": IR_LEVEL,
     "models": {"errors"},
     "frontend": IR_LEVEL | {"models", "confined"},
-    "kernels": {"errors", "dims"},
+    "kernels": {"errors", "dims", "step"},
     "lowering": IR_LEVEL | {"passes", "kernels", "artifact"},
-    "artifact": {"errors", "dims"},
+    "artifact": {"errors", "dims", "step"},
     "cache": {"errors", "artifact"},
     "workspace": set(),
     "options": {"errors", "artifact", "frontend", "passes"},
@@ -58,7 +60,7 @@ MAY_IMPORT = {
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},
-    "runtime": {"errors", "dims", "artifact", "confined"},
+    "runtime": {"errors", "dims", "step", "artifact", "confined"},
 }
 
 THIRD_PARTY_ONLY_IN = {

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,18 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from xllm_compiler.artifact import (
     CALLS,
     FORMAT,
-    OUTPUTS,
-    STEP,
+    MODULE,
     DimRange,
-    KvLayer,
-    KvPlan,
     Limits,
     Manifest,
-    Memory,
     Model,
-    Program,
     Target,
-    TensorSpec,
     Weight,
     Weights,
     digest_file,
@@ -42,8 +36,7 @@ from xllm_compiler.frontend.checkpoint import INDEX, SIDE_FILES, Checkpoint
 from xllm_compiler.frontend.ends import ends_of_text
 from xllm_compiler.frontend.tokenizer import tokenizer_files
 from xllm_compiler.ir.rewrite import RewriteListener
-from xllm_compiler.ir.types import Tensor
-from xllm_compiler.options import PAGE_TOKENS, CompileOptions, Resolved, resolve
+from xllm_compiler.options import CompileOptions, Resolved, resolve
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.base import Target as PassTarget
 from xllm_compiler.passes.instruments import Instrument
@@ -54,7 +47,7 @@ from xllm_compiler.workspace import temporary_files
 if TYPE_CHECKING:
     from xllm_compiler.frontend.model import CheckpointInfo
     from xllm_compiler.frontend.tokenizer import ResolvedTokenizer
-    from xllm_compiler.ir.core import Module, Value
+    from xllm_compiler.ir.core import Module
     from xllm_compiler.lowering.cpu.build import CpuLowering
     from xllm_compiler.lowering.cpu.tiles import TileChoices
 
@@ -72,6 +65,7 @@ _SOURCES = (
     "passes",
     "kernels",
     "lowering",
+    "step",
     "artifact",
     "loss",
     "options.py",
@@ -264,7 +258,7 @@ def _build(
         with clock.phase("passes"):
             context = PassContext(PassTarget(read("option.target")), listeners=list(listeners))
             run_pipeline(pipeline, module, context, instruments=instruments)
-            writer.write_text(STEP, print_module(module))
+            writer.write_text(MODULE, print_module(module))
         objects = OBJECTS if store is None else KernelObjects(ObjectStore(store / "kernels"))
         with clock.phase("lower"):
             lowered = lower_cpu(
@@ -393,11 +387,10 @@ def _manifest(
 ) -> Manifest:
     """The manifest, but for files and id, which the writer knows."""
     read = request.factors.read
-    func = module.func("step")
     dims = {}
     for symbol in module.scope.symbols.values():
         if symbol.lo is None or symbol.hi is None:
-            raise XllmError("internal", f"dim {symbol.name} has no range", where="@step")
+            raise XllmError("internal", f"dim {symbol.name} has no range")
         dims[symbol.name] = DimRange(symbol.lo, symbol.hi, symbol.why)
     return Manifest(
         format=FORMAT,
@@ -413,40 +406,22 @@ def _manifest(
             eos_token_ids=ends,
             bos_token_id=info.bos_token_id,
         ),
-        target=Target(read("option.target"), lowered.isas, PAGE_TOKENS),
+        target=Target(read("option.target"), lowered.isas),
         limits=Limits(
             max_num_seqs=read("option.max_num_seqs"),
             max_num_batched_tokens=read("option.max_num_batched_tokens"),
             max_num_logits=read("option.max_num_logits"),
         ),
         dims=dims,
-        inputs=tuple(_spec(value.name, value) for value in _tensors(func.args)),
-        outputs=tuple(_spec(name, value) for name, value in zip(OUTPUTS, _tensors(func.returns), strict=False)),
-        memory=Memory(str(lowered.arena), str(lowered.logits), _kv_plan(lowered)),
+        states=lowered.states,
+        functions=lowered.functions,
         weights=Weights(
             lowered.weight_bytes,
             tuple(Weight(t.name, t.layout, t.dtype, t.shape, t.offset, t.bytes) for t in lowered.weights),
         ),
-        programs=tuple(Program(p.name, tuple(str(dim) for dim in p.guard), p.symbol) for p in lowered.programs),
         files={},
         key=request.factors.key(),
     )
-
-
-def _kv_plan(lowered: CpuLowering) -> KvPlan:
-    pages = {layer.page for layer in lowered.kv_layers}
-    if pages - {PAGE_TOKENS}:
-        raise XllmError("internal", f"KV pages of {sorted(pages)} tokens, the format says {PAGE_TOKENS}")
-    layers = tuple(KvLayer(layer.page_bytes, layer.heads, layer.k, layer.v) for layer in lowered.kv_layers)
-    return KvPlan(PAGE_TOKENS, layers)
-
-
-def _tensors(values: Iterable[Value]) -> list[Value]:
-    return [value for value in values if isinstance(value.type, Tensor)]
-
-
-def _spec(name: str, value: Value) -> TensorSpec:
-    return TensorSpec(name, value.dtype, tuple(str(dim) for dim in value.shape))
 
 
 def _source_factors() -> dict[str, str]:

@@ -20,7 +20,6 @@ from xllm_compiler.passes.quantize.forms import MIXED, NARROW, parse_form
 
 TARGETS = ("cpu",)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
-PAGE_TOKENS = 16
 
 MAX_SEQS = 4096
 MAX_BATCHED_TOKENS = 1 << 16

@@ -100,6 +100,6 @@ def _rebuild(func: Func, arg: Value, fresh: Value, chain: list[Op], groups: int)
             else:
                 old.replace_all_uses_with(new)
     aliases = {i: now.get(a, a) for i, a in func.aliases.items()}
-    func.set_returns([now.get(v, v) for v in func.returns], aliases)
+    func.set_returns([now.get(v, v) for v in func.returns], aliases, func.outputs)
     for op in reversed(chain):
         op.erase()

@@ -74,7 +74,7 @@ class _Relayout:
         self.b = Builder.at_end(self.func)
         returns = [materialise(self.b, self.env[v]) if v in self.env else v for v in self.func.returns]
         if list(self.func.returns) != returns:
-            self.func.set_returns(returns, self.func.aliases)
+            self.func.set_returns(returns, self.func.aliases, self.func.outputs)
         for op in reversed(replaced):
             op.erase()
 

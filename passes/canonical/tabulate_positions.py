@@ -14,8 +14,6 @@ from xllm_compiler.ir.types import Tensor
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
 
-PAGE = 16
-
 
 @register_pass("tabulate-positions")
 @dataclass(frozen=True)
@@ -26,18 +24,17 @@ class TabulatePositions(FuncPass):
              %g = t.mul(%f1, %inv_freq) : f32[N, 32]                         ... the same over %i: weights, not work
              %cos = t.cos(%g) : f32[N, 32]                                   %cos = nn.embedding(%pos, %table)
 
-    The table has a row for each position up to the model's length, rounded up to a page; fewer where the expression
-    itself reads a table with fewer rows.
+    The table has a row for each position in the range of %pos; fewer where the expression itself reads a table with
+    fewer rows. A %pos without a range is left alone.
     """
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
-        names = {a.name: a for a in func.args}
-        pos, table = names.get("pos"), names.get("table")
-        if pos is None or table is None or not table.shape[1].is_const:
+        pos = next((a for a in func.args if a.name == "pos" and a in func.ranges), None)
+        if pos is None:
             return False
         known = _position_only(func, pos)
         roots = [v for v in known if _is_root(v, known) and _worth_it(v)]
-        length = _length(func, known, pos, table.shape[1].value * PAGE)
+        length = _length(func, known, pos, func.ranges[pos].hi + 1)
         memo: dict[Value, Value] = {}
         for root in roots:
             assert root.op is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from xllm_compiler.analysis.weights import is_weight_expr
 from xllm_compiler.ir.core import Builder, Func, Value
@@ -11,9 +11,7 @@ from xllm_compiler.ir.ops import BlockMax
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
-
-BLOCK: Final = 64
-"""Columns of a panel of the vocabulary projection: its kernel has them in registers when it writes them."""
+from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS
 
 
 @register_pass("return-block-max")
@@ -25,7 +23,8 @@ class ReturnBlockMax(FuncPass):
                                                          return %logits, %kv1, %m
 
     They are those of the values returned, whatever made these of the projection (softcap, scale, bias). A function that
-    returns another number of tensors than one, or no f32 rows of a fixed length, is left alone.
+    returns another number of tensors than one, no f32 rows of a fixed length, or something that is not called logits,
+    is left alone.
     """
 
     changes_signature: ClassVar[bool] = True
@@ -33,6 +32,8 @@ class ReturnBlockMax(FuncPass):
     def run_on(self, func: Func, ctx: PassContext) -> bool:
         tensors = [v for v in func.returns if isinstance(v.type, Tensor)]
         if len(tensors) == 2 and _tells_of(tensors[1], tensors[0]):
+            return False
+        if set(func.outputs.values()) - {LOGITS}:
             return False
         if len(tensors) != 1 or (why := _unfit(tensors[0])):
             if any(isinstance(v.type, Kv) for v in func.args):  # a step of a model, whose sampler will miss them
@@ -47,7 +48,8 @@ class ReturnBlockMax(FuncPass):
         made = Builder.after(op, op.loc.touched_by("return-block-max/append")).create(
             BlockMax, logits, block=BLOCK, hint="block_max"
         )
-        func.set_returns([*func.returns, made.result], func.aliases)
+        outputs = {**func.outputs, len(func.returns): BLOCK_MAX}
+        func.set_returns([*func.returns, made.result], func.aliases, outputs)
         ctx.tried("return-block-max/append", op, fired=True, made=[made])
         ctx.stat("appended")
         return True

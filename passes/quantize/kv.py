@@ -63,6 +63,6 @@ def _shrink(func: Func, arg: Value) -> None:
                 was.replace_all_uses_with(is_)
         old.append(op)
     aliases = {i: now.get(a, a) for i, a in func.aliases.items()}
-    func.set_returns([now.get(v, v) for v in func.returns], aliases)
+    func.set_returns([now.get(v, v) for v in func.returns], aliases, func.outputs)
     for op in reversed(old):
         op.erase()

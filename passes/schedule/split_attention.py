@@ -20,12 +20,12 @@ _LANES: Final = 16
 class SplitAttention(FuncPass):
     """Gives each attention scratch for a decode step of one request of full length, divided among many.
 
-    before:  func @step(.., %table: i32[B, 512], ..)
+    before:  func @step(.., %pos: i32[N] in [0, 8191], ..)
              %a = kv.attend(%kv1, %q, ..) : bf16[N, 8, 64]
     after:   %a, %scratch = kv.attend(%kv1, %q, .., scratch=12288) : bf16[N, 8, 64], f32[12288]
 
     For every 512 tokens that a row may see: its maximum, its sums and its values, in vectors of 16. Attention over 512
-    tokens at the most, or over a table of unknown length, stays as it is. What is computed does not depend on it.
+    tokens at the most, or at positions without a range, stays as it is. What is computed does not depend on it.
     """
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
@@ -34,10 +34,11 @@ class SplitAttention(FuncPass):
 
 @rule(KvAttend)
 def split(op: KvAttend, rw: Rewriter) -> bool:
-    if op.scratch or not op.table.shape[1].is_const:
+    limits = op.func.ranges.get(op.pos)
+    if op.scratch or limits is None:
         return False
     kv, heads = op.kv.kv, op.q.shape[1].value
-    tokens = op.table.shape[1].value * kv.page
+    tokens = limits.hi + 1
     if op.window:
         tokens = min(tokens, op.window + _CHUNK)  # a window may begin anywhere in a chunk
     chunks = -(-tokens // _CHUNK)

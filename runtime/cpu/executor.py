@@ -1,25 +1,29 @@
-"""Runs an artifact's steps on the CPU. Owns the buffers of a step and the choice of program; must not know requests.
+"""Runs an artifact's functions on the CPU. Owns their buffers and the choice of program; must not know requests.
 
-A step is one native call. Everything around it is prepared once: input buffers, argument block, guards as closures.
+A step is one native call. Everything around it is prepared once: input buffers, argument blocks, guards as closures.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.artifact import Manifest
+from xllm_compiler.artifact.schema import PAGES
 from xllm_compiler.dims import parse_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host
 from xllm_compiler.runtime.cpu.team import Team, native_function
-from xllm_compiler.runtime.executor import F32, Logits, StepBatch
+from xllm_compiler.runtime.executor import Outputs
+from xllm_compiler.step.abi import ArgumentBlock
+from xllm_compiler.step.inputs import StepBatch
+from xllm_compiler.step.interface import ARRAY_DTYPE, STEP, Function, TensorSpec
 
-SYMBOLS = ("N", "B", "S", "P")
 _ALIGN = 64
 _PAGE = 4096
 
@@ -39,13 +43,70 @@ def _address(memory: mmap.mmap) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
-class _Program:
-    __slots__ = ("guards", "name", "step")
+class _Output:
+    """One output's memory, large enough for every call."""
 
-    def __init__(self, name: str, guards: Sequence[Guard], step: ctypes.c_void_p) -> None:
-        self.name = name
-        self.guards = tuple(guards)
-        self.step = step
+    __slots__ = ("address", "items", "memory", "name", "shape")
+
+    def __init__(self, spec: TensorSpec, order: tuple[str, ...], limits: Mapping[str, int]) -> None:
+        self.name = spec.name
+        self.memory = _anonymous(spec.nbytes().evaluate(limits))
+        host.prefer_huge_pages(self.memory)
+        self.address = _address(self.memory)
+        self.items: NDArray[Any] = np.frombuffer(self.memory, ARRAY_DTYPE[spec.dtype])
+        self.shape: list[Callable[..., int]] = [dim.compile(order) for dim in spec.dims()]
+
+    def view(self, sizes: list[int]) -> NDArray[Any]:
+        shape = [axis(*sizes) for axis in self.shape]
+        count = 1
+        for size in shape:
+            count *= size
+        return self.items[:count].reshape(shape)
+
+
+class _Loaded:
+    """A function that can be called: its argument block, with the words that do not change filled in."""
+
+    def __init__(self, name: str, function: Function, dims: Iterable[str], library: ctypes.CDLL) -> None:
+        self.name, self.function = name, function
+        self.block = ArgumentBlock.of(function, dims)
+        order = tuple(self.block.dims())
+        self.words = (ctypes.c_int64 * len(self.block))()
+        self.at = ctypes.c_void_p(ctypes.addressof(self.words))
+        self.sizes = self.block.sizes()
+        self.profile = self.block.place("profile")
+        self.batch: StepBatch | None = None
+        self.outputs: list[_Output] = []
+        self.programs: list[tuple[str, list[Guard], ctypes.c_void_p]] = [
+            (
+                program.symbol,
+                [parse_dim(text).compile(order) for text in program.guard],
+                ctypes.cast(native_function(library, program.symbol), ctypes.c_void_p),
+            )
+            for program in function.programs
+        ]
+
+    def put(self, space: Any, name: str, value: int) -> None:
+        self.words[self.block.place(space, name)] = value
+
+    def bind(self, batch: StepBatch) -> None:
+        """Write the addresses of a batch's buffers into the argument block; they do not move after that."""
+        for spec in self.function.inputs:
+            array = batch[spec.name]
+            if array.dtype != ARRAY_DTYPE[spec.dtype] or not array.flags.c_contiguous:
+                raise XllmError("internal", f"input {spec.name} of @{self.name} must be contiguous {spec.dtype}")
+            self.put("input", spec.name, int(array.ctypes.data))
+        self.batch = batch
+
+    def choose(self, sizes: list[int]) -> tuple[str, ctypes.c_void_p]:
+        """Symbol and code of the first program that takes these sizes."""
+        for symbol, guards, code in self.programs:
+            for guard in guards:
+                if guard(*sizes) < 0:
+                    break
+            else:
+                return symbol, code
+        raise XllmError("internal", f"no program of @{self.name} takes the sizes {sizes}")
 
 
 class CpuExecutor:
@@ -64,101 +125,89 @@ class CpuExecutor:
         if weights.ctypes.data % _ALIGN:
             raise XllmError("internal", "the weights are not mapped at a multiple of 64")
         self.pages = pages
-        self._manifest = manifest
         self._weights = weights
-        limits = manifest.limits
-        self._most = (limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_num_logits, pages)
-        self._programs = [
-            _Program(
-                program.name,
-                [parse_dim(text).compile(SYMBOLS) for text in program.guard],
-                ctypes.cast(native_function(library, program.symbol), ctypes.c_void_p),
-            )
-            for program in manifest.programs
-        ]
-        at_limits = dict(zip(SYMBOLS, self._most, strict=True))
-        self._arena = _anonymous(parse_dim(manifest.memory.arena).evaluate(at_limits))
-        self._kv = _anonymous(pages * manifest.memory.kv.page_bytes)
-        # the outputs lie one behind the other, each as long as the step's rows make it
-        self._columns = [int(spec.shape[1]) for spec in manifest.outputs]
-        self._logits_memory = _anonymous(parse_dim(manifest.memory.logits).evaluate(at_limits))
-        for memory in (
-            self._arena,
-            self._logits_memory,
-        ):  # of the cache they made first prompts slower, and nothing quicker
-            host.prefer_huge_pages(memory)
-        self._logits: F32 = np.frombuffer(self._logits_memory, np.float32)
+        self._limits = manifest.limit_values(pages)
+        self._least = {name: limits.lo for name, limits in manifest.dims.items()}
+        # of the cache huge pages made first prompts slower, and nothing quicker
+        self._arena = _anonymous(manifest.arena_bytes(self._limits))
+        host.prefer_huge_pages(self._arena)
+        # A block has its tokens of all KV states, one state after the other.
+        self._kv = _anonymous(pages * manifest.page_bytes)
+        places: dict[str, int] = {}
+        end = _address(self._kv)
+        for name, state in manifest.states.items():
+            places[name], end = end, end + state.block_bytes
         # a barrier, and for each member the words by which it takes turns
         self._barrier = np.zeros((2 + threads) * _ALIGN, np.uint8)
         barrier = (self._barrier.ctypes.data + _ALIGN - 1) & -_ALIGN
-        self._batch: StepBatch | None = None
-        self._args = (ctypes.c_int64 * 16)()
-        self._args_at = ctypes.c_void_p(ctypes.addressof(self._args))
-        self._args[0:3] = [_address(self._arena), int(weights.ctypes.data), _address(self._kv)]
-        self._args[9] = int(self._logits.ctypes.data)
-        self._args[14] = barrier
+        self._functions: dict[str, _Loaded] = {}
+        for name, function in manifest.functions.items():
+            loaded = self._functions[name] = _Loaded(name, function, manifest.dims, library)
+            self._order = tuple(loaded.block.dims())  # the same in all functions
+            loaded.put("arena", "", _address(self._arena))
+            loaded.put("weights", "", int(weights.ctypes.data))
+            loaded.put("barrier", "", barrier)
+            for used in function.states:
+                loaded.put("state", used, places[used])
+            for spec in function.outputs:
+                output = _Output(spec, self._order, self._limits)
+                loaded.outputs.append(output)
+                loaded.put("output", spec.name, output.address)
         self._team: Team | None = Team(library, threads)
 
     @property
     def threads(self) -> int:
         return 0 if self._team is None else self._team.size
 
-    def new_batch(self) -> StepBatch:
-        tokens, seqs, rows, _ = self._most
-        width = -(-self._manifest.model.max_model_len // self._manifest.target.page)
-        return StepBatch(tokens, seqs, rows, width)
+    def new_batch(self, function: str = STEP) -> StepBatch:
+        return StepBatch(function, self._loaded(function).function, self._limits)
 
-    def program_for(self, n: int, b: int, s: int) -> str:
-        """Name of the program that a step of these sizes runs."""
-        return self._choose(n, b, s).name
+    def _loaded(self, name: str) -> _Loaded:
+        found = self._functions.get(name)
+        if found is None:
+            raise XllmError("internal", f"there is no function @{name}; there is @{', @'.join(self._functions)}")
+        return found
 
-    def _choose(self, n: int, b: int, s: int) -> _Program:
-        for program in self._programs:
-            for guard in program.guards:
-                if guard(n, b, s, self.pages) < 0:
-                    break
-            else:
-                return program
-        raise XllmError("internal", f"no program takes a step of N={n}, B={b}, S={s}, P={self.pages}")
+    def program_for(self, batch: StepBatch) -> str:
+        """Symbol of the program that runs a batch."""
+        return self._loaded(batch.function).choose(self._sizes(batch))[0]
 
-    def _bind(self, batch: StepBatch) -> None:
-        """Write the addresses of a batch's buffers into the argument block; they do not move after that."""
-        for place, array in enumerate((batch.ids, batch.pos, batch.seq, batch.start, batch.table, batch.sel), 3):
-            if array.dtype != np.int32 or not array.flags.c_contiguous:
-                raise XllmError("internal", f"input {place - 3} of a step must be contiguous int32")
-            self._args[place] = int(array.ctypes.data)
-        self._batch = batch
+    def _sizes(self, batch: StepBatch) -> list[int]:
+        """The sizes of a call in the argument block's order; those of other functions' inputs are at their least.
+        Raises XllmError("internal") beyond the limits."""
+        given = batch.sizes
+        sizes = [self._limits[name] if name == PAGES else given.get(name, self._least[name]) for name in self._order]
+        for name, size in zip(self._order, sizes, strict=True):
+            if not self._least[name] <= size <= self._limits[name]:
+                raise XllmError(
+                    "internal",
+                    f"@{batch.function} with {name}={size} is beyond the limits {self._least[name]} to "
+                    f"{self._limits[name]}",
+                )
+        if given.get("B", 0) > given.get("N", 0):
+            raise XllmError("internal", f"@{batch.function} with {given} is beyond the limits: B is at most N")
+        return sizes
 
-    def execute(self, batch: StepBatch) -> Logits:
-        """Run one step; views that the next call overwrites. Raises XllmError("internal")."""
-        if batch is not self._batch:
-            self._bind(batch)
+    def execute(self, batch: StepBatch) -> Outputs:
+        """Run the batch's function once; views that its next call overwrites. Raises XllmError("internal")."""
+        loaded = self._loaded(batch.function)
+        if batch is not loaded.batch:
+            loaded.bind(batch)
         if self._team is None:
             raise XllmError("internal", "the executor is closed")
-        n, b, s = batch.n, batch.b, batch.s
-        most = self._most
-        if not (1 <= b <= most[1] and b <= n <= most[0] and 0 <= s <= most[2]):
-            raise XllmError("internal", f"a step of N={n}, B={b}, S={s} is beyond the limits N, B, S <= {most[:3]}")
-        args = self._args
-        args[10], args[11], args[12], args[13] = n, b, s, self.pages
-        program = self._choose(n, b, s)
-        status = self._team.run(program.step, self._args_at)
+        sizes = self._sizes(batch)
+        loaded.words[loaded.sizes] = sizes  # type: ignore[assignment]
+        symbol, code = loaded.choose(sizes)
+        status = self._team.run(code, loaded.at)
         if status:
-            raise XllmError("internal", f"program {program.name} returned {status} for N={n}, B={b}, S={s}")
-        return self._outputs(s)
-
-    def _outputs(self, s: int) -> Logits:
-        vocab, *rest = self._columns
-        end = s * vocab
-        rows = self._logits[:end].reshape(s, vocab)
-        if not rest:  # compiled without return-block-max
-            return Logits.of(rows)
-        return Logits(rows, self._logits[end : end + s * rest[0]].reshape(s, rest[0]))
+            raise XllmError("internal", f"program {symbol} returned {status} for {batch.sizes}")
+        return {output.name: output.view(sizes) for output in loaded.outputs}
 
     def stamp_into(self, stamps: NDArray[np.int64] | None) -> None:
-        """Where the next steps write their time stamps, [threads, calls of the program, 2] in C order, which must be
+        """Where the next calls write their time stamps, [threads, calls of the program, 2] in C order, which must be
         kept until it is changed again; None: nowhere."""
-        self._args[15] = 0 if stamps is None else int(stamps.ctypes.data)
+        for loaded in self._functions.values():
+            loaded.words[loaded.profile] = 0 if stamps is None else int(stamps.ctypes.data)
 
     def close(self) -> None:
         if self._team is not None:

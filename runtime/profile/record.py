@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from xllm_compiler.artifact.calls import CallTable
 from xllm_compiler.runtime.cpu import CpuExecutor
-from xllm_compiler.runtime.executor import Logits, StepBatch
+from xllm_compiler.runtime.executor import Outputs
 from xllm_compiler.runtime.profile.clock import Clock
+from xllm_compiler.step.inputs import StepBatch
+from xllm_compiler.step.interface import STEP
 
 KINDS: Final = ("prefill", "decode")
 MAX_STEPS: Final = 1000
@@ -75,33 +77,34 @@ class Recorder:
         self._before: dict[str, float] = {}
         self._reports: list[threading.Thread] = []
 
-    def new_batch(self) -> StepBatch:
-        return self._executor.new_batch()
+    def new_batch(self, function: str = STEP) -> StepBatch:
+        return self._executor.new_batch(function)
 
-    def execute(self, batch: StepBatch) -> Logits:
+    def execute(self, batch: StepBatch) -> Outputs:
         """What the executor's own returns, untouched."""
         if self._last is not None:
             self._end_host()
-        kind = "decode" if batch.n == batch.b else "prefill"
-        if kind not in self._open:
+        n, b, s = (batch.sizes.get(name, 0) for name in ("N", "B", "S"))
+        kind = "decode" if n == b else "prefill"
+        if batch.function != STEP or kind not in self._open:
             return self._executor.execute(batch)
-        program = self._executor.program_for(batch.n, batch.b, batch.s)
+        program = self._executor.program_for(batch)
         buffer = self._buffers[program]
         self._executor.stamp_into(buffer)
         try:
             begin = time.perf_counter_ns()
-            logits = self._executor.execute(batch)
+            outputs = self._executor.execute(batch)
             end = time.perf_counter_ns()
         finally:
             self._executor.stamp_into(None)
         if kind not in self._warm:
             self._warm.add(kind)
-            return logits
-        context = int(batch.pos[batch.start[: batch.b]].sum()) // batch.b
-        step = Step(kind, program, batch.n, batch.b, batch.s, context, begin, end, buffer.copy())
+            return outputs
+        context = int(batch["pos"][batch["start"][:b]].sum()) // b
+        step = Step(kind, program, n, b, s, context, begin, end, buffer.copy())
         self._seen[kind].append(step)
         self._last, self._before = step, dict(self.host())
-        return logits
+        return outputs
 
     def _end_host(self) -> None:
         """The engine has come back for another step: what it did since the last one is known."""

@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xllm_compiler.artifact import (
-    FORMAT,
-    DimRange,
-    KvLayer,
-    KvPlan,
-    Limits,
-    Manifest,
-    Memory,
-    Model,
-    Program,
-    Target,
-    TensorSpec,
-    Weight,
-    Weights,
-)
+from xllm_compiler.artifact import FORMAT, DimRange, Limits, Manifest, Model, Target, Weight, Weights
 from xllm_compiler.artifact.writer import ArtifactWriter
+from xllm_compiler.step.inputs import step_inputs
+from xllm_compiler.step.interface import Function, Program, State, TensorSpec
 
 
 def sample(key: dict[str, Any] | None = None, isas: tuple[str, ...] = ("avx2", "avx512")) -> Manifest:
+    sizes = {"heads": 2, "k": 32, "v": 32, "page": 16}
     return Manifest(
         format=FORMAT,
         id="",
         model=Model("Qwen3ForCausalLM", "tiny", 300, 64, 2, "bf16", 128, (2,), None),
-        target=Target("cpu", isas, 16),
+        target=Target("cpu", isas),
         limits=Limits(4, 32, 8),
         dims={
             "N": DimRange(1, 32, "tokens in this step"),
@@ -36,14 +25,19 @@ def sample(key: dict[str, Any] | None = None, isas: tuple[str, ...] = ("avx2", "
             "S": DimRange(0, 8, "sampled rows"),
             "P": DimRange(1, 1 << 24, "pages"),
         },
-        inputs=(TensorSpec("ids", "i32", ("N",)), TensorSpec("start", "i32", ("B + 1",))),
-        outputs=(TensorSpec("logits", "f32", ("S", "300")),),
-        memory=Memory("256*N + 64", "1200*S", KvPlan(16, (KvLayer(4096, 2, 32, 32), KvLayer(4096, 2, 32, 32)))),
+        states={name: State("kv", "bf16", "tile16", sizes, "P", 4096) for name in ("kv0", "kv1")},
+        functions={
+            "step": Function(
+                step_inputs(128, 16),
+                (TensorSpec("logits", "f32", ("S", "300")),),
+                ("kv0", "kv1"),
+                (Program("xllm_fn_step_1", ("8 - N",), "128*N"), Program("xllm_fn_step", (), "256*N + 64")),
+            )
+        },
         weights=Weights(
             256,
             (Weight("a", "row", "bf16", (8, 8), 0, 128), Weight("b", "row", "bf16", (8, 8), 128, 128)),
         ),
-        programs=(Program("decode", ("8 - N",), "xllm_step_decode"), Program("prefill", (), "xllm_step_prefill")),
         files={},
         key=key or {"option.dtype": "bfloat16", "checkpoint.config.json": "0" * 32},
     )
@@ -51,7 +45,7 @@ def sample(key: dict[str, Any] | None = None, isas: tuple[str, ...] = ("avx2", "
 
 def fill(writer: ArtifactWriter, isas: tuple[str, ...] = ("avx2", "avx512"), text: str = "xir 1\n") -> None:
     """Write the files that the sample manifest needs."""
-    writer.write_text("step.xir", text)
+    writer.write_text("module.xir", text)
     writer.write_text("weights.bin", "w" * 256)
     writer.write_text("calls.json", "{}\n")
     for isa in isas:

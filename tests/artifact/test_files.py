@@ -34,7 +34,7 @@ def test_write_then_read(tmp_path: Path) -> None:
     assert read_manifest(out) == manifest
     check_files(out, manifest)
     code = ["cpu/avx2.so", "cpu/avx512.so"]
-    assert sorted(tree(out)) == ["calls.json", *code, "manifest.json", "step.xir", "weights.bin"]
+    assert sorted(tree(out)) == ["calls.json", *code, "manifest.json", "module.xir", "weights.bin"]
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -147,7 +147,7 @@ def test_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bo
         monkeypatch.setattr(writer_module, "_RENAME_EXCHANGE", 0x80)  # an invalid flag: what an old file system answers
     out = tmp_path / "out"
     first = write_sample(out)
-    with open(out / "step.xir") as reader:  # a server keeps its mapped files
+    with open(out / "module.xir") as reader:  # a server keeps its mapped files
         second = write_sample(out, text="another\n")
         assert reader.read() == "xir 1\n"
     assert first.id != second.id

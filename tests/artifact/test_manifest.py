@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from sample_manifest import sample
 
-from xllm_compiler.artifact import FORMAT, DimRange, FileEntry, Limits, Manifest, Program, TensorSpec, Weight, Weights
+from xllm_compiler.artifact import FORMAT, DimRange, FileEntry, Limits, Manifest, Weight, Weights
 from xllm_compiler.artifact.rules import read_text
 from xllm_compiler.artifact.schema import canonical_json
 from xllm_compiler.errors import XllmError
+from xllm_compiler.step.interface import Program, TensorSpec
 
 FILES = {
     name: FileEntry(256, "ab" * 16)
-    for name in ("step.xir", "weights.bin", "calls.json", "cpu/avx2.so", "cpu/avx512.so", "tokenizer.json")
+    for name in ("module.xir", "weights.bin", "calls.json", "cpu/avx2.so", "cpu/avx512.so", "tokenizer.json")
 }
 
 
@@ -95,7 +96,8 @@ def test_other_format_version_names_both(version: Any) -> None:
         (("target", "isas"), {"avx2": 1}, "list"),
         (("dims", "N"), [1, 2], "object"),
         (("dims",), [], "object"),
-        (("memory", "kv", "layers"), [{"page_bytes": 1}], "missing 'heads', 'k', 'v'"),
+        (("states", "kv0"), {"kind": "kv"}, "missing 'dtype', 'layout', 'sizes'"),
+        (("functions", "step", "states"), "kv0", "list"),
         (("key", "option.x"), 2**70, "integer"),
     ],
 )
@@ -115,6 +117,11 @@ def broken(**changes: Any) -> Manifest:
     return replace(sealed(), **changes)
 
 
+def changed(**changes: Any) -> Manifest:
+    """With another @step."""
+    return broken(functions={"step": replace(sample().functions["step"], **changes)})
+
+
 def row(name: str, offset: int, size: int) -> Weight:
     return Weight(name, "row", "bf16", (size // 2,), offset, size)
 
@@ -129,13 +136,16 @@ RANGES = sample().dims
         (broken(dims={name: RANGES[name] for name in "NBS"}), "P has no range"),
         (broken(dims={**RANGES, "N": DimRange(1, 31, "")}), "differs from the limit"),
         (broken(limits=Limits(4, 2, 8), dims={**RANGES, "N": DimRange(1, 2, "")}), "less than 4"),
-        (broken(inputs=(TensorSpec("ids", "i32", ("Q + 1",)),)), "uses Q"),
-        (broken(inputs=(TensorSpec("ids", "i32", ("N +",)),)), "not a dim"),
-        (broken(inputs=(TensorSpec("ids", "i33", ("N",)),)), "i33"),
-        (broken(inputs=(TensorSpec("ids", "i32", ()), TensorSpec("ids", "i32", ()))), "twice"),
-        (broken(programs=()), "none"),
-        (broken(programs=(Program("decode", ("8 - N",), "xllm_step_f"),)), "last program"),
-        (broken(programs=(Program("decode", (), "f; rm"),)), "not a name"),
+        (changed(inputs=(TensorSpec("ids", "i32", ("Q + 1",)),)), "uses Q"),
+        (changed(inputs=(TensorSpec("ids", "i32", ("N +",)),)), "not a dim"),
+        (changed(inputs=(TensorSpec("ids", "i33", ("N",)),)), "i33"),
+        (changed(inputs=(TensorSpec("ids", "i32", ()), TensorSpec("ids", "i32", ()))), "twice"),
+        (changed(programs=()), "none"),
+        (changed(programs=(Program("xllm_fn_f", ("8 - N",), "0"),)), "last program"),
+        (changed(programs=(Program("f; rm", (), "0"),)), "no program"),
+        (changed(programs=(Program("xllm_fn_f", ("8 - N",), "0"), Program("xllm_fn_f", (), "0"))), "twice"),
+        (changed(programs=(Program("xllm_fn_f", (), "4*N*Q"),)), "uses Q"),
+        (changed(states=("kv2",)), "table of states"),
         (broken(weights=Weights(256, (row("a", 0, 128), row("b", 64, 128)))), "inside a"),
         (broken(weights=Weights(256, (row("a", -64, 32),))), "negative"),
         (broken(weights=Weights(256, (Weight("a", "row", "bf16", (8, 8), 0, 126),))), "do not hold"),
@@ -159,5 +169,7 @@ def test_rules(manifest: Manifest, match: str) -> None:
 def test_formulas_at_the_limits() -> None:
     manifest = sealed()
     assert manifest.limit_values(7) == {"N": 32, "B": 4, "S": 8, "P": 7}
-    assert manifest.dim(manifest.memory.arena).evaluate(manifest.limit_values(7)) == 256 * 32 + 64
-    assert manifest.memory.kv.page_bytes == 8192
+    limits = manifest.limit_values(7)
+    assert manifest.arena_bytes(limits) == 256 * 32 + 64, "the largest of its programs"
+    assert manifest.output_bytes(limits) == 8 * 300 * 4
+    assert (manifest.page_bytes, manifest.page_tokens) == (8192, 16)

@@ -21,7 +21,15 @@ def test_show_names_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
     manifest = write_sample(tmp_path / "a")
     assert main(["show", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
-    for word in (manifest.id, "Qwen3ForCausalLM", "decode", "8 - N >= 0", "256*N + 64", "weights.bin", "option.dtype"):
+    for word in (
+        manifest.id,
+        "Qwen3ForCausalLM",
+        "xllm_fn_step",
+        "8 - N >= 0",
+        "256*N + 64",
+        "weights.bin",
+        "option.dtype",
+    ):
         assert word in text
     assert "8.1 KiB" in text  # the arena at its limit: 256*32 + 64 bytes
     assert main(["show", str(tmp_path / "a"), "--json"]) == 0
@@ -46,7 +54,7 @@ def test_diff_of_equal_and_of_different(tmp_path: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert "~ option.dtype: 'bfloat16' -> 'float32'" in text
     assert "- checkpoint.config.json" in text
-    assert "+more" in text and "~ step.xir" in text
+    assert "+more" in text and "~ module.xir" in text
     assert "weights.bin" not in text
 
 

@@ -12,6 +12,7 @@ from sample_manifest import sample
 
 from xllm_compiler.artifact import Limits, Manifest, Weight
 from xllm_compiler.kernels.layouts import pack_glu, pack_panels
+from xllm_compiler.step.inputs import step_inputs
 from xllm_compiler.tools.steps import make_trial
 from xllm_compiler.tools.unpack import unpack
 from xllm_compiler.tools.verify import compare
@@ -19,8 +20,12 @@ from xllm_compiler.tools.verify import compare
 
 def manifest(seqs: int, tokens: int, rows: int, longest: int) -> Manifest:
     small = sample()
+    step = replace(small.functions["step"], inputs=step_inputs(longest, 16))
     return replace(
-        small, limits=Limits(seqs, max(seqs, tokens), rows), model=replace(small.model, max_model_len=longest)
+        small,
+        limits=Limits(seqs, max(seqs, tokens), rows),
+        model=replace(small.model, max_model_len=longest),
+        functions={"step": step},
     )
 
 
@@ -32,17 +37,19 @@ def test_steps_compute_every_token_once_in_order(seqs: int, tokens: int, rows: i
     seen: dict[int, int] = {}
     owner: dict[int, int] = {}
     for step in trial.steps:
-        n, b = len(step.ids), len(step.start) - 1
-        assert 1 <= b <= seqs and b <= n <= about.limits.max_num_batched_tokens and 1 <= len(step.sel) <= rows
-        assert step.start[0] == 0 and step.start[-1] == n and (np.diff(step.start) >= 1).all()
-        assert step.table.shape == (b, -(-longest // 16))
-        requests = {int(step.seq[row]): request for row, (request, _) in zip(step.sel, step.rows, strict=True)}
-        for row, (request, position) in zip(step.sel, step.rows, strict=True):
-            assert step.pos[row] == position and step.ids[row] == trial.tokens[request][position]
+        ids, pos, seq, start, table, sel = (step.inputs[k] for k in ("ids", "pos", "seq", "start", "table", "sel"))
+        n, b = len(ids), len(start) - 1
+        assert step.sizes == {"N": n, "B": b, "S": len(sel)}
+        assert 1 <= b <= seqs and b <= n <= about.limits.max_num_batched_tokens and 1 <= len(sel) <= rows
+        assert start[0] == 0 and start[-1] == n and (np.diff(start) >= 1).all()
+        assert table.shape == (b, -(-longest // 16))
+        requests = {int(seq[row]): request for row, (request, _) in zip(sel, step.rows, strict=True)}
+        for row, (request, position) in zip(sel, step.rows, strict=True):
+            assert pos[row] == position and ids[row] == trial.tokens[request][position]
         for index in range(b):
-            part = slice(step.start[index], step.start[index + 1])
-            assert (step.seq[part] == index).all()
-            positions = step.pos[part]
+            part = slice(start[index], start[index + 1])
+            assert (seq[part] == index).all()
+            positions = pos[part]
             assert (positions == np.arange(positions[0], positions[0] + len(positions))).all()
             if index not in requests:
                 continue
@@ -50,7 +57,7 @@ def test_steps_compute_every_token_once_in_order(seqs: int, tokens: int, rows: i
             if rows >= 12:  # then every request has a row in each of its steps
                 assert positions[0] == seen.get(request, 0)
                 seen[request] = int(positions[-1]) + 1
-            for page in step.table[index][: positions[-1] // 16 + 1]:
+            for page in table[index][: positions[-1] // 16 + 1]:
                 assert 0 <= page < trial.pages and owner.setdefault(int(page), request) == request
     if rows >= 12:
         assert seen == {request: len(tokens) for request, tokens in enumerate(trial.tokens)}
@@ -58,9 +65,11 @@ def test_steps_compute_every_token_once_in_order(seqs: int, tokens: int, rows: i
 
 def test_trials_mix_chunks_and_decodes() -> None:
     trial = make_trial(manifest(8, 64, 16, 128), 0)
-    sizes = [(len(step.ids), len(step.start) - 1) for step in trial.steps]
+    sizes = [(step.sizes["N"], step.sizes["B"]) for step in trial.steps]
     assert any(n == b for n, b in sizes), "a step of decodes alone"
-    assert any(n > b and (np.diff(s.start) == 1).any() for (n, b), s in zip(sizes[1:], trial.steps[1:], strict=True))
+    assert any(
+        n > b and (np.diff(s.inputs["start"]) == 1).any() for (n, b), s in zip(sizes[1:], trial.steps[1:], strict=True)
+    )
 
 
 def test_comparison() -> None:

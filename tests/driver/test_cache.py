@@ -78,7 +78,7 @@ def test_nearest_entry_and_first_difference(tmp_path: Path) -> None:
     assert [d.factor for d in farther.differences] == ["option.dtype", "version.torch"]
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "step.xir", "cpu/avx2.so", "manifest.json"])
+@pytest.mark.parametrize("name", ["weights.bin", "module.xir", "cpu/avx2.so", "manifest.json"])
 def test_damaged_entry_is_made_again(tmp_path: Path, name: str) -> None:
     cache, notes = CompileCache(tmp_path), []
     path, _ = cache.obtain(Factors(VALUES), make(Factors(VALUES)))

@@ -18,15 +18,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from xllm_compiler import driver
+from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.artifact import CallTable, ProgramCalls, check_files, read_manifest
 from xllm_compiler.artifact.cpu_isa import machine_name
 from xllm_compiler.cache import CompileCache
-from xllm_compiler.dims import parse_dim
 from xllm_compiler.driver import Silent, compile_checkpoint
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.instruments import DumpDir
+from xllm_compiler.step.abi import symbol_of
+from xllm_compiler.step.interface import Program
 from xllm_compiler.tools.compile import report_text
 
 STEP = """xir 1 stage=graph
@@ -35,7 +37,7 @@ dim B in [1, {seqs}]  // requests
 dim S in [0, {rows}]  // rows
 dim P in [1, 16777216]  // pages
 
-func @step(%ids: i32[N], %sel: i32[S]) -> (f32[S, 8]) {{
+func @step(%ids: i32[N], %sel: i32[S]) -> (logits: f32[S, 8]) {{
   %w = param(name="w") : f32[8, 8]
   %h = nn.embedding(%ids, %w) : f32[N, 8]
   %logits = t.take(%h, %sel, axis=0) : f32[S, 8]
@@ -71,14 +73,15 @@ def lower(
     weights["w"].tofile(out / "weights.bin")
     progress("weights", 1.0)
     return SimpleNamespace(
-        programs=(SimpleNamespace(name="prefill", guard=(), symbol="xllm_step_prefill"),),
-        calls=CallTable((), {"prefill": ProgramCalls((), (), ())}),
+        functions={
+            name: dataclasses.replace(interface_of(func), programs=(Program(symbol_of(name), (), "32*N"),))
+            for name, func in module.funcs.items()
+        },
+        states={},
+        calls=CallTable((), {"xllm_fn_step": ProgramCalls((), (), ())}),
         weights=(SimpleNamespace(name="w", layout="row", dtype="f32", shape=(8, 8), offset=0, bytes=256),),
         weight_bytes=256,
-        arena=parse_dim("32*N"),
-        logits=parse_dim("32*S"),
         isas=isas,
-        kv_layers=(SimpleNamespace(page_bytes=1024, heads=1, k=8, v=8, page=16),),
     )
 
 
@@ -132,7 +135,7 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
         "cpu/avx512_vnni.so",
         "cpu/avx_vnni.so",
         "generation_config.json",
-        "step.xir",
+        "module.xir",
         "tokenizer.json",
         "tokenizer_config.json",
         "weights.bin",
@@ -141,10 +144,11 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
     assert ours.get_vocab() == theirs.get_vocab() and ours.encode("a b").ids == theirs.encode("a b").ids
     assert (manifest.model.name, manifest.model.dtype, manifest.model.max_model_len) == ("model", "f32", 64)
     assert (manifest.dims["N"].hi, manifest.dims["B"].hi, manifest.dims["S"].hi) == (32, 4, 32)
-    assert [spec.name for spec in manifest.inputs] == ["ids", "sel"] and manifest.outputs[0].name == "logits"
+    step = manifest.functions["step"]
+    assert [spec.name for spec in step.inputs] == ["ids", "sel"] and step.outputs[0].name == "logits"
     request = driver.prepare(checkpoint, OPTIONS)
     assert manifest.key == request.factors.values, "nothing that decides the result is left out of the key"
-    parse_module((tmp_path / "out" / "step.xir").read_text(), "step.xir")
+    parse_module((tmp_path / "out" / "module.xir").read_text(), "module.xir")
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
 
 

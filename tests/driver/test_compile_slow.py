@@ -88,7 +88,7 @@ def test_cache_with_a_killed_and_a_waiting_compile(checkpoint: Path, tmp_path: P
     arguments = (checkpoint, "--cache-dir", cache, *FLAGS)
     victim = start(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 600
-    while not list(cache.glob(".*/artifact/step.xir")) and victim.poll() is None and time.monotonic() < deadline:
+    while not list(cache.glob(".*/artifact/module.xir")) and victim.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert victim.poll() is None, "the compile is at work, with a part of its artifact written"
     waiter = start(*arguments, cwd=tmp_path)

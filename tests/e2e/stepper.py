@@ -12,8 +12,8 @@ from xllm_compiler.artifact import machine_isas
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.loader import load_artifact
-
-PAGE = 16
+from xllm_compiler.step.inputs import UNMAPPED, StepWriter
+from xllm_compiler.step.interface import LOGITS
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Stepper:
         self.manifest = loaded.manifest
         self._loaded = loaded
         self.executor = CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=pages, threads=threads)
-        self.batch = self.executor.new_batch()
+        self.writer = StepWriter(self.executor.new_batch())
         self._free = list(range(pages))
 
     def __enter__(self) -> Stepper:
@@ -48,7 +48,7 @@ class Stepper:
         """Give a request the pages that its tokens need, scattered over the pool when `shuffle` is given."""
         if shuffle is not None:
             shuffle.shuffle(self._free)
-        count = -(-len(ids) // PAGE)
+        count = -(-len(ids) // self.manifest.page_tokens)
         pages, self._free = self._free[:count], self._free[count:]
         return Sequence_(list(ids), pages)
 
@@ -58,24 +58,15 @@ class Stepper:
 
     def step(self, work: Sequence[tuple[Sequence_, int]], *, keep: Sequence[Sequence_] = ()) -> None:
         """One step that advances each request by its number of tokens; those in `keep` keep all rows' logits."""
-        batch, n = self.batch, 0
-        selected = []
-        for index, (request, count) in enumerate(work):
-            span = slice(n, n + count)
-            batch.ids[span] = request.ids[request.done : request.done + count]
-            batch.pos[span] = np.arange(request.done, request.done + count)
-            batch.seq[span] = index
-            batch.start[index] = n
-            batch.table[index] = -1
-            batch.table[index, : len(request.pages)] = request.pages
-            if any(request is kept for kept in keep):
-                selected += range(n, n + count)
-            n += count
+        writer = self.writer
+        writer.begin()
+        for request, count in work:
+            pages = np.full(writer.batch["table"].shape[1], UNMAPPED, np.int32)
+            pages[: len(request.pages)] = request.pages
+            rows = range(count) if any(request is kept for kept in keep) else ()
+            writer.add(request.ids[request.done : request.done + count], request.done, pages, rows)
             request.done += count
-        batch.start[len(work)] = n
-        batch.sel[: len(selected)] = selected
-        batch.n, batch.b, batch.s = n, len(work), len(selected)
-        logits = self.executor.execute(batch).rows.copy()
+        logits = self.executor.execute(writer.end())[LOGITS].copy()
         at = 0
         for request, count in work:
             if any(request is kept for kept in keep):

@@ -61,7 +61,7 @@ def test_mixed_keeps_the_limit_with_eight_bits_where_they_pay(tmp_path: Path) ->
     forms = {layer["weights"][0]: layer["form"] for layer in found["layers"]}  # type: ignore[attr-defined]
     assert found["total"]["kl"] <= 0.004  # type: ignore[index]
     assert forms["model.embed_tokens.weight"] == "w8a8" and "w4a8-grid16" in forms.values()
-    module = parse_module((tmp_path / "m" / "step.xir").read_text(), "step.xir")
+    module = parse_module((tmp_path / "m" / "module.xir").read_text(), "module.xir")
     grids = {op.attrs["grid"] for op in module.func("step").ops if op.name.startswith("quant.linear")}
     assert grids == {0, 16}
 
@@ -75,5 +75,6 @@ def test_random_weights_are_accepted_when_told_so(checkpoint: Callable[[str], Pa
 def test_a_small_cache_alone(tmp_path: Path) -> None:
     found = compiled(tmp_path / "kv", "kv8")
     assert found["form"] == "kv8" and found["layers"] == [] and 0 < found["total"]["kl"] < 0.002  # type: ignore[index]
-    pages = read_manifest(tmp_path / "kv").memory.kv
-    assert pages.page_bytes == 26880  # a byte for each of 24,576 values, 4 for each of 384 scales and 192 sums
+    assert (
+        read_manifest(tmp_path / "kv").page_bytes == 26880
+    )  # a byte for each of 24,576 values, 4 for each of 384 scales and 192 sums

@@ -49,9 +49,9 @@ def test_it_computes_what_the_interpreter_does(
     embeddings = [t.name for t in stored if "embed_tokens" in t.name]
     assert len(embeddings) == 1
     trial = make_trial(manifest, 0)
-    got = np.concatenate(run_native(path, manifest.target.isas[0], trial, 2))
+    got = np.concatenate(run_native(path, manifest.target.isas[0], trial, 2)["logits"])
     ((_, wanted),) = references(path, manifest, None, trial)
-    want = np.concatenate(wanted)
+    want = np.concatenate(wanted["logits"])
     assert want.std() > 0.01
     off = np.abs(got - want) / np.abs(want).max()
     assert np.median(off) < 1e-5 and off.max() < 2e-2, (np.median(off), off.max())

@@ -157,3 +157,13 @@ def test_precise_runs_in_f64() -> None:
     got = run(parse_module(text), "step", {"x": x, "start": np.array([0, 3], np.int32)}, p, {"B": 1}, precise=True)[0]
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, x @ np.concatenate([p["a"], p["b"]]).T, rtol=1e-13)
+
+
+def test_values_outside_an_arguments_range_are_refused() -> None:
+    text = "xir 1 stage=graph\ndim N in [1, 8]\n\nfunc @f(%pos: i32[N] in [0, 3]) -> (i32[N]) {\n  return %pos\n}\n"
+    module = parse_module(text)
+    (got,) = run(module, "f", {"pos": np.array([0, 3], np.int32)})
+    assert got.tolist() == [0, 3]
+    for wrong in ([4], [0, -1]):
+        with pytest.raises(IrError, match=r"outside \[0, 3\]"):
+            run(module, "f", {"pos": np.array(wrong, np.int32)})

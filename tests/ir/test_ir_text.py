@@ -2,6 +2,7 @@
 
 import pytest
 
+from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.ir import ops as _all  # noqa: F401
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.core import Builder, Module
@@ -13,6 +14,7 @@ from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.ir.verify import verify
+from xllm_compiler.step.interface import TensorSpec, ValueRange
 
 SAMPLE = """xir 1 stage=graph
 dim N in [1, 8192]  // tokens in this step
@@ -26,12 +28,12 @@ group @dp size=4 stride=8 rank=R
 
 func @step(
     %ids: i32[N],
-    %pos: i32[N],
+    %pos: i32[N] in [0, 63],
     %seq: i32[N],
     %start: i32[B + 1],
     %table: i32[B, 4],
     %kv0: kv<bf16, heads=1, k=8, v=8, page=16>[M // 16]
-) -> (bf16[N - N // 2, 16], kv<bf16, heads=1, k=8, v=8, page=16>[M // 16] alias %kv0) {
+) -> (rows: bf16[N - N // 2, 16], kv<bf16, heads=1, k=8, v=8, page=16>[M // 16] alias %kv0) {
   %embed.weight = param(name="embed \\"w\\".weight") : bf16[32, 16]
   %h = nn.embedding(%ids, %embed.weight) : bf16[N, 16]
   %wn = param(name="norm") : bf16[16]
@@ -54,6 +56,25 @@ kv<bf16, heads=1, k=8, v=8, page=16>[M // 16], bf16[N, 2, 8]
   return %sl, %kv1
 }
 """
+
+
+def test_ranges_and_names_of_outputs_are_the_interface() -> None:
+    module = parse_module(SAMPLE)
+    func = module.funcs["step"]
+    assert func.ranges == {func.arg("pos"): ValueRange(0, 63)} and func.outputs == {0: "rows"}
+    digest = structural_hash(module)
+    for other in (SAMPLE.replace("in [0, 63]", "in [0, 62]"), SAMPLE.replace("(rows: ", "(hidden: ")):
+        assert structural_hash(parse_module(other)) != digest
+    spec = interface_of(func)
+    assert spec.input("pos") == TensorSpec("pos", "i32", ("N",), ValueRange(0, 63)) and spec.output("rows") is not None
+
+
+@pytest.mark.parametrize(("given", "match"), [("[5, 4]", "empty"), ("[0]", "','"), ("0, 4]", "'\\['")])
+def test_ranges_that_are_none(given: str, match: str) -> None:
+    with pytest.raises(IrError, match=match):
+        parse_module(SAMPLE.replace("in [0, 63]", f"in {given}"))
+    with pytest.raises(IrError, match="no range"):
+        parse_module(SAMPLE.replace("page=16>[M // 16]\n)", "page=16>[M // 16] in [0, 4]\n)"))
 
 
 def test_sample_is_a_fixed_point() -> None:
@@ -80,7 +101,7 @@ def test_locations_print_on_request_and_parse() -> None:
 
 
 def test_comments_are_free() -> None:
-    noisy = SAMPLE.replace("    %pos: i32[N],", "    // a line of its own\n    %pos: i32[N],  // trailing\n\n")
+    noisy = SAMPLE.replace("    %seq: i32[N],", "    // a line of its own\n    %seq: i32[N],  // trailing\n\n")
     noisy = noisy.replace("\n) -> (", "\n    // after the last argument\n) -> (")
     noisy = noisy.replace("  return", "  // CHECK: return\n  return")
     assert print_module(parse_module("// RUN: something\n" + noisy)) == SAMPLE

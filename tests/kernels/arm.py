@@ -56,7 +56,7 @@ class Emulated:
         self._folder = tempfile.TemporaryDirectory()
         library, self._file = (Path(self._folder.name) / name for name in ("kernel.so", "arguments"))
         module = NativeModule(isa)
-        with module.entry("xllm_step_kernel") as (args, member, team):
+        with module.entry("xllm_fn_kernel") as (args, member, team):
             call_with(module, kernel, args, member, team)
             module.barrier(args[len(self._args)], team)
         module.write_shared(library)

@@ -24,7 +24,7 @@ from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 
 LEVELS = machine_levels("aarch64")
-EXPORTED = {"xllm_step_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop", "xllm_team_ticks"}
+EXPORTED = {"xllm_fn_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop", "xllm_team_ticks"}
 
 pytestmark = pytest.mark.skipif(platform.machine() == "aarch64", reason="the other tests run these levels themselves")
 

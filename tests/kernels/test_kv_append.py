@@ -10,7 +10,7 @@ from levels import ISA_TYPES
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
 from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 
@@ -26,14 +26,22 @@ def slots(pool: np.ndarray, layout: KvLayout) -> tuple[np.ndarray, np.ndarray]:
     """(K, V) as [pages, heads, 16, dim]."""
     dtype = NUMPY[layout.dtype]
     heads = pool.reshape(-1, layout.heads, layout.head_bytes)
-    split = PAGE * layout.k_dim * layout.element_bytes
+    split = TILE_TOKENS * layout.k_dim * layout.element_bytes
     k = np.ascontiguousarray(heads[..., :split]).view(dtype)
     v = np.ascontiguousarray(heads[..., split:]).view(dtype)
     lead = k.shape[:2]
     if layout.dtype == "f32":
-        return k.reshape(*lead, layout.k_dim, PAGE).swapaxes(2, 3), v.reshape(*lead, PAGE, layout.v_dim)
-    k = k.reshape(*lead, layout.k_dim // 2, PAGE, 2).transpose(0, 1, 3, 2, 4).reshape(*lead, PAGE, layout.k_dim)
-    v = v.reshape(*lead, PAGE // 2, layout.v_dim, 2).transpose(0, 1, 2, 4, 3).reshape(*lead, PAGE, layout.v_dim)
+        return k.reshape(*lead, layout.k_dim, TILE_TOKENS).swapaxes(2, 3), v.reshape(*lead, TILE_TOKENS, layout.v_dim)
+    k = (
+        k.reshape(*lead, layout.k_dim // 2, TILE_TOKENS, 2)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(*lead, TILE_TOKENS, layout.k_dim)
+    )
+    v = (
+        v.reshape(*lead, TILE_TOKENS // 2, layout.v_dim, 2)
+        .transpose(0, 1, 2, 4, 3)
+        .reshape(*lead, TILE_TOKENS, layout.v_dim)
+    )
     return k, v
 
 
@@ -78,12 +86,12 @@ def test_append(
     expected = head(qkv[:, :q_end], qw)
     assert np.abs(q.astype(np.float64) - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
     k, v = slots(pool, layout)
-    where = TABLE[SEQ, POS // PAGE], slice(None), POS % PAGE
+    where = TABLE[SEQ, POS // TILE_TOKENS], slice(None), POS % TILE_TOKENS
     expected = head(qkv[:, q_end:k_end], kw)
     assert np.abs(k[where].astype(np.float64) - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
     assert v[where].tobytes() == qkv[:, k_end:].tobytes()
-    untouched = np.ones((PAGES, PAGE), bool)
-    untouched[TABLE[SEQ, POS // PAGE], POS % PAGE] = False
+    untouched = np.ones((PAGES, TILE_TOKENS), bool)
+    untouched[TABLE[SEQ, POS // TILE_TOKENS], POS % TILE_TOKENS] = False
     for written in (k, v):
         rest = np.ascontiguousarray(written.swapaxes(1, 2)[untouched])
         assert (rest.view(np.uint8) == 0x7F).all()

@@ -41,7 +41,7 @@ KERNELS: list[Kernel] = [
 
 def write_library(isa: str, path: Path, kernels: list[Kernel]) -> None:
     module = NativeModule(ISAS[isa])
-    with module.entry("xllm_step_all") as (args, member, team):
+    with module.entry("xllm_fn_all") as (args, member, team):
         for kernel in kernels:
             count = len(kernel.args) - 2
             values = [args[i] if kernel.args[i].pointer else T.Cast("int32", args[i]) for i in range(count)]
@@ -114,7 +114,7 @@ def test_same_bytes_twice_and_no_other_library_needed(tmp_path: Path) -> None:
         write_library("avx2", path, KERNELS)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     symbols = subprocess.run(["nm", "-D", paths[0]], capture_output=True, text=True, check=True).stdout.split()[2::3]
-    assert symbols == ["xllm_step_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop", "xllm_team_ticks"]
+    assert symbols == ["xllm_fn_all", "xllm_team_join", "xllm_team_run", "xllm_team_stop", "xllm_team_ticks"]
     needed = subprocess.run(["objdump", "-p", paths[0]], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" not in needed
 
@@ -150,7 +150,7 @@ def barriers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """A step of 100 phases: each member adds 1 to its own counter, and all must agree after every barrier."""
     path = tmp_path_factory.mktemp("team") / "barriers.so"
     module = NativeModule(ISAS["avx2"])
-    with module.entry("xllm_step_count") as (args, member, team):
+    with module.entry("xllm_fn_count") as (args, member, team):
         counters = T.decl_buffer((64,), "int64", data=T.bind(T.reinterpret("handle", args[1])))
         with T.serial(0, 100):
             T.buffer_store(counters, counters[member] + 1, [member])
@@ -170,7 +170,7 @@ def test_barriers_hold_and_nobody_stalls(barriers: ctypes.CDLL, size: int) -> No
     begin = time.perf_counter()
     with Team(barriers, size) as team:
         for i in range(runs):
-            assert team.run(barriers.xllm_step_count, args) == 0
+            assert team.run(barriers.xllm_fn_count, args) == 0
             if i % 10 == 0:
                 time.sleep(0.002)  # long enough for everybody to fall asleep
     assert (counters[:size] == 100 * runs).all() and counters[63] == 0

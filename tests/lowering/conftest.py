@@ -26,9 +26,9 @@ from xllm_compiler.ir.verify_buf import arena_results, weight_values
 from xllm_compiler.kernels.tir.native.team import CTX_BYTES, CTX_TEAM_OFFSET
 from xllm_compiler.lowering.cpu.build import CpuLowering, lower_cpu
 from xllm_compiler.passes.manager import run_pipeline
+from xllm_compiler.step.abi import ArgumentBlock, symbol_of
 
 Array = npt.NDArray[Any]
-INPUTS = ("ids", "pos", "seq", "start", "table", "sel")
 HEAD = """xir 1 stage=graph
 dim N in [1, 512]  // "tokens"
 dim B in [1, 64]  // "requests"
@@ -64,8 +64,8 @@ class Compiled:
     lowering: CpuLowering
     folder: Path
     params: Mapping[str, Array]
-    maxima: Array | None = None
-    """What the last step wrote behind the logits."""
+    outputs: dict[str, Array] | None = None
+    """Everything that the last call returned, by name."""
 
     def step(
         self,
@@ -73,35 +73,50 @@ class Compiled:
         dims: Mapping[str, int],
         isa: str,
         team: int = 1,
-        program: str = "prefill",
         kv: Array | None = None,
+        function: str = "step",
     ) -> tuple[Array, Array]:
-        """(logits, KV pool bytes). The arena and the logits are full of NaN before the step."""
+        """(first output, bytes of all states). The arena and the outputs are full of NaN before the call."""
         library = ctypes.CDLL(str(self.folder / "cpu" / f"{isa}.so"))
+        about = self.lowering.functions[function]
         env = {"N": 1, "B": 1, "S": 0, "P": 1, **dims}
-        arena = aligned(self.lowering.arena.evaluate(env) + 64, 0xFF)
+        arena_bytes = about.arena_bytes(env)
+        arena = aligned(arena_bytes + 64, 0xFF)
         weights = aligned(self.lowering.weight_bytes + 64, 0)
         weights[: self.lowering.weight_bytes] = np.fromfile(self.folder / "weights.bin", np.uint8)
-        logits = aligned(self.lowering.logits.evaluate(env) + 64, 0xFF)
-        pool = aligned(env["P"] * sum(layer.page_bytes for layer in self.lowering.kv_layers), 0)
+        sizes = {name: state.block_bytes for name, state in self.lowering.states.items()}
+        pool = aligned(env["P"] * sum(sizes.values()), 0)  # a block has its tokens of all states
         if kv is not None:
             pool[:] = kv
+        ends = np.cumsum([0, *sizes.values()])
         meeting = aligned(64 * (2 + team), 0)  # a barrier, a line for each member, and one that nobody may write
-        ints = [np.ascontiguousarray(inputs.get(n, np.zeros(0, np.int32)), np.int32) for n in INPUTS]
-        places = [arena, weights, pool, *ints, logits]
-        args = [x.ctypes.data for x in places] + [env[n] for n in ("N", "B", "S", "P")] + [meeting.ctypes.data, 0]
-        block = (ctypes.c_int64 * len(args))(*args)
-        status = run_team(library, f"xllm_step_{program}", block, team)
+        outputs = {spec.name: aligned(spec.nbytes().evaluate(env) + 64, 0xFF) for spec in about.outputs}
+        given = {x.name: np.ascontiguousarray(inputs[x.name], NP_DTYPE[x.dtype]) for x in about.inputs}
+        words = {
+            ("arena", ""): arena.ctypes.data,
+            ("weights", ""): weights.ctypes.data,
+            **{("state", name): pool.ctypes.data + int(end) for name, end in zip(sizes, ends, strict=False)},
+            **{("input", name): array.ctypes.data for name, array in given.items()},
+            **{("output", name): array.ctypes.data for name, array in outputs.items()},
+            **{("dim", name): value for name, value in env.items()},
+            ("barrier", ""): meeting.ctypes.data,
+            ("profile", ""): 0,
+        }
+        block = ArgumentBlock.of(about, self.module.scope.symbols)
+        status = run_team(
+            library, symbol_of(function), (ctypes.c_int64 * len(block))(*(words[word] for word in block.words)), team
+        )
         assert status == 0
         assert not meeting[64 * (1 + team) :].any(), "wrote past the members' words"
-        out, *more = [v for v in self.module.func("step").returns if isinstance(v.type, Tensor)]
-        shape = [d.evaluate(env) for d in out.shape]
-        end = out.tensor.nbytes.evaluate(env)
-        size = self.lowering.logits.evaluate(env)
-        assert (logits[size:] == 0xFF).all(), "wrote past the logits"
-        assert (arena[self.lowering.arena.evaluate(env) :] == 0xFF).all(), "wrote past the arena"
-        self.maxima = logits[end:size].view(np.float32).reshape(shape[0], -1) if more and shape[0] else None
-        return logits[:end].view(NP_DTYPE[out.dtype]).reshape(shape), pool
+        assert (arena[arena_bytes:] == 0xFF).all(), "wrote past the arena"
+        self.outputs = {}
+        for spec in about.outputs:
+            size = spec.nbytes().evaluate(env)
+            array = outputs[spec.name]
+            assert (array[size:] == 0xFF).all(), f"wrote past the output {spec.name}"
+            shape = [d.evaluate(env) for d in spec.dims()]
+            self.outputs[spec.name] = array[:size].view(NP_DTYPE[spec.dtype]).reshape(shape)
+        return next(iter(self.outputs.values())), pool
 
     def reference(self, inputs: Mapping[str, Array], dims: Mapping[str, int], precise: bool = False) -> Array:
         """The logits by the interpreter."""

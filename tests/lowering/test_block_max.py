@@ -55,23 +55,22 @@ def params(dtype: str) -> dict[str, Any]:
 def test_maxima_are_those_of_the_logits(build: Callable[..., Any], name: str) -> None:
     dtype, body = LAYERS[name]
     compiled = build(text(dtype, body), params(dtype))
-    assert compiled.lowering.logits.evaluate({"S": 3}) == 3 * (VOCAB + 4) * 4
+    assert compiled.lowering.functions["step"].output_bytes({"S": 3}) == 3 * (VOCAB + 4) * 4
     ids = np.array([3, 7, 9, 20, 49, 0, 1, 2, 11], np.int32)
     for rows in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [4], []):
         sel = np.array(rows, np.int32)
         for team in (1, 2):
-            for program in ("prefill", "decode"):
-                dims = {"N": len(ids), "S": len(sel)}
-                isa = compiled.lowering.isas[-1]
-                logits, _ = compiled.step({"ids": ids, "sel": sel}, dims, isa, team, program)
-                if rows:
-                    want = np.stack([logits[:, at : at + 64].max(axis=1) for at in range(0, VOCAB, 64)], axis=1)
-                    np.testing.assert_array_equal(compiled.maxima, want)
-                    close = {"rtol": 2e-2, "atol": 5e-2} if dtype == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
-                    reference = compiled.reference({"ids": ids, "sel": sel}, dims)
-                    sound = ids[sel] != 7
-                    np.testing.assert_allclose(logits[sound], reference[sound], **close)
-                    assert name == "capped" or not np.isfinite(logits[~sound]).all(axis=1).any()
+            dims = {"N": len(ids), "S": len(sel)}
+            isa = compiled.lowering.isas[-1]
+            logits, _ = compiled.step({"ids": ids, "sel": sel}, dims, isa, team)
+            if rows:
+                want = np.stack([logits[:, at : at + 64].max(axis=1) for at in range(0, VOCAB, 64)], axis=1)
+                np.testing.assert_array_equal(compiled.outputs["out1"], want)
+                close = {"rtol": 2e-2, "atol": 5e-2} if dtype == "bf16" else {"rtol": 1e-4, "atol": 1e-4}
+                reference = compiled.reference({"ids": ids, "sel": sel}, dims)
+                sound = ids[sel] != 7
+                np.testing.assert_allclose(logits[sound], reference[sound], **close)
+                assert name == "capped" or not np.isfinite(logits[~sound]).all(axis=1).any()
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -90,8 +89,25 @@ def test_other_blocks_have_no_kernel(build: Callable[..., Any]) -> None:
         build(text("f32", LAYERS["f32"][1], block=32), params("f32"))
 
 
-def test_two_tensors_that_are_no_maxima_are_refused(build: Callable[..., Any]) -> None:
-    two = text("f32", LAYERS["f32"][1]).replace("return %logits, %m", "return %m, %logits")
-    two = two.replace("(f32[S, 200], f32[S, 4])", "(f32[S, 4], f32[S, 200])")
-    with pytest.raises(XllmError, match="returns 2 tensors"):
-        build(two, params("f32"))
+def test_outputs_of_any_order_number_and_name(build: Callable[..., Any]) -> None:
+    body = text("f32", LAYERS["f32"][1])
+    three = body.replace("return %logits, %m", "return %m, %rows, %logits")
+    three = three.replace("(f32[S, 200], f32[S, 4])", "(f32[S, 4], picked: f32[S, 24], logits: f32[S, 200])")
+    inputs = {"ids": np.array([3, 9, 20], np.int32), "sel": np.array([2, 0], np.int32)}
+    dims = {"N": 3, "S": 2}
+    two = build(body, params("f32"))
+    logits, _ = two.step(inputs, dims, two.lowering.isas[-1])
+    compiled = build(three, params("f32"))
+    maxima, _ = compiled.step(inputs, dims, compiled.lowering.isas[-1])
+    assert list(compiled.outputs) == ["out0", "picked", "logits"]
+    np.testing.assert_array_equal(compiled.outputs["logits"], logits)
+    np.testing.assert_array_equal(maxima, two.outputs["out1"])
+    np.testing.assert_array_equal(compiled.outputs["picked"], params("f32")["e"][[20, 3]])
+
+
+@pytest.mark.parametrize(("returned", "match"), [("%logits, %logits", "twice"), ("%logits, %w", "does not compute")])
+def test_outputs_that_nothing_writes_are_refused(build: Callable[..., Any], returned: str, match: str) -> None:
+    shape = "f32[S, 200]" if match == "twice" else "f32[200, 24]"
+    wrong = text("f32", LAYERS["f32"][1]).replace("return %logits, %m", f"return {returned}")
+    with pytest.raises(XllmError, match=match):
+        build(wrong.replace("(f32[S, 200], f32[S, 4])", f"(f32[S, 200], {shape})"), params("f32"))

@@ -130,8 +130,8 @@ def test_steps_match_the_interpreter(build: Any, t: str, isa: str) -> None:
     pool = None
     for inputs, dims in STEPS:
         want, *cache = run(c.module, "step", {**inputs, "kv0": cache[0], "kv1": cache[1]}, params, dims)
-        got, after = c.step(inputs, dims, isa, 1, "prefill", pool)
-        again, after2 = c.step(inputs, dims, isa, 2, "decode" if dims["N"] <= 8 else "prefill", pool)
+        got, after = c.step(inputs, dims, isa, 1, pool)
+        again, after2 = c.step(inputs, dims, isa, 2, pool)
         np.testing.assert_array_equal(got.view(np.uint32), again.view(np.uint32))
         np.testing.assert_array_equal(after, after2)
         pool = after
@@ -164,11 +164,10 @@ def test_same_bytes_twice(build: Any, forget_kernels: Callable[[], None]) -> Non
 
 def test_layers_share_kernels_and_barriers_are_few(build: Any) -> None:
     c = build(_text("bf16"), _params("bf16"))
-    program = c.lowering.programs[0]
-    assert [p.name for p in c.lowering.programs] == ["decode", "prefill"]
-    assert str(program.guard[0]) == "8 - N"
-    assert program.kernels == 3 + 2 * 8 + 3
-    assert program.barriers <= program.kernels - 3  # the three gathers at the start need none between them
+    (program,) = c.lowering.functions["step"].programs
+    calls = c.lowering.calls.programs[program.symbol]
+    assert not program.guard and len(calls.kernels) == 3 + 2 * 8 + 3
+    assert sum(calls.barriers) <= len(calls.kernels) - 3  # the three gathers at the start need none between them
 
 
 def test_kernels_that_share_a_word_of_turns_are_apart(build: Any) -> None:

@@ -186,7 +186,7 @@ def test_the_library_needs_nothing_but_libm(build: Any) -> None:
     exported = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].split("@")[0] for line in exported.splitlines()}
     team = {f"xllm_team_{name}" for name in ("join", "run", "stop", "ticks")}
-    assert names == {"xllm_step_decode", "xllm_step_prefill", *team}
+    assert names == {"xllm_fn_step", *team}
 
 
 def test_a_rotated_weight_needs_rotated_rows(tmp_path: Path) -> None:

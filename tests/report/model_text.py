@@ -50,7 +50,14 @@ def model_text(layers: int = 3, file: str = "modeling_tiny.py") -> str:
     def loc(line: int, path: str) -> str:
         return f'loc("{file}":{line}, "{path}")'
 
-    args = ["%ids: i32[N]", "%pos: i32[N]", "%seq: i32[N]", "%start: i32[B + 1]", "%table: i32[B, 64]", "%sel: i32[S]"]
+    args = [
+        "%ids: i32[N]",
+        "%pos: i32[N] in [0, 1023]",
+        "%seq: i32[N]",
+        "%start: i32[B + 1]",
+        "%table: i32[B, 64]",
+        "%sel: i32[S]",
+    ]
     args += [f"%kv{i}: {KV}" for i in range(layers)]
     results = ["bf16[S, 384]"] + [f"{KV} alias %kv{i}" for i in range(layers)]
     lines = [HEAD, f"func @step({', '.join(args)}) -> ({', '.join(results)}) {{"]

@@ -17,12 +17,14 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import sequence
 from xllm_compiler.runtime.drafts import Drafter
 from xllm_compiler.runtime.engine import Engine
-from xllm_compiler.runtime.executor import Logits, StepBatch
+from xllm_compiler.runtime.executor import Outputs
 from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.outputs import CompletionOutput, Output, RequestOutput
 from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.tokenizer import Tokenizer
+from xllm_compiler.step.inputs import StepBatch, step_inputs
+from xllm_compiler.step.interface import LOGITS, STEP, Function
 
 VOCAB = 97
 
@@ -97,52 +99,55 @@ class FakeExecutor:
         self._cache = np.full((pages, model_info.page_tokens), -1, np.int64)
         self._logits = np.zeros((model_info.max_num_logits, model_info.vocab_size), np.float32)
 
-    def new_batch(self) -> StepBatch:
-        model_info = self.model_info
-        width = -(-model_info.max_model_len // model_info.page_tokens)
-        return StepBatch(model_info.max_num_batched_tokens, model_info.max_num_seqs, model_info.max_num_logits, width)
+    def new_batch(self, function: str = STEP) -> StepBatch:
+        info = self.model_info
+        capacity = {"N": info.max_num_batched_tokens, "B": info.max_num_seqs, "S": info.max_num_logits}
+        return StepBatch(STEP, Function(step_inputs(info.max_model_len, info.page_tokens), (), (), ()), capacity)
 
-    def execute(self, batch: StepBatch) -> Logits:
+    def execute(self, batch: StepBatch) -> Outputs:
         if self.hold is not None:
             self.hold.wait()
         self.steps += 1
-        self.step_sizes.append((batch.n, batch.b, batch.s))
+        n_tokens, seqs, rows = (batch.sizes[name] for name in "NBS")
+        self.step_sizes.append((n_tokens, seqs, rows))
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
         self._check(batch)
         page = self.model_info.page_tokens
-        for n in range(batch.n):
-            where = batch.table[batch.seq[n], batch.pos[n] // page]
-            self._cache[where, batch.pos[n] % page] = batch.ids[n]
-        for s in range(batch.s):
-            n = int(batch.sel[s])
-            row = batch.table[batch.seq[n]]
-            tokens = [int(self._cache[row[p // page], p % page]) for p in range(batch.pos[n] + 1)]
+        ids, pos, seq, table, sel = (batch[name] for name in ("ids", "pos", "seq", "table", "sel"))
+        for n in range(n_tokens):
+            self._cache[table[seq[n], pos[n] // page], pos[n] % page] = ids[n]
+        for s in range(rows):
+            n = int(sel[s])
+            row = table[seq[n]]
+            tokens = [int(self._cache[row[p // page], p % page]) for p in range(pos[n] + 1)]
             self._logits[s] = toy_row(tokens, self.model_info.vocab_size)
-        if self.nan_next and batch.s:
+        if self.nan_next and rows:
             self._logits[0, 3] = np.nan
             self.nan_next = False
-        return Logits.of(self._logits[: batch.s])
+        return {LOGITS: self._logits[:rows]}
 
     def _check(self, batch: StepBatch) -> None:
-        assert 1 <= batch.b <= batch.n <= self.model_info.max_num_batched_tokens
-        assert batch.b <= self.model_info.max_num_seqs and batch.s <= self.model_info.max_num_logits
-        assert batch.start[0] == 0 and batch.start[batch.b] == batch.n
+        n, b, s = (batch.sizes[name] for name in "NBS")
+        pos, seq, start, table, sel = (batch[name] for name in ("pos", "seq", "start", "table", "sel"))
+        assert 1 <= b <= n <= self.model_info.max_num_batched_tokens
+        assert b <= self.model_info.max_num_seqs and s <= self.model_info.max_num_logits
+        assert start[0] == 0 and start[b] == n
         used: list[int] = []
-        for b in range(batch.b):
-            low, high = int(batch.start[b]), int(batch.start[b + 1])
+        for i in range(b):
+            low, high = int(start[i]), int(start[i + 1])
             assert low < high
-            assert (batch.seq[low:high] == b).all()
-            assert (np.diff(batch.pos[low:high]) == 1).all()
-            held = -(-(int(batch.pos[high - 1]) + 1) // self.model_info.page_tokens)
-            row = batch.table[b]
+            assert (seq[low:high] == i).all()
+            assert (np.diff(pos[low:high]) == 1).all()
+            held = -(-(int(pos[high - 1]) + 1) // self.model_info.page_tokens)
+            row = table[i]
             assert ((row[:held] >= 0) & (row[:held] < self.pages)).all()
             assert (np.diff((row >= 0).astype(int)) <= 0).all()  # mapped pages first, then only -1
             used += [int(p) for p in row if p >= 0]
         assert len(set(used)) == len(used), "two requests of a step share a page"
-        sel = batch.sel[: batch.s]
-        assert ((sel >= 0) & (sel < batch.n)).all() and (np.diff(sel) > 0).all()
+        sel = sel[:s]
+        assert ((sel >= 0) & (sel < n)).all() and (np.diff(sel) > 0).all()
 
     def close(self) -> None:
         self.closed = True

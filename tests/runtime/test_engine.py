@@ -13,7 +13,6 @@ from fake_executor import VOCAB, FakeExecutor, Run, error_of, make_facts, toy_gr
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.engine import Engine
-from xllm_compiler.runtime.executor import Logits
 from xllm_compiler.runtime.outputs import Output
 from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
@@ -474,7 +473,7 @@ def test_the_engine_adds_little_to_a_step() -> None:
 
     class Instant(FakeExecutor):
         def execute(self, batch: Any) -> Any:
-            return Logits.of(self._logits[: batch.s])
+            return {"logits": self._logits[: batch.sizes["S"]]}
 
     model_info = make_facts(max_model_len=40960, page_tokens=16, vocab=32000)
     engine = Engine(Instant(model_info, 2560), model_info)

@@ -15,7 +15,7 @@ from xllm_compiler.runtime import host
 from xllm_compiler.runtime.memory import Fixed, MemoryPlan, decide, show_bytes
 
 MIB = 1 << 20
-FIXED = Fixed(weights=100 * MIB, arena=20 * MIB, logits=10 * MIB, host=2 * MIB)
+FIXED = Fixed(weights=100 * MIB, arena=20 * MIB, outputs=10 * MIB, host=2 * MIB)
 
 
 def memory_plan(available: int | None, kv_bytes: int | None = None, **changes: int) -> MemoryPlan:

@@ -86,7 +86,7 @@ def test_costs_are_those_of_the_compiler(artifact: Path) -> None:
     """Against analysis.cost over the printed step: a kernel's operations are its ops', bytes at most theirs."""
     manifest = read_manifest(artifact)
     table = read_calls(artifact, manifest)
-    func = parse_module((artifact / "step.xir").read_text(), "step.xir").func("step")
+    func = parse_module((artifact / "module.xir").read_text(), "module.xir").func("step")
     costs = Costs(func)
     sizes = {"N": 40, "B": 3, "S": 2, "P": 9, "context": 17}
     for calls in table.programs.values():

@@ -113,7 +113,7 @@ def test_penalties_of_a_shared_prompt_give_the_same_bits(seed: int, repeat: floa
     drawn: list[int] = []
     for step in range(30):
         row = source.normal(0, 1, vocab).astype(np.float32)
-        token, _ = sampler.sample(row, Logits.of(row[None]).maxima[0], step, step)
+        token, _ = sampler.sample(row, Logits.of({"logits": row[None]}).maxima[0], step, step)
         assert token == int(plain_penalties(row, params, prompt.tolist(), drawn).argmax())
         drawn.append(token)
 

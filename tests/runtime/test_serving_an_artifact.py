@@ -59,30 +59,34 @@ def executor_of(toy: Path, threads: int = 1) -> CpuExecutor:
 
 def test_programs_are_chosen_by_their_guards(toy: Path) -> None:
     executor = executor_of(toy)
-    names = [executor.program_for(n, 1, 1) for n in (1, 3, 4, 12)]
-    assert names == ["decode", "decode", "prefill", "prefill"]
+    batch = executor.new_batch()
+    names = []
+    for n in (1, 3, 4, 12):
+        batch.sizes = {"N": n, "B": 1, "S": 1}
+        names.append(executor.program_for(batch))
+    assert names == ["xllm_fn_step_1", "xllm_fn_step_1", "xllm_fn_step", "xllm_fn_step"]
     executor.close()
 
 
 def test_a_status_and_a_step_beyond_the_limits_are_typed_errors(toy: Path) -> None:
     executor = executor_of(toy, 2)
     batch = executor.new_batch()
-    batch.n, batch.b, batch.s = 1, 1, 0
-    batch.start[1] = 1
-    batch.table[0, 0] = 0
-    batch.ids[0] = VOCAB - 1  # the toy refuses this token
+    batch.sizes = {"N": 1, "B": 1, "S": 0}
+    batch["start"][1] = 1
+    batch["table"][0, 0] = 0
+    batch["ids"][0] = VOCAB - 1  # the toy refuses this token
     with pytest.raises(XllmError, match="returned 7") as caught:
         executor.execute(batch)
     assert caught.value.kind == "internal"
-    batch.ids[0] = 1
-    assert executor.execute(batch).rows.shape == (0, VOCAB)
+    batch["ids"][0] = 1
+    assert executor.execute(batch)["logits"].shape == (0, VOCAB)
     for sizes in ((13, 1, 0), (0, 0, 0), (1, 2, 0), (4, 4, 0), (1, 1, 7)):
-        batch.n, batch.b, batch.s = sizes
+        batch.sizes = dict(zip("NBS", sizes, strict=True))
         with pytest.raises(XllmError, match="beyond the limits"):
             executor.execute(batch)
     executor.close()
     executor.close()
-    batch.n, batch.b, batch.s = 1, 1, 0
+    batch.sizes = {"N": 1, "B": 1, "S": 0}
     with pytest.raises(XllmError, match="closed"):
         executor.execute(batch)
 
@@ -299,5 +303,6 @@ def test_the_compilers_own_error_comes_through(
 def test_inputs_start_out_mapped_nowhere(toy: Path) -> None:
     executor = executor_of(toy)
     batch = executor.new_batch()
-    assert batch.table.shape == (3, WIDTH) and (batch.table == -1).all() and batch.ids.dtype == np.int32
+    table = batch["table"]
+    assert table.shape == (3, WIDTH) and (table == -1).all() and batch["ids"].dtype == np.int32
     executor.close()

@@ -8,23 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compiler.artifact import (
-    FORMAT,
-    DimRange,
-    KvLayer,
-    KvPlan,
-    Limits,
-    Manifest,
-    Memory,
-    Model,
-    Program,
-    Target,
-    TensorSpec,
-    Weight,
-    Weights,
-    machine_isas,
-)
+from xllm_compiler.artifact import FORMAT, DimRange, Limits, Manifest, Model, Target, Weight, Weights, machine_isas
 from xllm_compiler.artifact.writer import ArtifactWriter
+from xllm_compiler.step.abi import ArgumentBlock
+from xllm_compiler.step.interface import Function, Program, State, TensorSpec
 
 VOCAB, PAGE, WIDTH, MULTIPLIER = 50, 4, 8, 7
 WEIGHT_BYTES = 4096
@@ -74,22 +61,22 @@ int32_t xllm_team_stop(ctx_t *c) {
     return 0;
 }
 
-/* [arena, weights, kv, ids, pos, seq, start, table, sel, logits, N, B, S, P, barrier] */
+/* The words' places are step.abi's, as macros. */
 static int32_t toy(const int64_t *a, int32_t member, int32_t size, int32_t name) {
-    const int32_t *ids = (void *)a[3], *pos = (void *)a[4], *seq = (void *)a[5];
-    const int32_t *table = (void *)a[7], *sel = (void *)a[8];
-    int32_t *arena = (void *)a[0], *kv = (void *)a[2], *weights = (void *)a[1];
-    float *logits = (void *)a[9];
-    if (a[1] % 64 || a[14] % 64 || *(int64_t *)a[14]) return 100;
+    const int32_t *ids = (void *)a[AT_ids], *pos = (void *)a[AT_pos], *seq = (void *)a[AT_seq];
+    const int32_t *table = (void *)a[AT_table], *sel = (void *)a[AT_sel];
+    int32_t *arena = (void *)a[AT_arena], *kv = (void *)a[AT_kv0], *weights = (void *)a[AT_weights];
+    float *logits = (void *)a[AT_logits];
+    if (a[AT_weights] % 64 || a[AT_barrier] % 64 || *(int64_t *)a[AT_barrier]) return 100;
     if (member) return 0;
     if (ids[0] == VOCAB - 1) return 7;
-    arena[0] = size; arena[1] = name; arena[a[10] + 15] = 1;
-    for (int64_t n = 0; n < a[10]; n++) {
+    arena[0] = size; arena[1] = name; arena[a[AT_N] + 15] = 1;
+    for (int64_t n = 0; n < a[AT_N]; n++) {
         int32_t page = table[seq[n] * WIDTH + pos[n] / PAGE];
-        if (page < 0 || page >= a[13]) return 8;
+        if (page < 0 || page >= a[AT_P]) return 8;
         kv[page * PAGE + pos[n] % PAGE] = ids[n];
     }
-    for (int64_t s = 0; s < a[12]; s++) {
+    for (int64_t s = 0; s < a[AT_S]; s++) {
         int32_t n = sel[s]; int64_t state = 0;
         for (int32_t p = 0; p <= pos[n]; p++) {
             int32_t token = kv[table[seq[n] * WIDTH + p / PAGE] * PAGE + p % PAGE];
@@ -100,12 +87,34 @@ static int32_t toy(const int64_t *a, int32_t member, int32_t size, int32_t name)
     }
     return 0;
 }
-int32_t xllm_step_decode(const int64_t *a, int32_t m, int32_t t) { return toy(a, m, t, 1); }
-int32_t xllm_step_prefill(const int64_t *a, int32_t m, int32_t t) { return toy(a, m, t, 2); }
+int32_t xllm_fn_step_1(const int64_t *a, int32_t m, int32_t t) { return toy(a, m, t, 1); }
+int32_t xllm_fn_step(const int64_t *a, int32_t m, int32_t t) { return toy(a, m, t, 2); }
 """
 
+STEP_FUNCTION = Function(
+    inputs=(
+        TensorSpec("ids", "i32", ("N",)),
+        TensorSpec("pos", "i32", ("N",)),
+        TensorSpec("seq", "i32", ("N",)),
+        TensorSpec("start", "i32", ("B + 1",)),
+        TensorSpec("table", "i32", ("B", str(WIDTH))),
+        TensorSpec("sel", "i32", ("S",)),
+    ),
+    outputs=(TensorSpec("logits", "f32", ("S", str(VOCAB))),),
+    states=("kv0",),
+    programs=(
+        Program("xllm_fn_step_1", ("3 - N",), "4*N + 64"),
+        Program("xllm_fn_step", (), "4*N + 64"),
+    ),
+)
+DIMS = {
+    "N": DimRange(1, 12, "tokens in this step"),
+    "B": DimRange(1, 3, "requests"),
+    "S": DimRange(0, 6, "sampled rows"),
+    "P": DimRange(1, 1 << 24, "pages"),
+}
 
-STEP = f"""xir 1 stage=buf
+MODULE = f"""xir 1 stage=buf
 dim N in [1, 12]
 dim B in [1, 3]
 dim S in [0, 6]
@@ -113,8 +122,13 @@ dim P in [1, {1 << 24}]
 
 func @step(
     %ids: i32[N],
+    %pos: i32[N],
+    %seq: i32[N],
+    %start: i32[B + 1],
+    %table: i32[B, {WIDTH}],
+    %sel: i32[S],
     %kv0: kv<bf16, heads=1, k=1, v=1, page={PAGE}>[P]
-) -> (f32[S, {VOCAB}]) arena(4*N + 64) {{
+) -> (logits: f32[S, {VOCAB}]) arena(4*N + 64) {{
 """
 """As much of it as a start reads."""
 
@@ -136,19 +150,12 @@ def toy_manifest(isa: str) -> Manifest:
         format=FORMAT,
         id="",
         model=Model("Toy", "toy", VOCAB, 8, 1, "f32", WIDTH * PAGE, (), None),
-        target=Target("cpu", (isa,), PAGE),
+        target=Target("cpu", (isa,)),
         limits=Limits(3, 12, 6),
-        dims={
-            "N": DimRange(1, 12, "tokens in this step"),
-            "B": DimRange(1, 3, "requests"),
-            "S": DimRange(0, 6, "sampled rows"),
-            "P": DimRange(1, 1 << 24, "pages"),
-        },
-        inputs=(TensorSpec("ids", "i32", ("N",)),),
-        outputs=(TensorSpec("logits", "f32", ("S", str(VOCAB))),),
-        memory=Memory("4*N + 64", f"{4 * VOCAB}*S", KvPlan(PAGE, (KvLayer(4 * PAGE, 1, 1, 1),))),
+        dims=DIMS,
+        states={"kv0": State("kv", "bf16", "tile1", {"heads": 1, "k": 1, "v": 1, "page": PAGE}, "P", 4 * PAGE)},
+        functions={"step": STEP_FUNCTION},
         weights=Weights(WEIGHT_BYTES, (Weight("w", "row", "f32", (WEIGHT_BYTES // 4,), 0, WEIGHT_BYTES),)),
-        programs=(Program("decode", ("3 - N",), "xllm_step_decode"), Program("prefill", (), "xllm_step_prefill")),
         files={},
         key={},
     )
@@ -163,11 +170,13 @@ def build_toy_artifact(out: Path) -> Path:
     source = out.with_suffix(".c")
     source.write_text(CODE)
     library = out.with_suffix(".so")
+    words = ArgumentBlock.of(STEP_FUNCTION, DIMS).words
     defines = [f"-DVOCAB={VOCAB}", f"-DPAGE={PAGE}", f"-DWIDTH={WIDTH}"]
+    defines += [f"-DAT_{name or space}={place}" for place, (space, name) in enumerate(words)]
     command = [compiler, "-O1", "-shared", "-fPIC", "-pthread", "-w", *defines, str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=60)
     with ArtifactWriter(out) as writer:
-        writer.write_text("step.xir", STEP)
+        writer.write_text("module.xir", MODULE)
         writer.write_text("calls.json", "{}\n")  # nobody profiles the toy
         (writer.path / "weights.bin").write_bytes(MULTIPLIER.to_bytes(4, "little") + bytes(WEIGHT_BYTES - 4))
         writer.copy(f"cpu/{manifest.target.isas[0]}.so", library)

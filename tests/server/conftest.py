@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from xllm_compiler.runtime.chat_template import ChatTemplate
 from xllm_compiler.runtime.engine import Engine
-from xllm_compiler.runtime.executor import Logits, StepBatch
+from xllm_compiler.runtime.executor import Outputs
 from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.server import lifecycle
 from xllm_compiler.runtime.server.access import Cors, Hosts
@@ -36,6 +36,8 @@ from xllm_compiler.runtime.server.engine_client import EngineClient
 from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.sockets import bind, doors
 from xllm_compiler.runtime.tokenizer import Tokenizer
+from xllm_compiler.step.inputs import StepBatch, step_inputs
+from xllm_compiler.step.interface import LOGITS, STEP, Function
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -77,22 +79,22 @@ class NextByte:
         self.fail = False
         self.steps = 0
 
-    def new_batch(self) -> StepBatch:
-        return StepBatch(64, 8, 64, 32)
+    def new_batch(self, function: str = STEP) -> StepBatch:
+        return StepBatch(STEP, Function(step_inputs(512, 16), (), (), ()), {"N": 64, "B": 8, "S": 64})
 
-    def execute(self, batch: StepBatch) -> Logits:
+    def execute(self, batch: StepBatch) -> Outputs:
         self.open.wait(20)
         if self.fail:
             raise RuntimeError("made to fail")
         if self.delay:
             time.sleep(self.delay)
         self.steps += 1
-        rows = np.zeros((batch.s, VOCAB), np.float32)
-        for row, at in enumerate(batch.sel[: batch.s]):
-            token = int(batch.ids[at])
+        rows = np.zeros((batch.sizes["S"], VOCAB), np.float32)
+        for row, at in enumerate(batch["sel"][: batch.sizes["S"]]):
+            token = int(batch["ids"][at])
             rows[row, EOS if token == ord("z") else (token + 1) % 256] = 5.0
             rows[row, (token + 2) % 256] = 3.0
-        return Logits.of(rows)
+        return {LOGITS: rows}
 
     def close(self) -> None:
         self.open.set()
@@ -149,7 +151,7 @@ def make() -> Iterator[Maker]:
         cors: Cors | None = None,
         **fields: Any,
     ) -> Served:
-        model_info = ModelInfo("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64)
+        model_info = ModelInfo("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64, 16)
         executor = NextByte(pages)
         tokenizer = byte_tokenizer()
         engine = Engine(executor, model_info, tokenizer=tokenizer)

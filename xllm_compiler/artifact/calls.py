@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xllm_compiler.artifact.contents import Contents
 from xllm_compiler.artifact.decode import decode, encode
-from xllm_compiler.artifact.schema import CALLS, SYMBOLS, Manifest, canonical_json
+from xllm_compiler.artifact.schema import CALLS, Manifest, canonical_json
 from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
@@ -20,14 +20,14 @@ ARITHMETIC = ("bf16", "i8", "f32")
 """What a kernel's operations are done in: which of a machine's peaks they are to be compared with."""
 
 CONTEXT = "context"
-"""The symbol, beside N, B, S and P, of the tokens that each request had before the step."""
+"""The symbol, beside those of sizes, of the tokens that each request had before the step."""
 
 COSTS = ("read", "written", "weights", "kv_read", "kv_written", "operations")
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCost:
-    """One kernel and its cost as dim texts over N, B, S, P and CONTEXT: bytes of activations `read` and `written`, of
+    """One kernel and its cost as dim texts over the sizes and CONTEXT: bytes of activations `read` and `written`, of
     `weights`, of the KV cache, and `operations`. `ops`: the IR ops that it computes, the last one names it."""
 
     symbol: str
@@ -53,7 +53,7 @@ class ProgramCalls:
 
 @dataclass(frozen=True, slots=True)
 class CallTable:
-    """The whole file; `programs` by name."""
+    """The whole file; `programs` by symbol."""
 
     kernels: tuple[KernelCost, ...]
     programs: dict[str, ProgramCalls]
@@ -64,7 +64,8 @@ class CallTable:
 
     def validate(self, manifest: Manifest) -> None:
         """Raises kind "artifact" where the table does not fit itself or its manifest."""
-        if set(self.programs) != {program.name for program in manifest.programs}:
+        known = {program.symbol for function in manifest.functions.values() for program in function.programs}
+        if set(self.programs) != known:
             raise _bad(f"its programs are {', '.join(sorted(self.programs))}, not those of the manifest")
         for name, calls in self.programs.items():
             if not len(calls.kernels) == len(calls.sources) == len(calls.barriers):
@@ -77,7 +78,7 @@ class CallTable:
             if kernel.arithmetic not in ARITHMETIC:
                 raise _bad(f"{kernel.symbol} computes in {kernel.arithmetic!r}")
             for field in COSTS:
-                unknown = set(cost_dim(getattr(kernel, field), kernel.symbol).symbols) - {*SYMBOLS, CONTEXT}
+                unknown = set(cost_dim(getattr(kernel, field), kernel.symbol).symbols) - {*manifest.dims, CONTEXT}
                 if unknown:
                     raise _bad(f"the cost of {kernel.symbol} uses {', '.join(sorted(unknown))}")
 

@@ -11,15 +11,12 @@ from typing import Final
 
 from xllm_compiler.artifact.decode import bad, decode, shown
 from xllm_compiler.artifact.schema import (
-    BLOCK,
     CALLS,
-    DTYPES,
     FORMAT,
-    ITEM_BYTES,
     LAYOUTS,
     MANIFEST,
-    OUTPUTS,
-    STEP,
+    MODULE,
+    PAGES,
     SYMBOLS,
     WEIGHTS,
     Manifest,
@@ -27,19 +24,22 @@ from xllm_compiler.artifact.schema import (
     Weight,
 )
 from xllm_compiler.artifact.strict_json import parse_json
-from xllm_compiler.dims import Dim, parse_dim, sym
+from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
-
-STEP_SYMBOL: Final = "xllm_step_"
-"""What the name of every program's function begins with."""
+from xllm_compiler.step.abi import SYMBOL_PREFIX
+from xllm_compiler.step.interface import DTYPES, ITEM_BYTES, KV, Function, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
+_STATE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _INT32: Final = 2**31 - 1  # sizes, positions and tokens are 32-bit integers in a step
 _MOST_BYTES: Final = 1 << 50
 _ALIGN: Final = 64  # of every tensor in the weight file, for the widest registers
 _COMPUTED: Final = ("f32", "bf16")  # what linear layers may compute in
+_CACHED: Final = ("f32", "bf16", "i8")  # what keys and values may be stored as
+_KV_SIZES: Final = ("heads", "k", "v", "page")
+_COUNTED: Final = ("i8", "u8", "i32", "i64")
 _PANEL: Final = 64  # rows that lie together
 
 
@@ -71,12 +71,9 @@ def validate(manifest: Manifest) -> None:
     _check_model(manifest.model)
     _check_target(manifest)
     _check_dims(manifest)
-    _check_specs(manifest)
-    _check_outputs(manifest)
-    _check_kv(manifest)
-    _check_memory(manifest)
+    _check_states(manifest)
+    _check_functions(manifest)
     _check_weights(manifest)
-    _check_programs(manifest)
     _check_files(manifest)
 
 
@@ -148,7 +145,6 @@ def _check_target(manifest: Manifest) -> None:
         if not _NAME.match(name):
             raise bad("$.target", f"{shown(name)} is not a name")
     _unique(target.isas, "$.target.isas")
-    _within(target.page, 1, _INT32, "$.target.page")
     if not target.isas:
         raise bad("$.target.isas", "no instruction set")
 
@@ -175,45 +171,6 @@ def _check_dims(manifest: Manifest) -> None:
             raise bad(f"$.dims.{name}.hi", f"{manifest.dims[name].hi} differs from the limit {limit}")
 
 
-def _check_specs(manifest: Manifest) -> None:
-    for group, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
-        _unique((spec.name for spec in specs), f"$.{group}")
-        for i, spec in enumerate(specs):
-            where = f"$.{group}[{i}]"
-            _one_of(spec.dtype, DTYPES, f"{where}.dtype")
-            for text in spec.shape:
-                _dim(text, f"{where}.shape", manifest.dims)
-    width = str(-(-manifest.model.max_model_len // manifest.target.page))
-    known = {
-        "ids": ("N",),
-        "pos": ("N",),
-        "seq": ("N",),
-        "start": ("B + 1",),
-        "table": ("B", width),
-        "sel": ("S",),
-    }
-    for i, spec in enumerate(manifest.inputs):
-        if spec.name not in known:
-            raise bad(f"$.inputs[{i}]", f"{shown(spec.name)} is none of {', '.join(known)}")
-        if (spec.dtype, spec.shape) != ("i32", known[spec.name]):
-            given = f"{spec.dtype}[{', '.join(spec.shape)}]"
-            raise bad(
-                f"$.inputs[{i}]", f"{spec.name} is {shown(given)}, and a step is given i32{list(known[spec.name])}"
-            )
-
-
-def _check_outputs(manifest: Manifest) -> None:
-    names = tuple(spec.name for spec in manifest.outputs)
-    if not names or names != OUTPUTS[: len(names)]:
-        given = ", ".join(names) or "nothing"
-        raise bad("$.outputs", f"{shown(given)} is not {' and '.join(OUTPUTS)}, nor the first alone")
-    blocks = -(-manifest.model.vocab_size // BLOCK)
-    for spec, columns in zip(manifest.outputs, (manifest.model.vocab_size, blocks), strict=False):
-        if (spec.dtype, spec.shape) != ("f32", ("S", str(columns))):
-            given = f"{spec.dtype}[{', '.join(spec.shape)}]"
-            raise bad("$.outputs", f"{spec.name} is {shown(given)}, and a sampler reads f32[S, {columns}]")
-
-
 def kv_page_bytes(dtype: str, heads: int, k: int, v: int, page: int) -> int:
     """Bytes of a KV page: numbers of f32 or bf16; of i8 with keys in whole quads, two scales and a sum per token."""
     if dtype == "i8":
@@ -221,37 +178,88 @@ def kv_page_bytes(dtype: str, heads: int, k: int, v: int, page: int) -> int:
     return heads * page * (k + v) * ITEM_BYTES[dtype]
 
 
-def _check_kv(manifest: Manifest) -> None:
-    kv = manifest.memory.kv
-    if kv.page_tokens != manifest.target.page:
-        raise bad("$.memory.kv.page_tokens", f"{kv.page_tokens} differs from the target's page {manifest.target.page}")
-    for i, layer in enumerate(kv.layers):
-        where = f"$.memory.kv.layers[{i}]"
-        for name in ("page_bytes", "heads", "k", "v"):
-            _within(getattr(layer, name), 1, _INT32, f"{where}.{name}")
-        fitting = [
-            kv_page_bytes(dtype, layer.heads, layer.k, layer.v, kv.page_tokens) for dtype in ("f32", "bf16", "i8")
-        ]
-        if layer.page_bytes not in fitting:
-            sizes = ", ".join(map(str, fitting))
-            raise bad(
-                f"{where}.page_bytes",
-                f"{layer.page_bytes} bytes are no page of {kv.page_tokens} tokens with {layer.heads} heads of "
-                f"{layer.k} and {layer.v} numbers: {sizes}",
-            )
+def _check_states(manifest: Manifest) -> None:
+    for name, state in manifest.states.items():
+        where = f"$.states.{name[:80]}"
+        if not _STATE.match(name):
+            raise bad("$.states", f"{shown(name)} is not a name")
+        _one_of(state.kind, (KV,), f"{where}.kind")
+        _one_of(state.dtype, _CACHED, f"{where}.dtype")
+        if not _NAME.match(state.layout):
+            raise bad(f"{where}.layout", f"{shown(state.layout)} is not a name")
+        if set(state.sizes) != set(_KV_SIZES):
+            raise bad(f"{where}.sizes", f"they are {shown(sorted(state.sizes))}, not {', '.join(_KV_SIZES)}")
+        for size, value in state.sizes.items():
+            _within(value, 1, _INT32, f"{where}.sizes.{size}")
+        if state.blocks != PAGES:
+            raise bad(f"{where}.blocks", f"{shown(state.blocks)} is not the number of KV pages, {PAGES}")
+        wanted = kv_page_bytes(state.dtype, *(state.sizes[size] for size in _KV_SIZES))
+        if state.block_bytes != wanted:
+            raise bad(f"{where}.block_bytes", f"{state.block_bytes}, and such a page has {wanted} bytes")
+    pages = {state.sizes["page"] for state in manifest.states.values()}
+    if len(pages) > 1:
+        raise bad("$.states", f"pages of {' and '.join(map(str, sorted(pages)))} tokens share one table")
 
 
-def _check_memory(manifest: Manifest) -> None:
-    arena = _dim(manifest.memory.arena, "$.memory.arena", SYMBOLS)
-    logits = _dim(manifest.memory.logits, "$.memory.logits", SYMBOLS)
-    columns = sum(int(spec.shape[1]) for spec in manifest.outputs)
-    if logits is not sym("S") * (columns * ITEM_BYTES["f32"]):
-        given = shown(manifest.memory.logits)
-        raise bad("$.memory.logits", f"{given} bytes do not hold S rows of {columns} numbers of f32")
-    least = {name: manifest.dims[name].lo for name in SYMBOLS}
-    for sizes in (least, manifest.limit_values(1), manifest.limit_values(manifest.dims["P"].hi)):
-        _within(arena.evaluate(sizes), 0, _MOST_BYTES, "$.memory.arena")
-        _within(logits.evaluate(sizes), 0, _MOST_BYTES, "$.memory.logits")
+def _check_functions(manifest: Manifest) -> None:
+    if not manifest.functions:
+        raise bad("$.functions", "none")
+    symbols: list[str] = []
+    for name, function in manifest.functions.items():
+        where = f"$.functions.{name[:80]}"
+        if not _NAME.match(name):
+            raise bad("$.functions", f"{shown(name)} is not a name")
+        _check_specs(function.inputs, f"{where}.inputs", manifest)
+        _check_specs(function.outputs, f"{where}.outputs", manifest)
+        _unique(function.states, f"{where}.states")
+        for state in function.states:
+            if state not in manifest.states:
+                raise bad(f"{where}.states", f"{shown(state)} is in no table of states")
+        _check_programs(function, f"{where}.programs", manifest)
+        symbols += [program.symbol for program in function.programs]
+    _unique(symbols, "$.functions: programs")
+    used = {state for function in manifest.functions.values() for state in function.states}
+    for state in manifest.states:
+        if state not in used:
+            raise bad(f"$.states.{state[:80]}", "no function uses it")
+
+
+def _check_specs(specs: tuple[TensorSpec, ...], where: str, manifest: Manifest) -> None:
+    _unique((spec.name for spec in specs), where)
+    for i, spec in enumerate(specs):
+        at = f"{where}[{i}]"
+        if not _NAME.match(spec.name):
+            raise bad(at, f"{shown(spec.name)} is not a name")
+        _one_of(spec.dtype, DTYPES, f"{at}.dtype")
+        for text in spec.shape:
+            _dim(text, f"{at}.shape", manifest.dims)
+        if spec.range is not None:
+            if spec.dtype not in _COUNTED:
+                raise bad(f"{at}.range", f"{spec.dtype} has no range")
+            if spec.range.lo > spec.range.hi:
+                raise bad(f"{at}.range", f"the range {spec.range.lo} to {spec.range.hi} is empty")
+        _check_bytes(spec.nbytes(), at, manifest)
+
+
+def _check_programs(function: Function, where: str, manifest: Manifest) -> None:
+    if not function.programs:
+        raise bad(where, "none")
+    for i, program in enumerate(function.programs):
+        at = f"{where}[{i}]"
+        if not _NAME.match(program.symbol) or not program.symbol.startswith(SYMBOL_PREFIX):
+            raise bad(at, f"{shown(program.symbol)} is no program: their names begin with {SYMBOL_PREFIX}")
+        for text in program.guard:
+            _dim(text, f"{at}.guard", manifest.dims)
+        _check_bytes(_dim(program.arena, f"{at}.arena", manifest.dims), f"{at}.arena", manifest)
+    if function.programs[-1].guard:
+        raise bad(where, "the last program must have no guard, or some step could run nowhere")
+
+
+def _check_bytes(size: Dim, where: str, manifest: Manifest) -> None:
+    """A size in bytes must be possible wherever its symbols may be."""
+    least = {name: limits.lo for name, limits in manifest.dims.items()}
+    for sizes in (least, manifest.limit_values(1), manifest.limit_values(manifest.dims[PAGES].hi)):
+        _within(size.evaluate(sizes), 0, _MOST_BYTES, where)
 
 
 def _check_weights(manifest: Manifest) -> None:
@@ -292,25 +300,8 @@ def _check_weight(tensor: Weight, where: str) -> None:
         raise bad(where, f"{tensor.dtype}{shown(list(tensor.shape))} is no packed array of layout {tensor.layout}")
 
 
-def _check_programs(manifest: Manifest) -> None:
-    programs = manifest.programs
-    if not programs:
-        raise bad("$.programs", "none")
-    _unique((program.name for program in programs), "$.programs")
-    for i, program in enumerate(programs):
-        where = f"$.programs[{i}]"
-        if not _NAME.match(program.symbol) or not _NAME.match(program.name):
-            raise bad(where, f"{shown(program.name)} or {shown(program.symbol)} is not a name")
-        if not program.symbol.startswith(STEP_SYMBOL):
-            raise bad(where, f"{program.symbol} is no function of a step: those begin with {STEP_SYMBOL}")
-        for text in program.guard:
-            _dim(text, f"{where}.guard", SYMBOLS)
-    if programs[-1].guard:
-        raise bad("$.programs", "the last program must have no guard, or some step could run nowhere")
-
-
 def _check_files(manifest: Manifest) -> None:
-    needed = [STEP, WEIGHTS, CALLS, *(f"{manifest.target.kind}/{isa}.so" for isa in manifest.target.isas)]
+    needed = [MODULE, WEIGHTS, CALLS, *(f"{manifest.target.kind}/{isa}.so" for isa in manifest.target.isas)]
     for name in needed:
         if name not in manifest.files:
             raise bad("$.files", f"{name} is not listed")

@@ -1,34 +1,31 @@
-"""What a manifest says, as dataclasses named like its JSON keys, and the names that the format knows. What a manifest
-must obey is `rules`, the file system is `io`."""
+"""What a manifest says, as dataclasses named like its JSON keys, and the names that the format knows; those of
+functions and states are `step.interface`'s. What a manifest must obey is `rules`, the file system is `io`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from xllm_compiler.artifact.decode import encode
-from xllm_compiler.dims import Dim, parse_dim
+from xllm_compiler.step.interface import KV, Function, State, page_tokens
 
-FORMAT = 4
+FORMAT = 5
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
 
 MANIFEST = "manifest.json"
-STEP = "step.xir"
+MODULE = "module.xir"
 WEIGHTS = "weights.bin"
 HUGE_PAGE = 1 << 21  # bytes: the blocks in which the weight file is written, so that it can be mapped by such
 CALLS = "calls.json"
 
-ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
-DTYPES = tuple(ITEM_BYTES)
 LAYOUTS = re.compile(r"row|panel|glu|(glu_)?(q[48](g[1-9][0-9]*)?z?|q4grid(16|32))")
-SYMBOLS = ("N", "B", "S", "P")
-"""Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges."""
-OUTPUTS = ("logits", "block_max")
-"""What a step writes, one behind the other: f32 [S, vocabulary] and, if it finds them, the largest of every BLOCK."""
-BLOCK = 64
+PAGES = "P"
+SYMBOLS = ("N", "B", "S", PAGES)
+"""Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges, and may give others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +45,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`isas`: instruction set levels with code in this artifact. `page`: tokens in a KV page."""
+    """`isas`: instruction set levels with code in this artifact."""
 
     kind: str
     isas: tuple[str, ...]
-    page: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,47 +67,6 @@ class DimRange:
     lo: int
     hi: int
     why: str
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An input or output of the step; `shape` holds dim texts."""
-
-    name: str
-    dtype: str
-    shape: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KvLayer:
-    """One layer's page: `heads` KV heads with `k` and `v` numbers per token each, `page_bytes` in all."""
-
-    page_bytes: int
-    heads: int
-    k: int
-    v: int
-
-
-@dataclass(frozen=True, slots=True)
-class KvPlan:
-    """The KV pool: pages one after the other, in each the layers one after the other."""
-
-    page_tokens: int
-    layers: tuple[KvLayer, ...]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
-        return sum(layer.page_bytes for layer in self.layers)
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes that a step needs, as dim texts over N, B, S and P."""
-
-    arena: str
-    logits: str
-    kv: KvPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +90,6 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """One native entry point. It may run a step when every `guard` dim is >= 0."""
-
-    name: str
-    guard: tuple[str, ...]
-    symbol: str
-
-
-@dataclass(frozen=True, slots=True)
 class FileEntry:
     """Size and digest (`artifact.digest`) of one file."""
 
@@ -153,7 +99,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole manifest. Files are named relative to it; nothing in it depends on where or when it was made."""
+    """The whole manifest. Files are named relative to it; nothing in it depends on where or when it was made.
+
+    `dims`: the symbols of all functions' sizes. `states`: memory that outlives a call, by name; a function names those
+    that it uses, so that several may share one.
+    """
 
     format: int
     id: str
@@ -161,11 +111,9 @@ class Manifest:
     target: Target
     limits: Limits
     dims: dict[str, DimRange]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    memory: Memory
+    states: dict[str, State]
+    functions: dict[str, Function]
     weights: Weights
-    programs: tuple[Program, ...]
     files: dict[str, FileEntry]
     key: dict[str, Any]
 
@@ -183,14 +131,27 @@ class Manifest:
         """The same manifest, sealed."""
         return replace(self, id=self.computed_id())
 
-    def dim(self, text: str) -> Dim:
-        """Parse a dim text of this manifest, which was checked when it was read."""
-        return parse_dim(text)
-
     def limit_values(self, pages: int) -> dict[str, int]:
-        """N, B and S at their limits, with a pool of `pages`."""
-        at_limits = {name: self.dims[name].hi for name in SYMBOLS if name != "P"}
-        return {**at_limits, "P": pages}
+        """Every size at its limit, with a pool of `pages` KV pages."""
+        return {name: limits.hi for name, limits in self.dims.items()} | {PAGES: pages}
+
+    def arena_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Of the one arena that all programs use: the largest of theirs."""
+        return max(function.arena_bytes(sizes) for function in self.functions.values())
+
+    def output_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Of all functions' outputs."""
+        return sum(function.output_bytes(sizes) for function in self.functions.values())
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a KV page. Where there is no KV state one page, of no bytes, is enough for any request."""
+        return page_tokens(self.states.values()) or self.model.max_model_len
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one KV page over all KV states."""
+        return sum(state.block_bytes for state in self.states.values() if state.kind == KV)
 
 
 def canonical_json(value: object) -> str:

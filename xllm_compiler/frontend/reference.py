@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Array, Checkpoint
 from xllm_compiler.frontend.model import TORCH_DTYPE, load_config
@@ -24,6 +25,9 @@ from xllm_compiler.frontend.quantized import Quantized
 from xllm_compiler.interp import run
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.semantics import kv_zeros
+from xllm_compiler.ir.types import Kv
+from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
+from xllm_compiler.step.interface import STEP
 
 Chunk = tuple[int, int]  # request, number of its next tokens
 
@@ -35,48 +39,45 @@ class Stepper:
         self.module = module
         self.weights = weights
         self.done = [0] * requests
-        self.func = module.func("step")
+        self.func = module.func(STEP)
+        self.interface = interface_of(self.func)
         (_, width) = self.func.arg("table").shape
-        self.tables = np.full((requests, width.value), -1, np.int32)
+        self.tables = np.full((requests, width.value), UNMAPPED, np.int32)
         self.pages = pages
         # Neither in order nor from 0: a kernel or a meaning that ignores the table would show.
         self.free = [int(p) for p in np.random.default_rng(0).permutation(pages)]
-        self.caches = {a.name: kv_zeros(a.kv, {"P": pages}) for a in self.func.args if a.name.startswith("kv")}
+        states = [a for a in self.func.args if isinstance(a.type, Kv)]
+        self.page_tokens = states[0].kv.page
+        self.caches = {a.name: kv_zeros(a.kv, {"P": pages}) for a in states}
 
     def step(self, prompts: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> dict[tuple[int, int], Array]:
         """Runs one step over the next tokens of some requests; f32 logits [vocab] by (request, position)."""
-        ids: list[int] = []
-        pos: list[int] = []
-        seq: list[int] = []
-        start = [0]
-        for row, (request, count) in enumerate(chunks):
-            at = self.done[request]
-            ids += list(prompts[request][at : at + count])
-            pos += range(at, at + count)
-            seq += [row] * count
-            start.append(len(ids))
-            for page in range((at + count + 15) // 16):
+        for request, count in chunks:
+            for page in range(-(-(self.done[request] + count) // self.page_tokens)):
                 if self.tables[request, page] < 0:
                     self.tables[request, page] = self.free.pop()
-            self.done[request] += count
-        where = [(chunks[row][0], p) for row, p in zip(seq, pos, strict=True)]
-        limit = self.module.scope.symbols["S"].hi
+        where = [(request, self.done[request] + i) for request, count in chunks for i in range(count)]
+        limit = self.module.scope.symbols["S"].hi or len(where)
+        capacity = {"N": len(where), "B": len(chunks), "S": min(limit, len(where))}
+        batch = StepBatch(STEP, self.interface, capacity)
+        writer = StepWriter(batch)
         logits: dict[tuple[int, int], Array] = {}
-        for first in range(0, len(ids), limit or len(ids)):
-            sel = np.arange(first, min(len(ids), first + (limit or len(ids))), dtype=np.int32)
-            inputs = {
-                "ids": np.array(ids, np.int32),
-                "pos": np.array(pos, np.int32),
-                "seq": np.array(seq, np.int32),
-                "start": np.array(start, np.int32),
-                "table": self.tables[[r for r, _ in chunks]],
-                "sel": sel,
-                **self.caches,
-            }
-            results = run(self.module, "step", inputs, self.weights)
-            logits.update({where[int(n)]: results[0][i] for i, n in enumerate(sel)})
+        for first in range(0, len(where), limit):
+            wanted = range(first, min(len(where), first + limit))
+            writer.begin()
+            n = 0
+            for request, count in chunks:
+                at = self.done[request]
+                tokens = np.asarray(prompts[request][at : at + count], np.int32)
+                rows = [row - n for row in wanted if n <= row < n + count]
+                writer.add(tokens, at, self.tables[request], rows)
+                n += count
+            results = run(self.module, STEP, {**writer.end().inputs(), **self.caches}, self.weights)
+            logits.update({where[row]: results[0][i] for i, row in enumerate(wanted)})
         # The caches written by the last run over these tokens; runs over the same tokens write the same rows.
         self.caches = dict(zip(self.caches, results[1:], strict=True))
+        for request, count in chunks:
+            self.done[request] += count
         return logits
 
 

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from xllm_compiler.dims import as_dim, ceildiv, sym
+from xllm_compiler.dims import sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import aten  # noqa: F401  (registers the handlers)
 from xllm_compiler.frontend.attention import AttendCall, decide, recording
@@ -44,8 +44,10 @@ from xllm_compiler.frontend.weights import Slot, WeightSource, match
 from xllm_compiler.ir import ops, quant
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.step.inputs import step_inputs
+from xllm_compiler.step.interface import LOGITS, STEP
 
-PAGE = 16
+PAGE_TOKENS = 16  # in a KV page, what is handed out to a request at once: any multiple of a target's tile
 MAX_PAGES = 1 << 24
 # The range that export may assume: so wide that a model which branches on the number of tokens is found out.
 _EXPORT_MAX = 1 << 24
@@ -145,9 +147,9 @@ def trace_checkpoint(
     stored = quantized.weights if quantized is not None else {}
     step = _StepImport(module, program, model, names, checkpoint, stored, dtype, length)
     logits = step.run(calls)
-    _number_by_position(module.func("step"))
-    _drop_dead(module.func("step"))
-    check_rows(module.func("step"))
+    _number_by_position(module.func(STEP))
+    _drop_dead(module.func(STEP))
+    check_rows(module.func(STEP))
     info = model_facts(
         config,
         model,
@@ -157,7 +159,7 @@ def trace_checkpoint(
         dtype=dtype,
         max_model_len=length,
     )
-    used = {op.name_ for op in module.func("step").ops if isinstance(op, ops.Param)}
+    used = {op.name_ for op in module.func(STEP).ops if isinstance(op, ops.Param)}
     slots = {n: s for n, s in step.slots.items() if n in used}
     if checkpoint is not None:
         for slot in slots.values():
@@ -293,18 +295,10 @@ class _StepImport:
         self.dtype = dtype
         self.slots: dict[str, Slot] = {}
         self.tied = tied_names(model)
-        self.func = module.add_func("step")
-        n, b, s, t = sym("N"), sym("B"), sym("S"), ceildiv(max_model_len, PAGE)
+        self.func = module.add_func(STEP)
         self.inputs = {
-            name: self.func.add_arg(name, Tensor("i32", shape))
-            for name, shape in {
-                "ids": (n,),
-                "pos": (n,),
-                "seq": (n,),
-                "start": (b + 1,),
-                "table": (b, as_dim(t)),
-                "sel": (s,),
-            }.items()
+            spec.name: self.func.add_arg(spec.name, Tensor(spec.dtype, spec.dims()), spec.range)
+            for spec in step_inputs(max_model_len, PAGE_TOKENS)
         }
         self.calls: list[AttendCall] = []
         self.caches: list[tuple[Value, Value]] = []  # argument, last version
@@ -340,7 +334,7 @@ class _StepImport:
         if not isinstance(logits, Value) or logits.dtype != "f32" or logits.tensor.rank != 2:
             raise XllmError("unsupported", f"the model does not end in logits but in {logits}")
         results = [logits, *[last for _, last in self.caches]]
-        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)})
+        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)}, {0: LOGITS})
         return logits
 
     def _tensor(self, node: fx.Node, kind: InputKind, target: str) -> Value:
@@ -426,7 +420,7 @@ class _StepImport:
                 raise im.unsupported(f"attention over {x.shape[2]} tokens that are not the step's")
             return im.cast(im.reshape(im.transpose(x, (0, 2, 1, 3)), (n, heads, size)), self.dtype)
 
-        kv_type = Kv(self.dtype, hk, dk, dv, PAGE, sym("P"))
+        kv_type = Kv(self.dtype, hk, dk, dv, PAGE_TOKENS, sym("P"))
         first = self.func.add_arg(f"kv{layer}", kv_type)
         where = {"pos": self.inputs["pos"], "seq": self.inputs["seq"], "table": self.inputs["table"]}
         written = im.emit(ops.KvWrite, first, rows(key, hk, dk), rows(value, hk, dv), **where, hint=f"kv{layer}_")

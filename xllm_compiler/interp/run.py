@@ -17,6 +17,7 @@ from xllm_compiler.ir.groups import check_world, rank_sizes, rank_symbols
 from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape, stored_dtype
 from xllm_compiler.ir.types import FLOATS, Kv, Tensor
+from xllm_compiler.step.interface import STEP
 
 # Sees every value as it is stored, with its rank, and says what is stored instead: for recording and for perturbing.
 Watch = Callable[[Value, int, Array], Array]
@@ -24,7 +25,7 @@ Watch = Callable[[Value, int, Array], Array]
 
 def run(
     module: Module,
-    func: str = "step",
+    func: str = STEP,
     inputs: Mapping[str, Array] | None = None,
     params: Mapping[str, Array] | None = None,
     dims: Mapping[str, int] | None = None,
@@ -166,6 +167,9 @@ def bind_arguments(func: Func, ctx: EvalContext, inputs: Mapping[str, Array]) ->
         ours = OUR_DTYPE.get(x.dtype, str(x.dtype))
         if ours != dtype and not (ctx.precise and ours in FLOATS and dtype in FLOATS):
             raise IrError(f"input %{arg.name} is {ours}, wanted {dtype}")
+        limits = func.ranges.get(arg)
+        if limits is not None and x.size and not limits.lo <= x.min() <= x.max() <= limits.hi:
+            raise IrError(f"input %{arg.name} has values from {x.min()} to {x.max()}, outside {limits}")
         env[arg] = ctx.store(x, arg.type)
     return env
 

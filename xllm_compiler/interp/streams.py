@@ -31,6 +31,7 @@ from xllm_compiler.ir.diag import IrError, blame
 from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.printer import print_op
 from xllm_compiler.ir.semantics import Array, EvalContext
+from xllm_compiler.step.interface import STEP
 
 SHOWN: Final = 8  # steps before an error
 ALL: Final = -1  # in place of a rank
@@ -39,7 +40,7 @@ _ONE_STREAM: Final = "start all collectives of a group on one stream, or order t
 
 def run_interleaved(
     module: Module,
-    func: str = "step",
+    func: str = STEP,
     inputs: Mapping[str, Array] | None = None,
     params: Mapping[str, Array] | None = None,
     dims: Mapping[str, int] | None = None,

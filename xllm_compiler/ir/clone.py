@@ -27,9 +27,9 @@ def clone_ops(ops: Sequence[Op], builder: Builder, mapping: dict[Value, Value]) 
 def clone_func(func: Func, module: Module, name: str | None = None) -> Func:
     """A copy of `func` in `module` (which must declare what it uses), under another name if told so."""
     copy = module.add_func(name or func.name)
-    mapping: dict[Value, Value] = {a: copy.add_arg(a.name, a.type) for a in func.args}
+    mapping: dict[Value, Value] = {a: copy.add_arg(a.name, a.type, func.ranges.get(a)) for a in func.args}
     clone_ops(list(func.ops), Builder.at_end(copy), mapping)
-    copy.set_returns([mapping[v] for v in func.returns], _map_aliases(func, mapping))
+    copy.set_returns([mapping[v] for v in func.returns], _map_aliases(func, mapping), func.outputs)
     copy.arena = func.arena
     return copy
 

@@ -17,6 +17,7 @@ from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
 from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.step.interface import STEP, ValueRange
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.cost import Cost, CostContext
@@ -366,7 +367,9 @@ class OpList:
 
 
 class Func:
-    """A function: arguments, ops, returned values. `aliases[i]` is the argument whose storage return i shares."""
+    """A function: arguments, ops, returned values. `aliases[i]` is the argument whose storage return i shares,
+    `outputs[i]` the name under which callers know return i; a return may have neither. `ranges`: of integer arguments
+    whose callers keep all values in them."""
 
     def __init__(self, module: Module, name: str) -> None:
         self.module = module
@@ -374,6 +377,8 @@ class Func:
         self.args: list[Value] = []
         self.ops = OpList()
         self.aliases: dict[int, Value] = {}
+        self.outputs: dict[int, str] = {}
+        self.ranges: dict[Value, ValueRange] = {}
         self.arena: Dim | None = None
         self.ret: Op = ReturnOp(self, (), (0,), {})
 
@@ -381,8 +386,15 @@ class Func:
     def returns(self) -> tuple[Value, ...]:
         return self.ret.operands
 
-    def add_arg(self, name: str, type: Type) -> Value:
+    def add_arg(self, name: str, type: Type, range: ValueRange | None = None) -> Value:
+        """A further argument. Raises IrError for a range of what is no integer tensor, or an empty one."""
         value = Value(type, self, len(self.args), name)
+        if range is not None:
+            if not isinstance(type, Tensor) or not type.is_int:
+                raise IrError(f"%{name}: {type} has no range", help="integer tensors have")
+            if range.lo > range.hi:
+                raise IrError(f"%{name}: the range {range} is empty")
+            self.ranges[value] = range
         self.args.append(value)
         return value
 
@@ -393,11 +405,18 @@ class Func:
                 return v
         raise IrError(f"@{self.name} has no argument %{name}", help="it has " + ", ".join(v.name for v in self.args))
 
-    def set_returns(self, values: Sequence[Value], aliases: Mapping[int, Value] | None = None) -> None:
-        """Replaces what the function returns. `aliases`: return index to the argument whose storage it shares."""
+    def set_returns(
+        self,
+        values: Sequence[Value],
+        aliases: Mapping[int, Value] | None = None,
+        outputs: Mapping[int, str] | None = None,
+    ) -> None:
+        """Replaces what the function returns. `aliases`: return index to the argument whose storage it shares.
+        `outputs`: return index to its name."""
         self.ret.drop_operands()
         self.ret = ReturnOp(self, values, (len(values),), {})
         self.aliases = dict(sorted((aliases or {}).items()))
+        self.outputs = dict(sorted((outputs or {}).items()))
 
     def __repr__(self) -> str:
         return f"<func @{self.name}, {len(self.ops)} ops>"
@@ -428,7 +447,7 @@ class Module:
         self.funcs[name] = func
         return func
 
-    def func(self, name: str = "step") -> Func:
+    def func(self, name: str = STEP) -> Func:
         """The function called `name`."""
         if name not in self.funcs:
             raise IrError(f"no function @{name}", help="functions: " + ", ".join(self.funcs))

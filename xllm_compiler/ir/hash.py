@@ -12,7 +12,7 @@ from xllm_compiler.ir.printer import attr_text
 def structural_hash(module: Module) -> str:
     """64 hex digits, equal for modules that differ only in SSA names, locations and reasons.
 
-    Argument names count: they are the interface. So does op order, which is the schedule.
+    Names of arguments and outputs count: they are the interface. So does op order, which is the schedule.
     """
     digest = hashlib.sha256()
 
@@ -44,7 +44,7 @@ def _func_lines(func: Func) -> list[list[str]]:
     lines = [["func", func.name, str(func.arena)]]
     for i, arg in enumerate(func.args):
         number[arg] = f"a{i}"
-        lines.append(["arg", arg.name, _type_text(arg.type)])
+        lines.append(["arg", arg.name, _type_text(arg.type), str(func.ranges.get(arg, ""))])
 
     # A value that is defined nowhere before its use is broken IR (verify says so), which must still hash.
     def ref(v: Value) -> str:
@@ -60,5 +60,6 @@ def _func_lines(func: Func) -> list[list[str]]:
             line.append(_type_text(r.type))
         lines.append(line)
     lines.append(["return", *(ref(v) for v in func.returns)])
+    lines.append(["outputs", *(f"{i}:{name}" for i, name in func.outputs.items())])
     lines.append(["alias", *(f"{i}:{ref(v)}" for i, v in func.aliases.items())])
     return lines

@@ -25,6 +25,7 @@ from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.opdef import OPS
 from xllm_compiler.ir.spec import AttrField, Scalar
 from xllm_compiler.ir.types import DTYPE_BYTES, MAX_SIZE, Event, Future, Kv, Tensor, Type
+from xllm_compiler.step.interface import ValueRange
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
 _HALF: Final = re.compile("[\ud800-\udfff]")  # of a surrogate pair; stands for no character
@@ -312,8 +313,12 @@ class _Parser:
         start = self.expect("(")
         declared: list[Type] = []
         aliases: dict[int, Value] = {}
+        outputs: dict[int, str] = {}
 
         def result() -> None:
+            if self.token.kind == "name" and self.tokens[self.at + 1].text == ":":
+                outputs[len(declared)] = self.kind("name", "the name of an output").text
+                self.expect(":")
             declared.append(self.read_type())
             if self.accept("alias"):
                 aliases[len(declared) - 1] = self.operand()
@@ -338,7 +343,7 @@ class _Parser:
         if types != declared:
             got, want = ", ".join(map(str, types)), ", ".join(map(str, declared))
             self.fail(f"@{func.name} returns ({got}), its signature says ({want})", start)
-        func.set_returns(returns, aliases)
+        func.set_returns(returns, aliases, outputs)
 
     def returned(self) -> list[Value]:
         self.expect("return")
@@ -353,7 +358,14 @@ class _Parser:
         token = self.kind("value", "an argument %name")
         self.expect(":")
         ty = self.read_type()
-        self.define(token, func.add_arg(token.text[1:], ty))
+        limits: ValueRange | None = None
+        if self.accept("in"):
+            self.expect("[")
+            low = self.integer()
+            self.expect(",")
+            limits = ValueRange(low, self.integer())
+            self.expect("]")
+        self.define(token, self.guarded(token, lambda: func.add_arg(token.text[1:], ty, limits)))
 
     def define(self, token: Token, value: Value) -> None:
         if token.text in self.values:

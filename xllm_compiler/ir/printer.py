@@ -85,11 +85,12 @@ def _with_why(line: str, why: str) -> str:
 def print_func(func: Func, loc: bool = False) -> list[str]:
     """The lines of one function."""
     names = Names()
-    args = [f"{names.of(a)}: {a.type}" for a in func.args]
+    args = [f"{names.of(a)}: {a.type}" + (f" in {func.ranges[a]}" if a in func.ranges else "") for a in func.args]
     results: list[str] = []
     for i, v in enumerate(func.returns):
         alias = func.aliases.get(i)
-        results.append(str(v.type) if alias is None else f"{v.type} alias {names.of(alias)}")
+        name = f"{func.outputs[i]}: " if i in func.outputs else ""
+        results.append(f"{name}{v.type}" + ("" if alias is None else f" alias {names.of(alias)}"))
     arena = "" if func.arena is None else f" arena({func.arena})"
     lines = _signature(f"func @{func.name}", args, results, arena)
     for op in func.ops:

@@ -108,7 +108,7 @@ class Fusion:
             (storage.order[op], op, storage.ref(r))
             for op in storage.func.ops
             for r in op.results
-            if self.is_materialised(r) and storage.has_place(r) and storage.ref(r).space in ("arena", "logits")
+            if self.is_materialised(r) and storage.has_place(r) and storage.ref(r).space in ("arena", "output")
         ]
         late: set[Op] = set()
         members: dict[Op, list[Op]] = {}
@@ -122,7 +122,7 @@ class Fusion:
                     if (
                         x in storage.weights
                         or not storage.has_place(x)
-                        or storage.ref(x).space not in ("arena", "logits")
+                        or storage.ref(x).space not in ("arena", "output")
                     ):
                         continue
                     if x.op in self.root:

@@ -1,4 +1,4 @@
-"""Where every value of a step lives: arena, weights, inputs, KV layers, outputs. Owns places and their overlap.
+"""Where every value of a function lives: arena, weights, inputs, states, outputs. Owns places and their overlap.
 
 Must not know kernels or targets. A place is a base and a byte range of Dims; whether two ranges may overlap is asked of
 the module's DimScope, and "don't know" counts as yes.
@@ -18,24 +18,19 @@ from xllm_compiler.ir.spec import dims_in
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
-Space = Literal["arena", "weight", "input", "kv", "logits", "barrier"]
-INPUTS: Final = ("ids", "pos", "seq", "start", "table", "sel")
+Space = Literal["arena", "weight", "input", "state", "output", "barrier"]
+_WRITTEN: Final = ("arena", "state", "output", "barrier")
 _LINE, _WORDS = 64, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """`nbytes` bytes at `offset` from the base of a space. `index`: the weight request, the input or the KV layer."""
+    """`nbytes` bytes at `offset` from the base of a space. `index`: which weight request, input, state or output."""
 
     space: Space
     index: int
     offset: Dim
     nbytes: Dim
-
-
-def kv_args(func: Func) -> list[Value]:
-    """The KV arguments; their order numbers the layers."""
-    return [v for v in func.args if isinstance(v.type, Kv)]
 
 
 def where(op: Op) -> str:
@@ -44,7 +39,10 @@ def where(op: Op) -> str:
 
 
 class Storage:
-    """Places of all values of `func` but the weights, which get theirs when a kernel asks for them."""
+    """Places of all values of `func` but the weights, which get theirs when a kernel asks for them.
+
+    Inputs are numbered by the tensor arguments, states by the others, outputs by the tensors that are returned.
+    """
 
     def __init__(self, func: Func, scope: DimScope) -> None:
         self.func, self.scope = func, scope
@@ -52,11 +50,13 @@ class Storage:
         self.order = {op: i for i, op in enumerate(func.ops)}
         self.copies: list[Op] = []
         """Views whose bytes must be copied: the plan gave them a place of their own."""
+        self.outputs: dict[Value, Ref] = {}
+        """The returned tensors. Nothing else is ever put in their places."""
         self._refs: dict[Value, Ref] = {}
         self._kernels_by_turns = 0
         self._place_arguments()
-        self.logits, self.block_max = self._outputs()
-        self._logits_bytes = self._written_as_logits()
+        self._place_outputs()
+        self._written_as = self._views_of_outputs()
         for op in func.ops:
             if not all(r in self.weights for r in op.results):
                 self._check_ranks(op)
@@ -71,8 +71,9 @@ class Storage:
 
     @property
     def kv_block_bytes(self) -> int:
-        """Bytes of one KV block: the same tokens of all layers, one after the other."""
-        return sum(v.kv.page_bytes for v in kv_args(self.func))
+        """Bytes of one KV block: its tokens in all KV states of the module, one state after the other."""
+        args = (a for func in self.func.module.funcs.values() for a in func.args if isinstance(a.type, Kv))
+        return sum({a.name: a.kv.page_bytes for a in args}.values())
 
     @property
     def barrier(self) -> Ref:
@@ -90,60 +91,46 @@ class Storage:
 
     def overlap(self, a: Ref, b: Ref) -> bool:
         """Whether two places may share a byte."""
-        if a.space != b.space or a.index != b.index:
+        if a.space != b.space or a.index != b.index or a.space not in _WRITTEN:
             return False
-        if a.space not in ("arena", "kv", "logits", "barrier"):
-            return False  # never written
-        if a.space == "kv":
+        if a.space == "state":
             return True
         apart = self.scope.prove_le(a.offset + a.nbytes, b.offset) or self.scope.prove_le(b.offset + b.nbytes, a.offset)
         return apart is not True
 
     def _place_arguments(self) -> None:
-        layer = before = 0
+        inputs = states = 0
         for v in self.func.args:
             if isinstance(v.type, Kv):
-                self._refs[v] = Ref("kv", layer, as_dim(before), v.type.pages * v.type.page_bytes)
-                before, layer = before + v.type.page_bytes, layer + 1
-            elif v.name in INPUTS and v.dtype == "i32":
-                self._refs[v] = Ref("input", INPUTS.index(v.name), as_dim(0), v.tensor.nbytes)
+                self._refs[v] = Ref("state", states, as_dim(0), v.type.pages * v.type.page_bytes)
+                states += 1
+            elif isinstance(v.type, Tensor):
+                self._refs[v] = Ref("input", inputs, as_dim(0), v.tensor.nbytes)
+                inputs += 1
             else:
-                raise XllmError(
-                    "ir",
-                    f"@{self.func.name} has an argument that no step gets: {v}",
-                    help="inputs: " + ", ".join(INPUTS),
-                )
+                raise XllmError("ir", f"@{self.func.name} has an argument that is no tensor and no state: {v}")
 
-    def _outputs(self) -> tuple[Value, Value | None]:
-        """The logits and, where the step returns them too, their block maxima, which lie right behind them."""
-        outs = [v for v in self.func.returns if isinstance(v.type, Tensor)]
-        last = outs[-1].op if len(outs) == 2 else None
-        if last is not None and last.name == "nn.block_max" and last.operands[0] is outs[0]:
-            return outs[0], outs[1]
-        if len(outs) != 1:
-            raise XllmError(
-                "ir",
-                f"a step returns one tensor of logits, and after it may come their nn.block_max; "
-                f"@{self.func.name} returns {len(outs)} tensors",
-            )
-        return outs[0], None
+    def _place_outputs(self) -> None:
+        for v in self.func.returns:
+            if not isinstance(v.type, Tensor):
+                continue
+            if v.op is None or v in self.weights:
+                raise XllmError("ir", f"@{self.func.name} returns %{v.name}, which it does not compute", where=str(v))
+            if v in self.outputs:
+                raise XllmError("ir", f"@{self.func.name} returns %{v.name} twice", where=str(v))
+            self.outputs[v] = Ref("output", len(self.outputs), as_dim(0), v.tensor.nbytes)
 
-    @property
-    def output_bytes(self) -> Dim:
-        """Of all tensors that the step returns, one behind the other."""
-        size = self.logits.tensor.nbytes
-        return size if self.block_max is None else size + self.block_max.tensor.nbytes
-
-    def _written_as_logits(self) -> frozenset[Value]:
-        """The returned value and, through views with no other use, the computed value whose bytes it is."""
-        value = self.logits
-        chain = [value]
-        while value.op is not None and value.op.SPEC.view:
-            value = value.op.operands[0]
-            if value.op is None or value in self.weights or not value.has_one_use:
-                break
-            chain.append(value)
-        return frozenset(chain)
+    def _views_of_outputs(self) -> dict[Value, Ref]:
+        """The outputs and, where one is a view with no other use, the computed value whose bytes it is."""
+        found = dict(self.outputs)
+        for output, ref in self.outputs.items():
+            value = output
+            while value.op is not None and value.op.SPEC.view:
+                value = value.op.operands[0]
+                if value.op is None or value in self.weights or not value.has_one_use:
+                    break
+                found[value] = ref
+        return found
 
     def _check_ranks(self, op: Op) -> None:
         """XllmError where a step would have to know its rank: all ranks run the same program."""
@@ -166,10 +153,8 @@ class Storage:
                 raise XllmError("unsupported", f"{op.name} needs more than one CPU process", where=where(op))
             source = self._refs.get(op.operands[0]) if op.SPEC.view else None
             own = offsets.get(value)
-            if value in self._logits_bytes:
-                own = Ref("logits", 0, as_dim(0), value.tensor.nbytes)
-            elif value is self.block_max:
-                own = Ref("logits", 0, self.logits.tensor.nbytes, value.tensor.nbytes)
+            if value in self._written_as:
+                own = self._written_as[value]
             elif source is not None and (own is None or source.space != "arena" or source.offset is own.offset):
                 own = source
             if own is None:

@@ -32,13 +32,12 @@ class QuantizationEvaluator:
         module = clone_module(traced.module)
         run_pipeline(",".join(UNQUANTIZED), module, PassContext())
         self._form, self._limit, self._pipeline = form, limit, pipeline
-        longest = module.func("step").arg("table").shape[1].value * 16
         self._bench = Reference.of(
             module,
             traced.weights,
             tokenizer if tokenizer.is_file() else None,
             traced.info.vocab_size,
-            min(longest, traced.info.max_model_len),
+            traced.info.max_model_len,
         )
         self._layers: tuple[LayerLoss, ...] | None = None
 

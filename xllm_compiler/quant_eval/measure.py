@@ -25,6 +25,8 @@ from xllm_compiler.quant_eval.compare import Loss, compare
 from xllm_compiler.quant_eval.replay import Variant, replay
 from xllm_compiler.quant_eval.report import LayerLoss
 from xllm_compiler.quant_eval.text import take, windows
+from xllm_compiler.step.inputs import UNMAPPED, StepWriter
+from xllm_compiler.step.interface import LOGITS, STEP
 
 _WHOLE: Final = 1 << 38  # multiplications that the reference may cost: seconds on two cores
 _ALONE: Final = 1 << 39  # and all layers' turns together
@@ -51,7 +53,7 @@ class Reference:
     @property
     def weights(self) -> list[Value]:
         """The weights that a form is about."""
-        return list(layer_weights(self.module.func("step")))
+        return list(layer_weights(self.module.func(STEP)))
 
     @property
     def few(self) -> list[NDArray[np.int32]]:
@@ -96,25 +98,23 @@ def served_logits(folder: Path, manifest: Manifest, isa: str, ids: Sequence[NDAr
 
     library = load_library(folder / manifest.target.kind / f"{isa}.so")
     weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
-    pages = max(-(-len(each) // manifest.target.page) for each in ids)
+    pages = max(-(-len(each) // manifest.page_tokens) for each in ids)
     limits = manifest.limits
     chunk = min(limits.max_num_batched_tokens, limits.max_num_logits)
     out = np.empty((sum(map(len, ids)), manifest.model.vocab_size), np.float32)
     executor = CpuExecutor(manifest, library, weights, pages=pages, threads=len(os.sched_getaffinity(0)))
     row = 0
     try:
-        batch = executor.new_batch()
-        batch.table[0, :pages] = np.arange(pages)
+        writer = StepWriter(executor.new_batch())
+        table = np.full(writer.batch["table"].shape[1], UNMAPPED, np.int32)
+        table[:pages] = np.arange(pages)
         for each in ids:
             for at in range(0, len(each), chunk):
-                count = len(each[at : at + chunk])
-                batch.n, batch.b, batch.s = count, 1, count
-                batch.ids[:count] = each[at : at + chunk]
-                batch.pos[:count] = np.arange(at, at + count)
-                batch.seq[:count] = 0
-                batch.start[:2] = (0, count)
-                batch.sel[:count] = np.arange(count)
-                out[row : row + count] = executor.execute(batch).rows
+                tokens = each[at : at + chunk]
+                count = len(tokens)
+                writer.begin()
+                writer.add(tokens, at, table, range(count))
+                out[row : row + count] = executor.execute(writer.end())[LOGITS]
                 row += count
     finally:
         executor.close()
@@ -123,5 +123,5 @@ def served_logits(folder: Path, manifest: Manifest, isa: str, ids: Sequence[NDAr
 
 def _size(module: Module) -> int:
     """Multiplications for one position."""
-    total = sum((w.tensor.shape[0] * w.tensor.shape[1]).value for w in layer_weights(module.func("step")))
+    total = sum((w.tensor.shape[0] * w.tensor.shape[1]).value for w in layer_weights(module.func(STEP)))
     return max(1, total)

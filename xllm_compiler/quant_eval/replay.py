@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.interp.run import call_op, run_value
 from xllm_compiler.ir import quant
@@ -22,6 +23,8 @@ from xllm_compiler.ir.semantics import Array, EvalContext, kv_zeros
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import rotation_of
+from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
+from xllm_compiler.step.interface import STEP
 
 Variant = Mapping[Value, QuantForm]
 """Weights of the module, each with the form in which the layers that read it compute."""
@@ -70,7 +73,7 @@ def replay(
     `module`: stage graph, with the function @step. A layer whose weight is quantized to 8-bit activations rounds its
     input too; sums are in f32. Raises what reading `params` raises.
     """
-    func = module.func("step")
+    func = module.func(STEP)
     sizes, inputs = _inputs(module, ids)
     ctx = EvalContext(params, sizes)
     fixed = weight_exprs(func)
@@ -151,22 +154,19 @@ def _needed(ops: Any, result: Value) -> list[Op]:
 
 def _inputs(module: Module, ids: Sequence[NDArray[np.int32]]) -> tuple[dict[str, int], dict[Value, Array]]:
     """Sizes and arguments of one step that computes all requests whole and keeps every row."""
-    func = module.func("step")
-    lengths = [len(each) for each in ids]
+    func = module.func(STEP)
+    caches = [a for a in func.args if isinstance(a.type, Kv)]
+    page = caches[0].kv.page if caches else 1
+    counts = [-(-len(each) // page) for each in ids]
+    tokens = sum(map(len, ids))
+    sizes = {"N": tokens, "B": len(ids), "S": tokens, "P": sum(counts)}
+    writer = StepWriter(StepBatch(STEP, interface_of(func), sizes))
     width = func.arg("table").shape[1].value
-    table = np.full((len(ids), width), -1, np.int32)
-    pages = 0
-    for i, length in enumerate(lengths):
-        count = -(-length // 16)
-        table[i, :count] = np.arange(pages, pages + count)
-        pages += count
-    arrays = {
-        "ids": np.concatenate(ids),
-        "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        "seq": np.repeat(np.arange(len(ids), dtype=np.int32), lengths),
-        "start": np.cumsum([0, *lengths]).astype(np.int32),
-        "table": table,
-        "sel": np.arange(sum(lengths), dtype=np.int32),
-    }
-    sizes = {"N": sum(lengths), "B": len(ids), "S": sum(lengths), "P": pages}
+    first = 0
+    for each, count in zip(ids, counts, strict=True):
+        pages = np.full(width, UNMAPPED, np.int32)
+        pages[:count] = np.arange(first, first + count)
+        writer.add(each, 0, pages, range(len(each)))
+        first += count
+    arrays = writer.end().inputs()
     return sizes, {a: kv_zeros(a.type, sizes) if isinstance(a.type, Kv) else arrays[a.name] for a in func.args}

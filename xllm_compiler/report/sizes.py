@@ -10,7 +10,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.cost import CONTEXT
 from xllm_compiler.ir.groups import rank_symbols
-from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.types import Kv
 
 CONTEXT_NAME = CONTEXT.symbols[0]
 USUAL = (("decode, 1 request", 1, 1, 512), ("decode, 8 requests", 8, 8, 512), ("prefill, 512 tokens", 512, 1, 0))
@@ -67,7 +67,7 @@ def complete(module: Module, given: Mapping[str, int]) -> dict[str, int]:
     context = given.get(CONTEXT_NAME, 0)
     if longest is not None:
         context = max(0, min(context, longest - each))
-    page = next((a.type.page for f in module.funcs.values() for a in f.args if isinstance(a.type, Kv)), 16)
+    page = next((a.type.page for f in module.funcs.values() for a in f.args if isinstance(a.type, Kv)), 1)
     known = {"N": tokens, "B": requests, "S": requests, "P": requests * -(-(context + each) // page)}
     sizes = {name: given.get(name, _within(scope, name, known.get(name, USUAL_SIZE))) for name in names}
     return {**sizes, CONTEXT_NAME: context} if CONTEXT_NAME in names else sizes
@@ -96,17 +96,6 @@ def _check(scope: DimScope, name: str, value: int) -> None:
 
 
 def _longest_request(module: Module) -> int | None:
-    """Tokens that a row of the block table can name, where the module has one."""
-    for func in module.funcs.values():
-        pages = [a.type.page for a in func.args if isinstance(a.type, Kv)]
-        for arg in func.args:
-            table = arg.type
-            if (
-                arg.name == "table"
-                and isinstance(table, Tensor)
-                and table.rank == 2
-                and table.shape[1].is_const
-                and pages
-            ):
-                return table.shape[1].value * pages[0]
-    return None
+    """Tokens that a request can have: as many as there are positions, where a function says so."""
+    ranges = [f.ranges[a] for f in module.funcs.values() for a in f.args if a.name == "pos" and a in f.ranges]
+    return max((limits.hi + 1 for limits in ranges), default=None)

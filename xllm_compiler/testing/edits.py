@@ -113,13 +113,14 @@ class _Rebuilder:
         kept, used = self.live(returns)
         for arg in old.args:
             if arg in used or (arg not in edit.unused and arg not in edit.fresh and arg not in edit.subst):
-                self.mapping[arg] = self.new.add_arg(arg.name, self.type(arg.type))
+                self.mapping[arg] = self.new.add_arg(arg.name, self.type(arg.type), old.ranges.get(arg))
         for op in old.ops:
             if op in kept:
                 self.copy(op)
         values = [self.value(v) for v in returns]
         aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, Kv)}
-        self.new.set_returns(values, aliases)
+        named = {old.returns[i]: name for i, name in old.outputs.items()}
+        self.new.set_returns(values, aliases, {i: named[v] for i, v in enumerate(returns) if v in named})
         self.new.arena = None if old.arena is None or old in edit.arenas else self.dim(old.arena)
         self.place()
 

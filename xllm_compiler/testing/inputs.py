@@ -27,12 +27,14 @@ from xllm_compiler.ir.ops import Collective, Linear, Param
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, possible
 from xllm_compiler.ir.spec import dims_in
 from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.step.inputs import WRITTEN
 from xllm_compiler.testing.ranges import Range, index_ranges
 
 Sizes = Mapping[str, int]
 
 MAX_TRIES = 20_000  # assignments tried before sizes are said not to exist
 SPARE_PAGES = 2  # of context per request, beyond what the step's own tokens need
+MOST_POSITIONS = 64  # of a request, where no range says it
 SMALL = 64  # limits up to here are worth a run at the limit
 MAX_RANKS = 64  # that inputs are made up for
 
@@ -212,7 +214,7 @@ class _Search:
         if name == "S":
             return b
         if name == "P":
-            page = next((a.type.page for a in self.func.args if isinstance(a.type, Kv)), 16)
+            page = next((a.type.page for a in self.func.args if isinstance(a.type, Kv)), 1)
             return -(-n // page) + (SPARE_PAGES + 1) * b + 1
         return max(lo, min(2, lo + 1))
 
@@ -334,7 +336,7 @@ def _floats(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
 class _Step:
     """The arrays that describe a step. What they are called counts, and what kv ops use them for."""
 
-    RANK: ClassVar[dict[str, int]] = {"pos": 1, "seq": 1, "start": 1, "table": 2, "sel": 1}
+    RANK: ClassVar[dict[str, int]] = {name: len(shape) for name, shape in WRITTEN.items() if name != "ids"}
 
     def __init__(self, func: Func, dims: Sizes, demands: Mapping[Value, Range], rng: np.random.Generator) -> None:
         self.func, self.dims, self.rng = func, dims, rng
@@ -350,12 +352,16 @@ class _Step:
         elif "start" in self.roles:
             self.requests = self.length("start") - 1
         kvs = [a.type for a in func.args if isinstance(a.type, Kv)]
-        self.page = kvs[0].page if kvs else 16
         self.columns = self.roles["table"].shape[1].evaluate(dims) if "table" in self.roles else 0
+        limits = func.ranges.get(self.roles["pos"]) if "pos" in self.roles else None
+        most = MOST_POSITIONS if limits is None else limits.hi + 1
+        self.page = kvs[0].page if kvs else max(1, most // max(1, self.columns))
         pages = [kv.pages.evaluate(dims) for kv in kvs]
         self.pages = min(pages) if pages else self.requests * max(1, self.columns)
         demand = demands.get(self.roles["pos"]) if "pos" in self.roles else None
-        self.positions = self.columns * self.page if self.columns else 64
+        self.positions = self.columns * self.page if self.columns else most
+        if limits is not None:
+            self.positions = min(self.positions, most)
         if demand is not None:
             self.positions = min(self.positions, demand.hi + 1)
 

@@ -124,10 +124,12 @@ def signature_text(module: Module, funcs: Sequence[str] | None = None) -> str:
 
 def _func_lines(func: Func) -> list[str]:
     lines = [f"@{func.name}"]
-    lines += [f"  argument {i}, %{a.name}: {a.type}" for i, a in enumerate(func.args)]
+    lines += [f"  argument {i}, %{a.name}: {a.type} in {func.ranges.get(a)}" for i, a in enumerate(func.args)]
     for i, r in enumerate(func.returns):
         alias = func.aliases.get(i)
-        lines.append(f"  return {i}: {r.type}" + ("" if alias is None else f" alias %{alias.name}"))
+        lines.append(
+            f"  return {i}, {func.outputs.get(i)}: {r.type}" + ("" if alias is None else f" alias %{alias.name}")
+        )
     return lines
 
 

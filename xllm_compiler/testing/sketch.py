@@ -16,6 +16,7 @@ from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Op, Value
 from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.step.interface import ValueRange
 
 Choose = Callable[[int], int]
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class Sketch:
                 shape = [self.requests(), TABLE]
             case _:
                 shape = [self.module.scope.declare("S", 0, 64, why="rows whose logits are wanted")]
-        return self.func.add_arg(name, Tensor("i32", shape))
+        return self.func.add_arg(name, Tensor("i32", shape), ValueRange(0, POSITIONS - 1) if name == "pos" else None)
 
     def requests(self) -> Dim:
         b = self.module.scope.declare("B", 1, 8, why="requests")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 
 from xllm_compiler.artifact import Manifest, Weight
+from xllm_compiler.artifact.schema import PAGES
+from xllm_compiler.step.interface import Function, TensorSpec
 from xllm_compiler.tools.console import size, table
 
 GIB = 1 << 30
@@ -14,30 +16,30 @@ GIB = 1 << 30
 def memory_text(manifest: Manifest) -> str:
     """The memory formulas, their values at the limits, and what a KV budget comes to."""
     limits = manifest.limit_values(1)
-    memory, kv = manifest.memory, manifest.memory.kv
-    arena = manifest.dim(memory.arena).evaluate(limits)
-    logits = manifest.dim(memory.logits).evaluate(limits)
-    fixed = manifest.weights.bytes + arena + logits
-    at = ", ".join(f"{name}={limits[name]}" for name in ("N", "B", "S"))
+    arena, outputs = manifest.arena_bytes(limits), manifest.output_bytes(limits)
+    fixed = manifest.weights.bytes + arena + outputs
+    page_bytes, page_tokens = manifest.page_bytes, manifest.page_tokens
+    at = ", ".join(f"{name}={limits[name]}" for name in sorted(limits) if name != PAGES)
+    formulas = [program.arena for function in manifest.functions.values() for program in function.programs]
     rows = [
         ("weights", size(manifest.weights.bytes), "mapped from weights.bin"),
-        ("arena", size(arena), memory.arena),
-        ("logits", size(logits), memory.logits),
+        ("arena", size(arena), ("the largest of " if len(formulas) > 1 else "") + "; ".join(formulas)),
+        ("outputs", size(outputs), ", ".join(f"{name} {spec}" for name, spec in _outputs(manifest))),
         (
             "kv",
-            f"{size(kv.page_bytes)} a page",
-            f"{kv.page_bytes}*P, {kv.page_tokens} tokens a page, {len(kv.layers)} layers",
+            f"{size(page_bytes)} a page",
+            f"{page_bytes}*P, {page_tokens} tokens a page, {len(manifest.states)} layers",
         ),
     ]
     text = f"memory at {at}\n{table(rows, right=(1,))}"
-    if not kv.layers:
+    if not page_bytes:
         return text
     total = GIB
-    while total < 2 * fixed + kv.page_bytes:
+    while total < 2 * fixed + page_bytes:
         total *= 2
-    pages = (total - fixed) // kv.page_bytes
-    tokens = pages * kv.page_tokens
-    longest = -(-manifest.model.max_model_len // kv.page_tokens)
+    pages = (total - fixed) // page_bytes
+    tokens = pages * page_tokens
+    longest = -(-manifest.model.max_model_len // page_tokens)
     return (
         f"{text}\n  for example, {size(total)} in all leave {size(total - fixed)} for KV: {pages} pages, {tokens} "
         f"tokens, {pages // longest} requests of {manifest.model.max_model_len} tokens"
@@ -68,13 +70,41 @@ def weights_text(manifest: Manifest, every: bool = False) -> str:
     return f"weights: {len(tensors)} tensors, {size(manifest.weights.bytes)}\n{table(rows, right=(4, 5))}"
 
 
-def programs_text(manifest: Manifest) -> str:
-    """The programs in the order in which they are tried."""
+def _outputs(manifest: Manifest) -> list[tuple[str, TensorSpec]]:
+    """Every output of every function, named `function.output`."""
+    functions = manifest.functions.items()
+    return [(f"{name}.{spec.name}", spec) for name, function in functions for spec in function.outputs]
+
+
+def functions_text(manifest: Manifest) -> str:
+    """What each function takes and gives, and its programs in the order in which they are tried."""
+    parts = []
+    for name, function in manifest.functions.items():
+        rows = [(kind, spec.name, str(spec)) for kind, specs in _specs(function) for spec in specs]
+        if function.states:
+            rows.append(("state", ", ".join(function.states), ""))
+        for program in function.programs:
+            guards = " and ".join(f"{guard} >= 0" for guard in program.guard) or "always"
+            rows.append(("program", program.symbol, guards))
+        parts.append(f"@{name} ({', '.join(manifest.target.isas)})\n{table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _specs(function: Function) -> list[tuple[str, tuple[TensorSpec, ...]]]:
+    return [("in", function.inputs), ("out", function.outputs)]
+
+
+def states_text(manifest: Manifest) -> str:
+    """The states, those that are alike in one row."""
+    groups: dict[str, list[str]] = {}
+    for name, state in manifest.states.items():
+        sizes = ", ".join(f"{key}={value}" for key, value in sorted(state.sizes.items()))
+        text = f"{state.kind} {state.dtype} {state.layout}, {sizes}; {state.blocks} x {size(state.block_bytes)}"
+        groups.setdefault(text, []).append(name)
     rows = [
-        (program.name, " and ".join(f"{guard} >= 0" for guard in program.guard) or "always", program.symbol)
-        for program in manifest.programs
+        (names[0] if len(names) == 1 else f"{len(names)}, such as {names[0]}", text) for text, names in groups.items()
     ]
-    return f"programs ({', '.join(manifest.target.isas)})\n{table(rows)}"
+    return f"states\n{table(rows)}"
 
 
 def files_text(manifest: Manifest) -> str:

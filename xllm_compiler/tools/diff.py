@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from xllm_compiler.artifact import STEP, WEIGHTS, Contents, Manifest, check_files, read_manifest
+from xllm_compiler.artifact import MODULE, WEIGHTS, Contents, Manifest, check_files, read_manifest
 from xllm_compiler.artifact.decode import encode
 from xllm_compiler.errors import XllmError
 
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
         ("manifest", _manifest(a, b)),
         ("weights", _weights(args.a, a, args.b, b)),
         ("files", _files(a, b)),
-        (STEP, _step(Contents(args.a, a), Contents(args.b, b), args.lines)),
+        (MODULE, _module(Contents(args.a, a), Contents(args.b, b), args.lines)),
     ):
         found = list(lines)
         if found:
@@ -110,8 +110,8 @@ def _files(a: Manifest, b: Manifest) -> Iterator[str]:
             yield f"~ {name}: {a.files[name].bytes} -> {b.files[name].bytes} bytes, other content"
 
 
-def _step(a: Contents, b: Contents, limit: int) -> Iterator[str]:
-    left, right = ((files / STEP).read_bytes().decode("utf-8", "replace").splitlines() for files in (a, b))
+def _module(a: Contents, b: Contents, limit: int) -> Iterator[str]:
+    left, right = ((files / MODULE).read_bytes().decode("utf-8", "replace").splitlines() for files in (a, b))
     lines = difflib.unified_diff(left, right, "A", "B", lineterm="", n=2)
     yield from islice(lines, limit)
     if next(lines, None) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.step.interface import STEP
 from xllm_compiler.tools.arguments import Arguments, check_sizes, parse_sizes, suggest, whole_number
 from xllm_compiler.tools.console import run
 
@@ -111,8 +112,8 @@ def _check_orders(func: Func, given: Given, sequential: Sequence[Sequence[Array]
 def _func(module: Module, name: str | None) -> Func:
     known = list(module.funcs)
     if name is None:
-        if "step" in known or len(known) == 1:
-            return module.funcs["step" if "step" in known else known[0]]
+        if STEP in known or len(known) == 1:
+            return module.funcs[STEP if STEP in known else known[0]]
         raise XllmError("option", f"the module has {len(known)} functions", help="--func " + " | ".join(known))
     if name.removeprefix("@") not in known:
         help = suggest(name.removeprefix("@"), known, "its functions")

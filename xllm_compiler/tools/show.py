@@ -9,7 +9,7 @@ from pathlib import Path
 from xllm_compiler.artifact import read_manifest
 from xllm_compiler.quant_eval.report import report_text
 from xllm_compiler.tools.console import table
-from xllm_compiler.tools.describe import files_text, memory_text, programs_text, weights_text
+from xllm_compiler.tools.describe import files_text, functions_text, memory_text, states_text, weights_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,24 +31,19 @@ def main(args: argparse.Namespace) -> int:
         ("model", f"{model.name}, {model.architecture}, {model.layers} layers, hidden {model.hidden_size}"),
         ("", f"{model.vocab_size} vocabulary items, {model.dtype}, up to {model.max_model_len} tokens"),
         ("tokens", f"eos {', '.join(map(str, model.eos_token_ids)) or 'none'}; bos {model.bos_token_id}"),
-        ("target", f"{manifest.target.kind}: {', '.join(manifest.target.isas)}; {manifest.target.page} tokens a page"),
+        ("target", f"{manifest.target.kind}: {', '.join(manifest.target.isas)}"),
         (
             "limits",
             f"{limits.max_num_seqs} requests, {limits.max_num_batched_tokens} tokens, {limits.max_num_logits} rows",
         ),
     ]
     dims = [(name, f"{r.lo} to {r.hi}", r.why) for name, r in sorted(manifest.dims.items())]
-    specs = [
-        (kind, spec.name, spec.dtype, f"[{', '.join(spec.shape)}]")
-        for kind, group in (("in", manifest.inputs), ("out", manifest.outputs))
-        for spec in group
-    ]
     key = [(name, "absent" if value is None else str(value)) for name, value in sorted(manifest.key.items())]
     sections = [
         table(info),
         f"dims\n{table(dims)}",
-        f"step\n{table(specs)}",
-        programs_text(manifest),
+        functions_text(manifest),
+        states_text(manifest),
         memory_text(manifest),
         weights_text(manifest, args.all_weights),
         files_text(manifest),

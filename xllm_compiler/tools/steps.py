@@ -10,38 +10,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.artifact import Manifest
+from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
+from xllm_compiler.step.interface import STEP
 
+Array = NDArray[Any]
 I32 = NDArray[np.int32]
+Plan = list[tuple[int, int]]
 _LENGTHS = (1, 5, 16, 17, 40, 3)  # tokens of a prompt: less than a page, whole pages, just over, several
 
 
 @dataclass(frozen=True)
 class Step:
-    """The inputs of one step, by the names of docs/architecture.md. `rows[i]`: (request, position) of logits row i."""
+    """The inputs of one step and its sizes. `rows[i]`: (request, position) of row i of the logits."""
 
-    ids: I32
-    pos: I32
-    seq: I32
-    start: I32
-    table: I32
-    sel: I32
+    inputs: dict[str, Array]
+    sizes: dict[str, int]
     rows: tuple[tuple[int, int], ...]
-
-    def inputs(self) -> dict[str, I32]:
-        """The step's arrays by argument name."""
-        return {name: getattr(self, name) for name in ("ids", "pos", "seq", "start", "table", "sel")}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Requests and the steps that serve them from a pool of `pages` KV pages."""
+    """Requests and the steps of `function` that serve them from a pool of `pages` KV pages."""
 
+    function: str
     tokens: tuple[I32, ...]
     steps: tuple[Step, ...]
     pages: int
 
 
-def make_trial(manifest: Manifest, seed: int, decode_steps: int = 3) -> Trial:
+def make_trial(manifest: Manifest, seed: int, function: str = STEP, decode_steps: int = 3) -> Trial:
     """Random requests within the artifact's limits. Each step computes some tokens of some requests: first one chunk of
     each prompt, then the rest beside the first decodes, then decodes alone. Pages are dealt out in random order."""
     draw = np.random.default_rng(seed)
@@ -49,24 +46,24 @@ def make_trial(manifest: Manifest, seed: int, decode_steps: int = 3) -> Trial:
     lengths = [min(length, max(1, longest - decode_steps)) for length in _LENGTHS][: limits.max_num_seqs]
     goals = [min(length + decode_steps, longest) for length in lengths]
     tokens = [draw.integers(0, manifest.model.vocab_size, goal).astype(np.int32) for goal in goals]
-    page = manifest.target.page
+    page = manifest.page_tokens
     counts = [-(-goal // page) for goal in goals]
     pages = sum(counts) + 3
     order = draw.permutation(pages)[: sum(counts)].astype(np.int32)
-    tables = np.full((len(goals), -(-longest // page)), -1, np.int32)
+    tables = np.full((len(goals), -(-longest // page)), UNMAPPED, np.int32)
     for i, count in enumerate(counts):
         tables[i, :count] = order[sum(counts[:i]) : sum(counts[: i + 1])]
     done = [0] * len(goals)
     steps: list[Step] = []
     while any(a < b for a, b in zip(done, goals, strict=True)):
         plan = _plan(done, lengths, goals, limits.max_num_batched_tokens, first=not steps)
-        steps.append(_step(plan, done, tokens, tables, limits.max_num_logits))
+        steps.append(_step(plan, done, tokens, tables, manifest, function))
         for request, count in plan:
             done[request] += count
-    return Trial(tuple(tokens), tuple(steps), pages)
+    return Trial(function, tuple(tokens), tuple(steps), pages)
 
 
-def _plan(done: list[int], prompts: list[int], goals: list[int], budget: int, first: bool) -> list[tuple[int, int]]:
+def _plan(done: list[int], prompts: list[int], goals: list[int], budget: int, first: bool) -> Plan:
     """(request, tokens) of the next step: a decode, or the rest of a prompt; long prompts only begin in the first."""
     plan = []
     for request, (at, prompt, goal) in enumerate(zip(done, prompts, goals, strict=True)):
@@ -79,32 +76,16 @@ def _plan(done: list[int], prompts: list[int], goals: list[int], budget: int, fi
     return plan
 
 
-def _step(plan: list[tuple[int, int]], done: list[int], tokens: list[I32], tables: I32, max_rows: int) -> Step:
-    ids: list[I32] = []
-    pos: list[Any] = []
-    seq: list[Any] = []
-    start, sel = [0], list[int]()
+def _step(plan: Plan, done: list[int], tokens: list[I32], tables: I32, manifest: Manifest, function: str) -> Step:
+    most = manifest.limits.max_num_logits
+    count = sum(count for _, count in plan)
+    capacity = {"N": count, "B": len(plan), "S": most}
+    writer = StepWriter(StepBatch(function, manifest.functions[function], capacity))
     rows: list[tuple[int, int]] = []
-    for index, (request, count) in enumerate(plan):
+    for request, count in plan:
         at = done[request]
-        ids.append(tokens[request][at : at + count])
-        pos.append(np.arange(at, at + count))
-        seq.append(np.full(count, index))
-        start.append(start[-1] + count)
-        for back in sorted({0, count // 2}):
-            if len(sel) < max_rows:
-                sel.append(start[-1] - 1 - back)
-                rows.append((request, at + count - 1 - back))
-
-    def flat(parts: list[Any]) -> I32:
-        return np.concatenate(parts).astype(np.int32)
-
-    return Step(
-        ids=flat(ids),
-        pos=flat(pos),
-        seq=flat(seq),
-        start=np.array(start, np.int32),
-        table=np.ascontiguousarray(tables[[request for request, _ in plan]]),
-        sel=np.array(sel, np.int32),
-        rows=tuple(rows),
-    )
+        wanted = [count - 1 - back for back in sorted({0, count // 2})][: most - len(rows)]
+        writer.add(tokens[request][at : at + count], at, tables[request], wanted)
+        rows += [(request, at + row) for row in wanted]
+    batch = writer.end()
+    return Step(batch.inputs(), batch.sizes, tuple(rows))

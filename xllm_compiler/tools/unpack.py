@@ -1,7 +1,7 @@
-"""The weights of an artifact as the interpreter wants them: its step's weight expressions become plain parameters whose
-values come from weights.bin. Owns the way back from packed layouts.
+"""The weights of an artifact as the interpreter wants them: its functions' weight expressions become plain parameters
+whose values come from weights.bin. Owns the way back from packed layouts.
 
-A quantized weight is one stored tensor and several values of the step: its integers, scales, and zero points if any.
+A quantized weight is one stored tensor and several values of a function: its integers, scales, and zero points if any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.artifact import WEIGHTS, Manifest, Weight
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Builder, Module, Op, Value
+from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
 from xllm_compiler.ir.ops import Dequantize, Param, QuantLinear, QuantLinearGlu
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import Tensor
@@ -29,8 +29,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A parameter of the step: what it is of a stored tensor. `part`: of a quantized one, 0 the integers, 1 the scales,
-    2 the zero points; `whole`: the shape of the tensor that is stored."""
+    """A parameter of a function: what it is of a stored tensor. `part`: of a quantized one, 0 the integers, 1 the
+    scales, 2 the zero points; `whole`: the shape of the tensor that is stored."""
 
     weight: Weight
     type: Tensor
@@ -62,10 +62,17 @@ class PackedWeights(Mapping[str, Array]):
 
 
 def bind_weights(module: Module, directory: Path, manifest: Manifest) -> PackedWeights:
-    """Replace each weight expression of @step that weights.bin holds by a `param`, and drop what only it needed.
-    Changes `module`; returns the values of its parameters."""
-    func = module.func("step")
+    """Replace each weight expression that weights.bin holds by a `param`, and drop what only it needed. Changes
+    `module`; returns the values of its parameters."""
     stored = {weight.name: weight for weight in manifest.weights.tensors}
+    wanted: dict[str, Wanted] = {}
+    for func in module.funcs.values():
+        wanted.update(_bind(func, stored))
+    return PackedWeights(directory / WEIGHTS, wanted)
+
+
+def _bind(func: Func, stored: Mapping[str, Weight]) -> dict[str, Wanted]:
+    """The parameters that now stand in `func` for what is stored."""
     known = weight_exprs(func)
     table = WeightTable()
     # Everything is named before anything is replaced: names say what an expression is made of.
@@ -87,7 +94,7 @@ def bind_weights(module: Module, directory: Path, manifest: Manifest) -> PackedW
     for op in reversed(list(func.ops)):
         if op.SPEC.pure and not any(result.has_uses for result in op.results) and op.results:
             op.erase()
-    return PackedWeights(directory / WEIGHTS, wanted)
+    return wanted
 
 
 def _form(op: Op) -> tuple[Value, ...]:

@@ -1,5 +1,6 @@
-"""`xllm-compile verify ARTIFACT`: digests, then its programs against the reference interpreter on random requests. With
---checkpoint also against the model as it was traced, before any pass, and against transformers where that is installed.
+"""`xllm-compile verify ARTIFACT`: digests, then its functions against the reference interpreter on random requests.
+With --checkpoint also against the model as it was traced, before any pass, and against transformers where that is
+installed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact import STEP, Contents, Manifest, check_files, machine_isas, read_manifest
+from xllm_compiler.artifact import MODULE, Contents, Manifest, check_files, machine_isas, read_manifest
 from xllm_compiler.errors import XllmError
+from xllm_compiler.step.interface import LOGITS, STEP
 from xllm_compiler.tools.console import size
 from xllm_compiler.tools.steps import Trial, make_trial
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from xllm_compiler.ir.core import Module
 
 F32 = NDArray[np.float32]
+Rows = dict[str, list[F32]]
+"""Outputs by name: what each step of a trial gave."""
 
 TOLERANCE = {"f32": 1e-4, "bf16": 4e-2}
 """Largest difference of a logit, as a share of the largest reference logit (of 1 when all are smaller). In bf16 both
@@ -67,26 +71,28 @@ def main(args: argparse.Namespace) -> int:
     check_files(args.artifact, manifest)
     total = sum(entry.bytes for entry in manifest.files.values())
     print(f"{len(manifest.files)} files, {size(total)}: digests match", flush=True)
-    trial = make_trial(manifest, args.seed)
-    count = sum(len(step.ids) for step in trial.steps)
-    print(f"{len(trial.tokens)} requests, {count} tokens in {len(trial.steps)} steps", flush=True)
     threads = args.threads or len(os.sched_getaffinity(0))
     here = [isa for isa in machine_isas() if isa in manifest.target.isas and args.isa in (None, isa)]
     if not here:
         asked = args.isa or ", ".join(manifest.target.isas)
         raise XllmError("artifact", f"this machine cannot run {asked}", help=f"it has {', '.join(machine_isas())}")
-    native = {isa: run_native(args.artifact, isa, trial, threads) for isa in here}
     good = True
-    for reference, wanted in references(args.artifact, manifest, args.checkpoint, trial):
-        for isa, got in native.items():
-            outcome = compare(f"{isa} and {reference}", manifest.model.dtype, got, wanted)
-            print(outcome, flush=True)
-            good &= outcome.good
+    for function in manifest.functions:
+        trial = make_trial(manifest, args.seed, function)
+        count = sum(step.sizes["N"] for step in trial.steps)
+        print(f"@{function}: {len(trial.tokens)} requests, {count} tokens in {len(trial.steps)} steps", flush=True)
+        native = {isa: run_native(args.artifact, isa, trial, threads) for isa in here}
+        for reference, outputs in references(args.artifact, manifest, args.checkpoint, trial):
+            for isa, got in native.items():
+                for name, wanted in outputs.items():
+                    outcome = compare(f"{isa} and {reference}, {name}", manifest.model.dtype, got[name], wanted)
+                    print(outcome, flush=True)
+                    good &= outcome.good
     return 0 if good else 1
 
 
 def compare(name: str, dtype: str, got: list[F32], wanted: list[F32]) -> Outcome:
-    """The logits of all steps of one runner against those of another."""
+    """An output of all steps of one runner against that of another."""
     difference = max(float(np.max(np.abs(g - w), initial=0.0)) for g, w in zip(got, wanted, strict=True))
     if not all(np.isfinite(g).all() for g in got):
         difference = float("nan")
@@ -94,8 +100,8 @@ def compare(name: str, dtype: str, got: list[F32], wanted: list[F32]) -> Outcome
     return Outcome(name, difference, largest, TOLERANCE[dtype] * max(1.0, largest))
 
 
-def run_native(path: Path, isa: str, trial: Trial, threads: int) -> list[F32]:
-    """Logits of every step from the artifact's code for `isa`, run as the server runs it."""
+def run_native(path: Path, isa: str, trial: Trial, threads: int) -> Rows:
+    """Outputs of every step from the artifact's code for `isa`, run as the server runs it."""
     from xllm_compiler.runtime.cpu.executor import CpuExecutor
     from xllm_compiler.runtime.loader import load_artifact
 
@@ -103,33 +109,30 @@ def run_native(path: Path, isa: str, trial: Trial, threads: int) -> list[F32]:
     loaded.wait_checked()
     executor = CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=trial.pages, threads=threads)
     try:
-        logits = []
-        batch = executor.new_batch()
+        rows: Rows = {spec.name: [] for spec in loaded.manifest.functions[trial.function].outputs}
+        batch = executor.new_batch(trial.function)
         for step in trial.steps:
-            batch.n, batch.b, batch.s = len(step.ids), len(step.start) - 1, len(step.sel)
-            for name, array in step.inputs().items():
-                getattr(batch, name)[: len(array)] = array
-            logits.append(executor.execute(batch).rows.copy())
-        return logits
+            batch.fill(step.inputs, step.sizes)
+            for name, array in executor.execute(batch).items():
+                rows[name].append(_floats(array))
+        return rows
     finally:
         executor.close()
 
 
-def references(
-    path: Path, manifest: Manifest, checkpoint: Path | None, trial: Trial
-) -> Iterator[tuple[str, list[F32]]]:
-    """What the artifact is compared with: (name, logits of every step)."""
+def references(path: Path, manifest: Manifest, checkpoint: Path | None, trial: Trial) -> Iterator[tuple[str, Rows]]:
+    """What the trial's function is compared with: (name, outputs of every step). Only of @step the checkpoint tells."""
     from xllm_compiler.ir.parser import parse_module
     from xllm_compiler.tools.unpack import bind_weights
 
     try:
-        text = (Contents(path, manifest) / STEP).read_text()
+        text = (Contents(path, manifest) / MODULE).read_text()
     except UnicodeDecodeError as error:
-        raise XllmError("artifact", f"{STEP} is not UTF-8 text: {error.reason}", where=str(path / STEP)) from None
-    module = parse_module(text, STEP)
+        raise XllmError("artifact", f"{MODULE} is not UTF-8 text: {error.reason}", where=str(path / MODULE)) from None
+    module = parse_module(text, MODULE)
     params = bind_weights(module, path, manifest)
-    yield f"interpreter on {STEP}", run_interpreter(module, params, trial)
-    if checkpoint is None:
+    yield f"interpreter on {MODULE}", run_interpreter(module, params, trial)
+    if checkpoint is None or trial.function != STEP:
         return
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         print("torch or transformers is not installed: nothing to compare the checkpoint with")
@@ -150,25 +153,32 @@ def references(
     for note in (*opened.notes, *side_notes(opened), *traced.notes):
         print(f"note: {note}", flush=True)
     yield "interpreter on the traced model", run_interpreter(traced.module, traced.weights, trial)
-    yield "transformers", run_transformers(checkpoint, manifest.model.dtype, trial)
+    yield "transformers", {LOGITS: run_transformers(checkpoint, manifest.model.dtype, trial)}
 
 
-def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: Trial) -> list[F32]:
-    """Logits of every step from the numpy meanings of the ops."""
+def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: Trial) -> Rows:
+    """Outputs of every step from the numpy meanings of the ops."""
+    from xllm_compiler.analysis.interface import interface_of
     from xllm_compiler.interp import run
     from xllm_compiler.ir.semantics import kv_zeros
     from xllm_compiler.ir.types import Kv
 
-    caches = {
-        arg.name: kv_zeros(arg.type, {"P": trial.pages}) for arg in module.func("step").args if isinstance(arg.type, Kv)
-    }
-    logits = []
+    func = module.func(trial.function)
+    caches = {arg.name: kv_zeros(arg.type, {"P": trial.pages}) for arg in func.args if isinstance(arg.type, Kv)}
+    names = [spec.name for spec in interface_of(func).outputs]
+    rows: Rows = {name: [] for name in names}
     for step in trial.steps:
-        sizes = {"N": len(step.ids), "B": len(step.start) - 1, "S": len(step.sel), "P": trial.pages}
-        results = run(module, "step", {**step.inputs(), **caches}, params, sizes)
-        logits.append(results[0].astype(np.float32))
-        caches = dict(zip(caches, results[1:], strict=False))  # then may come maxima of the logits
-    return logits
+        results = run(module, func.name, {**step.inputs, **caches}, params, {**step.sizes, "P": trial.pages})
+        caches = {func.aliases[i].name: result for i, result in enumerate(results) if i in func.aliases}
+        outputs = [result for i, result in enumerate(results) if i not in func.aliases]
+        for name, result in zip(names, outputs, strict=True):
+            rows[name].append(result.astype(np.float32))
+    return rows
+
+
+def _floats(array: NDArray[Any]) -> F32:
+    """A copy of an output's buffer in f32; 16-bit words are bf16."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array.astype(np.float32)
 
 
 def run_transformers(checkpoint: Path, dtype: str, trial: Trial) -> list[F32]:

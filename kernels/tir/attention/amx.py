@@ -27,11 +27,11 @@ from xllm_compiler.kernels.tir.attention.register_tiles import Tiles
 from xllm_compiler.kernels.tir.attention.state import BLOCK, QUERY_ROWS, Item
 from xllm_compiler.kernels.tir.codegen.amx import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 from xllm_compiler.kernels.tir.codegen.builder import Scalars, Vectors, address, load, stack_array, store
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS
 from xllm_compiler.kernels.tir.isa.levels import LANES
 
 Expr = Any
-_PAGES = BLOCK // PAGE
+_PAGES = BLOCK // TILE_TOKENS
 _ELEMENTS = 32  # bf16 in a row of a tile
 _TILE = TILE_ROWS * LANES  # 32-bit words in a tile
 _LINE = 64
@@ -132,7 +132,7 @@ class MatrixTiles(Tiles):
 
     def _multiply_keys(self, tile: Expr, pages: list[Expr], first: Expr) -> None:
         """scores = q . k for the rows of a tile; if `first`, the block's values are asked for meanwhile."""
-        lines = -(-PAGE * self.layout.v_row_bytes // 2 // _LINE)
+        lines = -(-TILE_TOKENS * self.layout.v_row_bytes // 2 // _LINE)
         each = -(-lines // self.all_steps)
         for i in range(_PAGES):
             zero(i)
@@ -174,7 +174,7 @@ class MatrixTiles(Tiles):
 
     def _ask_values(self, part: int) -> None:
         """Asks for a part of the next block's values; there are two for every _SUMS vectors."""
-        lines = -(-PAGE * self.layout.v_dim * 2 // _LINE)
+        lines = -(-TILE_TOKENS * self.layout.v_dim * 2 // _LINE)
         each = -(-lines // (2 * -(-self.value_vectors // _SUMS)))
         for page in range(_PAGES):
             for line in range(part * each, min((part + 1) * each, lines)):
@@ -184,7 +184,7 @@ class MatrixTiles(Tiles):
         """Emits body(pair, where the values of the pair of tokens lie, where their copy does) for all of the block;
         meanwhile the keys of the next block are on their way."""
         pairs = BLOCK // 2
-        lines = -(-PAGE * self.layout.k_dim * 2 // (_LINE * pairs))
+        lines = -(-TILE_TOKENS * self.layout.k_dim * 2 // (_LINE * pairs))
         with T.serial(0, pairs) as pair:
             for page in range(_PAGES):
                 for line in range(lines):

@@ -23,7 +23,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE, require, scalar
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS, require, scalar
 
 Expr = Any
 TABLE_SIZES = (scalar("width"), scalar("stride"))
@@ -61,12 +61,16 @@ class KvLayout:
     @property
     def k_bytes(self) -> int:
         """Bytes of the K of one head in one page."""
-        return PAGE * (4 * self.k_steps if self.quantized else self.k_dim * self.element_bytes)
+        return TILE_TOKENS * (4 * self.k_steps if self.quantized else self.k_dim * self.element_bytes)
 
     @property
     def head_bytes(self) -> int:
         """Bytes of one head in one page: its K, its V, and what belongs to a quantized one."""
-        return self.k_bytes + PAGE * self.v_dim * self.element_bytes + (3 * PAGE * 4 if self.quantized else 0)
+        return (
+            self.k_bytes
+            + TILE_TOKENS * self.v_dim * self.element_bytes
+            + (3 * TILE_TOKENS * 4 if self.quantized else 0)
+        )
 
     @property
     def tile_bytes(self) -> int:
@@ -86,7 +90,7 @@ class KvLayout:
     @property
     def k_row_bytes(self) -> int:
         """Bytes of one vector's worth of K: 16 tokens of one k (f32), pair of k (bf16) or quad (8 bits)."""
-        return PAGE * 4
+        return TILE_TOKENS * 4
 
     @property
     def v_row_bytes(self) -> int:
@@ -96,7 +100,7 @@ class KvLayout:
     @property
     def v_steps(self) -> int:
         """Rows that the V of one page consists of."""
-        return PAGE * self.element_bytes // 4
+        return TILE_TOKENS * self.element_bytes // 4
 
 
 class Pages:
@@ -123,22 +127,22 @@ class Pages:
 
     def key_scales(self, page: Expr) -> Expr:
         """The scales of the 16 keys of the head at `page` of a quantized cache."""
-        return self.values(page) + PAGE * self.layout.v_dim
+        return self.values(page) + TILE_TOKENS * self.layout.v_dim
 
     def key_sums(self, page: Expr) -> Expr:
         """The sums of the 16 keys' integers."""
-        return self.key_scales(page) + PAGE * 4
+        return self.key_scales(page) + TILE_TOKENS * 4
 
     def value_scales(self, page: Expr) -> Expr:
         """The scales of the 16 values."""
-        return self.key_sums(page) + PAGE * 4
+        return self.key_sums(page) + TILE_TOKENS * 4
 
     def k_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
         """Element `index` of the key in `slot`."""
         many = 4 // self.layout.element_bytes  # that lie side by side
         return (
             page
-            + T.truncdiv(index, T.int32(many)) * (PAGE * 4)
+            + T.truncdiv(index, T.int32(many)) * (TILE_TOKENS * 4)
             + slot * 4
             + T.truncmod(index, T.int32(many)) * self.layout.element_bytes
         )

@@ -23,7 +23,7 @@ from xllm_compiler.kernels.tir.codegen.builder import (
     splat,
     store_part,
 )
-from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, PAGE, Arg, Kernel, require, scalar
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, TILE_TOKENS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.rows.norms import each_vector, gain, inverse_root, square_sum
 from xllm_compiler.kernels.tir.rows.quantize import LARGEST, inverse_scale, largest_size, rounded, store_integers
@@ -174,8 +174,8 @@ class _Slots:
 
     def _slot(self, row: Expr, head: Expr) -> tuple[Expr, Expr]:
         position = T.bind(self._env["pos"][row])
-        page = self._pages.page(self._env["seq"][row], T.truncdiv(position, T.int32(PAGE)), head)
-        return page, T.bind(T.truncmod(position, T.int32(PAGE)))
+        page = self._pages.page(self._env["seq"][row], T.truncdiv(position, T.int32(TILE_TOKENS)), head)
+        return page, T.bind(T.truncmod(position, T.int32(TILE_TOKENS)))
 
     def write_key(self, source: Expr, base: Expr, row: Expr, head: Expr, dtype: str = "") -> None:
         """K of `row`'s slot = source[base : base + k_dim], elements of the model's type (`dtype`: of another)."""

@@ -46,7 +46,7 @@ from xllm_compiler.kernels.tir.codegen.builder import (
     tile_rows,
     tile_width,
 )
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 
 if TYPE_CHECKING:
@@ -215,12 +215,12 @@ class Tiles(Softmax):
         request, head = self.item.request, self.head
         lowest, _ = self.seen(T.int32(0))
         _, end = self.seen(self.item.rows - 1)
-        start = T.bind(T.truncdiv(T.max(lowest - self.base, 0), T.int32(PAGE)))
-        stop = T.bind(T.truncdiv(T.min(end - self.base, BLOCK) - 1, T.int32(PAGE)))
+        start = T.bind(T.truncdiv(T.max(lowest - self.base, 0), T.int32(TILE_TOKENS)))
+        stop = T.bind(T.truncdiv(T.min(end - self.base, BLOCK) - 1, T.int32(TILE_TOKENS)))
         # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
         numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(BLOCK_PAGES)]
         pages = [self.pages.page(request, block * BLOCK_PAGES + number, head) for number in numbers]
-        last = T.bind(T.truncdiv(end - 1, T.int32(PAGE)))
+        last = T.bind(T.truncdiv(end - 1, T.int32(TILE_TOKENS)))
         # after the last block comes the next head's first
         over = T.bind(block * BLOCK_PAGES + BLOCK_PAGES > last)
         next_head = T.bind(T.Select(over, head + 1, head))

@@ -9,14 +9,14 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.codegen.builder import load, splat, stack_array, store
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS
 from xllm_compiler.kernels.tir.isa.levels import LANES
 
 Expr = Any
 BLOCK = 64
 CHUNK = 512  # tokens that are one softmax; the unit of sharing out a row
 QUERY_ROWS = 48
-BLOCK_PAGES = BLOCK // PAGE
+BLOCK_PAGES = BLOCK // TILE_TOKENS
 
 
 @dataclass(frozen=True)

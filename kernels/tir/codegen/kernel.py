@@ -14,7 +14,7 @@ and `sum` of `AddRmsNorm`, may be the same memory as `x` or `res`; `y` of a line
 How the lowering uses one:
 
     module = NativeModule(isa)                                  # native/module.py
-    with module.entry("xllm_step_decode") as args, member, team:
+    with module.entry("xllm_fn_step") as args, member, team:
         module.call(Linear(...), [pointers..., rows], member, team)
         module.barrier(pointer, team)
     module.write_shared(path)
@@ -32,7 +32,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 
 PANEL = 64  # output columns of one packed weight panel
-PAGE = 16  # tokens in a KV page
+TILE_TOKENS = 16  # whose keys and values lie together in vectors; a KV page is one such tile
 
 FloatType = Literal["bf16", "f32"]
 

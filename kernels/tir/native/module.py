@@ -29,6 +29,7 @@ from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.native.linker import find_linker
 from xllm_compiler.kernels.tir.native.objects import C_CALL, OBJECTS, KernelObjects, make_object, object_of
 from xllm_compiler.kernels.tir.native.team import team_llvm
+from xllm_compiler.step.abi import SYMBOL_PREFIX
 
 
 class NativeModule:
@@ -96,7 +97,7 @@ class NativeModule:
             for i, kernel in enumerate(self._kernels.values()):
                 objects.append(f"{i}.o")
                 (folder / objects[-1]).write_bytes(self._objects.get(kernel, self.isa))
-            (folder / "exports").write_text("{ global: xllm_step_*; xllm_team_*; local: *; };")
+            (folder / "exports").write_text(f"{{ global: {SYMBOL_PREFIX}*; xllm_team_*; local: *; }};")
             command = [
                 *linker,
                 "-shared",

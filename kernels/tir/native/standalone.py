@@ -26,7 +26,7 @@ from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.team import BARRIER_BYTES, CTX_BYTES, CTX_TEAM_OFFSET
 
 _MOST_MEMBERS = max(64, os.cpu_count() or 1)
-_STEP = "xllm_step_kernel"
+_STEP = "xllm_fn_kernel"
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, alignment: int = 64) -> npt.NDArray[Any]:

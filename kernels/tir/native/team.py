@@ -28,7 +28,7 @@ From Python (the GIL is released inside a `ctypes.CDLL` call, so a `threading.Th
     memory = ctypes.create_string_buffer(192 + 63); ctx = (ctypes.addressof(memory) + 63) & ~63
     ctypes.c_int32.from_address(ctx + 140).value = team
     threading.Thread(target=library.xllm_team_join, args=(c_void_p(ctx), m), daemon=True).start()  # 0 < m < team
-    step = ctypes.cast(library.xllm_step_decode, ctypes.c_void_p)
+    step = ctypes.cast(library.xllm_fn_step, ctypes.c_void_p)
     status = library.xllm_team_run(ctypes.c_void_p(ctx), step, (ctypes.c_int64 * n)(...))
     library.xllm_team_stop(ctypes.c_void_p(ctx)); join the threads; only then free the memory
 

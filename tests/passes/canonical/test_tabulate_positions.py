@@ -11,7 +11,7 @@ from xllm_compiler.testing.xir import Case
 HEAD = "xir 1 stage=graph\ndim N in [1, 64]\ndim B in [1, 8]\n"
 
 
-def func(body: str, returns: str, args: str = "%pos: i32[N], %table: i32[B, 4], %x: f32[N, 8]") -> Case:
+def func(body: str, returns: str, args: str = "%pos: i32[N] in [0, 63], %table: i32[B, 4], %x: f32[N, 8]") -> Case:
     return Case.parse(f"{HEAD}\nfunc @f({args}) -> ({returns}) {{\n{body}\n}}\n")
 
 
@@ -69,7 +69,7 @@ def test_scales_per_token_and_shapes_with_more_axes() -> None:
   %y = t.mul(%r, %z) : f32[N, 2, 4]
   return %y""",
         "f32[N, 2, 4]",
-        "%pos: i32[N], %table: i32[B, 4], %z: f32[N, 2, 4]",
+        "%pos: i32[N] in [0, 63], %table: i32[B, 4], %z: f32[N, 2, 4]",
     ).run("tabulate-positions")
     assert [op.name for op in case.after.func("f").ops if not is_weight_expr(op.results[0])] == [
         "nn.embedding",

@@ -158,7 +158,7 @@ class OldVersion(FuncPass):
         for op in writes:
             returns[returns.index(op.result)] = op.kv
             touch(ctx, "planted-version/return", op)
-        func.set_returns(returns, func.aliases)
+        func.set_returns(returns, func.aliases, func.outputs)
         return bool(writes)
 
 

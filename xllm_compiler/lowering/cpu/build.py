@@ -1,5 +1,7 @@
 """`lower_cpu`: a planned module and its weights become shared libraries and a weight file. Owns the whole of that way.
 
+All functions share one table of weights, and the kernels that are equal.
+
 Must not know the manifest: the driver turns the returned facts into one.
 """
 
@@ -13,11 +15,13 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
+from xllm_compiler.analysis.interface import interface_of, states_of
 from xllm_compiler.artifact.calls import CallTable
 from xllm_compiler.artifact.cpu_isa import machine_isas, machine_levels
-from xllm_compiler.dims import Dim, as_dim, sym
+from xllm_compiler.dims import as_dim
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Module
+from xllm_compiler.ir.core import Func, Module
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS, Kernel
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
@@ -28,35 +32,13 @@ from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weigh
 from xllm_compiler.lowering.cpu.select_kernels import select
 from xllm_compiler.lowering.cpu.tiles import TileChoices
 from xllm_compiler.lowering.kernel_registry import Call
-from xllm_compiler.lowering.storage import kv_args
 from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.step.abi import ArgumentBlock, symbol_of
+from xllm_compiler.step.interface import Function, Program, State
 
 Progress = Callable[[str, float], None]
-PROGRAMS: Final = (("decode", (8 - sym("N"),)), ("prefill", ()))
-"""Programs from the most special to the general one, each with the Dims that must be >= 0 for it to run."""
-
-
-@dataclass(frozen=True, slots=True)
-class CpuProgram:
-    """One entry point of the libraries."""
-
-    name: str
-    guard: tuple[Dim, ...]
-    symbol: str
-    kernels: int
-    barriers: int
-
-
-@dataclass(frozen=True, slots=True)
-class CpuKvLayer:
-    """One layer of the KV pool, in bytes and elements of a page."""
-
-    page_bytes: int
-    heads: int
-    k: int
-    v: int
-    page: int
-    dtype: str
+KV_LAYOUT: Final = f"tile{TILE_TOKENS}"
+"""How the bytes of a KV page lie: K and V of so many tokens in vectors (architecture, section 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +46,11 @@ class CpuLowering:
     """Everything a manifest says about the CPU programs. `files` are relative to the output directory."""
 
     isas: tuple[str, ...]
-    programs: tuple[CpuProgram, ...]
+    functions: dict[str, Function]
+    states: dict[str, State]
     calls: CallTable
     weights: tuple[PackedTensor, ...]
     weight_bytes: int
-    arena: Dim
-    logits: Dim
-    kv_layers: tuple[CpuKvLayer, ...]
     files: tuple[str, ...]
 
 
@@ -84,7 +64,7 @@ def lower_cpu(
     objects: KernelObjects = OBJECTS,
     progress: Progress = lambda what, done: None,
 ) -> CpuLowering:
-    """Lowers `@step` of a module at stage buf for the CPU: writes `cpu/<isa>.so` and `weights.bin` below `out_dir`.
+    """Lowers all functions of a module at stage buf for the CPU: writes `cpu/<isa>.so`, `weights.bin` into `out_dir`.
 
     `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
     are missing, for the best level that this machine can run; None: the kernels' own rule. `objects` compiles kernels,
@@ -99,27 +79,25 @@ def lower_cpu(
         raise XllmError(
             "option", f"no instruction set level {', '.join(unknown) or '(none given)'}", help=", ".join(ISAS)
         )
-    func = module.func("step")
     table = WeightTable()
-    selection = select(func, table)
-    isas = [isa for isa in isas if not _spared(isa, isas, selection.calls)]
-    meet = barriers(selection.calls, selection.storage)
+    selections = {name: select(func, table) for name, func in module.funcs.items()}
+    isas = [isa for isa in isas if not _spared(isa, isas, [c for s in selections.values() for c in s.calls])]
+    meets = {name: barriers(selection.calls, selection.storage) for name, selection in selections.items()}
+    functions = {name: _function(func) for name, func in module.funcs.items()}
+    blocks = {name: ArgumentBlock.of(function, module.scope.symbols) for name, function in functions.items()}
     tensors, size = plan_file(table)
     offsets = {i: t.offset for i, t in enumerate(tensors)}
-    programs = tuple(
-        CpuProgram(name, guard, f"xllm_step_{name}", len(selection.calls), sum(meet)) for name, guard in PROGRAMS
-    )
     try:
         (out_dir / "cpu").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise XllmError("io", f"cannot write code: {error.strerror}", where=str(out_dir / "cpu")) from error
     files = ["weights.bin"]
-    calls: dict[str, Sequence[Call]] = dict.fromkeys(isas, selection.calls)
+    kernels = [call.kernel for selection in selections.values() for call in selection.calls]
+    chosen: dict[str, Mapping[Kernel, Kernel]] = {isa: {} for isa in isas}
     if tiles is not None:
         for isa in [isa for isa in machine_isas() if isa in isas][-1:]:
-            chosen = tiles.apply([call.kernel for call in selection.calls], ISAS[isa], objects, progress)
-            calls[isa] = [replace(call, kernel=chosen.get(call.kernel, call.kernel)) for call in selection.calls]
-    jobs = [(call.kernel, ISAS[isa]) for isa in isas for call in calls[isa]]
+            chosen[isa] = tiles.apply(kernels, ISAS[isa], objects, progress)
+    jobs = [(chosen[isa].get(kernel, kernel), ISAS[isa]) for isa in isas for kernel in kernels]
     with objects.compiling(jobs, len(os.sched_getaffinity(0))):
         # Code generation does not wait for the weights, but ends with them: a damaged checkpoint is found in seconds.
         write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
@@ -127,24 +105,27 @@ def lower_cpu(
     for i, isa in enumerate(isas):
         progress(f"linking for {isa}", i / len(isas))
         native = NativeModule(ISAS[isa], objects)
-        for program in programs:
-            emit_program(native, program.symbol, calls[isa], meet, offsets)
+        for name, selection in selections.items():
+            (program,) = functions[name].programs
+            calls = [replace(call, kernel=chosen[isa].get(call.kernel, call.kernel)) for call in selection.calls]
+            emit_program(native, program.symbol, functions[name], blocks[name], calls, meets[name], offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")
         files.append(f"cpu/{isa}.so")
     return CpuLowering(
         isas=tuple(isas),
-        programs=programs,
-        calls=call_table({name: (selection, meet) for name, _ in PROGRAMS}),
+        functions=functions,
+        states=states_of(module, KV_LAYOUT),
+        calls=call_table({symbol_of(name): (s, meets[name]) for name, s in selections.items()}),
         weights=tuple(tensors),
         weight_bytes=size,
-        arena=func.arena if func.arena is not None else as_dim(0),
-        logits=selection.storage.output_bytes,
-        kv_layers=tuple(
-            CpuKvLayer(v.kv.page_bytes, v.kv.heads, v.kv.k_dim, v.kv.v_dim, v.kv.page, v.kv.dtype)
-            for v in kv_args(func)
-        ),
         files=tuple(files),
     )
+
+
+def _function(func: Func) -> Function:
+    """The interface of `func` with the one program that it has, which runs calls of any size."""
+    arena = str(func.arena if func.arena is not None else as_dim(0))
+    return replace(interface_of(func), programs=(Program(symbol_of(func.name), (), arena),))
 
 
 def _spared(isa: str, isas: Sequence[str], calls: Sequence[Call]) -> bool:

@@ -1,14 +1,13 @@
-"""The step function: one call after the other with addreses that are formulas of N, B, S and P. Owns the C interface.
+"""A program: one kernel call after the other, with addresses that are formulas of the sizes. Owns how a place becomes
+an address; the order of the words it reads is `step.abi`'s.
 
-    int32_t xllm_step_<program>(const int64_t *args, int32_t member, int32_t team)
-
-Must not choose kernels or know ops. The numbers of `args` are the contract with the runtime (architecture, section 5).
+Must not choose kernels or know ops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
@@ -16,39 +15,50 @@ from xllm_compiler.dims import Dim
 from xllm_compiler.kernels.tir.generic.eval import dim_expr
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.lowering.kernel_registry import Call
-from xllm_compiler.lowering.storage import INPUTS, Ref
-
-ARGS: Final = ("arena", "weights", "kv", *INPUTS, "logits", "N", "B", "S", "P", "barrier", "profile")
-SIZES: Final = ("N", "B", "S", "P")
+from xllm_compiler.lowering.storage import Ref
+from xllm_compiler.step.abi import ArgumentBlock
+from xllm_compiler.step.interface import Function
 
 
 def emit_program(
-    native: NativeModule, symbol: str, calls: Sequence[Call], meet: Sequence[bool], offsets: Mapping[int, int]
+    native: NativeModule,
+    symbol: str,
+    function: Function,
+    block: ArgumentBlock,
+    calls: Sequence[Call],
+    meet: Sequence[bool],
+    offsets: Mapping[int, int],
 ) -> None:
-    """Adds a program to a native module. `meet[i]`: a barrier stands before call i. `offsets`: byte offset of every
-    weight request in the weight file.
+    """Adds a program of `function` to a native module. `meet[i]`: a barrier stands before call i. `offsets`: byte
+    offset of every weight request in the weight file.
 
-    Where `profile` is not 0 it is an i64[team, calls, 2]: each member's counter at the beginning and end of every call.
-    What lies between the end of one call and the beginning of the next is waiting at the barrier."""
+    Where the word `profile` is not 0 it is an i64[team, calls, 2]: each member's counter at the beginning and end of
+    every call. What lies between the end of one call and the beginning of the next is waiting at the barrier."""
     with native.entry(symbol) as (args, member, team):
-        value = {name: T.bind(args[i]) for i, name in enumerate(ARGS)}
-        sizes = {name: value[name] for name in SIZES}
+        word = [T.bind(args[i]) for i in range(len(block))]
+        sizes = {name: word[i] for name, i in block.dims().items()}
+        names = {
+            "state": function.states,
+            "input": [spec.name for spec in function.inputs],
+            "output": [spec.name for spec in function.outputs],
+        }
+        barrier, profile, weights = (word[block.place(space)] for space in ("barrier", "profile", "weights"))
 
         def pointer(ref: Ref) -> Any:
-            if ref.space == "input":
-                return value[INPUTS[ref.index]]
             if ref.space == "weight":
-                return value["weights"] + T.int64(offsets[ref.index])
-            return value[ref.space] + dim_expr(ref.offset, sizes)
+                return weights + T.int64(offsets[ref.index])
+            name = names[ref.space][ref.index] if ref.space in names else ""
+            base = word[block.place(ref.space, name)]
+            return base if ref.space in names else base + dim_expr(ref.offset, sizes)
 
         own = member * T.int32(2 * len(calls))
         for i, (call, wait) in enumerate(zip(calls, meet, strict=True)):
             if wait:
-                native.barrier(value["barrier"], team)
+                native.barrier(barrier, team)
             given = [pointer(a) if isinstance(a, Ref) else _size(a, sizes) for a in call.args]
-            native.stamp(value["profile"], own + T.int32(2 * i))
+            native.stamp(profile, own + T.int32(2 * i))
             native.call(call.kernel, given, member, team)
-            native.stamp(value["profile"], own + T.int32(2 * i + 1))
+            native.stamp(profile, own + T.int32(2 * i + 1))
 
 
 def _size(dim: Dim, sizes: dict[str, Any]) -> Any:

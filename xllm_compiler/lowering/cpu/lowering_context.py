@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir.core import Func, Op, Value
+from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.types import DTYPE_BYTES, Tensor
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.linear.linear import NEXT, NEXT_BYTES, NEXT_PANELS, Linear, LinearGlu
@@ -32,7 +33,7 @@ class Selection:
         self.calls: list[Call] = []
         self.done: set[Op] = set()
         """Ops that an earlier op's kernel has computed as well."""
-        self.panels = _panel_keys(func, storage, weights)
+        self.panels = _panel_keys(func.module, weights)
 
     def ref(self, value: Value, dtype: str | None = None) -> Ref:
         """Where a kernel reads `value`. A weight of another dtype is stored as the kernel's, widened, never rounded."""
@@ -111,11 +112,14 @@ def const_dim(d: Dim, op: Op, what: str) -> int:
     return d.value
 
 
-def _panel_keys(func: Func, storage: Storage, weights: WeightTable) -> frozenset[str]:
-    """Structures of the weights that some linear reads as panels."""
-    return frozenset(
-        weights.key(op.operands[1]) for op in func.ops if op.name == "nn.linear" and op.operands[1] in storage.weights
-    )
+def _panel_keys(module: Module, weights: WeightTable) -> frozenset[str]:
+    """Structures of the weights that some linear of any function reads as panels: all share one file."""
+    found: set[str] = set()
+    for func in module.funcs.values():
+        fixed = weight_exprs(func)
+        layers = [op for op in func.ops if op.name == "nn.linear" and op.operands[1] in fixed]
+        found.update(weights.key(op.operands[1]) for op in layers)
+    return frozenset(found)
 
 
 CPU: Registry[Selection] = Registry("cpu")

@@ -16,7 +16,7 @@ from xllm_compiler.kernels.tir.attention.attend import Attend
 from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
 from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
 from xllm_compiler.kernels.tir.attention.rope import Rope
-from xllm_compiler.kernels.tir.codegen.kernel import PAGE, PANEL
+from xllm_compiler.kernels.tir.codegen.kernel import PANEL, TILE_TOKENS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
 from xllm_compiler.kernels.tir.rows.embedding import Embedding
@@ -114,27 +114,27 @@ def _linear(s: Selection, op: Op) -> None:
 
 
 def _call_linear(s: Selection, op: Op, kernel: Linear, places: list[Ref | Dim], out: Value) -> None:
-    """Calls a linear that writes `out`. Where that is the logits, it finds their block maxima on the way."""
-    block_max = s.storage.block_max
+    """Calls a linear that writes `out`. Where that is returned with its block maxima, it finds them on the way."""
+    block_max = next((u for u in out.users if u.name == "nn.block_max" and u.result in s.storage.outputs), None)
     plain = kernel.out == "f32" and not kernel.residual and kernel.act == "none"
-    if block_max is None or block_max.op is None or out is not s.storage.logits or not plain:
+    if block_max is None or out not in s.storage.outputs or not plain:
         s.call_linear(op, kernel, places, rows(out))
         return
-    _check_block(block_max.op)
+    _check_block(block_max)
     fused = LinearBlockMax(k=kernel.k, n=kernel.n, dtype=kernel.dtype, bias=kernel.bias, weights=kernel.weights)
-    s.call_linear(op, fused, [*places, s.ref(block_max)], rows(out))
-    s.done.add(block_max.op)
+    s.call_linear(op, fused, [*places, s.ref(block_max.result)], rows(out))
+    s.done.add(block_max)
 
 
 def _widened(s: Selection, op: Op) -> Value:
-    """The value that a linear writes: its result, or the logits in f32 where casting is all that is left to do.
+    """The value that a linear writes: its result, or an output in f32 where casting is all that is left to do.
 
-    Only the logits have a place that the memory plan cannot have given to anything else in between.
+    Only outputs have a place that the memory plan cannot have given to anything else in between.
     """
     out = op.result
     if out.dtype == "bf16" and out.has_one_use:
         user = out.users[0]
-        if user.name == "t.cast" and user.result is s.storage.logits and user.result.dtype == "f32":
+        if user.name == "t.cast" and user.result in s.storage.outputs and user.result.dtype == "f32":
             s.done.add(user)
             return user.result
     return out
@@ -294,9 +294,10 @@ def _embedding(s: Selection, op: Op) -> None:
 def _kv(op: Op) -> KvLayout:
     kv = _operand(op, "kv").kv
     dtype = op.operands[1].dtype  # q, k or qkv
-    tiles, rest = divmod(kv.page, PAGE)
+    tiles, rest = divmod(kv.page, TILE_TOKENS)
     if rest:
-        raise XllmError("unsupported", f"KV blocks of {kv.page} tokens, not of whole {PAGE}s", where=where(op))
+        what = f"{op.name} in blocks of {kv.page} tokens; a CPU kernel has tiles of {TILE_TOKENS}"
+        raise XllmError("unsupported", what, where=where(op))
     return KvLayout(dtype=dtype, heads=kv.heads, k_dim=kv.k_dim, v_dim=kv.v_dim, quantized=kv.quantized, tiles=tiles)
 
 
@@ -421,8 +422,5 @@ def select(func: Func, weights: WeightTable) -> Selection:
                 lower_tensor_op(s, op)
         else:
             CPU.choose(_key(op), op)(s, op)
-    logits = storage.logits
-    if logits.op is None or logits in storage.weights:
-        raise XllmError("ir", f"the logits of @{func.name} are not computed in the step", where=str(logits))
     s.name_what_follows()
     return s

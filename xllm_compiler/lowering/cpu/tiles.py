@@ -129,7 +129,7 @@ def search(
     module = NativeModule(isa, objects)
     for number, option in enumerate(options):
         for rows, one in option.items():
-            with module.entry(f"xllm_step_{number}_{rows}") as (args, member, team_size):
+            with module.entry(f"xllm_fn_{number}_{rows}") as (args, member, team_size):
                 call_with(module, one, args, member, team_size)
     chosen: dict[str, int | None] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def search(
         with Team(library, cores) as team:
             for number, (layer, option) in enumerate(zip(layers, options, strict=True)):
                 progress("trying tiles", number / len(layers))
-                steps = {rows: library[f"xllm_step_{number}_{rows}"] for rows in option}
+                steps = {rows: library[f"xllm_fn_{number}_{rows}"] for rows in option}
                 chosen[layer.symbol] = quickest(_times(layer, steps, team))
     return chosen
 
