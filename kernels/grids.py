@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from xllm_compiler.errors import XllmError
 
-GRIDS: Final = (16, 32)
-"""Lengths of a run."""
 MIDDLE: Final = 128
 MOST: Final = 15  # of n, step and point
 

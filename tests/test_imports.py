@@ -14,6 +14,7 @@ FOLDERS = {
     "errors": "xllm_compiler/errors.py",
     "confined": "xllm_compiler/confined",
     "dims": "xllm_compiler/dims",
+    "weight_formats": "xllm_compiler/weight_formats.py",
     "ir": "xllm_compiler/ir",
     "interp": "xllm_compiler/interp",
     "analysis": "xllm_compiler/analysis",
@@ -34,20 +35,21 @@ FOLDERS = {
     "runtime": "runtime",
 }
 
-IR_LEVEL = {"errors", "dims", "ir", "interp", "analysis"}
+IR_LEVEL = {"errors", "dims", "weight_formats", "ir", "interp", "analysis"}
 MAY_IMPORT = {
     "errors": set(),
     "confined": {"errors"},  # what the compiler tries and the server runs in a child process is the same
     "dims": {"errors"},
-    "ir": {"errors", "dims"},
+    "weight_formats": {"errors", "dims"},
+    "ir": {"errors", "dims", "weight_formats"},
     "interp": {"errors", "dims", "ir"},
-    "analysis": {"errors", "dims", "ir"},
+    "analysis": {"errors", "dims", "weight_formats", "ir"},
     "passes": IR_LEVEL,
     "models": {"errors"},
     "frontend": IR_LEVEL | {"models", "confined"},
-    "kernels": {"errors", "dims"},
+    "kernels": {"errors", "dims", "weight_formats"},
     "lowering": IR_LEVEL | {"passes", "kernels", "artifact"},
-    "artifact": {"errors", "dims"},
+    "artifact": {"errors", "dims", "weight_formats"},
     "cache": {"errors", "artifact"},
     "workspace": set(),
     "options": {"errors", "artifact", "frontend", "passes"},

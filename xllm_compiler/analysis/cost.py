@@ -26,7 +26,6 @@ from typing import Final
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.dims import Dim, as_dim, ceildiv, dmin, sym
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.ops import (
     AddRmsNorm,
@@ -57,6 +56,7 @@ from xllm_compiler.ir.ops import (
     Transpose,
 )
 from xllm_compiler.ir.types import DTYPE_BYTES, Kv, Tensor
+from xllm_compiler.weight_formats import parse_format
 
 CONTEXT: Final = sym("context")
 """Tokens that each request had before the step."""
@@ -268,7 +268,7 @@ def _embedding(costs: Costs, op: Op, cost: Cost) -> Cost:
     if isinstance(w, Dequantize) and op.w in costs.weights:
         rows, table = op.ids.tensor.elements, (w.scales, *([w.zeros] if w.zeros else []))
         heads = sum(w.scales.shape[1].value * DTYPE_BYTES[v.dtype] for v in table)
-        stored = rows * (_row_bytes(op.w.shape[1], w.bits, w.grid) + heads)
+        stored = rows * (parse_format(w.format).row_bytes(op.w.shape[1]) + heads)
         return replace(cost, weights=stored, read=_bytes(op.ids, costs.weights), flops=2 * op.result.tensor.elements)
     return costs.rows(op, op.w, op.ids, cost)
 
@@ -284,7 +284,7 @@ def _widened_weight(costs: Costs, w: Value, cost: Cost) -> Cost:
     if not isinstance(made, Dequantize) or w not in costs.weights:
         return cost
     table = made.scales.tensor.nbytes + (made.zeros.tensor.nbytes if made.zeros else _ZERO)
-    stored = _quant_weight_bytes(made.values, made.bits, made.grid) + table
+    stored = _quant_weight_bytes(made.values, made.format) + table
     return replace(cost, weights=cost.weights - w.tensor.nbytes + stored)
 
 
@@ -314,15 +314,10 @@ def _quant_norm_rows(costs: Costs, op: Op, cost: Cost) -> Cost:
     return replace(cost, flops=(8 if op.kind == "rms" else 11) * op.x.tensor.elements)
 
 
-def _quant_weight_bytes(values: Value, bits: int, grid: int) -> Dim:
-    """What kernels read of stored values: two to a byte at 4 bits, whatever the IR's type says, and on grids."""
+def _quant_weight_bytes(values: Value, format: str) -> Dim:
+    """What kernels read of stored values, whatever the IR's type says."""
     out, in_ = values.shape
-    return out * _row_bytes(in_, bits, grid) if grid else out * in_ * bits // 8
-
-
-def _row_bytes(in_: Dim, bits: int, grid: int) -> Dim:
-    """The same of one row; on grids there is a byte for each run."""
-    return ceildiv(in_, 2) + ceildiv(in_, grid) if grid else in_ * bits // 8
+    return out * parse_format(format).row_bytes(in_)
 
 
 def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
@@ -331,8 +326,8 @@ def _quant_linear(costs: Costs, op: Op, cost: Cost) -> Cost:
     assert isinstance(op, (QuantLinear, QuantLinearGlu))
     out, in_ = op.values.shape
     rows = op.sums.tensor.elements // op.scales.shape[1]
-    by_group = quant.rows_by_group(op.bits, op.group)
-    spare = op.values.tensor.nbytes - _quant_weight_bytes(op.values, op.bits, op.grid)
+    by_group = op.scale.tensor.rank == op.sums.tensor.rank
+    spare = op.values.tensor.nbytes - _quant_weight_bytes(op.values, op.format)
     known = op.values in costs.weights
     result = op.result.tensor.elements
     extras = rows * out if op.bias is not None else _ZERO

@@ -16,7 +16,6 @@ from xllm_compiler.artifact.schema import (
     DTYPES,
     FORMAT,
     ITEM_BYTES,
-    LAYOUTS,
     MANIFEST,
     OUTPUTS,
     STEP,
@@ -29,6 +28,7 @@ from xllm_compiler.artifact.schema import (
 from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.dims import Dim, parse_dim, sym
 from xllm_compiler.errors import XllmError
+from xllm_compiler.weight_formats import Layout
 
 STEP_SYMBOL: Final = "xllm_step_"
 """What the name of every program's function begins with."""
@@ -40,7 +40,6 @@ _INT32: Final = 2**31 - 1  # sizes, positions and tokens are 32-bit integers in 
 _MOST_BYTES: Final = 1 << 50
 _ALIGN: Final = 64  # of every tensor in the weight file, for the widest registers
 _COMPUTED: Final = ("f32", "bf16")  # what linear layers may compute in
-_PANEL: Final = 64  # rows that lie together
 
 
 def read_text(data: bytes) -> Manifest:
@@ -276,19 +275,15 @@ def _check_weights(manifest: Manifest) -> None:
 def _check_weight(tensor: Weight, where: str) -> None:
     _plain(tensor.name, where)
     _one_of(tensor.dtype, DTYPES, where)
-    if not LAYOUTS.fullmatch(tensor.layout):
-        raise bad(where, f"layout {shown(tensor.layout)} is not known")
+    try:
+        layout = Layout.parse(tensor.layout)
+    except XllmError:
+        raise bad(where, f"layout {shown(tensor.layout)} is not known") from None
     for size in tensor.shape:
         _within(size, 0, _MOST_BYTES, where)
     if tensor.bytes != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
         raise bad(where, f"{tensor.bytes} bytes do not hold {tensor.dtype}{shown(list(tensor.shape))}")
-    if tensor.layout == "row":
-        return
-    packed = tensor.layout in ("panel", "glu")
-    ends = {"f32": (_PANEL,), "bf16": (_PANEL, 2)}.get(tensor.dtype) if packed else ()
-    wanted = None if ends is None else (3 if tensor.dtype == "f32" else 4) if packed else 2
-    fits = len(tensor.shape) == wanted and (not ends or tensor.shape[-len(ends) :] == ends)
-    if not fits or (not packed and tensor.dtype != "u8"):
+    if not layout.holds(tensor.shape, tensor.dtype):
         raise bad(where, f"{tensor.dtype}{shown(list(tensor.shape))} is no packed array of layout {tensor.layout}")
 
 

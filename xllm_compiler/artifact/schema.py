@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,6 @@ CALLS = "calls.json"
 
 ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
 DTYPES = tuple(ITEM_BYTES)
-LAYOUTS = re.compile(r"row|panel|glu|(glu_)?(q[48](g[1-9][0-9]*)?z?|q4grid(16|32))")
 SYMBOLS = ("N", "B", "S", "P")
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges."""
 OUTPUTS = ("logits", "block_max")

@@ -31,7 +31,6 @@ from typing import Any, Literal
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 
-PANEL = 64  # output columns of one packed weight panel
 PAGE = 16  # tokens in a KV page
 
 FloatType = Literal["bf16", "f32"]

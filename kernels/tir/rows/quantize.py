@@ -13,7 +13,6 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.codegen.builder import (
     Vectors,
     address,
@@ -28,6 +27,7 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.rows.norms import each_vector
+from xllm_compiler.weight_formats import RowFormat
 
 Expr = Any
 LARGEST = 127.0
@@ -54,8 +54,8 @@ class QuantizeRows(Kernel):
         require(not self.rotate or fits, f"rotating blocks of {self.rotate} in rows of {self.k}", self)
 
     @property
-    def form(self) -> Quantization:
-        return Quantization(8, self.group)  # of which only the grouping is asked for
+    def form(self) -> RowFormat:
+        return RowFormat(self.group, self.by_group)
 
     @property
     def args(self) -> tuple[Arg, ...]:
@@ -76,10 +76,10 @@ class QuantizeRows(Kernel):
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
                 if turned is None:
-                    quantize_row(self.form, self.by_group, self.k, self.dtype, x, source, row, q, scale, sum)
+                    quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
                 else:
                     self._rotate(x, source, turned)
-                    quantize_row(self.form, self.by_group, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
+                    quantize_row(self.form, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
 
         return build_function(self, isa, body)
 
@@ -100,8 +100,7 @@ class QuantizeRows(Kernel):
 
 
 def quantize_row(
-    form: Quantization,
-    by_group: bool,
+    form: RowFormat,
     k: int,
     dtype: str,
     x: Expr,
@@ -122,7 +121,7 @@ def quantize_row(
         T.buffer_store(scale, largest * T.float32(1 / LARGEST), [index])
         return inverse_scale(largest)
 
-    whole_row = None if by_group else factor_of(source, k, row)
+    whole_row = None if form.by_group else factor_of(source, k, row)
 
     def quantize(group: Expr, valid: int) -> None:
         """One group, of which only the first `valid` values exist."""
