@@ -25,6 +25,10 @@ QUAD: Final = 4
 """8-bit values that the integer dot instruction takes at once, along `in`."""
 STEP: Final = 16
 """Rows of quantized activations are padded to a multiple of so many values, or to whole groups."""
+LARGEST: Final = 127
+"""Of a quantized activation, which is -127 .. 127."""
+ROTATIONS: Final = (64, 16)
+"""Blocks that are rotated, largest first: powers of 4, since their rotations scale by powers of 2, without loss."""
 GRIDS: Final = (16, 32)
 """Lengths of the runs of `GridFormat`."""
 GROUPS: Final = (32, 64, 128)
@@ -268,6 +272,8 @@ class GridFormat(WeightFormat):
     words: ClassVar[str] = r"grid\d+"
     as_bytes: ClassVar[IntegerFormat] = IntegerFormat(8)
     """The format of what its values stand for, in which they are multiplied."""
+    most: ClassVar[int] = 15
+    """Of n, step and point."""
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from xllm_compiler.analysis.weights import is_weight_expr
 from xllm_compiler.ir.core import Builder, Func, Value
@@ -11,15 +11,14 @@ from xllm_compiler.ir.ops import BlockMax
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
-
-BLOCK: Final = 64
-"""Columns of a panel of the vocabulary projection: its kernel has them in registers when it writes them."""
+from xllm_compiler.weight_formats import PANEL
 
 
 @register_pass("return-block-max")
 @dataclass(frozen=True)
 class ReturnBlockMax(FuncPass):
-    """Returns, last, the largest logit of every 64: a sampler then reads those and one block, not the vocabulary.
+    """Returns, last, the largest logit of every `PANEL`, which is 64: the projection's kernel has those in registers
+    when it writes them. A sampler then reads those and one block, not the vocabulary.
 
     before:  return %logits, %kv1                after:  %m = nn.block_max(%logits) : f32[S, 2374]
                                                          return %logits, %kv1, %m
@@ -45,7 +44,7 @@ class ReturnBlockMax(FuncPass):
         if not ctx.allows("return-block-max/append", op):
             return False
         made = Builder.after(op, op.loc.touched_by("return-block-max/append")).create(
-            BlockMax, logits, block=BLOCK, hint="block_max"
+            BlockMax, logits, block=PANEL, hint="block_max"
         )
         func.set_returns([*func.returns, made.result], func.aliases)
         ctx.tried("return-block-max/append", op, fired=True, made=[made])

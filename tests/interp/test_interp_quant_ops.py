@@ -14,7 +14,7 @@ from xllm_compiler.interp import run
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.parser import parse_module
-from xllm_compiler.weight_formats import IntegerFormat, RowFormat
+from xllm_compiler.weight_formats import ROTATIONS, IntegerFormat, RowFormat
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FORMS = [(8, 0, False), (8, 32, True), (4, 32, False), (4, 16, True), (4, 0, False), (4, 0, True)]
@@ -205,7 +205,7 @@ def hadamard(block: int) -> np.ndarray:
     return functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * int(np.log2(block))) / np.sqrt(block)
 
 
-@pytest.mark.parametrize("block", quant.ROTATIONS)
+@pytest.mark.parametrize("block", ROTATIONS)
 def test_a_rotation_is_its_own_inverse_and_spreads(block: int) -> None:
     x = matrix(5, 3, 4 * block)
     x[0, 7] = 100

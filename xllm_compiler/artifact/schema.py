@@ -10,6 +10,7 @@ from typing import Any
 
 from xllm_compiler.artifact.decode import encode
 from xllm_compiler.dims import Dim, parse_dim
+from xllm_compiler.weight_formats import PANEL
 
 FORMAT = 4
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
@@ -26,7 +27,7 @@ SYMBOLS = ("N", "B", "S", "P")
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges."""
 OUTPUTS = ("logits", "block_max")
 """What a step writes, one behind the other: f32 [S, vocabulary] and, if it finds them, the largest of every BLOCK."""
-BLOCK = 64
+BLOCK = PANEL
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,10 @@ from typing import Final
 import numpy as np
 
 from xllm_compiler.ir.semantics import Array
-from xllm_compiler.weight_formats import GridFormat, IntegerFormat, RowFormat, WeightFormat
+from xllm_compiler.weight_formats import LARGEST, ROTATIONS, GridFormat, IntegerFormat, RowFormat, WeightFormat
 
-ROTATIONS: Final = (64, 16)
-"""Blocks that are rotated, largest first: powers of 4, since their rotations scale by powers of 2, without loss."""
-LARGEST: Final = 127  # of a quantized activation
-_MIDDLE: Final = 128  # of 8 bits
-_TOP: Final = 15  # of a grid's numbers, steps and points
+_MIDDLE: Final = GridFormat.as_bytes.zero
+_TOP: Final = GridFormat.most  # of a grid's numbers, steps and points
 _GRID_STARTS: Final = (0.95, 1.05, 1.15)
 """Scales of rows on grids that are tried, as multiples of the one that gives the largest weight 127: larger ones leave
 the run it is in a point near the middle."""

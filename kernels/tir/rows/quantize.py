@@ -27,11 +27,9 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.rows.norms import each_vector
-from xllm_compiler.weight_formats import RowFormat
+from xllm_compiler.weight_formats import LARGEST, ROTATIONS, RowFormat
 
 Expr = Any
-LARGEST = 127.0
-_ROTATIONS = (16, 64)
 _MOST_BYTES = 1 << 20  # of a rotated row, which lies on the stack
 
 
@@ -50,7 +48,7 @@ class QuantizeRows(Kernel):
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.dtype in ("bf16", "f32"), f"quantizing rows of {self.k} {self.dtype}", self)
-        fits = self.rotate in _ROTATIONS and self.k % self.rotate == 0 and self.k * 4 <= _MOST_BYTES
+        fits = self.rotate in ROTATIONS and self.k % self.rotate == 0 and self.k * 4 <= _MOST_BYTES
         require(not self.rotate or fits, f"rotating blocks of {self.rotate} in rows of {self.k}", self)
 
     @property
@@ -175,4 +173,4 @@ def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:
 
 def inverse_scale(largest: Expr) -> Expr:
     """What values of this largest size are multiplied by to be rounded; 0 for a row of zeros, or one not all finite."""
-    return T.bind(T.Select(largest > T.float32(0), T.float32(LARGEST) / largest, T.float32(0)))
+    return T.bind(T.Select(largest > T.float32(0), T.float32(float(LARGEST)) / largest, T.float32(0)))

@@ -21,7 +21,7 @@ from xllm_compiler.ir.ops.nn import Activation, check_norm_vector
 from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm
 from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, require_same_dim, require_shape
 from xllm_compiler.ir.types import FLOATS, Tensor, Type
-from xllm_compiler.weight_formats import STEP, RowFormat, WeightFormat, parse_format
+from xllm_compiler.weight_formats import ROTATIONS, STEP, RowFormat, WeightFormat, parse_format
 
 
 def format_of(op: Op, name: str) -> WeightFormat:
@@ -41,8 +41,8 @@ def _row_format(op: Op, group: int, by_group: bool) -> RowFormat:
 
 
 def _check_rotation(op: Op, in_: Dim, rotate: int) -> None:
-    if rotate and (rotate not in quant.ROTATIONS or not in_.is_const or in_.value % rotate):
-        known = ", ".join(map(str, quant.ROTATIONS))
+    if rotate and (rotate not in ROTATIONS or not in_.is_const or in_.value % rotate):
+        known = ", ".join(map(str, ROTATIONS))
         raise IrError(f"{op.name}: rotates blocks of {rotate} of {in_}", help=f"{known}, and whole blocks")
 
 
