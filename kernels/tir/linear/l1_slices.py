@@ -210,9 +210,10 @@ class SlicedBytes(_Sliced):
         super().__init__(env, padded, length, height, partial(by_bytes.width, isa), ahead)
         self.row_bytes, self.fewest = padded, fewest
         if not isa.slice_bytes:
-            self._where_caches_are_quick(2 * height)
+            self._limit_rows(2 * height)
 
-    def _where_caches_are_quick(self, greatest: int) -> None:
+    def _limit_rows(self, greatest: int) -> None:
+        """Where the second-level cache is quick, more rows than `greatest` gain nothing by slices."""
         self._take_few(self.fewest, greatest)
 
     @staticmethod
@@ -269,7 +270,7 @@ class SlicedGrids(SlicedBytes):
         self._once = T.bind(env["rows"] > (self.block_rows if whole else _NEVER))
         self._along = not isa.slice_bytes
 
-    def _where_caches_are_quick(self, greatest: int) -> None:
+    def _limit_rows(self, greatest: int) -> None:
         """Any number of rows gains: grids become bytes once for all of them."""
 
     def begin(self, panel: Expr) -> None:
