@@ -21,7 +21,6 @@ import numpy as np
 from limits import Probe
 
 from xllm_compiler.artifact.cpu_isa import machine_isas
-from xllm_compiler.kernels import layouts
 from xllm_compiler.kernels.tir.attention.attend import Attend
 from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
 from xllm_compiler.kernels.tir.attention.kv_append import KvAppend
@@ -31,6 +30,7 @@ from xllm_compiler.kernels.tir.native.standalone import Standalone, Team, aligne
 from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
 from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm
 from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
+from xllm_compiler.weight_formats import IntegerFormat, glu_rows, panel_shape, parse_format
 
 BF16 = ml_dtypes.bfloat16
 ROTATION_BYTES = 200 << 20
@@ -65,10 +65,10 @@ def linear_cases(isa: Isa) -> Iterator[Case]:
     shapes = [("qkv", HIDDEN, QKV), ("o", Q_HEADS * KV.v_dim, HIDDEN), ("down", FFN, HIDDEN)]
     for name, k, n in shapes:
         kernel = Standalone(Linear(k, n, "bf16", "bf16"), isa)
-        packed = layouts.panel_shape(n, k, "bf16")
+        packed = panel_shape(n, k, "bf16")
         yield from matrix_cases(f"linear {name} {k}x{n}", kernel, packed, k, n, n)
     kernel = Standalone(LinearGlu(HIDDEN, FFN, "bf16"), isa)
-    packed = layouts.panel_shape(layouts.glu_rows(FFN), HIDDEN, "bf16")
+    packed = panel_shape(glu_rows(FFN), HIDDEN, "bf16")
     yield from matrix_cases(f"linear_glu {HIDDEN}x2x{FFN}", kernel, packed, HIDDEN, FFN, 2 * FFN)
 
 
@@ -86,7 +86,7 @@ def matrix_cases(
 def quantized_cases(isa: Isa) -> Iterator[Case]:
     """Linear layers on quantized weights; "w" before a form: by bf16 activations, widened in registers."""
     for form in ("q8", "q4grid32", "q4grid16", "q4g32", "q4g128", "wq8", "wq4g32", "wq4g128"):
-        q = layouts.Quantization.parse(form.removeprefix("w"))
+        q = parse_format(form.removeprefix("w"))
         for name, k, n in (("qkv", HIDDEN, QKV), ("down", FFN, HIDDEN)):
             kernel = Standalone(Linear(k, n, "bf16", "bf16", weights=form), isa)
             shape = q.shape(n, k)
@@ -136,7 +136,7 @@ def small_cases(isa: Isa) -> Iterator[Case]:
         w = filled((HIDDEN,), BF16)
         yield Case(f"add_rms_norm rows={rows}", norm, [(x, x, w, y, aligned(x.shape, BF16), rows)], 0, 0)
         for group in (0, 32):
-            form = layouts.Quantization(8, group)
+            form = IntegerFormat(8, group)
             integers, scales = aligned((rows, HIDDEN), np.int8), aligned((rows,), np.float32)
             sums = aligned((rows, form.groups(HIDDEN)), np.int32)
             norm_rows = Standalone(NormRows("rms", HIDDEN, "bf16", 1e-6, group=group), isa)

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.weight_formats import GridFormat
 
-GRIDS: Final = (16, 32)
-"""Lengths of a run."""
-MIDDLE: Final = 128
-MOST: Final = 15  # of n, step and point
+MIDDLE: Final = GridFormat.as_bytes.zero
+MOST: Final = GridFormat.most
 
 Array = npt.NDArray[Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from xllm_compiler.passes.quantize.forms import QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import WIDE, QuantForm, parse_form
 
 _BEFORE: Final[tuple[str, ...]] = (
     "import-clean",  # what export leaves behind (unit batch dim, no-op casts) would hide every later pattern
@@ -41,7 +41,7 @@ UNQUANTIZED: Final = _BEFORE
 def quantized(form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
     """`@cpu` with the layers' weights, and where the form says so their inputs, quantized; those weights to 8 bits that
     read a checkpoint tensor of the names `wide`."""
-    first = (f"quantize-weights{{{QuantForm(8).options},only={':'.join(wide)}}}",) if wide else ()
+    first = (f"quantize-weights{{{WIDE.options},only={':'.join(wide)}}}",) if wide else ()
     return (
         *_BEFORE,
         *first,  # a weight is quantized once, so the exceptions come first
@@ -55,6 +55,6 @@ def quantized(form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
 PRESETS: Final[dict[str, tuple[str, ...]]] = {
     "cpu": _BEFORE + _AFTER,
     "cpu-rows": (*_BEFORE, "quantize-rows", *_AFTER),  # checkpoints whose weights come quantized, for rounded inputs
-    "cpu-int8": quantized(QuantForm(8)),
+    "cpu-int8": quantized(parse_form("int8")),
     "cpu-int4": quantized(parse_form("int4")),
 }

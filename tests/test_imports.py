@@ -14,6 +14,7 @@ FOLDERS = {
     "errors": "xllm_compiler/errors.py",
     "confined": "xllm_compiler/confined",
     "dims": "xllm_compiler/dims",
+    "weight_formats": "xllm_compiler/weight_formats.py",
     "ir": "xllm_compiler/ir",
     "interp": "xllm_compiler/interp",
     "analysis": "xllm_compiler/analysis",
@@ -35,21 +36,22 @@ FOLDERS = {
     "runtime": "runtime",
 }
 
-IR_LEVEL = {"errors", "dims", "step", "ir", "interp", "analysis"}
+IR_LEVEL = {"errors", "dims", "step", "weight_formats", "ir", "interp", "analysis"}
 MAY_IMPORT = {
     "errors": set(),
     "confined": {"errors"},  # what the compiler tries and the server runs in a child process is the same
     "dims": {"errors"},
     "step": {"errors", "dims"},  # what compiler, runtime and kernels agree on
-    "ir": {"errors", "dims", "step"},
+    "weight_formats": {"errors", "dims"},
+    "ir": {"errors", "dims", "step", "weight_formats"},
     "interp": {"errors", "dims", "step", "ir"},
-    "analysis": {"errors", "dims", "step", "ir"},
+    "analysis": {"errors", "dims", "step", "weight_formats", "ir"},
     "passes": IR_LEVEL,
     "models": {"errors"},
     "frontend": IR_LEVEL | {"models", "confined"},
-    "kernels": {"errors", "dims", "step"},
+    "kernels": {"errors", "dims", "step", "weight_formats"},
     "lowering": IR_LEVEL | {"passes", "kernels", "artifact"},
-    "artifact": {"errors", "dims", "step"},
+    "artifact": {"errors", "dims", "step", "weight_formats"},
     "cache": {"errors", "artifact"},
     "workspace": set(),
     "options": {"errors", "artifact", "frontend", "passes"},

@@ -58,6 +58,7 @@ _SOURCES = (
     "errors.py",
     "confined",
     "dims",
+    "weight_formats.py",
     "ir",
     "interp",
     "analysis",
@@ -291,7 +292,8 @@ def _tiles(request: Request, store: Path | None) -> TileChoices | None:
 
     if store is None:
         raise XllmError("option", "tuning without a place to remember what was chosen")
-    return TileChoices(store / "tiles.json", f"{machine}; kernels {request.factors.read('source.kernels')}")
+    sources = [request.factors.read(f"source.{part}") for part in ("kernels", "weight_formats")]
+    return TileChoices(store / "tiles.json", f"{machine}; kernels {' '.join(sources)}")
 
 
 def _require_compiler() -> None:

@@ -16,7 +16,7 @@ from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.lengths import lengths_of
 from xllm_compiler.frontend.quantized_config import quantized_config, side_notes
 from xllm_compiler.passes.pipelines import quantized
-from xllm_compiler.passes.quantize.forms import MIXED, NARROW, parse_form
+from xllm_compiler.passes.quantize.forms import MIXED, MIXED_MAX_KL, NARROW, parse_form
 
 TARGETS = ("cpu",)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
@@ -31,11 +31,6 @@ DEFAULT_MODEL_LEN_LIMIT = 1 << 17  # rotary tables grow with the length, 64 MiB 
 LOGIT_ROWS = (
     128  # a prompt's log-probabilities are computed this many rows at a time; a row is 4 bytes a vocabulary item
 )
-
-MAX_KL = {"kv": 0.01, "w8": 0.01, "w4": 0.1, MIXED: 0.03}
-"""What a form may lose unless told otherwise: mean KL divergence in nats. Some ten times and more of what the bundled
-model loses (bench/RESULTS.md): beyond it something is wrong besides rounding, or the model does not bear this form.
-Mixed is for those who want less than 4 bits lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +216,7 @@ def _max_kl(options: CompileOptions, form: str | None) -> float | None:
             raise XllmError("option", "--max-kl without --quantize", help="it limits what quantization may lose")
         return None
     if given is None:
-        return MAX_KL[MIXED if form == MIXED else form[:2]]
+        return MIXED_MAX_KL if form == MIXED else parse_form(form).max_kl
     if not given > 0:
         raise XllmError("option", f"--max-kl {given} is not a limit", help="nats above 0, or inf to accept any loss")
     if math.isinf(given) and form == MIXED:

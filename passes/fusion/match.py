@@ -26,7 +26,7 @@ from xllm_compiler.ir.ops import (
 )
 from xllm_compiler.ir.rewrite import Rewriter
 
-_FORM = ("bits", "group", "rotate", "grid", "dtype")  # attributes of quant.dequantize
+_FORM = ("format", "rotate", "dtype")  # attributes of quant.dequantize
 
 
 def hoist(values: Iterable[Value | None], anchor: Op) -> None:
@@ -169,8 +169,7 @@ def same_form(weights: Sequence[Value]) -> bool:
     forms: list[object] = []
     for w in weights:
         op = w.op
-        form = [op.attrs[name] for name in _FORM] if isinstance(op, Dequantize) else []
-        forms.append((form, isinstance(op, Dequantize) and op.zeros is not None))
+        forms.append([op.attrs[name] for name in _FORM] if isinstance(op, Dequantize) else [])
     return all(form == forms[0] for form in forms)
 
 

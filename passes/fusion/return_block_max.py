@@ -17,7 +17,8 @@ from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS
 @register_pass("return-block-max")
 @dataclass(frozen=True)
 class ReturnBlockMax(FuncPass):
-    """Returns, last, the largest logit of every 64: a sampler then reads those and one block, not the vocabulary.
+    """Returns, last, the largest logit of every `PANEL`, which is 64: the projection's kernel has those in registers
+    when it writes them. A sampler then reads those and one block, not the vocabulary.
 
     before:  return %logits, %kv1                after:  %m = nn.block_max(%logits) : f32[S, 2374]
                                                          return %logits, %kv1, %m

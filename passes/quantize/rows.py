@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Func, Value
 from xllm_compiler.ir.ops import Dequantize, Linear, LinearGlu, QuantLinear, QuantLinearGlu, QuantRows
 from xllm_compiler.ir.rewrite import Rewriter, apply_rules, rule
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
+from xllm_compiler.weight_formats import parse_format
 
 
 @register_pass("quantize-rows")
@@ -18,13 +18,14 @@ from xllm_compiler.passes.registry import register_pass
 class QuantizeRows(FuncPass):
     """Rounds each row of a layer's input to 8 bits, so that integers are multiplied and their sums are exact.
 
-    before:  %w = quant.dequantize(%stored, %scales, bits=8) : bf16[64, 32]
+    before:  %w = quant.dequantize(%stored, %scales, format="q8") : bf16[64, 32]
              %y = nn.linear(%x, %w) : bf16[N, 64]
     after:   %rows, %s, %t = quant.rows(%x) : i8[N, 32], f32[N], i32[N, 1]
-             %y = quant.linear(%rows, %s, %t, %stored, %scales, bits=8) : bf16[N, 64]
+             %y = quant.linear(%rows, %s, %t, %stored, %scales, format="q8") : bf16[N, 64]
 
     Layers that read the same input each get rows of their own; cse makes them one. Where the weight was rotated before
-    it was rounded, so is the row. Before 8-bit weights in groups a row has a scale for each group.
+    it was rounded, so is the row. Rows have a scale, or one for each group, as the weight's format asks for; where it
+    meets no integers, they stay as they are.
     """
 
     @property
@@ -38,29 +39,30 @@ class QuantizeRows(FuncPass):
 
 @rule(Linear)
 def integer_linear(op: Linear, rw: Rewriter) -> bool:
-    w = op.w.op
-    if not isinstance(w, Dequantize) or op.partial:  # a partial sum's rows are scaled by what only this rank sees
+    if op.partial or not (made := _operands(op.x, op.w, rw)):  # rows of a partial sum are scaled by what one rank sees
         return False
-    fields: dict[str, Any] = {"bias": op.bias, "residual": op.residual, "act": op.act}
-    rw.replace(op, rw.create(QuantLinear, *_operands(op.x, w, rw), **_form(op.x, w), **fields))
+    operands, fields = made
+    rw.replace(op, rw.create(QuantLinear, *operands, **fields, bias=op.bias, residual=op.residual, act=op.act))
     return True
 
 
 @rule(LinearGlu)
 def integer_glu(op: LinearGlu, rw: Rewriter) -> bool:
-    w = op.w.op
-    if not isinstance(w, Dequantize):
+    if not (made := _operands(op.x, op.w, rw)):
         return False
-    made = rw.create(QuantLinearGlu, *_operands(op.x, w, rw), **_form(op.x, w), bias=op.bias, act=op.act)
-    rw.replace(op, made)
+    operands, fields = made
+    rw.replace(op, rw.create(QuantLinearGlu, *operands, **fields, bias=op.bias, act=op.act))
     return True
 
 
-def _operands(x: Value, w: Dequantize, rw: Rewriter) -> tuple[Value, ...]:
-    form: dict[str, Any] = {"group": w.group, "rotate": w.rotate, "by_group": quant.rows_by_group(w.bits, w.group)}
-    rows = rw.create(QuantRows, x, **form, hint=("rows", "row_scale", "row_sums"))
-    return (*rows.results, w.values, w.scales)
-
-
-def _form(x: Value, w: Dequantize) -> dict[str, Any]:
-    return {"zeros": w.zeros, "bits": w.bits, "group": w.group, "grid": w.grid, "dtype": x.dtype}
+def _operands(x: Value, w: Value, rw: Rewriter) -> tuple[tuple[Value, ...], dict[str, Any]] | None:
+    """What an integer layer takes instead of `x` and `w`; None where it cannot be one."""
+    op = w.op
+    if not isinstance(op, Dequantize):
+        return None
+    form = parse_format(op.format).rows
+    if form is None:
+        return None
+    fields: dict[str, Any] = {"group": form.group, "by_group": form.by_group, "rotate": op.rotate}
+    rows = rw.create(QuantRows, x, **fields, hint=("rows", "row_scale", "row_sums"))
+    return (*rows.results, op.values, op.scales), {"zeros": op.zeros, "format": op.format, "dtype": x.dtype}

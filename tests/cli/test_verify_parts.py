@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from sample_manifest import sample
 
 from xllm_compiler.artifact import Limits, Manifest, Weight
-from xllm_compiler.kernels.layouts import pack_glu, pack_panels
+from xllm_compiler.kernels.layouts import pack
 from xllm_compiler.step.inputs import step_inputs
 from xllm_compiler.tools.steps import make_trial
 from xllm_compiler.tools.unpack import unpack
 from xllm_compiler.tools.verify import compare
+from xllm_compiler.weight_formats import Layout
 
 
 def manifest(seqs: int, tokens: int, rows: int, longest: int) -> Manifest:
@@ -90,8 +91,8 @@ def test_comparison() -> None:
 def test_unpacking_is_the_inverse(dtype: str, out: int, in_: int) -> None:
     bits = np.random.default_rng(0).standard_normal((out, in_)).astype(np.float32)
     value = bits if dtype == "f32" else bits.view(np.uint16)[:, ::2].copy()
-    for layout, pack in (("row", np.ascontiguousarray), ("panel", pack_panels), ("glu", pack_glu)):
-        packed = pack(value)
+    for layout in ("row", "panel", "glu"):
+        packed = pack(Layout.parse(layout), [value])
         weight = Weight("w", layout, dtype, packed.shape, 0, packed.nbytes)
         got = unpack(weight, packed.reshape(-1).view(np.uint8), value.shape)
         assert np.array_equal(got.view(value.dtype), value)

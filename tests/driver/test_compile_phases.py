@@ -17,6 +17,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from tests.test_imports import MAY_IMPORT
 from xllm_compiler import driver
 from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.artifact import CallTable, ProgramCalls, check_files, read_manifest
@@ -251,3 +252,10 @@ def test_tuning_is_of_a_processor_and_needs_a_place(checkpoint: Path, tmp_path: 
             compile_checkpoint(checkpoint, tmp_path / "out", options)
     assert report.manifest.key["option.tune"] == machine_name()
     assert seen[0] is None and seen[1].path == tmp_path / "tiles.json"
+
+
+def test_every_package_that_decides_an_artifact_is_in_its_key() -> None:
+    """A package that the driver may use and the key does not name would leave stale entries in the cache."""
+    named = {part.removesuffix(".py") for part in driver._SOURCES}
+    beside = {"cache", "workspace", "models"}  # where entries lie, where work is done, and models to compile
+    assert {*MAY_IMPORT["driver"], "driver"} - named == beside

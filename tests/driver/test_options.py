@@ -144,7 +144,7 @@ def test_a_form_is_its_pipeline(tmp_path: Path) -> None:
     text = [factors.read("pipeline.text") for factors in named]
     assert text[0] == text[1] == text[2] != text[3]
     assert named[0].hash() == named[1].hash() == named[2].hash() != named[3].hash()
-    assert "quantize-weights{bits=4,grid=32},quantize-rows" in text[0]
+    assert "quantize-weights{format=q4grid32},quantize-rows" in text[0]
 
 
 def test_files_are_factors_by_content(tmp_path: Path) -> None:

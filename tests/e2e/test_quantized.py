@@ -17,8 +17,8 @@ from xllm_compiler.tools import verify
 from xllm_compiler.tools.steps import make_trial
 from xllm_compiler.tools.verify import references, run_native
 
-ZEROS = ",".join(PRESETS["cpu-int4"]).replace("grid=32", "group=64,zeros=true")
-FINE = ",".join(PRESETS["cpu-int4"]).replace("grid=32", "grid=16")
+ZEROS = ",".join(PRESETS["cpu-int4"]).replace("q4grid32", "q4g64z")
+FINE = ",".join(PRESETS["cpu-int4"]).replace("q4grid32", "q4grid16")
 WEIGHTS_ONLY = ",".join(PRESETS["cpu-int8"]).replace(",quantize-rows", "").replace(",rotate=true", "")
 CASES = [
     ("qwen3", "@cpu-int8", {"q8", "glu_q8"}),

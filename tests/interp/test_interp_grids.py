@@ -14,13 +14,14 @@ from xllm_compiler.ir import quant
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.kernels.grids import from_grids, to_grids
+from xllm_compiler.weight_formats import GridFormat, IntegerFormat
 
 
 def back(w: np.ndarray, grid: int) -> np.ndarray:
     values, scales = quant.quantize_on_grids(w, grid)
     assert values.shape == w.shape and scales.shape == (len(w), 1)
     assert (values.dtype, scales.dtype) == (np.uint8, np.float32)
-    return quant.dequantize_weight(values, scales, None, 8, 0, np.float64)
+    return quant.dequantize_weight(values, scales, None, GridFormat(grid), np.float64)
 
 
 def error(w: np.ndarray, made: np.ndarray) -> float:
@@ -50,7 +51,7 @@ def test_every_run_is_on_a_grid(grid: int, out: int, in_: int, seed: int, kind: 
     padded[:, :in_] = values
     n, heads = to_grids(padded, grid)
     assert n.max(initial=0) <= 15 and (from_grids(n, heads, grid) == padded).all()
-    off = np.abs(quant.dequantize_weight(values, scales, None, 8, 0, np.float64) - w)
+    off = np.abs(quant.dequantize_weight(values, scales, None, GridFormat(grid), np.float64) - w)
     assert (off <= 16 * scales.astype(np.float64) + 1e-12).all()
 
 
@@ -58,8 +59,8 @@ def test_every_run_is_on_a_grid(grid: int, out: int, in_: int, seed: int, kind: 
 def test_normal_weights_lose_less_than_in_groups(grid: int, most: float) -> None:
     """In groups of 32 with f16 scales, at 4.5 bits, they lose 0.0066; these 0.0063 at 4.25 bits and 0.0048 at 4.5."""
     w = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
-    stored, scales, _ = quant.quantize_weight(w, 4, 32, False)
-    groups = error(w, quant.dequantize_weight(stored, scales, None, 4, 32, np.float64))
+    stored, scales, _ = quant.quantize_integers(w, IntegerFormat(4, 32))
+    groups = error(w, quant.dequantize_weight(stored, scales, None, IntegerFormat(4, 32), np.float64))
     assert error(w, back(w, grid)) < min(most, groups)
 
 
@@ -104,9 +105,9 @@ def test_tiny_and_huge_weights(size: float) -> None:
 TEXT = """xir 1 stage=graph
 func @f(%x: f32[3, 70]) -> (f32[3, 5]) {
   %w = param(name="w") : f32[5, 70]
-  %q, %s = quant.weight(%w, bits=8, grid=32) : u8[5, 70], f32[5, 1]
+  %q, %s = quant.weight(%w, format="q4grid32") : u8[5, 70], f32[5, 1]
   %rows, %scale, %sums = quant.rows(%x) : i8[3, 80], f32[3], i32[3, 1]
-  %y = quant.linear(%rows, %scale, %sums, %q, %s, bits=8, grid=32, dtype=f32) : f32[3, 5]
+  %y = quant.linear(%rows, %scale, %sums, %q, %s, format="q4grid32", dtype=f32) : f32[3, 5]
   return %y
 }
 """
@@ -120,7 +121,7 @@ def test_as_ops() -> None:
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("form", ["bits=8, grid=8", "bits=4, grid=32", "bits=8, group=32, grid=32"])
-def test_grids_that_there_are_not(form: str) -> None:
-    with pytest.raises(IrError, match="a grid of"):
-        parse_module(TEXT.replace("bits=8, grid=32)", f"{form})", 1), "f.xir")
+@pytest.mark.parametrize("name", ["q4grid8", "q8grid32", "q4g32grid32", "q4grid032", ""])
+def test_grids_that_there_are_not(name: str) -> None:
+    with pytest.raises(IrError, match=r"quant\.weight: .*weight format"):
+        parse_module(TEXT.replace('"q4grid32")', f'"{name}")', 1), "f.xir")

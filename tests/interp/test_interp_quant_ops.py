@@ -14,6 +14,7 @@ from xllm_compiler.interp import run
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.parser import parse_module
+from xllm_compiler.weight_formats import ROTATIONS, IntegerFormat, RowFormat
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FORMS = [(8, 0, False), (8, 32, True), (4, 32, False), (4, 16, True), (4, 0, False), (4, 0, True)]
@@ -35,7 +36,7 @@ def matrix(seed: int, out: int, in_: int) -> np.ndarray:
 def test_a_weight_is_off_by_half_a_step(bits: int, group: int, zeros: bool, out: int, in_: int, seed: int) -> None:
     """By group, a short last one too. At 4 bits what is clipped may be off by more, but not in the sum of squares."""
     w = matrix(seed, out, in_)
-    stored, scales, points = quant.quantize_weight(w, bits, group, zeros)
+    stored, scales, points = quant.quantize_integers(w, IntegerFormat(bits, group, zeros))
     count = -(-in_ // group) if group else 1
     assert stored.shape == (out, in_) and scales.shape == points.shape == (out, count)
     assert stored.dtype == points.dtype == np.uint8 and scales.dtype == (np.float16 if group else np.float32)
@@ -59,16 +60,16 @@ def test_multiples_of_a_step_are_kept_exactly(out: int, in_: int, seed: int) -> 
     integers = rng.integers(-127, 128, (out, in_))
     integers[:, rng.integers(in_)] = rng.choice((-127, 127))
     w = integers.astype(np.float32) * np.float32(2.0**-9)
-    stored, scales, _ = quant.quantize_weight(w, 8, 0, False)
+    stored, scales, _ = quant.quantize_integers(w, IntegerFormat(8))
     assert (stored.astype(int) - 128 == integers).all() and (scales == 2.0**-9).all()
-    assert (quant.dequantize_weight(stored, scales, None, 8, 0, np.float32) == w).all()
+    assert (quant.dequantize_weight(stored, scales, None, IntegerFormat(8), np.float32) == w).all()
 
 
 def test_zero_points_spend_the_whole_range_on_one_side() -> None:
     w = np.linspace(0, 15, 16, dtype=np.float32)[None] * np.float32(0.25)
-    stored, scales, points = quant.quantize_weight(w, 4, 16, True)
+    stored, scales, points = quant.quantize_integers(w, IntegerFormat(4, 16, True))
     assert (stored[0] == np.arange(16)).all() and scales[0, 0] == 0.25 and points[0, 0] == 0
-    stored, scales, points = quant.quantize_weight(-w, 4, 16, True)
+    stored, scales, points = quant.quantize_integers(-w, IntegerFormat(4, 16, True))
     assert (stored[0] == 15 - np.arange(16)).all() and points[0, 0] == 15
 
 
@@ -78,11 +79,15 @@ def test_zero_stays_zero_and_rows_do_not_see_each_other(bits: int, group: int, z
     w = matrix(3, 700, 300)
     w[5] = 0
     w[:, 7] = 0
-    whole = quant.quantize_weight(w, bits, group, zeros)
-    back = quant.dequantize_weight(whole[0], whole[1], whole[2] if zeros else None, bits, group, np.float64)
+    whole = quant.quantize_integers(w, IntegerFormat(bits, group, zeros))
+    back = quant.dequantize_weight(
+        whole[0], whole[1], whole[2] if zeros else None, IntegerFormat(bits, group, zeros), np.float64
+    )
     assert (back[5] == 0).all() and (back[:, 7] == 0).all()
     for row in (0, 5, 436, 437, 699):
-        for a, b in zip(whole, quant.quantize_weight(w[row : row + 1], bits, group, zeros), strict=True):
+        for a, b in zip(
+            whole, quant.quantize_integers(w[row : row + 1], IntegerFormat(bits, group, zeros)), strict=True
+        ):
             assert np.array_equal(a[row : row + 1], b)
 
 
@@ -91,7 +96,7 @@ def test_no_scale_is_much_better_than_the_one_chosen(outlier: int) -> None:
     """A thousand scales of either sign, tried one by one here on groups of 32, with an outlier or without."""
     w = matrix(1, 60, 32).astype(np.float64)
     w[:, 3] = outlier * np.abs(w).max(axis=1)
-    stored, scales, _ = quant.quantize_weight(w.astype(np.float32), 4, 32, False)
+    stored, scales, _ = quant.quantize_integers(w.astype(np.float32), IntegerFormat(4, 32))
     scale = scales.astype(np.float64)
     assert (stored.astype(int) - 8 == np.clip(np.rint(w / scale), -8, 7)).all()
     got = np.square((stored.astype(int) - 8) * scale - w).sum(axis=1)
@@ -109,8 +114,8 @@ def test_of_eight_bits_in_groups_too() -> None:
         scale = scale.astype(np.float16).astype(np.float64)
         return np.asarray(np.square(np.clip(np.rint(w / scale), -128, 127) * scale - w).sum(axis=1))
 
-    stored, scales, _ = quant.quantize_weight(w, 8, 32, False)
-    back = quant.dequantize_weight(stored, scales, None, 8, 32, np.float64)
+    stored, scales, _ = quant.quantize_integers(w, IntegerFormat(8, 32))
+    back = quant.dequantize_weight(stored, scales, None, IntegerFormat(8, 32), np.float64)
     got, plain = np.square(back - w).sum(axis=1), errors(np.abs(w).max(axis=1, keepdims=True) / 127)
     np.testing.assert_allclose(got, errors(scales), rtol=1e-9)
     assert got.sum() < 0.85 * plain.sum() and (got < 1.1 * plain).all()
@@ -119,12 +124,12 @@ def test_of_eight_bits_in_groups_too() -> None:
 def test_scales_of_tiny_and_huge_weights() -> None:
     """Nothing overflows on the way to a scale, whatever the magnitude; beyond f16 the scale is its largest or 0."""
     shape = matrix(2, 1, 32)
-    plain = quant.quantize_weight(shape, 4, 0, False)
+    plain = quant.quantize_integers(shape, IntegerFormat(4))
     for power in (-80, 90):
-        stored, scales, _ = quant.quantize_weight(shape * np.float32(2.0**power), 4, 0, False)
+        stored, scales, _ = quant.quantize_integers(shape * np.float32(2.0**power), IntegerFormat(4))
         assert (stored == plain[0]).all() and (scales == plain[1] * np.float32(2.0**power)).all()
-    assert np.abs(quant.quantize_weight(shape * np.float32(1e30), 4, 32, False)[1]) == 65504
-    assert (quant.quantize_weight(shape * np.float32(1e-41), 4, 32, False)[1] == 0).all()
+    assert np.abs(quant.quantize_integers(shape * np.float32(1e30), IntegerFormat(4, 32))[1]) == 65504
+    assert (quant.quantize_integers(shape * np.float32(1e-41), IntegerFormat(4, 32))[1] == 0).all()
 
 
 def test_rows_by_group() -> None:
@@ -137,21 +142,23 @@ dim N in [0, 512]
 
 func @f(%x: f32[N, 40], %w: f32[24, 40]) -> ({types}, f32[N, 24]) {{
   %q, %s, %t = quant.rows(%x, group=32, by_group=true) : {types}
-  %a, %b = quant.weight(%w, bits=8, group=32) : u8[24, 40], f16[24, 2]
-  %y = quant.linear(%q, %s, %t, %a, %b, bits=8, group=32, dtype=f32) : f32[N, 24]
+  %a, %b = quant.weight(%w, format="q8g32") : u8[24, 40], f16[24, 2]
+  %y = quant.linear(%q, %s, %t, %a, %b, format="q8g32", dtype=f32) : f32[N, 24]
   return %q, %s, %t, %y
 }}
 """
     w = matrix(6, 24, 40)
     q, s, t, y = run(parse_module(text, "f.xir"), "f", {"x": x, "w": w}, {})
     for group, part in enumerate((x[:, :32], x[:, 32:])):
-        alone = quant.quantize_rows(part, 32)
+        alone = quant.quantize_rows(part, RowFormat(32))
         assert (q[:, 32 * group : 32 * group + 32] == alone[0]).all() and (t[:, group] == alone[2][:, 0]).all()
         np.testing.assert_array_equal(s[:, group], alone[1])
     assert np.isnan(y[1]).all()
     none = run(parse_module(text, "f.xir"), "f", {"x": x[:0], "w": w}, {})
     assert [made.shape for made in none] == [(0, 64), (0, 2), (0, 2), (0, 24)]
-    back = quant.dequantize_weight(*quant.quantize_weight(w, 8, 32, False)[:2], None, 8, 32, np.float64)
+    back = quant.dequantize_weight(
+        *quant.quantize_integers(w, IntegerFormat(8, 32))[:2], None, IntegerFormat(8, 32), np.float64
+    )
     wide = np.concatenate([q[:, :32] * s[:, :1].astype(np.float64), q[:, 32:40] * s[:, 1:].astype(np.float64)], axis=1)
     rest = [0, 2, 3]
     np.testing.assert_allclose(y[rest], wide[rest] @ back.T, rtol=1e-5, atol=1e-5)
@@ -198,7 +205,7 @@ def hadamard(block: int) -> np.ndarray:
     return functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * int(np.log2(block))) / np.sqrt(block)
 
 
-@pytest.mark.parametrize("block", quant.ROTATIONS)
+@pytest.mark.parametrize("block", ROTATIONS)
 def test_a_rotation_is_its_own_inverse_and_spreads(block: int) -> None:
     x = matrix(5, 3, 4 * block)
     x[0, 7] = 100
@@ -216,13 +223,13 @@ def test_rotated_on_both_sides_a_product_is_what_it_was() -> None:
 dim N in [0, 512]
 
 func @f(%x: f32[N, 128], %w: f32[40, 128]) -> (f32[N, 40], f32[N, 40], f32[40, 128]) {
-  %a, %b = quant.weight(%w, bits=8, rotate=64) : u8[40, 128], f32[40, 1]
-  %back = quant.dequantize(%a, %b, bits=8, rotate=64, dtype=f32) : f32[40, 128]
+  %a, %b = quant.weight(%w, format="q8", rotate=64) : u8[40, 128], f32[40, 1]
+  %back = quant.dequantize(%a, %b, format="q8", rotate=64, dtype=f32) : f32[40, 128]
   %q, %s, %t = quant.rows(%x, rotate=64) : i8[N, 128], f32[N], i32[N, 1]
-  %y = quant.linear(%q, %s, %t, %a, %b, bits=8, dtype=f32) : f32[N, 40]
-  %c, %d = quant.weight(%w, bits=8) : u8[40, 128], f32[40, 1]
+  %y = quant.linear(%q, %s, %t, %a, %b, format="q8", dtype=f32) : f32[N, 40]
+  %c, %d = quant.weight(%w, format="q8") : u8[40, 128], f32[40, 1]
   %r, %u, %v = quant.rows(%x) : i8[N, 128], f32[N], i32[N, 1]
-  %z = quant.linear(%r, %u, %v, %c, %d, bits=8, dtype=f32) : f32[N, 40]
+  %z = quant.linear(%r, %u, %v, %c, %d, format="q8", dtype=f32) : f32[N, 40]
   return %y, %z, %back
 }
 """
@@ -261,7 +268,7 @@ def test_linear_layers(bits: int, group: int, zeros: bool, glu: bool) -> None:
         f"%x: i8[N, {padded}], %s: f32[N{by_group}], %t: i32[N, {count}], %w: u8[{out}, {k}], "
         f"%c: {scale}[{out}, {count}], %z: u8[{out}, {count}], %b: f32[{out}], %r: f32[N, {out}]"
     )
-    form = f"bits={bits}{f', group={group}' if group else ''}"
+    form = f'format="{IntegerFormat(bits, group, zeros)}"'
     zero = ", zeros=%z" if zeros else ""
     rest = f"{form}, act=silu, dtype=f32" if not glu else f"{form}, dtype=f32"
     residual = "" if glu else ", residual=%r"
@@ -293,7 +300,7 @@ dim N in [0, 512]
 
 func @f(%x: f32[N, 16], %w: u8[3, 16], %c: f32[3, 1]) -> (f32[N, 3]) {
   %q, %s, %t = quant.rows(%x) : i8[N, 16], f32[N], i32[N, 1]
-  %y = quant.linear(%q, %s, %t, %w, %c, bits=8, dtype=f32) : f32[N, 3]
+  %y = quant.linear(%q, %s, %t, %w, %c, format="q8", dtype=f32) : f32[N, 3]
   return %y
 }
 """
@@ -308,8 +315,8 @@ def test_weight_and_dequantize_as_ops() -> None:
 dim N in [0, 512]
 
 func @f(%w: bf16[5, 40]) -> (u8[5, 40], f16[5, 2], u8[5, 2], bf16[5, 40]) {
-  %q, %c, %z = quant.weight(%w, bits=4, group=32, zeros=true) : u8[5, 40], f16[5, 2], u8[5, 2]
-  %back = quant.dequantize(%q, %c, zeros=%z, bits=4, group=32) : bf16[5, 40]
+  %q, %c, %z = quant.weight(%w, format="q4g32z") : u8[5, 40], f16[5, 2], u8[5, 2]
+  %back = quant.dequantize(%q, %c, zeros=%z, format="q4g32z") : bf16[5, 40]
   return %q, %c, %z, %back
 }
 """

@@ -12,6 +12,7 @@ from xllm_compiler.kernels import layouts
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.native.standalone import Standalone
+from xllm_compiler.weight_formats import Layout, glu_rows, panel_shape
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 5e-3, "f32": 2e-6}
@@ -89,7 +90,7 @@ def test_linear_glu(isa: str, dtype: str, k: int, f: int, bias: bool) -> None:
     rng = np.random.default_rng(f)
     kernel = Standalone(LinearGlu(k, f, dtype, "silu", bias), ISAS[isa])
     w, b = normal(rng, (2 * f, k), dtype, 0.3), normal(rng, (2 * f,), dtype)
-    packed = layouts.pack_glu(w)
+    packed = layouts.pack(Layout.parse("glu"), [w])
     most = 14
     x = normal(rng, (most, k), dtype)
 
@@ -126,7 +127,7 @@ def test_logits_are_f32_and_nan_stays_in_its_row(isa: str) -> None:
 def test_panels_unpack_to_what_was_packed(dtype: str, out: int, in_: int) -> None:
     w = normal(np.random.default_rng(out), (out, in_), dtype)
     packed = layouts.pack_panels(w)
-    assert packed.shape == layouts.panel_shape(out, in_, dtype)
+    assert packed.shape == panel_shape(out, in_, dtype)
     np.testing.assert_array_equal(layouts.unpack_panels(packed, out, in_), w)
 
 
@@ -134,7 +135,7 @@ def test_glu_interleaves_by_half_panels() -> None:
     f = 40
     rows = np.arange(2 * f, dtype=np.float32)[:, None]
     mixed = layouts.interleave_glu(rows)[:, 0]
-    assert mixed.size == layouts.glu_rows(f) == 128
+    assert mixed.size == glu_rows(f) == 128
     np.testing.assert_array_equal(mixed[:32], np.arange(32))
     np.testing.assert_array_equal(mixed[32:64], f + np.arange(32))
     np.testing.assert_array_equal(mixed[64:72], 32 + np.arange(8))

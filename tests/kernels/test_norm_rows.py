@@ -8,12 +8,12 @@ import pytest
 from levels import LEVELS
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
 from xllm_compiler.kernels.tir.rows.norms import LayerNorm, RmsNorm
 from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
+from xllm_compiler.weight_formats import RowFormat
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 ROWS = 9
@@ -21,7 +21,7 @@ ROWS = 9
 
 def room(n: int, group: int) -> list[np.ndarray]:
     """Places for stored values, scales and sums, with a row more than is asked for."""
-    form = Quantization(8, group)
+    form = RowFormat(group)
     shapes = ((ROWS + 1, form.padded(n)), (ROWS + 1,), (ROWS + 1, form.groups(n)))
     return [np.full(shape, 9, dtype) for shape, dtype in zip(shapes, (np.int8, np.float32, np.int32), strict=True)]
 

@@ -12,11 +12,12 @@ from levels import BYTE_LEVELS, LEVELS, TIERED_BYTE_LEVELS
 
 from tests.kernels.grid_bytes import bytes_on_grids
 from xllm_compiler.artifact.cpu_isa import machine_isas
-from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
+from xllm_compiler.kernels.layouts import interleave_glu, pack_quantized
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.native.standalone import Standalone, aligned
 from xllm_compiler.kernels.tir.rows.quantize import QuantizeRows
+from xllm_compiler.weight_formats import GridFormat, IntegerFormat, WeightFormat, parse_format
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NAME = attrgetter("name")
@@ -24,34 +25,32 @@ FORMS = ["q8", "q4g32", "q4g64", "q4g32z", "q8g32", "q4grid16", "q4grid32"]
 
 
 def quantized(
-    rng: np.random.Generator, form: Quantization, n: int, k: int
+    rng: np.random.Generator, form: WeightFormat, n: int, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Stored values, scales, zeros of a random weight."""
     groups = form.groups(k)
     values = rng.integers(0, 1 << form.bits, (n, k)).astype(np.uint8)
-    if form.grid:
+    if isinstance(form, GridFormat):
         values = bytes_on_grids(rng, n, k, form.grid)
     scales = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16 if form.group else np.float32)
     zeros = (
-        rng.integers(0, 1 << form.bits, (n, groups)).astype(np.uint8)
-        if form.zeros
-        else np.full((n, groups), form.middle)
+        rng.integers(0, 1 << form.bits, (n, groups)).astype(np.uint8) if form.zeros else np.full((n, groups), form.zero)
     )
     return values, scales, zeros.astype(np.uint8)
 
 
-def rows_reference(x: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rows_reference(x: np.ndarray, form: WeightFormat) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """8-bit weights in groups want a scale for each group of a row."""
     rows, k = x.shape
     wide = np.zeros((rows, form.padded(k)), np.float32)
     wide[:, :k] = x
-    parts = wide.reshape(rows, form.groups(k) if form.rows_by_group else 1, -1)
+    parts = wide.reshape(rows, form.groups(k) if form.rows.by_group else 1, -1)
     top = np.abs(parts).max(axis=2, keepdims=True)
     scale = top * np.float32(1 / 127)
     factor = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
     q = np.rint(parts * factor).astype(np.int8).reshape(wide.shape)
     sums = q.reshape(rows, form.groups(k), -1).astype(np.int32).sum(axis=2, dtype=np.int32)
-    return q, scale[:, :, 0] if form.rows_by_group else scale[:, 0, 0], sums
+    return q, scale[:, :, 0] if form.rows.by_group else scale[:, 0, 0], sums
 
 
 def unrounded(x: np.ndarray, scale: np.ndarray, k: int) -> np.ndarray:
@@ -65,13 +64,13 @@ def unrounded(x: np.ndarray, scale: np.ndarray, k: int) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 16, 37, 64, 200])
 def test_rows_are_quantized_as_numpy_would(isa: str, form: str, k: int) -> None:
     rng = np.random.default_rng(k)
-    parsed = Quantization.parse(form)
+    parsed = parse_format(form)
     x = (rng.standard_normal((7, k)) * 3).astype(BF16)
     x[3] = 0
     x[4, 32:] = 0  # of groups, some are all zeros
-    kernel = Standalone(QuantizeRows(k, "bf16", parsed.group, by_group=parsed.rows_by_group), ISAS[isa])
+    kernel = Standalone(QuantizeRows(k, "bf16", parsed.group, by_group=parsed.rows.by_group), ISAS[isa])
     q = np.full((8, parsed.padded(k)), 99, np.int8)
-    scale = np.full((8, parsed.groups(k)) if parsed.rows_by_group else 8, 9, np.float32)
+    scale = np.full((8, parsed.groups(k)) if parsed.rows.by_group else 8, 9, np.float32)
     sums = np.full((8, parsed.groups(k)), 9, np.int32)
     for team in (1, 3):
         kernel(x, q, scale, sums, 7, team=team)
@@ -127,12 +126,12 @@ def test_a_row_that_is_not_finite_says_so(isa: str) -> None:
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (130, 16), (1, 1), (600, 70)])
 def test_linear(isa: str, form: str, k: int, n: int) -> None:
     rng = np.random.default_rng(n)
-    q, level = Quantization.parse(form), ISAS[isa]
+    q, level = parse_format(form), ISAS[isa]
     values, scales, zeros = quantized(rng, q, n, k)
     kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), level)
     packed = aligned(q.shape(n, k), np.uint8)
     packed[:] = pack_quantized(q, values, scales, zeros)
-    most = 70 if level.has_tiles or level.slice_bytes or q.grid else 15  # blocks of up to 48 rows
+    most = 70 if level.has_tiles or level.slice_bytes or isinstance(q, GridFormat) else 15  # blocks of up to 48 rows
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), q)
     bias, residual = rng.standard_normal(n).astype(BF16), rng.standard_normal((most, n)).astype(BF16)
 
@@ -159,15 +158,15 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
 def test_linear_glu(level: Isa, form: str) -> None:
     k, f = 96, 40
     rng = np.random.default_rng(1)
-    q = Quantization.parse(form)
+    q = parse_format(form)
     values, scales, zeros = quantized(rng, q, 2 * f, k)
-    packed = pack_quantized(q, interleave_glu(values, q.middle), interleave_glu(scales), interleave_glu(zeros))
+    packed = pack_quantized(q, interleave_glu(values, q.zero), interleave_glu(scales), interleave_glu(zeros))
     kernel = Standalone(LinearGlu(k, f, "bf16", weights=form), level)
     x, xs, xsum = rows_reference(rng.standard_normal((9, k)).astype(BF16), q)
     y = np.zeros((9, f), BF16)
     kernel(x, xs, xsum, packed, y, 9, team=2)
     group = q.group or q.padded(k)
-    weight = (values.astype(np.float64) - q.middle) * np.repeat(scales.astype(np.float64), group, axis=1)[:, :k]
+    weight = (values.astype(np.float64) - q.zero) * np.repeat(scales.astype(np.float64), group, axis=1)[:, :k]
     both = unrounded(x, xs, k) @ weight.T
     gate, up = both[:, :f], both[:, f:]
     expected = gate / (1 + np.exp(-gate)) * up
@@ -178,7 +177,7 @@ def test_linear_glu(level: Isa, form: str) -> None:
 def test_weights_on_grids_are_those_of_8_bits(form: str) -> None:
     """Bit for bit, at every level, whatever they are stored as: sums of integers are exact."""
     k, n, most, rng = 1100, 130, 70, np.random.default_rng(1)
-    q, plain = Quantization.parse(form), Quantization(8)
+    q, plain = parse_format(form), IntegerFormat(8)
     values, scales, _ = quantized(rng, q, n, k)
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), plain)
     bias, found = rng.standard_normal(n).astype(BF16), set()
@@ -197,7 +196,7 @@ def test_weights_on_grids_are_those_of_8_bits(form: str) -> None:
 def test_grids_of_more_than_fit_as_bytes(isa: str) -> None:
     """A panel of bytes that no stack should hold stays slices, whatever the number of rows."""
     k, n, most, rng = 16500, 64, 60, np.random.default_rng(2)
-    q, plain = Quantization.parse("q4grid32"), Quantization(8)
+    q, plain = parse_format("q4grid32"), IntegerFormat(8)
     values, scales, _ = quantized(rng, q, n, k)
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), plain)
     found = []

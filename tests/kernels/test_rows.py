@@ -14,6 +14,7 @@ from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 from xllm_compiler.kernels.tir.rows.embedding import Embedding
 from xllm_compiler.kernels.tir.rows.norms import AddRmsNorm, LayerNorm, RmsNorm
+from xllm_compiler.weight_formats import GridFormat, parse_format
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 TOLERANCE = {"bf16": 5e-3, "f32": 2e-6}
@@ -82,9 +83,9 @@ def test_embedding_copies_rows_and_panels(isa: str, dtype: str, dim: int) -> Non
 @pytest.mark.parametrize("dim", [1, 37, 64, 144])
 @pytest.mark.parametrize("form", ["q8", "q4g32z", "q4grid16", "q4grid32"])
 def test_embedding_widens_quantized_rows(isa: str, dtype: str, dim: int, form: str) -> None:
-    rng, q = np.random.default_rng(dim), layouts.Quantization.parse(form)
+    rng, q = np.random.default_rng(dim), parse_format(form)
     values = rng.integers(0, 1 << q.bits, (130, dim)).astype(np.uint8)
-    if q.grid:
+    if isinstance(q, GridFormat):
         values = bytes_on_grids(rng, 130, dim, q.grid)
     scales = rng.uniform(0.01, 0.1, (130, q.groups(dim))).astype(np.float16 if q.group else np.float32)
     zeros = rng.integers(0, 16, scales.shape).astype(np.uint8) if q.zeros else None
@@ -92,7 +93,7 @@ def test_embedding_widens_quantized_rows(isa: str, dtype: str, dim: int, form: s
     packed = layouts.pack_quantized(q, values, scales, zeros)
     Standalone(Embedding(dim, dtype, form), ISAS[isa])(ids, packed, y, ROWS, team=2)
     each = (scales.repeat(q.group, axis=1)[:, :dim] if q.group else scales).astype(np.float32)
-    point = q.middle if zeros is None else zeros.repeat(q.group, axis=1)[:, :dim].astype(np.float32)
+    point = q.zero if zeros is None else zeros.repeat(q.group, axis=1)[:, :dim].astype(np.float32)
     assert y.tobytes() == ((values.astype(np.float32) - point) * each)[ids].astype(NUMPY[dtype]).tobytes()
 
 

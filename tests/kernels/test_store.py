@@ -75,22 +75,25 @@ def test_a_changed_source_is_noticed_by_what_reaches_it_and_by_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All code builds on `builder` and comes from the code generator; nothing here needs `attend`."""
-    kernels = Path(store.__file__).resolve().parents[2]
-    texts = {path: path.read_bytes() for path in kernels.rglob("*.py")}
+    root = Path(store.__file__).resolve().parents[3]
+    folders = (root / "kernels", root / "xllm_compiler")
+    texts = {path: path.read_bytes() for folder in folders for path in folder.rglob("*.py")}
     monkeypatch.setattr(Path, "read_bytes", lambda self: texts[self])
     layer = Linear(64, 64, "bf16", "bf16")
     for changed, norm, linear in (
-        ("attention/attend.py", True, True),
-        ("codegen/builder.py", False, False),
-        ("native/objects.py", False, False),
-        ("linear/l1_slices.py", True, False),
-        ("rows/norms.py", False, False),
+        ("kernels/tir/attention/attend.py", True, True),
+        ("kernels/tir/codegen/builder.py", False, False),
+        ("kernels/tir/native/objects.py", False, False),
+        ("kernels/tir/linear/l1_slices.py", True, False),
+        ("kernels/tir/rows/norms.py", False, False),
+        ("xllm_compiler/weight_formats.py", True, False),
+        ("xllm_compiler/ir/quant.py", True, True),
     ):
         store._sources.cache_clear()
         kept = ObjectStore(tmp_path / changed.replace("/", "-"))
         kept.put(NORM, AVX2, b"norm")
         kept.put(layer, AVX2, b"linear")
-        path = kernels / "tir" / changed
+        path = root / changed
         before, texts[path] = texts[path], texts[path] + b"\n# changed"
         store._sources.cache_clear()
         assert (kept.get(NORM, AVX2) is not None, kept.get(layer, AVX2) is not None) == (norm, linear), changed

@@ -13,6 +13,7 @@ from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.linear.linear import Linear
 from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
 from xllm_compiler.kernels.tir.native.standalone import Standalone
+from xllm_compiler.weight_formats import parse_format
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 ROWS = 9
@@ -71,7 +72,7 @@ def test_projection(isa: str, dtype: str, weights: str, n: int, bias: bool) -> N
     """The same logits as without maxima, bit for bit, and the maxima of those."""
     k, rng = 64, np.random.default_rng(n)
     if weights:
-        form = layouts.Quantization.parse(weights)
+        form = parse_format(weights)
         panels = -(-n // 64)
         w = np.zeros((panels, form.panel_bytes(k)), np.uint8)
         for group in range(form.groups(k)):

@@ -8,10 +8,11 @@ import pytest
 from levels import LEVELS
 
 from tests.kernels.grid_bytes import bytes_on_grids
-from xllm_compiler.kernels.layouts import Quantization, interleave_glu, pack_quantized
+from xllm_compiler.kernels.layouts import interleave_glu, pack_quantized
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
 from xllm_compiler.kernels.tir.native.standalone import Standalone
+from xllm_compiler.weight_formats import GridFormat, WeightFormat, parse_format
 
 NUMPY = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 FORMS = [
@@ -21,22 +22,22 @@ FORMS = [
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def random_weight(rng: np.random.Generator, q: Quantization, n: int, k: int) -> Parts:
+def random_weight(rng: np.random.Generator, q: WeightFormat, n: int, k: int) -> Parts:
     values = rng.integers(0, 1 << q.bits, (n, k)).astype(np.uint8)
-    if q.grid:
+    if isinstance(q, GridFormat):
         values = bytes_on_grids(rng, n, k, q.grid)
     scales = rng.uniform(0.01, 0.1, (n, q.groups(k))).astype(np.float16 if q.group else np.float32)
     zeros = rng.integers(0, 1 << q.bits, scales.shape).astype(np.uint8) if q.zeros else None
     return values, scales, zeros
 
 
-def meaning(q: Quantization, values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+def meaning(q: WeightFormat, values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
     """What the parts of a weight stand for, element by element."""
     n, k = values.shape
     out = np.empty((n, k))
     for i in range(k):
         group = i // q.group if q.group else 0
-        zero = q.middle if zeros is None else zeros[:, group].astype(np.float64)
+        zero = q.zero if zeros is None else zeros[:, group].astype(np.float64)
         out[:, i] = (values[:, i].astype(np.float64) - zero) * scales[:, group].astype(np.float64)
     return out
 
@@ -46,7 +47,7 @@ def meaning(q: Quantization, values: np.ndarray, scales: np.ndarray, zeros: np.n
 @pytest.mark.parametrize("k, n", [(64, 192), (37, 100), (1, 1)])
 def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
     rng = np.random.default_rng(n)
-    q, most = Quantization.parse(form), 43  # from 32 rows on a panel is taken apart once for all of them
+    q, most = parse_format(form), 43  # from 32 rows on a panel is taken apart once for all of them
     parts = random_weight(rng, q, n, k)
     packed = pack_quantized(q, *parts)
     kernel = Standalone(Linear(k, n, dtype, "f32", bias=True, residual=True, weights=f"w{form}"), ISAS[isa])
@@ -71,7 +72,7 @@ def test_linear(isa: str, form: str, dtype: str, k: int, n: int) -> None:
 def test_more_rows_than_are_taken_at_a_time(isa: str) -> None:
     """Where nothing multiplies bf16 there is room for 52 widened rows of these, and with k of 20,000 for too few."""
     for k in (5000, 20000):
-        rng, q, n, most = np.random.default_rng(k), Quantization.parse("q4g128"), 70, 110
+        rng, q, n, most = np.random.default_rng(k), parse_format("q4g128"), 70, 110
         packed = pack_quantized(q, *random_weight(rng, q, n, k))
         kernel = Standalone(Linear(k, n, "bf16", "f32", weights="wq4g128"), ISAS[isa])
         x, alone = rng.standard_normal((most, k)).astype(NUMPY["bf16"]), np.zeros((most, n), np.float32)
@@ -85,7 +86,7 @@ def test_more_rows_than_are_taken_at_a_time(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 def test_linear_glu(isa: str) -> None:
-    k, f, rng, q = 96, 40, np.random.default_rng(1), Quantization.parse("q4g32")
+    k, f, rng, q = 96, 40, np.random.default_rng(1), parse_format("q4g32")
     values, scales, zeros = random_weight(rng, q, 2 * f, k)
     kernel = Standalone(LinearGlu(k, f, "bf16", weights="wq4g32"), ISAS[isa])
     x, y = rng.standard_normal((9, k)).astype(NUMPY["bf16"]), np.zeros((9, f), NUMPY["bf16"])

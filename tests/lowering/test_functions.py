@@ -95,12 +95,13 @@ def _write(batch: StepBatch, chunks: list[tuple[int, int, int]]) -> StepBatch:
     return writer.end()
 
 
-def test_two_functions_share_weights_and_pages(build: Any) -> None:
+@pytest.mark.parametrize("page", [16, 48])
+def test_two_functions_share_weights_and_pages(build: Any, page: int) -> None:
     """What @hidden has cached, @step reads, in the interpreter and in compiled code alike."""
-    c = build(TEXT, _params())
+    c = build(TEXT.replace("page=16", f"page={page}"), _params())
     with _executor(c) as executor:
         batches = {name: executor.new_batch(name) for name in ("step", "hidden")}
-        cache = np.zeros((PAGES * 16, 1, 32), np.float32)
+        cache = np.zeros((PAGES * page, 1, 32), np.float32)
         for name, chunks in [
             ("hidden", [(0, 0, 18), (1, 0, 3)]),
             ("step", [(1, 3, 1), (0, 18, 5)]),
@@ -121,8 +122,8 @@ def test_a_function_that_is_not_there(build: Any) -> None:
 
 
 def test_pages_that_no_kernel_has(build: Any) -> None:
-    with pytest.raises(XllmError, match="pages of 32 tokens; a CPU kernel addresses pages of 16"):
-        build(TEXT.replace("page=16", "page=32"), _params())
+    with pytest.raises(XllmError, match="blocks of 24 tokens; a CPU kernel has tiles of 16"):
+        build(TEXT.replace("page=16", "page=24"), _params())
 
 
 def test_what_is_shared_is_there_once(build: Any) -> None:

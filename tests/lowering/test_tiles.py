@@ -13,7 +13,6 @@ import pytest
 from levels import tiered
 
 from xllm_compiler.artifact.cpu_isa import machine_isas, machine_name
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu, tile_height
 from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
@@ -22,6 +21,7 @@ from xllm_compiler.kernels.tir.native.standalone import Standalone
 from xllm_compiler.kernels.tir.rows.norms import RmsNorm
 from xllm_compiler.lowering.cpu import tiles
 from xllm_compiler.lowering.cpu.tiles import TileChoices, candidates, quickest
+from xllm_compiler.weight_formats import parse_format
 
 WIDE = ISAS["avx512_bf16"]
 HERE = ISAS[[isa for isa in machine_isas() if not ISAS[isa].has_tiles][-1]]
@@ -64,7 +64,7 @@ def test_no_bit_depends_on_the_tile(form: str, isa: str) -> None:
     layer = Linear(k, n, "bf16", "bf16", weights=form)
     x: list[Any] = [rng.standard_normal((rows, k)).astype(ml_dtypes.bfloat16)]
     if form:
-        q = Quantization.parse(form.removeprefix("w"))
+        q = parse_format(form.removeprefix("w"))
         weight = np.full(q.shape(n, k), 0x3C, np.uint8)
         values = rng.integers(0, 256, weight.shape, np.uint8)
         body = np.arange(weight.shape[1]) % q.group_bytes(k) >= q.header_bytes

@@ -7,31 +7,30 @@ import itertools
 import pytest
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir import quant
-from xllm_compiler.kernels import grids
 from xllm_compiler.passes.manager import parse_pipeline
 from xllm_compiler.passes.pipelines import PRESETS, quantized
-from xllm_compiler.passes.quantize.forms import GRIDS, GROUPS, QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import QuantForm, parse_form
+from xllm_compiler.weight_formats import GRIDS, GROUPS, GridFormat, IntegerFormat
 
 
 @pytest.mark.parametrize(
     "text, form, name",
     [
-        ("int8", QuantForm(8, 8), "w8a8"),
-        ("W8A8", QuantForm(8, 8), "w8a8"),
-        ("w8a16", QuantForm(8, 16), "w8a16"),
-        ("w8a8-g32", QuantForm(8, 8, 32), "w8a8-g32"),
-        ("int4", QuantForm(4, 8, grid=32), "w4a8-grid32"),
-        ("w4a8", QuantForm(4, 8, grid=32), "w4a8-grid32"),
-        ("int4-GRID16-kv8", QuantForm(4, 8, kv=8, grid=16), "w4a8-grid16-kv8"),
-        ("int4-g32", QuantForm(4, 8, 32), "w4a8-g32"),
-        ("int4-asym", QuantForm(4, 8, 32, True), "w4a8-g32-asym"),
-        ("w4a16", QuantForm(4, 16, 32), "w4a16-g32"),
-        ("int4-g128", QuantForm(4, 8, 128), "w4a8-g128"),
-        ("w4a16-g64-asym", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
-        ("w4a16-asym-g64", QuantForm(4, 16, 64, True), "w4a16-g64-asym"),
-        ("kv8", QuantForm(16, 16, kv=8), "kv8"),
-        ("int4-kv8-g64", QuantForm(4, 8, 64, kv=8), "w4a8-g64-kv8"),
+        ("int8", QuantForm(IntegerFormat(8)), "w8a8"),
+        ("W8A8", QuantForm(IntegerFormat(8)), "w8a8"),
+        ("w8a16", QuantForm(IntegerFormat(8), 16), "w8a16"),
+        ("w8a8-g32", QuantForm(IntegerFormat(8, 32)), "w8a8-g32"),
+        ("int4", QuantForm(GridFormat(32)), "w4a8-grid32"),
+        ("w4a8", QuantForm(GridFormat(32)), "w4a8-grid32"),
+        ("int4-GRID16-kv8", QuantForm(GridFormat(16), kv=8), "w4a8-grid16-kv8"),
+        ("int4-g32", QuantForm(IntegerFormat(4, 32)), "w4a8-g32"),
+        ("int4-asym", QuantForm(IntegerFormat(4, 32, True)), "w4a8-g32-asym"),
+        ("w4a16", QuantForm(IntegerFormat(4, 32), 16), "w4a16-g32"),
+        ("int4-g128", QuantForm(IntegerFormat(4, 128)), "w4a8-g128"),
+        ("w4a16-g64-asym", QuantForm(IntegerFormat(4, 64, True), 16), "w4a16-g64-asym"),
+        ("w4a16-asym-g64", QuantForm(IntegerFormat(4, 64, True), 16), "w4a16-g64-asym"),
+        ("kv8", QuantForm(None, 16, kv=8), "kv8"),
+        ("int4-kv8-g64", QuantForm(IntegerFormat(4, 64), kv=8), "w4a8-g64-kv8"),
     ],
 )
 def test_what_it_means(text: str, form: QuantForm, name: str) -> None:
@@ -42,17 +41,16 @@ def test_every_form_survives_its_name_and_makes_a_pipeline() -> None:
     for bits, acts, group, zeros, kv in itertools.product((8, 4), (8, 16), (0, *GROUPS), (False, True), (8, 16)):
         if (bits == 4 and not group) or (bits == 8 and zeros):
             continue
-        form = QuantForm(bits, acts, group, zeros, kv)
+        format = IntegerFormat(bits, group, zeros)
+        form = QuantForm(format, acts, kv)
         assert parse_form(str(form)) == form
         text = str(parse_pipeline(",".join(quantized(form))))
         assert ("quantize-rows" in text) == (acts == 8) and ("quantize-kv" in text) == (kv == 8)
-        assert f"bits={bits}" in text or bits == 8  # the default is not printed
-        assert (f"group={group}" in text) == bool(group) and ("zeros=true" in text) == zeros and "grid" not in text
+        assert f"{{format={format}" in text or format == IntegerFormat(8)  # the default is not printed
     for grid in GRIDS:
-        form = QuantForm(4, grid=grid)
+        form = QuantForm(GridFormat(grid))
         assert parse_form(str(form)) == form
-        assert f"quantize-weights{{bits=4,grid={grid}}}" in str(parse_pipeline(",".join(quantized(form))))
-    assert set(GRIDS) == set(quant.GRIDS) == set(grids.GRIDS)
+        assert f"quantize-weights{{format=q4grid{grid}}}" in str(parse_pipeline(",".join(quantized(form))))
 
 
 def test_the_presets_are_the_short_names() -> None:

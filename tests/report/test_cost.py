@@ -74,12 +74,12 @@ dim N in [1, 512]
 
 func @step(%x: bf16[N, 64]) -> (bf16[N, 20]) {
   %w = param(name="w") : bf16[40, 64]
-  %stored, %scales, %zeros = quant.weight(%w, bits=BITS, group=32, zeros=true) : u8[40, 64], f16[40, 2], u8[40, 2]
-  %back = quant.dequantize(%stored, %scales, zeros=%zeros, bits=BITS, group=32) : bf16[40, 64]
+  %stored, %scales, %zeros = quant.weight(%w, format="qBITSg32z") : u8[40, 64], f16[40, 2], u8[40, 2]
+  %back = quant.dequantize(%stored, %scales, zeros=%zeros, format="qBITSg32z") : bf16[40, 64]
   %b = param(name="b") : bf16[40]
   %rows, %scale, %sums = quant.rows(%x, group=32ROWS
-  %first = quant.linear(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bias=%b, bits=BITS, group=32, act=silu)
-  %y = quant.linear_glu(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bits=BITS, group=32) : bf16[N, 20]
+  %first = quant.linear(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, bias=%b, format="qBITSg32z", act=silu)
+  %y = quant.linear_glu(%rows, %scale, %sums, %stored, %scales, zeros=%zeros, format="qBITSg32z") : bf16[N, 20]
   return %y
 }
 """
@@ -111,8 +111,8 @@ dim N in [1, 512]
 
 func @step(%x: bf16[N, 64]) -> (bf16[N, 40]) {
   %w = param(name="w") : bf16[40, 64]
-  %stored, %scales, %zeros = quant.weight(%w, bits=4, group=32, zeros=true) : u8[40, 64], f16[40, 2], u8[40, 2]
-  %back = quant.dequantize(%stored, %scales, zeros=%zeros, bits=4, group=32) : bf16[40, 64]
+  %stored, %scales, %zeros = quant.weight(%w, format="q4g32z") : u8[40, 64], f16[40, 2], u8[40, 2]
+  %back = quant.dequantize(%stored, %scales, zeros=%zeros, format="q4g32z") : bf16[40, 64]
   %y = nn.linear(%x, %back) : bf16[N, 40]
   return %y
 }
@@ -128,11 +128,11 @@ dim N in [1, 512]
 
 func @step(%x: bf16[N, 64], %ids: i32[N]) -> (bf16[N, 40], bf16[N, 40], bf16[N, 64]) {
   %w = param(name="w") : bf16[40, 64]
-  %stored, %scales = quant.weight(%w, bits=8, grid=32) : u8[40, 64], f32[40, 1]
-  %back = quant.dequantize(%stored, %scales, bits=8, grid=32) : bf16[40, 64]
+  %stored, %scales = quant.weight(%w, format="q4grid32") : u8[40, 64], f32[40, 1]
+  %back = quant.dequantize(%stored, %scales, format="q4grid32") : bf16[40, 64]
   %y = nn.linear(%x, %back) : bf16[N, 40]
   %rows, %scale, %sums = quant.rows(%x) : i8[N, 64], f32[N], i32[N, 1]
-  %z = quant.linear(%rows, %scale, %sums, %stored, %scales, bits=8, grid=32) : bf16[N, 40]
+  %z = quant.linear(%rows, %scale, %sums, %stored, %scales, format="q4grid32") : bf16[N, 40]
   %e = nn.embedding(%ids, %back) : bf16[N, 64]
   return %y, %z, %e
 }
@@ -147,8 +147,8 @@ dim N in [1, 512]
 
 func @step(%ids: i32[N]) -> (bf16[N, 64]) {
   %w = param(name="w") : bf16[40, 64]
-  %stored, %scales = quant.weight(%w, bits=4, group=32) : u8[40, 64], f16[40, 2]
-  %back = quant.dequantize(%stored, %scales, bits=4, group=32) : bf16[40, 64]
+  %stored, %scales = quant.weight(%w, format="q4g32") : u8[40, 64], f16[40, 2]
+  %back = quant.dequantize(%stored, %scales, format="q4g32") : bf16[40, 64]
   %y = nn.embedding(%ids, %back) : bf16[N, 64]
   return %y
 }
@@ -257,7 +257,7 @@ def test_machines() -> None:
 
 
 def _half(op: Op) -> bool:
-    return op.attrs.get("bits") == 4 or bool(op.attrs.get("grid"))
+    return str(op.attrs.get("format", "")).startswith("q4")
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,6 @@ from xllm_compiler.artifact.decode import bad, decode, shown
 from xllm_compiler.artifact.schema import (
     CALLS,
     FORMAT,
-    LAYOUTS,
     MANIFEST,
     MODULE,
     PAGES,
@@ -28,6 +27,7 @@ from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.step.abi import SYMBOL_PREFIX
 from xllm_compiler.step.interface import DTYPES, ITEM_BYTES, KV, Function, TensorSpec
+from xllm_compiler.weight_formats import Layout
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 _STATE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}\Z")
@@ -40,7 +40,6 @@ _COMPUTED: Final = ("f32", "bf16")  # what linear layers may compute in
 _CACHED: Final = ("f32", "bf16", "i8")  # what keys and values may be stored as
 _KV_SIZES: Final = ("heads", "k", "v", "page")
 _COUNTED: Final = ("i8", "u8", "i32", "i64")
-_PANEL: Final = 64  # rows that lie together
 
 
 def read_text(data: bytes) -> Manifest:
@@ -284,19 +283,15 @@ def _check_weights(manifest: Manifest) -> None:
 def _check_weight(tensor: Weight, where: str) -> None:
     _plain(tensor.name, where)
     _one_of(tensor.dtype, DTYPES, where)
-    if not LAYOUTS.fullmatch(tensor.layout):
-        raise bad(where, f"layout {shown(tensor.layout)} is not known")
+    try:
+        layout = Layout.parse(tensor.layout)
+    except XllmError:
+        raise bad(where, f"layout {shown(tensor.layout)} is not known") from None
     for size in tensor.shape:
         _within(size, 0, _MOST_BYTES, where)
     if tensor.bytes != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
         raise bad(where, f"{tensor.bytes} bytes do not hold {tensor.dtype}{shown(list(tensor.shape))}")
-    if tensor.layout == "row":
-        return
-    packed = tensor.layout in ("panel", "glu")
-    ends = {"f32": (_PANEL,), "bf16": (_PANEL, 2)}.get(tensor.dtype) if packed else ()
-    wanted = None if ends is None else (3 if tensor.dtype == "f32" else 4) if packed else 2
-    fits = len(tensor.shape) == wanted and (not ends or tensor.shape[-len(ends) :] == ends)
-    if not fits or (not packed and tensor.dtype != "u8"):
+    if not layout.holds(tensor.shape, tensor.dtype):
         raise bad(where, f"{tensor.dtype}{shown(list(tensor.shape))} is no packed array of layout {tensor.layout}")
 
 

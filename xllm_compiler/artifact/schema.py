@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,6 @@ WEIGHTS = "weights.bin"
 HUGE_PAGE = 1 << 21  # bytes: the blocks in which the weight file is written, so that it can be mapped by such
 CALLS = "calls.json"
 
-LAYOUTS = re.compile(r"row|panel|glu|(glu_)?(q[48](g[1-9][0-9]*)?z?|q4grid(16|32))")
 PAGES = "P"
 SYMBOLS = ("N", "B", "S", PAGES)
 """Tokens, requests, sampled rows and KV pages of a step; every manifest gives their ranges, and may give others."""

@@ -20,8 +20,8 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import quantized_pack as pack
 from xllm_compiler.frontend.checkpoint import Array, Checkpoint, TensorEntry
 from xllm_compiler.frontend.quantized_config import QuantizedConfig, Scheme, quantized_config
-from xllm_compiler.ir.quant import STEP
 from xllm_compiler.ir.semantics import NP_DTYPE
+from xllm_compiler.weight_formats import STEP, IntegerFormat
 
 _FP8: Final = ("F8_E4M3", "F8_E5M2")
 _FLOATS: Final = ("F16", "BF16", "F32")
@@ -67,6 +67,11 @@ class StoredWeight:
         if self.group and not _fits_half(self.scales()):
             return "its scales are no 16-bit floats"
         return ""
+
+    @property
+    def format(self) -> IntegerFormat:
+        """The weight format that holds exactly what is stored, where there is one (`why`)."""
+        return IntegerFormat(self.scheme.bits, self.group, self.has_zeros)
 
     @cached_property
     def has_zeros(self) -> bool:

@@ -41,7 +41,7 @@ from xllm_compiler.frontend.quantized import Quantized, StoredWeight
 from xllm_compiler.frontend.rows import check_rows
 from xllm_compiler.frontend.stored import check_weights, checkpoint_names, judge_leftovers, tied_names, untie
 from xllm_compiler.frontend.weights import Slot, WeightSource, match
-from xllm_compiler.ir import ops, quant
+from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.step.inputs import step_inputs
@@ -378,13 +378,13 @@ class _StepImport:
 
         if weight.why:
             return part("", dtype, shape, lambda: weight.floats(dtype))
-        bits, group = weight.scheme.bits, weight.group
-        table = (shape[0], quant.groups(shape[1], group))
+        format = weight.format
+        table = (shape[0], format.groups(shape[1]))
         values = part(":values", "u8", shape, weight.values)
-        scales = part(":scales", quant.scale_dtype(group), table, weight.scales)
-        zeros = part(":zeros", "u8", table, weight.zeros) if weight.has_zeros else None
+        scales = part(":scales", format.scale_dtype, table, weight.scales)
+        zeros = part(":zeros", "u8", table, weight.zeros) if format.zeros else None
         create = self.importer.b.create
-        return create(ops.Dequantize, values, scales, zeros=zeros, bits=bits, group=group, dtype=dtype).result
+        return create(ops.Dequantize, values, scales, zeros=zeros, format=str(format), dtype=dtype).result
 
     def _traced_value(self, target: str, kind: InputKind) -> Array | None:
         """The value that the constructor or the trace gave to a buffer or constant; None for parameters."""

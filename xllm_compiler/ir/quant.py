@@ -1,16 +1,12 @@
 """What quantization means: numbers to small integers and back. Owns the rounding rules; must not know ops or layouts.
 
-A weight [out, in] is stored as unsigned integers of `bits` bits with a scale, and where asked a zero point, for every
-`group` values along `in` (0: one for the whole row): w = (stored - zero) * scale. Scales are f16 in groups and f32 for
-whole rows. Activations are stored by row as integers in -127 .. 127 with an f32 scale for the row, or, where they meet
-8-bit weights in groups, for each group of it: who asks for groups of 8 bits wants precision, and a row's largest value
-would else make the steps of all others coarse.
+What a weight format stores is said by its class (`weight_formats`). Activations are stored by row as integers in
+-127 .. 127 with an f32 scale for the row, or, where they meet 8-bit weights in groups, for each group of it: a row's
+largest value would else make the steps of all others coarse.
 
-On grids a weight is one of 8 bits with a scale for the row, of which every `grid` values (a run) are (n - point) * step
-from the middle, where n is one of 16 numbers, and step and point are the run's own, in 4 bits each. So it takes 4 bits
-and half a byte or a quarter for each value more, where f16 scales in groups of 32 take as much and know no points; and
-products are summed up over whole rows as those of 8 bits are. (Scales of scales are those of llama.cpp's K-quants; that
-both are whole numbers, so that the integer product is that of 8 bits, is ours.)
+Weights on grids take 4 bits and half a byte or a quarter for each value more, where f16 scales in groups of 32 take as
+much and know no points; and products are summed up over whole rows as those of 8 bits are. (Scales of scales are those
+of llama.cpp's K-quants; that both are whole numbers, so that the integer product is that of 8 bits, is ours.)
 
 Both sides of a product may be rotated first, which leaves it as it is: a few large values, which would make the steps
 of all others coarse, are spread over their block (QuaRot, Ashkboos et al. 2024).
@@ -26,14 +22,10 @@ from typing import Final
 import numpy as np
 
 from xllm_compiler.ir.semantics import Array
+from xllm_compiler.weight_formats import LARGEST, ROTATIONS, GridFormat, IntegerFormat, RowFormat, WeightFormat
 
-ROTATIONS: Final = (64, 16)
-"""Blocks that are rotated, largest first: powers of 4, since their rotations scale by powers of 2, without loss."""
-STEP: Final = 16  # rows of quantized activations are padded to a multiple of so many values, or to whole groups
-LARGEST: Final = 127  # of a quantized activation
-GRIDS: Final = (16, 32)  # lengths of runs
-_MIDDLE: Final = 128  # of 8 bits
-_TOP: Final = 15  # of a grid's numbers, steps and points
+_MIDDLE: Final = GridFormat.as_bytes.zero
+_TOP: Final = GridFormat.most  # of a grid's numbers, steps and points
 _GRID_STARTS: Final = (0.95, 1.05, 1.15)
 """Scales of rows on grids that are tried, as multiples of the one that gives the largest weight 127: larger ones leave
 the run it is in a point near the middle."""
@@ -47,12 +39,6 @@ _STARTS_8: Final = tuple(1 + 0.004 * i for i in range(8))
 fall, and the best of eight leaves a fifth less error in groups of 32."""
 _BLOCK: Final = 1 << 17  # weights looked at in one go: what is computed of them stays near a core
 _SHORT: Final = 256  # longest group for which numpy is faster across groups than along them
-
-
-def padded(in_: int, group: int) -> int:
-    """Length of a row of quantized activations."""
-    unit = group or STEP
-    return -(-in_ // unit) * unit
 
 
 def rotation(in_: int) -> int:
@@ -76,34 +62,41 @@ def rotate(x: Array, block: int) -> Array:
     return np.asarray(out * out.dtype.type(block**-0.5)).reshape(x.shape)
 
 
-def groups(in_: int, group: int) -> int:
-    """Groups of a row of `in_` values; the last one may be short."""
-    return -(-in_ // group) if group else 1
+def quantize_weight(w: Array, format: WeightFormat) -> tuple[Array, ...]:
+    """Stored values u8 [out, in], scales [out, groups] and, if the format has them, zero points u8 [out, groups]."""
+    match format:
+        case IntegerFormat():
+            made = quantize_integers(w, format)
+            return made if format.zeros else made[:2]
+        case GridFormat():
+            return quantize_on_grids(w, format.grid)
+    raise AssertionError(format)
 
 
-def rows_by_group(bits: int, group: int) -> bool:
-    """Whether rows that meet weights of this form have a scale for each group."""
-    return bits == 8 and group > 0
+def dequantize_weight(values: Array, scales: Array, zeros: Array | None, format: WeightFormat, wide: type) -> Array:
+    """The weights [out, in] that stored values stand for, in the float type `wide`."""
+    match format:
+        case IntegerFormat():
+            return _dequantize_integers(values, scales, zeros, format, wide)
+        case GridFormat():
+            return _dequantize_integers(values, scales, zeros, format.as_bytes, wide)
+    raise AssertionError(format)
 
 
-def scale_dtype(group: int) -> str:
-    """How scales are stored."""
-    return "f16" if group else "f32"
-
-
-def quantize_weight(w: Array, bits: int, group: int, zeros: bool) -> tuple[Array, Array, Array]:
+def quantize_integers(w: Array, format: IntegerFormat) -> tuple[Array, Array, Array]:
     """Stored values u8 [out, in], scales [out, groups], zero points u8 [out, groups].
 
-    Without `zeros` the zero point is the middle of the range. Of a whole row of 8 bits the largest weight becomes the
-    largest integer. Elsewhere several scales are tried, and the one is taken that leaves the smallest sum of squared
-    errors: with zero points of twelve (as the clipping search of AWQ does), without them of sixteen at 4 bits, where
-    clipping an outlier often pays, and of eight at 8, each of which is first replaced by the least-squares fit for the
-    integers that it leads to (as in llama.cpp's make_qx_quants). Of ties the first is taken.
+    Without the format's `zeros` the zero point is the middle of the range. Of a whole row of 8 bits the largest weight
+    becomes the largest integer. Elsewhere several scales are tried, and the one is taken that leaves the smallest sum
+    of squared errors: with zero points of twelve (as the clipping search of AWQ does), without them of sixteen at 4
+    bits, where clipping an outlier often pays, and of eight at 8, each of which is first replaced by the least-squares
+    fit for the integers that it leads to (as in llama.cpp's make_qx_quants). Of ties the first is taken.
 
     Blocks of rows are done side by side on all processors; a group's result depends on nothing but the group.
     """
     out, in_ = w.shape
-    count = groups(in_, group)
+    bits, group, zeros = format.bits, format.group, format.zeros
+    count = format.groups(in_)
     size = group or in_
     dtype = np.dtype(np.float16 if group else np.float32)
     values = np.empty((out, in_), np.uint8)
@@ -300,27 +293,26 @@ def _in_blocks(rows: int, length: int, block: Callable[[slice], None]) -> None:
         block(parts[0])
 
 
-def dequantize_weight(values: Array, scales: Array, zeros: Array | None, bits: int, group: int, wide: type) -> Array:
-    """The weights [out, in] that stored values stand for, in the float type `wide`."""
-    in_ = values.shape[1]
+def _dequantize_integers(values: Array, scales: Array, zeros: Array | None, format: IntegerFormat, wide: type) -> Array:
+    in_, group = values.shape[1], format.group
     each: Array = np.repeat(scales.astype(wide), group, axis=1)[:, :in_] if group else scales.astype(wide)
     if zeros is None:
-        point: Array = np.asarray(1 << (bits - 1), wide)
+        point: Array = np.asarray(format.zero, wide)
     else:
         point = np.repeat(zeros.astype(wide), group, axis=1)[:, :in_] if group else zeros.astype(wide)
     return np.asarray((values.astype(wide) - point) * each)
 
 
-def quantize_rows(x: Array, group: int, by_group: bool = False) -> tuple[Array, Array, Array]:
+def quantize_rows(x: Array, format: RowFormat) -> tuple[Array, Array, Array]:
     """Stored values i8 [.., padded], scales f32 [..], and the sums i32 [.., groups] of the stored values.
 
-    scale = max |x| / 127; a row that is not all finite has the scale NaN. `by_group`: each group is a row in this, and
+    scale = max |x| / 127; a row that is not all finite has the scale NaN. By group, each group is a row in this, and
     scales are [.., groups].
     """
-    lead, count, size = x.shape[:-1], groups(x.shape[-1], group), padded(x.shape[-1], group)
+    lead, count, size = x.shape[:-1], format.groups(x.shape[-1]), format.padded(x.shape[-1])
     wide = np.zeros((*lead, size), np.float32)
     wide[..., : x.shape[-1]] = x
-    if by_group:
+    if format.by_group:
         wide = wide.reshape(*lead, count, size // count)
     top = np.abs(wide).max(axis=-1, initial=0)
     finite: Array = np.asarray(np.isfinite(wide).all(axis=-1))

@@ -57,7 +57,7 @@ class QuantizationEvaluator:
         if self._layers is None:
             form = replace(parse_form(self._form), kv=16)  # a layer has no cache
             every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
-            self._layers = layer_losses(self._bench, every, form) if form.weights < 16 else ()
+            self._layers = layer_losses(self._bench, every, form) if form.weights is not None else ()
         return LossReport(self._form, self._pipeline, self._bench.text, isa, self._limit, total, self._layers)
 
     def _refusal(self, total: Loss) -> XllmError:

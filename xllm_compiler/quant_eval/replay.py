@@ -25,6 +25,7 @@ from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import rotation_of
 from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
 from xllm_compiler.step.interface import STEP
+from xllm_compiler.weight_formats import RowFormat
 
 Variant = Mapping[Value, QuantForm]
 """Weights of the module, each with the form in which the layers that read it compute."""
@@ -123,20 +124,18 @@ def _step(op: Op, ctx: EvalContext, run: _Run, base: _Run, weights: _Weights, wh
 
 
 def _rounded_weight(w: Array, form: QuantForm) -> Array:
-    """A weight in f32, after rounding to its integers and back."""
-    if form.grid:
-        made, scales = quant.quantize_on_grids(w, form.grid)
-        return quant.dequantize_weight(made, scales, None, 8, 0, np.float32)
-    made, scales, zeros = quant.quantize_weight(w, form.weights, form.group, form.zeros)
-    points = zeros if form.zeros else None
-    return quant.dequantize_weight(made, scales, points, form.weights, form.group, np.float32)
+    """A weight as what its integers stand for, f32."""
+    if form.weights is None:
+        return w
+    values, scales, *zeros = quant.quantize_weight(w, form.weights)
+    return quant.dequantize_weight(values, scales, zeros[0] if zeros else None, form.weights, np.float32)
 
 
 def _rounded(x: Array, form: QuantForm, block: int) -> Array:
-    """A layer's input in f32, after rounding its rows to 8 bits and back; rotated blocks are rounded rotated."""
-    by_group = quant.rows_by_group(form.weights, form.group)
+    """A layer's input as what its rows of 8 bits stand for, f32; rounded where blocks are rotated."""
+    rows = form.weights.rows if form.weights is not None else None
     turned = quant.rotate(x.astype(np.float32), block)
-    stored, scale, _ = quant.quantize_rows(turned, form.group if by_group else 0, by_group)
+    stored, scale, _ = quant.quantize_rows(turned, rows if rows is not None and rows.by_group else RowFormat())
     parts = stored.reshape(*scale.shape, -1).astype(np.float32) * scale[..., None]
     return quant.rotate(np.ascontiguousarray(parts.reshape(stored.shape)[..., : x.shape[-1]]), block)
 

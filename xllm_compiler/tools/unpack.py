@@ -21,8 +21,9 @@ from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
 from xllm_compiler.ir.ops import Dequantize, Param, QuantLinear, QuantLinearGlu
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import Tensor
-from xllm_compiler.kernels.layouts import GLU_HALF, Quantization, glu_rows, unpack_panels, unpack_quantized
+from xllm_compiler.kernels import layouts
 from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.weight_formats import Layout
 
 Array = NDArray[Any]
 
@@ -105,27 +106,10 @@ def _form(op: Op) -> tuple[Value, ...]:
 
 
 def _quantized(weight: Weight) -> bool:
-    return weight.layout not in ("row", "panel", "glu")
+    return Layout.parse(weight.layout).format is not None
 
 
 def unpack(weight: Weight, data: NDArray[np.uint8], shape: tuple[int, ...], part: int = 0) -> Array:
     """The tensor of `shape` that is packed in `data`; of a quantized one its integers, scales or zero points."""
     packed = data.view(NP_DTYPE[weight.dtype]).reshape(weight.shape)
-    if weight.layout == "row":
-        return packed.reshape(shape)
-    out, in_ = shape
-    if weight.layout == "panel":
-        return unpack_panels(packed, out, in_)
-    if weight.layout == "glu":
-        return _halves(unpack_panels(packed, glu_rows(out // 2), in_), out)
-    form, glu = Quantization.parse(weight.layout.removeprefix("glu_")), weight.layout.startswith("glu_")
-    found = unpack_quantized(form, packed, glu_rows(out // 2) if glu else out, in_)[part]
-    assert found is not None, f"{weight.name} has no zero points"
-    return _halves(found, out) if glu else found
-
-
-def _halves(mixed: Array, out: int) -> Array:
-    """Undoes kernels.layouts.interleave_glu: gate rows, then up rows, of which there are `out` together."""
-    columns = mixed.shape[1]
-    halves = mixed.reshape(-1, 2, GLU_HALF, columns).transpose(1, 0, 2, 3).reshape(2, -1, columns)
-    return np.ascontiguousarray(halves[:, : out // 2].reshape(out, columns))
+    return layouts.unpack(Layout.parse(weight.layout), packed, shape)[part]

@@ -39,7 +39,8 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 )
 from xllm_compiler.kernels.tir.isa.levels import LANES
 from xllm_compiler.kernels.tir.rows.norms import each_vector
-from xllm_compiler.kernels.tir.rows.quantize import LARGEST, inverse_scale, largest_size, rounded, store_integers
+from xllm_compiler.kernels.tir.rows.quantize import inverse_scale, largest_size, rounded, store_integers
+from xllm_compiler.weight_formats import LARGEST
 
 Expr = Any
 _QUAD = 4

@@ -26,7 +26,8 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, TILE_TOKENS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.rows.norms import each_vector, gain, inverse_root, square_sum
-from xllm_compiler.kernels.tir.rows.quantize import LARGEST, inverse_scale, largest_size, rounded, store_integers
+from xllm_compiler.kernels.tir.rows.quantize import inverse_scale, largest_size, rounded, store_integers
+from xllm_compiler.weight_formats import LARGEST
 
 Expr = Any
 _TABLES = (Arg("pos", "i32", "rows"), Arg("seq", "i32", "rows"), Arg("table", "i32", "requests, width"))

@@ -31,8 +31,7 @@ from typing import Any, Literal
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 
-PANEL = 64  # output columns of one packed weight panel
-TILE_TOKENS = 16  # whose keys and values lie together in vectors; a KV page is one such tile
+TILE_TOKENS = 16  # whose keys and values lie together in vectors; a KV block is one or more of them
 
 FloatType = Literal["bf16", "f32"]
 

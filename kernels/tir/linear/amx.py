@@ -8,24 +8,21 @@ the same order in either case, and for every number of rows.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.codegen.amx import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 from xllm_compiler.kernels.tir.codegen.builder import address, load, splat, stack_array
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL
 from xllm_compiler.kernels.tir.isa.levels import LANES
+from xllm_compiler.kernels.tir.linear.blocks import MOST_BYTES, BlockSums
 from xllm_compiler.kernels.tir.linear.grid_bytes import open_runs
+from xllm_compiler.weight_formats import PANEL, GridFormat, IntegerFormat, WeightFormat
 
 Expr = Any
-BLOCK_ROWS = 2 * TILE_ROWS
-MOST_BYTES = 1 << 20  # of a panel taken apart, which lies on the stack
-_CACHED_BYTES = 1 << 20  # of rows that meet one panel after the other: half of a second-level cache
 STEP_BYTES = PANEL * 4  # of a panel, from one 4-byte piece of k to the next
 _SUMS_STRIDE = PANEL * 4
 
@@ -40,44 +37,6 @@ def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
     upper, lower = T.int32(TILE_ROWS), here - TILE_ROWS
     both = [(upper, TILE_BYTES)] * 2 + [(lower, TILE_BYTES)] * 2
     return [*both, (upper, width), (lower, width)] + [(T.int32(width // 4), TILE_BYTES)] * 2
-
-
-class BlockSums(ABC):
-    """Sums of up to `block_rows` rows of x by one panel. `row_bytes`: of a row of x. With fewer than `fewest` rows, or
-    more than `greatest`, each few that registers hold better meet the whole panel; only where that gives the same bits.
-    """
-
-    block_rows: int = BLOCK_ROWS
-    row_bytes: int
-    fewest: int = 1
-    greatest: int | None = None
-
-    @property
-    def most_rows(self) -> int:
-        """Rows that meet all panels before others do: blocks are so fast that they must come from the second-level
-        cache."""
-        return max(1, _CACHED_BYTES // (self.row_bytes * self.block_rows)) * self.block_rows
-
-    def take(self, top: Expr, here: Expr) -> None:
-        """Emitted before any of the `here` <= `most_rows` rows from `top` on meet panels; most have nothing to do."""
-        return
-
-    def begin(self, panel: Expr) -> None:
-        """Emitted before the rows that meet `panel`; most have nothing to prepare."""
-        return
-
-    @abstractmethod
-    def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
-        """sums[i, column] = x[row + i] @ the panel for `here` rows: 4 bytes each, of a type that `totals` knows.
-        `place`: which of how many times this is that rows meet this panel."""
-
-    @abstractmethod
-    def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        """A row's sums as f32, from the four vectors of them, read as f32."""
-
-    def release(self) -> None:
-        """Emitted at the end of the kernel: gives back what was taken."""
-        return
 
 
 class WholeRows(BlockSums):
@@ -189,16 +148,16 @@ class DenseTiles(WholeRows):
 class ByteTiles(WholeRows):
     """8-bit rows by 8-bit weights, a scale and perhaps a zero point for each row of the weight."""
 
-    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
-        super().__init__("i8u8", q.padded(k), env)
-        self._q = q
-        self._panel_bytes = q.panel_bytes(k)
+    def __init__(self, format: IntegerFormat | GridFormat, k: int, env: dict[str, Expr]) -> None:
+        super().__init__("i8u8", format.padded(k), env)
+        self._format: WeightFormat = format
+        self._panel_bytes = format.panel_bytes(k)
 
     def values_at(self, panel: Expr) -> Expr:
-        return self._start(panel) + self._q.header_bytes
+        return self._start(panel) + self._format.header_bytes
 
     def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
-        return byte_totals(self._q, self._panel_bytes, self._env, row, panel, sums)
+        return byte_totals(self._format, self._panel_bytes, self._env, row, panel, sums)
 
     def _start(self, panel: Expr) -> Expr:
         return T.Cast("int64", panel) * self._panel_bytes
@@ -209,25 +168,26 @@ class GridTiles(ByteTiles):
 
     fewest = 13  # with fewer rows registers are quicker
 
-    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
-        super().__init__(q, k, env)
-        self._in, self._packed = k, env["w"]
-        self._w = stack_array(PANEL * q.padded(k), "uint8")
+    def __init__(self, format: GridFormat, k: int, env: dict[str, Expr]) -> None:
+        super().__init__(format, k, env)
+        self._grids, self._packed, self._padded = format, env["w"], format.padded(k)
+        self._w = stack_array(PANEL * self._padded, "uint8")
 
     @staticmethod
-    def can(q: Quantization, k: int) -> bool:
-        return q.grid > 0 and PANEL * q.padded(k) <= MOST_BYTES
+    def can(format: GridFormat, k: int) -> bool:
+        """Whether a panel of bytes fits the stack."""
+        return PANEL * format.padded(k) <= MOST_BYTES
 
     def begin(self, panel: Expr) -> None:
-        start = T.bind(self._start(panel) + self._q.header_bytes)
-        open_runs(self._q, self._packed, start, self._q.padded(self._in), self._w)
+        start = T.bind(self._start(panel) + self._format.header_bytes)
+        open_runs(self._grids, self._packed, start, self._padded, self._w)
 
     def values_at(self, panel: Expr) -> Expr:
         return T.int64(0)
 
 
 def byte_totals(
-    q: Quantization, panel_bytes: int, env: dict[str, Expr], row: Expr, panel: Expr, sums: list[Expr]
+    format: WeightFormat, panel_bytes: int, env: dict[str, Expr], row: Expr, panel: Expr, sums: list[Expr]
 ) -> list[Expr]:
     """A row's products with a panel of 8-bit weights, from sums of stored integers, read as f32."""
     w = env["w"]
@@ -237,12 +197,12 @@ def byte_totals(
     made = []
     for vector, bits in enumerate(sums):
         whole = T.reinterpret("int32x16", bits)
-        if q.zeros:
-            at = start + PANEL * q.scale_bytes + vector * LANES
+        if format.zeros:
+            at = start + PANEL * format.scale_bytes + vector * LANES
             zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, at))
             whole = whole - zeros * T.broadcast(total, LANES)
         else:
-            whole = whole - T.broadcast(total * q.middle, LANES)
-        columns = load(w, start + vector * LANES * q.scale_bytes, q.scale_dtype)
+            whole = whole - T.broadcast(total * format.zero, LANES)
+        columns = load(w, start + vector * LANES * format.scale_bytes, format.scale_dtype)
         made.append(T.bind(T.Cast("float32x16", whole) * columns * scale))
     return made

@@ -13,20 +13,13 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.codegen.amx import TILE_BYTES, TILE_ROWS, TileShapes, dot, load_tile, store_tile, zero
 from xllm_compiler.kernels.tir.codegen.builder import address, fma, load, splat, stack_array, store
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL
 from xllm_compiler.kernels.tir.isa.levels import LANES
-from xllm_compiler.kernels.tir.linear.amx import (
-    BLOCK_ROWS,
-    MOST_BYTES,
-    STEP_BYTES,
-    BlockSums,
-    narrow_shape,
-    wide_shape,
-)
-from xllm_compiler.kernels.tir.linear.weight_only import open_group
+from xllm_compiler.kernels.tir.linear.amx import STEP_BYTES, narrow_shape, wide_shape
+from xllm_compiler.kernels.tir.linear.blocks import BLOCK_ROWS, MOST_BYTES, BlockSums
+from xllm_compiler.kernels.tir.linear.stored_values import open_group
+from xllm_compiler.weight_formats import PANEL, QUAD, IntegerFormat, WeightFormat
 
 Expr = Any
 _PART = BLOCK_ROWS * PANEL
@@ -38,12 +31,12 @@ class _Groups(BlockSums):
     kind: str
     element_bytes: int
 
-    def __init__(self, q: Quantization, k: int, env: dict[str, Expr], row_bytes: int, length: int) -> None:
-        self._q = q
+    def __init__(self, format: WeightFormat, k: int, env: dict[str, Expr], row_bytes: int, length: int) -> None:
+        self._format = format
         self._env = env
         self.row_bytes, self._length = row_bytes, length
         self._groups = row_bytes // length
-        self._panel_bytes, self._group_bytes = q.panel_bytes(k), q.group_bytes(k)
+        self._panel_bytes, self._group_bytes = format.panel_bytes(k), format.group_bytes(k)
         self._bytes = stack_array(PANEL * row_bytes, "int8")
         self._parts = stack_array(2 * _PART, "int32")
         self._shapes = TileShapes()
@@ -125,9 +118,11 @@ class _Groups(BlockSums):
 
     def _add(self, here: Expr, panel: Expr, group: Expr, sums: Expr) -> None:
         """sums += the group's sums * its scales."""
-        w, q = self._env["w"], self._q
+        w, format = self._env["w"], self._format
         start = T.bind(self._group_at(panel, group))
-        scales = [T.bind(load(w, start + v * LANES * q.scale_bytes, q.scale_dtype)) for v in range(PANEL // LANES)]
+        scales = [
+            T.bind(load(w, start + v * LANES * format.scale_bytes, format.scale_dtype)) for v in range(PANEL // LANES)
+        ]
         part = T.bind(T.bitwise_and(group, T.int32(1)) * _PART)
         with T.serial(0, here) as i:
             for vector, scale in enumerate(scales):
@@ -149,18 +144,19 @@ class RoundedRows(_Groups):
     element_bytes = 1
     fewest = 13  # taking a panel apart pays with many rows only
 
-    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
-        super().__init__(q, k, env, q.padded(k), q.group)
+    def __init__(self, format: IntegerFormat, k: int, env: dict[str, Expr]) -> None:
+        super().__init__(format, k, env, format.padded(k), format.group)
 
     @staticmethod
-    def can(q: Quantization, k: int) -> bool:
-        return q.bits == 4 and q.group > 0 and _fits(q.group, q.padded(k))
+    def can(format: IntegerFormat, k: int) -> bool:
+        """Whether weights are of 4 bits in groups that tiles can take."""
+        return format.bits == 4 and format.group > 0 and _fits(format.group, format.padded(k))
 
     def take_apart(self, start: Expr, target: Expr) -> None:
-        q, w = self._q, self._env["w"]
+        format, w = self._format, self._env["w"]
         zeros = [self._zeros(start, vector) for vector in range(PANEL // LANES)]
-        values = T.bind(start + q.header_bytes)
-        with T.serial(0, q.group // (2 * QUAD)) as step:
+        values = T.bind(start + format.header_bytes)
+        with T.serial(0, format.group // (2 * QUAD)) as step:
             for vector, zero_points in enumerate(zeros):
                 at = values + step * STEP_BYTES + vector * TILE_BYTES
                 both = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, at)))
@@ -173,9 +169,9 @@ class RoundedRows(_Groups):
 
     def _zeros(self, start: Expr, vector: int) -> Expr:
         """Four times the zero point of each of 16 columns."""
-        if not self._q.zeros:
-            return T.broadcast(T.int32(self._q.middle * 0x01010101), LANES)
-        at = start + PANEL * self._q.scale_bytes + vector * LANES
+        if not self._format.zeros:
+            return T.broadcast(T.int32(self._format.zero * 0x01010101), LANES)
+        at = start + PANEL * self._format.scale_bytes + vector * LANES
         points = T.call_extern("int32x16", "xllm_load_u8", address(self._env["w"], at))
         return T.bind(points * T.broadcast(T.int32(0x01010101), LANES))
 
@@ -193,20 +189,21 @@ class RoundedRows(_Groups):
 
 
 class FloatRows(_Groups):
-    """8- or 4-bit weights, in groups or not, by bf16 rows."""
+    """Weights in any format, by bf16 rows."""
 
     kind = "bf16"
     element_bytes = 2
 
-    def __init__(self, q: Quantization, k: int, env: dict[str, Expr]) -> None:
-        super().__init__(q, k, env, 2 * k, 2 * (q.group or k))
+    def __init__(self, format: WeightFormat, k: int, env: dict[str, Expr]) -> None:
+        super().__init__(format, k, env, 2 * k, 2 * (format.group or k))
 
     @staticmethod
-    def can(q: Quantization, k: int) -> bool:
-        return k % (QUAD * 8 // q.bits) == 0 and _fits(2 * (q.group or k), 2 * k)
+    def can(format: WeightFormat, k: int) -> bool:
+        """Whether rows are whole steps of stored values, in groups that tiles can take."""
+        return k % (QUAD * 8 // format.bits) == 0 and _fits(2 * (format.group or k), 2 * k)
 
     def take_apart(self, start: Expr, target: Expr) -> None:
-        open_group(self._q, self._env["w"], start, self._length // 2, self._bytes, target)
+        open_group(self._format, self._env["w"], start, self._length // 2, self._bytes, target)
 
     def as_float(self, part: Expr) -> Expr:
         return T.reinterpret("float32x16", part)

@@ -1,4 +1,4 @@
-"""4-bit weights on grids (layouts.py) as the bytes that they stand for. Owns that step, not what the bytes meet."""
+"""Weights of `GridFormat` as the bytes that they stand for. Owns that step, not what the bytes meet."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import QUAD, STEP, Quantization
 from xllm_compiler.kernels.tir.codegen.builder import address
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL
 from xllm_compiler.kernels.tir.isa.levels import LANES
+from xllm_compiler.weight_formats import PANEL, QUAD, STEP, GridFormat
 
 Expr = Any
 Quads = tuple[Expr, Expr]
@@ -59,7 +58,7 @@ class Run:
         return T.bind(T.call_pure_extern("int32x16", f"xllm_grid_bases_{vector}", self._bases))
 
 
-def each_run(q: Quantization, length: int, body: Callable[[Expr, int], None]) -> None:
+def each_run(q: GridFormat, length: int, body: Callable[[Expr, int], None]) -> None:
     """`body(run, values of it)` for the runs of `length` k, a multiple of 16, in order; the last may be half a one."""
     whole, rest = divmod(length, q.grid)
     if whole:
@@ -70,7 +69,7 @@ def each_run(q: Quantization, length: int, body: Callable[[Expr, int], None]) ->
         body(T.int32(whole), rest)
 
 
-def open_runs(q: Quantization, w: Expr, start: Expr, length: int, to: Expr) -> None:
+def open_runs(q: GridFormat, w: Expr, start: Expr, length: int, to: Expr) -> None:
     """Writes `length` k of a panel, whose runs begin at byte `start` of `w`, to `to` as a panel of 8 bits has them."""
 
     def one(number: Expr, valid: int) -> None:

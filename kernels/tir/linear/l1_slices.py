@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from tvm.tirx.script.builder import ir as T
 
@@ -37,16 +37,15 @@ from xllm_compiler.kernels.tir.codegen.builder import (
     store,
     tile_sizes,
 )
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.amx import MOST_BYTES, BlockSums, byte_totals
-from xllm_compiler.kernels.tir.linear.formats import Ahead, Dense, Quantized, Widened, in_blocks
+from xllm_compiler.kernels.tir.linear.amx import byte_totals
+from xllm_compiler.kernels.tir.linear.blocks import MOST_BYTES, BlockSums
 from xllm_compiler.kernels.tir.linear.grid_bytes import open_runs
+from xllm_compiler.kernels.tir.linear.reader import Ahead, AheadOf, in_blocks
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
+from xllm_compiler.weight_formats import PANEL, GridFormat, IntegerFormat
 
 Expr = Any
-AheadOf = Callable[[Expr, tuple[Expr, Expr], Expr], Ahead]
-"""`ahead(panel, walk, along)`: what a walk over k asks for meanwhile; see linear.py."""
 _VECTORS = PANEL // LANES
 _SLICE_BYTES = 1 << 14  # of a slice of bytes where many rows need none
 WIDEN_ROWS = 12  # at least, where widening a panel of bf16 for them pays
@@ -147,6 +146,47 @@ class _Sliced(BlockSums):
         return sums
 
 
+class ByBytes(Protocol):
+    """The reader of 8-bit weights: the widths of its register tiles, and their inner loop (integer.py)."""
+
+    def width(self, isa: Isa, rows: int) -> int: ...
+
+    def multiply(
+        self,
+        env: dict[str, Expr],
+        totals: Vectors,
+        weights: Expr,
+        x_at: Expr,
+        k: int,
+        count: int,
+        at: range,
+        length: Expr | int,
+        ahead: Ahead | None,
+    ) -> None: ...
+
+
+class ByPairs(Protocol):
+    """The same of bf16 weights (dense.py)."""
+
+    def width(self, isa: Isa, rows: int) -> int: ...
+
+    def begins(self, k: int, panel: Expr) -> Expr: ...
+
+    def multiply(
+        self,
+        env: dict[str, Expr],
+        totals: Vectors,
+        weights: Expr,
+        k: int,
+        row: Expr,
+        begin: Expr,
+        count: int,
+        at: range,
+        length: int,
+        ahead: Ahead,
+    ) -> None: ...
+
+
 class SlicedBytes(_Sliced):
     """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, exact. Where the second-level
     cache is quick enough, for few rows only, as `SlicedPairs`."""
@@ -154,22 +194,33 @@ class SlicedBytes(_Sliced):
     kind = "i32"
 
     def __init__(
-        self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
+        self,
+        format: IntegerFormat | GridFormat,
+        by_bytes: ByBytes,
+        isa: Isa,
+        k: int,
+        height: int,
+        fewest: int,
+        env: dict[str, Expr],
+        ahead: AheadOf,
     ) -> None:
         """`height`: of a tile of bytes; `fewest`: more rows than a tile of stored weights has."""
-        self._form, self._bytes, self._in = form, Quantized(form.q.multiplied), k
-        padded, length = form.q.padded(k), _slice_bytes(isa) // PANEL
-        super().__init__(env, padded, length, height, partial(self._bytes.width, isa), ahead)
+        self._format, self._bytes, self._in = format, by_bytes, k
+        padded, length = format.padded(k), _slice_bytes(isa) // PANEL
+        super().__init__(env, padded, length, height, partial(by_bytes.width, isa), ahead)
         self.row_bytes, self.fewest = padded, fewest
-        if not isa.slice_bytes and not form.q.grid:
-            self._take_few(fewest, 2 * height)
+        if not isa.slice_bytes:
+            self._limit_rows(2 * height)
+
+    def _limit_rows(self, greatest: int) -> None:
+        """Where the second-level cache is quick, more rows than `greatest` gain nothing by slices."""
+        self._take_few(self.fewest, greatest)
 
     @staticmethod
-    def can(form: Quantized, isa: Isa, k: int) -> bool:
+    def pays(format: IntegerFormat, isa: Isa, k: int) -> bool:
         """Whether bytes are multiplied in one instruction, and a panel is more than a slice, else it stays in the
         first-level cache by itself."""
-        q = form.q
-        return isa.has_int8_dot and q.bits == 8 and q.group == 0 and PANEL * q.padded(k) > _slice_bytes(isa)
+        return isa.has_int8_dot and PANEL * format.padded(k) > _slice_bytes(isa)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
         env, weights = self._met(piece)
@@ -182,17 +233,16 @@ class SlicedBytes(_Sliced):
 
     def _values(self, panel: Expr) -> Expr:
         """Where a panel's values begin."""
-        q = self._form.q
-        return T.Cast("int64", panel) * q.panel_bytes(self._in) + q.header_bytes
+        return T.Cast("int64", panel) * self._format.panel_bytes(self._in) + self._format.header_bytes
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         super().emit(row, here, panel, place, sums)
-        q = self._form.q
+        format = self._format
         # by way of memory, as without slices: LLVM would fuse the product with a bias that is added to it
         with T.serial(0, here) as i:
             places = [T.bind(i * PANEL + vector) for vector in range(0, PANEL, LANES)]
             stored = [load(sums, at, "f32") for at in places]
-            products = byte_totals(q, q.panel_bytes(self._in), self._env, row + i, panel, stored)
+            products = byte_totals(format, format.panel_bytes(self._in), self._env, row + i, panel, stored)
             for at, product in zip(places, products, strict=True):
                 store(sums, at, product, "f32")
 
@@ -203,18 +253,25 @@ class SlicedGrids(SlicedBytes):
     the second-level cache is too slow."""
 
     def __init__(
-        self, form: Quantized, isa: Isa, k: int, height: int, fewest: int, env: dict[str, Expr], ahead: AheadOf
+        self,
+        format: GridFormat,
+        by_bytes: ByBytes,
+        isa: Isa,
+        k: int,
+        height: int,
+        fewest: int,
+        env: dict[str, Expr],
+        ahead: AheadOf,
     ) -> None:
-        super().__init__(form, isa, k, height, fewest, env, ahead)
+        super().__init__(format, by_bytes, isa, k, height, fewest, env, ahead)
+        self._grids = format
         whole = PANEL * self._k <= MOST_BYTES
         self._opened = stack_array(PANEL * (self._k if whole else self._length), "uint8")
         self._once = T.bind(env["rows"] > (self.block_rows if whole else _NEVER))
         self._along = not isa.slice_bytes
 
-    @staticmethod
-    def can(form: Quantized, isa: Isa, k: int) -> bool:
-        """Whether grids are worth becoming bytes, which they are where those are multiplied in one instruction."""
-        return isa.has_int8_dot and form.q.grid > 0
+    def _limit_rows(self, greatest: int) -> None:
+        """Any number of rows gains: grids become bytes once for all of them."""
 
     def begin(self, panel: Expr) -> None:
         with T.If(self._once), T.Then():
@@ -225,9 +282,9 @@ class SlicedGrids(SlicedBytes):
             self._open(piece.panel, piece.begin, piece.shortest)
 
     def _open(self, panel: Expr, begin: Expr, length: int) -> None:
-        q = self._form.q
-        start = T.bind(self._values(panel) + T.truncdiv(begin, T.int32(q.grid)) * q.run_bytes)
-        open_runs(q, self._env["w"], start, length, self._opened)
+        grids = self._grids
+        start = T.bind(self._values(panel) + T.truncdiv(begin, T.int32(grids.grid)) * grids.run_bytes)
+        open_runs(grids, self._env["w"], start, length, self._opened)
 
     def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
         if not self._along or slices == 1:
@@ -246,15 +303,18 @@ class SlicedPairs(_Sliced):
     kind = "f32"
     _DEEP = 128  # k of a slice: 16 KiB
 
-    def __init__(self, form: Dense, isa: Isa, k: int, height: int, env: dict[str, Expr], ahead: AheadOf) -> None:
-        super().__init__(env, k, self._DEEP, height, partial(form.width, isa), ahead)
-        self._form, self.row_bytes = form, 2 * k
-        self._take_few(height + 1, WIDEN_ROWS - 1 if isinstance(form, Widened) else 2 * height)
+    def __init__(
+        self, by_pairs: ByPairs, isa: Isa, k: int, height: int, greatest: int, env: dict[str, Expr], ahead: AheadOf
+    ) -> None:
+        """`height`: of a tile; blocks have more rows, up to `greatest`."""
+        super().__init__(env, k, self._DEEP, height, partial(by_pairs.width, isa), ahead)
+        self._pairs, self.row_bytes = by_pairs, 2 * k
+        self._take_few(height + 1, greatest)
 
     def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
-        weights = T.bind(self._form.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
+        weights = T.bind(self._pairs.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
         row = T.bind(piece.row + first)
-        self._form.multiply(self._env, totals, weights, self._k, row, piece.begin, count, vectors, piece.length, ahead)
+        self._pairs.multiply(self._env, totals, weights, self._k, row, piece.begin, count, vectors, piece.length, ahead)
 
 
 class SlicedFloats(_Sliced):

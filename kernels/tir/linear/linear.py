@@ -19,7 +19,6 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.codegen.builder import (
     Scalars,
     address_of,
@@ -32,18 +31,16 @@ from xllm_compiler.kernels.tir.codegen.builder import (
     stack_array,
     store,
     store_part,
-    tile_rows,
 )
-from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, PANEL, Arg, Kernel, require, scalar
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.codegen.vmath import ACTIVATIONS
 from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.amx import BlockSums, ByteTiles, DenseTiles, GridTiles
-from xllm_compiler.kernels.tir.linear.amx_grouped import FloatRows, RoundedRows
-from xllm_compiler.kernels.tir.linear.formats import Ahead, Dense, Quantized, WeightFormat, Widened
-from xllm_compiler.kernels.tir.linear.l1_slices import WIDEN_ROWS, SlicedBytes, SlicedFloats, SlicedGrids, SlicedPairs
-from xllm_compiler.kernels.tir.linear.weight_only import WeightOnly
+from xllm_compiler.kernels.tir.linear.blocks import BlockSums
+from xllm_compiler.kernels.tir.linear.reader import Ahead, Site, WeightReader
+from xllm_compiler.kernels.tir.linear.readers import reader
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
+from xllm_compiler.weight_formats import PANEL
 
 Expr = Any
 _DTYPES = ("bf16", "f32")
@@ -65,8 +62,8 @@ _TAIL = (NEXT, TURNS, scalar("rows"), NEXT_PANELS, NEXT_BYTES, *MEMBER_ARGS)
 class Linear(Kernel):
     """y[rows, n] = act(x[rows, k] @ w.T + bias) + residual, rounded once to `out`.
 
-    `dtype` is the type of bias and residual, and of x and w where `weights` names no quantized form; w is in `panel`
-    layout, or in that form's. "q8", "q4g32" ..: x is quantized too (formats.py); "wq8" ..: it is not (weight_only.py).
+    `dtype` is the type of bias and residual, and of x and w where `weights` names no weight format; w is in `panel`
+    layout, or in that format's. "q8", "q4g32" ..: x is quantized too; "wq8" ..: it is not (readers.py).
     `most_rows`: of a register tile; None: MOST_ROWS. It changes no bit.
     """
 
@@ -87,16 +84,16 @@ class Linear(Kernel):
 
     @property
     def int8_dots(self) -> bool:
-        return self.weights.startswith("q")
+        return reader(self.dtype, self.weights).int8_dots
 
     @property
     def panels(self) -> tuple[int, int]:
         """How many panels the weight has, and the bytes of one."""
-        return -(-self.n // PANEL), weight_format(self).panel_bytes(self.k)
+        return -(-self.n // PANEL), reader(self.dtype, self.weights).panel_bytes(self.k)
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        pointers = [*weight_format(self).args(self.k, f"panels of {self.n}")]
+        pointers = [*reader(self.dtype, self.weights).args(self.k, f"panels of {self.n}")]
         if self.bias:
             pointers.append(Arg("bias", self.dtype, f"{self.n}"))
         if self.residual:
@@ -145,16 +142,16 @@ class LinearGlu(Kernel):
 
     @property
     def int8_dots(self) -> bool:
-        return self.weights.startswith("q")
+        return reader(self.dtype, self.weights).int8_dots
 
     @property
     def panels(self) -> tuple[int, int]:
         """As of `Linear`."""
-        return -(-self.f // (PANEL // 2)), weight_format(self).panel_bytes(self.k)
+        return -(-self.f // (PANEL // 2)), reader(self.dtype, self.weights).panel_bytes(self.k)
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        pointers = [*weight_format(self).args(self.k, f"glu panels of {self.f}")]
+        pointers = [*reader(self.dtype, self.weights).args(self.k, f"glu panels of {self.f}")]
         if self.bias:
             pointers.append(Arg("bias", self.dtype, f"2 * {self.f}"))
         pointers.append(Arg("y", self.dtype, f"rows, {self.f}", written=True))
@@ -176,16 +173,8 @@ class LinearGlu(Kernel):
                 value = ACTIVATIONS[self.act](gate) * up
                 store_part(env["y"], T.Cast("int64", row) * self.f + at, value, count, self.dtype)
 
-        loop = _Loop(isa, self.k, self.f, _walked(self, isa), half, finish, self.most_rows or MOST_ROWS)
+        loop = _Loop(isa, self.k, self.f, _reader(self, isa), half, finish, self.most_rows or MOST_ROWS)
         return build_function(self, isa, loop.emit)
-
-
-def weight_format(kernel: Linear | LinearGlu) -> WeightFormat:
-    """How a kernel reads its weight; "w" before the name of a quantized form says that x is not quantized."""
-    if not kernel.weights:
-        return Dense(kernel.dtype)
-    form = Quantization.parse(kernel.weights.removeprefix("w"))
-    return WeightOnly(kernel.dtype, form) if kernel.weights.startswith("w") else Quantized(form)
 
 
 def _nothing(block: Expr, of: Expr | int) -> None:
@@ -197,19 +186,17 @@ Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
 def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
     """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
-    form, most_rows = _walked(kernel, isa), kernel.most_rows or MOST_ROWS
-    return _Loop(isa, kernel.k, kernel.n, form, PANEL, finish, most_rows).emit
+    return _Loop(isa, kernel.k, kernel.n, _reader(kernel, isa), PANEL, finish, kernel.most_rows or MOST_ROWS).emit
 
 
 def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
     """Rows of the register tile that a kernel uses where it has rows enough."""
-    return _walked(kernel, isa).height(isa, kernel.most_rows or MOST_ROWS)
+    return _reader(kernel, isa).height(isa, kernel.most_rows or MOST_ROWS)
 
 
-def _walked(kernel: Linear | LinearGlu, isa: Isa) -> WeightFormat:
-    """How register tiles read a kernel's weight at this level."""
-    form = weight_format(kernel)
-    return Widened(form.dtype) if isinstance(form, Dense) and form.widens(isa, kernel.k) else form
+def _reader(kernel: Linear | LinearGlu, isa: Isa) -> WeightReader:
+    """How a kernel's weight is read at this level."""
+    return reader(kernel.dtype, kernel.weights).at(isa, kernel.k)
 
 
 @dataclass(frozen=True)
@@ -223,16 +210,16 @@ class _Loop:
     isa: Isa
     k: int
     n: int
-    format: WeightFormat
+    reader: WeightReader
     columns: int
     finish: Finish
     most_rows: int
 
     def emit(self, **env: Expr) -> None:
         env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
-        if self.format.widens(self.isa, self.k):
+        if self.reader.widens(self.isa, self.k):
             env["wide"] = WideRows(env["x"], self.k)
-        by_blocks = self._tiles(env) if self.isa.has_tiles else self._slices(env)
+        by_blocks = self.reader.blocks(Site(self.isa, self.k, self.most_rows, env, partial(self._ahead, env)))
         most = by_blocks.block_rows if by_blocks else self._height
         sums = stack_array(most * PANEL, "float32")
         if by_blocks is None:
@@ -250,12 +237,8 @@ class _Loop:
                     self._by_vectors(env, sums)
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
-        form = self.format
-        if isinstance(form, Quantized) and form.q.grid and not self.isa.has_int8_dot:
-            run_sums = stack_array(self._height * form.q.runs(self.k), "int32")
-            self._pieces({**env, "run_sums": run_sums}, sums, None)
-            return
-        opened = form.opened_bytes(self.k)
+        env = {**env, **self.reader.scratch(self.isa, self.k, self._height)}
+        opened = self.reader.opened_bytes(self.k)
         if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
             self._pieces(env, sums, None)
             return
@@ -302,7 +285,7 @@ class _Loop:
                     if by_blocks:
                         by_blocks.begin(panel)
                     else:
-                        self.format.open(env, self.k, panel)
+                        self.reader.open(env, self.k, panel)
                     opened[0] = panel
             with T.serial(lo, hi) as tile:
                 self._tile(env, top, here, panel, (tile, tiles), sums, by_blocks)
@@ -335,42 +318,9 @@ class _Loop:
         with T.serial(0, here) as i:
             self._finish(env, T.bind(row + i), panel, sums, T.bind(i * PANEL), by_blocks)
 
-    def _slices(self, env: dict[str, Expr]) -> BlockSums | None:
-        """How vectors make the sums of rows that better meet panels in slices."""
-        form, ahead = self.format, partial(self._ahead, env)
-        if isinstance(form, Quantized):
-            by_slices = SlicedGrids if form.q.grid else SlicedBytes
-            if not by_slices.can(form, self.isa, self.k):
-                return None
-            height = Quantized(form.q.multiplied).height(self.isa, self.most_rows)
-            return by_slices(form, self.isa, self.k, height, self._height + 1, env, ahead)
-        if not isinstance(form, Dense) or form.dtype != "bf16" or self.k % 2:
-            return None
-        pairs = partial(SlicedPairs, form, self.isa, self.k, self._height, env, ahead)
-        if self.isa.has_bf16_dot:
-            return pairs()
-        few = pairs() if isinstance(form, Widened) and self._height < WIDEN_ROWS - 1 else None
-        width = partial(Dense("f32").width, self.isa)
-        return SlicedFloats(self.k, tile_rows(width, self.most_rows), width, env, ahead, few)
-
     @property
     def _height(self) -> int:
-        return self.format.height(self.isa, self.most_rows)
-
-    def _tiles(self, env: dict[str, Expr]) -> BlockSums | None:
-        """How matrix tiles make the sums; None where they cannot, and vectors do."""
-        form = self.format
-        if isinstance(form, Dense) and form.dtype == "bf16" and self.k % 2 == 0:
-            return DenseTiles(self.k, env)
-        if isinstance(form, Quantized) and form.q.bits == 8 and form.q.group == 0:
-            return ByteTiles(form.q, self.k, env)
-        if isinstance(form, Quantized) and GridTiles.can(form.q, self.k):
-            return GridTiles(form.q, self.k, env)
-        if isinstance(form, Quantized) and RoundedRows.can(form.q, self.k):
-            return RoundedRows(form.q, self.k, env)
-        if isinstance(form, WeightOnly) and form.dtype == "bf16" and FloatRows.can(form.q, self.k):
-            return FloatRows(form.q, self.k, env)
-        return None
+        return self.reader.height(self.isa, self.most_rows)
 
     def _finish(
         self,
@@ -399,15 +349,15 @@ class _Loop:
         self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, place: tuple[Expr, Expr], sums: Expr
     ) -> None:
         """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
-        width = self.format.width(self.isa, count)
+        width = self.reader.width(self.isa, count)
         passes = PANEL // LANES // width
         tile, tiles = place
-        streamed = count <= self.isa.streamed_rows and self.format.streams(self.isa)
+        streamed = count <= self.isa.streamed_rows and self.reader.streams(self.isa)
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
             walk = tile * passes + number, tiles * passes
             ahead = _nothing if streamed else self._ahead(env, panel, walk, passes == 1 and tiles == 1)
-            totals = self.format.tile(env, self.k, row, count, panel, vectors, ahead)
+            totals = self.reader.tile(env, self.k, row, count, panel, vectors, ahead)
             for i in range(count):
                 for j, vector in enumerate(vectors):
                     store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
@@ -421,7 +371,7 @@ class _Loop:
         what lies `_NEAR` further on: a deep panel and all of the next one are more than a second-level cache that
         neighbours use too. Else they ask for the next panel.
         """
-        size = self.format.panel_bytes(self.k)
+        size = self.reader.panel_bytes(self.k)
         lines = -(-size // _LINE)
         near = min(_NEAR // _LINE, lines)
         number, of_all = walk
@@ -447,5 +397,5 @@ class _Loop:
         first, _ = share(env["next_panels"], env["member"], env["team"])
         following = address_of(env["next"]) + T.Cast("int64", first) * T.Cast("int64", env["next_bytes"])
         beside = T.Cast("int64", panel) + T.Cast("int64", onward)
-        own = address_of(env["w"]) + beside * self.format.panel_bytes(self.k)
+        own = address_of(env["w"]) + beside * self.reader.panel_bytes(self.k)
         return T.if_then_else(onward == 0, following, own)

@@ -22,9 +22,10 @@ from xllm_compiler.kernels.tir.codegen.builder import (
     splat,
     store_part,
 )
-from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, PANEL, Arg, Kernel, require, scalar
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.linear.linear import NEXT, Linear, panel_loop
+from xllm_compiler.weight_formats import PANEL
 
 Expr = Any
 

@@ -1,47 +1,42 @@
-"""Quantized weights by float activations: `WeightOnly`, the third weight format. Owns its inner loops over k.
+"""Quantized weights by float activations: `WeightOnly`, for every weight format. Owns its inner loops over k.
 
-A stored integer less its zero point is exact in bf16 and f32, so weights are widened in registers and multiplied as
-those of `Dense` are: one f32 sum over each group of k in order (pairs of k for bf16), and the groups' sums, each times
-its scale, added in order. Nothing is rounded that the dequantized matrix would not round as well.
+A stored value less its zero point is exact in bf16 and f32. So weights are widened in registers (stored_values.py) and
+multiplied as those of `Dense` are: one f32 sum over each group of k in order (pairs of k for bf16). The groups' sums,
+each times its scale, are added in order. Nothing is rounded that the dequantized matrix would not round as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.codegen.builder import Vectors, address, fma, halves, load, splat
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL, Arg
+from xllm_compiler.kernels.tir.codegen.kernel import Arg
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.formats import Ahead, WeightFormat, in_blocks
-from xllm_compiler.kernels.tir.linear.grid_bytes import Run
+from xllm_compiler.kernels.tir.linear.amx_grouped import FloatRows
+from xllm_compiler.kernels.tir.linear.blocks import BlockSums
+from xllm_compiler.kernels.tir.linear.reader import Ahead, Site, WeightReader, in_blocks
+from xllm_compiler.kernels.tir.linear.stored_values import as_pair, open_group, stored_values
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
+from xllm_compiler.weight_formats import PANEL, WeightFormat
 
 Expr = Any
-_STEP_BYTES = PANEL * QUAD
-_LARGE = 1 << 23  # f32 at and above it are whole numbers: the bits of 2^23 + n are those of 2^23 plus n
 
 
 @dataclass(frozen=True)
-class WeightOnly(WeightFormat):
-    """8- or 4-bit weights by activations in `dtype`, bf16 or f32."""
+class WeightOnly(WeightReader):
+    """Weights in a format by activations in `dtype`, bf16 or f32."""
 
     dtype: str
-    q: Quantization
-
-    @property
-    def element_bytes(self) -> int:
-        return 1
+    format: WeightFormat
 
     def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
-        return (Arg("x", self.dtype, f"rows, {k}"), Arg("w", "u8", f"{rows_of}, {k} in {self.q}"))
+        return (Arg("x", self.dtype, f"rows, {k}"), Arg("w", "u8", f"{rows_of}, {k} in {self.format}"))
 
     def panel_bytes(self, k: int) -> int:
-        return self.q.panel_bytes(k)
+        return self.format.panel_bytes(k)
 
     def widens(self, isa: Isa, k: int) -> bool:
         return WideRows.can(isa, self.dtype, k)
@@ -56,13 +51,13 @@ class WeightOnly(WeightFormat):
     def tile(
         self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
     ) -> list[Expr]:
-        length = self.q.group or self.q.padded(k)
-        base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
+        length = self.format.group or self.format.padded(k)
+        base = T.bind(T.Cast("int64", panel) * self.format.panel_bytes(k))
         rows = _Rows(env, self.dtype, row, k, count)
         totals = rows.sums(at)
 
         def group(number: Expr, valid: int, ahead: Ahead | None) -> None:
-            start = T.bind(base + T.Cast("int64", number) * self.q.group_bytes(k))
+            start = T.bind(base + T.Cast("int64", number) * self.format.group_bytes(k))
             begin = T.bind(number * length)
             if "opened" in env:
                 parts = self._opened_group(env, T.bind(number * (length // 2)), rows, begin, at, valid)
@@ -73,7 +68,7 @@ class WeightOnly(WeightFormat):
                 totals[index] = fma(part, scales[index % len(at)], totals[index])
 
         whole, rest = divmod(k, length)
-        if self.q.group == 0:
+        if self.format.group == 0:
             group(T.int32(0), k, ahead)
             return [totals[index] for index in range(count * len(at))]
         if whole:
@@ -84,17 +79,22 @@ class WeightOnly(WeightFormat):
             group(T.int32(whole), rest, None)
         return [totals[index] for index in range(count * len(at))]
 
+    def blocks(self, site: Site) -> BlockSums | None:
+        if site.isa.has_tiles and self.dtype == "bf16" and FloatRows.can(self.format, site.k):
+            return FloatRows(self.format, site.k, site.env)
+        return None
+
     def opened_bytes(self, k: int) -> int:
-        return 2 * PANEL * self.q.padded(k) if self.dtype == "bf16" else 0
+        return 2 * PANEL * self.format.padded(k) if self.dtype == "bf16" else 0
 
     def open(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
         """Values less their zero points, in pairs of bf16 along k."""
-        base = T.bind(T.Cast("int64", panel) * self.q.panel_bytes(k))
-        length = self.q.group or self.q.padded(k)
-        with T.serial(0, self.q.groups(k)) as group:
-            start = T.bind(base + T.Cast("int64", group) * self.q.group_bytes(k))
+        base = T.bind(T.Cast("int64", panel) * self.format.panel_bytes(k))
+        length = self.format.group or self.format.padded(k)
+        with T.serial(0, self.format.groups(k)) as group:
+            start = T.bind(base + T.Cast("int64", group) * self.format.group_bytes(k))
             to = T.bind(group * (2 * PANEL * length))
-            open_group(self.q, env["w"], start, length, env["opened"], to)
+            open_group(self.format, env["w"], start, length, env["opened"], to)
 
     def _opened_group(
         self, env: dict[str, Expr], pairs_at: Expr, rows: _Rows, begin: Expr, at: range, valid: int
@@ -118,13 +118,14 @@ class WeightOnly(WeightFormat):
         return [parts[index] for index in range(rows.count * len(at))]
 
     def _header(self, w: Expr, start: Expr, vector: int) -> Expr:
-        return T.bind(load(w, start + vector * LANES * self.q.scale_bytes, self.q.scale_dtype))
+        return T.bind(load(w, start + vector * LANES * self.format.scale_bytes, self.format.scale_dtype))
 
     def _group(
         self, env: dict[str, Expr], start: Expr, rows: _Rows, begin: Expr, at: range, valid: int, ahead: Any
     ) -> list[Expr]:
         """Sums over the first `valid` values of a group, not scaled; x has nothing beyond them that may be read."""
-        parts, stored, each = rows.sums(at), _Stored(self.q, env["w"], start, at), QUAD * 8 // self.q.bits
+        parts, stored = rows.sums(at), stored_values(self.format, env["w"], start, at)
+        each = stored.elements
 
         def step(number: Expr, here: int) -> None:
             value = stored.step(number)
@@ -188,67 +189,3 @@ class _Rows:
             for j, weight in enumerate(weights):
                 index = i * len(weights) + j
                 parts[index] = T.call_pure_extern("float32x16", "xllm_dot_bf16", parts[index], operand, weight)
-
-
-def open_group(q: Quantization, w: Expr, start: Expr, length: int, to: Expr, at: Expr) -> None:
-    """Writes the `length` values of the group of a panel that begins at byte `start` of `w`, less their zero points, as
-    pairs of bf16 along k for each of the 64 columns, to `to` from byte `at` on."""
-    vectors, elements = range(PANEL // LANES), QUAD * 8 // q.bits
-    stored = _Stored(q, w, start, vectors)
-    with T.serial(0, length // elements) as step:
-        value = stored.step(step)
-        for vector in vectors:
-            for first in range(0, elements, 2):
-                pair = as_pair([value(vector, first + i) for i in range(2)])
-                place = at + step * (elements * 2 * PANEL) + (first // 2 * _STEP_BYTES + vector * LANES * QUAD)
-                T.evaluate(T.call_extern("int32", "xllm_store_i32", address(to, place), pair))
-
-
-class _Stored:
-    """The values of the group at byte `start`, of the columns of the vectors `at`."""
-
-    def __init__(self, q: Quantization, w: Expr, start: Expr, at: range) -> None:
-        self._q, self._w, self._at = q, w, at
-        self._values = T.bind(start + q.header_bytes)
-        self._points = [zero_point(q, w, start, vector) for vector in at]
-
-    def step(self, number: Expr) -> Callable[[int, int], Expr]:
-        """`value(j, element)`: of the j-th vector, an element of the 4 or 8 of step `number`, less its zero point."""
-        q, w = self._q, self._w
-        if q.grid:
-            steps = q.grid // (2 * QUAD)
-            run = T.truncdiv(number, T.int32(steps))
-            opened = Run(w, T.bind(self._values + T.Cast("int64", run) * q.run_bytes))
-            quads = [opened.columns(vector)(number - run * steps) for vector in self._at]
-            return lambda j, element: widened(q.multiplied, quads[j][element // QUAD], element % QUAD, self._points[j])
-        where = self._values + number * _STEP_BYTES
-        loaded = [
-            T.bind(T.call_extern("int32x16", "xllm_load_i32", address(w, where + vector * LANES * QUAD)))
-            for vector in self._at
-        ]
-        return lambda j, element: widened(q, loaded[j], element, self._points[j])
-
-
-def zero_point(q: Quantization, w: Expr, start: Expr, vector: int) -> Expr:
-    """2^23 plus the zero points of 16 columns of the group at byte `start`, as f32."""
-    if not q.zeros:
-        return T.bind(splat(float(_LARGE + q.middle)))
-    where = start + PANEL * q.scale_bytes + vector * LANES
-    zeros = T.call_extern("int32x16", "xllm_load_u8", address(w, where))
-    return T.bind(T.Cast("float32x16", zeros) + splat(float(_LARGE)))
-
-
-def widened(q: Quantization, loaded: Expr, element: int, point: Expr) -> Expr:
-    """Value `element` of each lane's quad, or pair of quads, less its zero point, as f32."""
-    shift = 8 * (element % QUAD) + 4 * (element // QUAD)
-    bits = T.shift_right(loaded, T.broadcast(T.int32(shift), LANES)) if shift else loaded
-    stored = T.bitwise_and(bits, T.broadcast(T.int32((1 << q.bits) - 1), LANES))
-    large = T.bitwise_or(stored, T.broadcast(T.int32(0x4B000000), LANES))
-    return T.bind(T.reinterpret("float32x16", large) - point)
-
-
-def as_pair(values: list[Expr]) -> Expr:
-    """One or two f32 that bf16 holds exactly, as a pair of bf16: their upper halves, the first one below."""
-    bits = [T.reinterpret("int32x16", value) for value in values]
-    low = T.bitwise_and(T.shift_right(bits[0], T.broadcast(T.int32(16), LANES)), T.broadcast(T.int32(0xFFFF), LANES))
-    return T.bind(low if len(bits) == 1 else T.bitwise_or(low, bits[1]))

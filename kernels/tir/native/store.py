@@ -1,7 +1,7 @@
 """Kernel objects on disk, shared by processes and by compiles: `ObjectStore`. Must not know how a kernel is compiled.
 
-An object is found by everything that decides its bytes: the kernel's fields, the level, the sources that its class
-reaches by imports, and TVM's version. So nothing is ever out of date; what no longer matches is only never found.
+An object is found by everything that decides its bytes: the kernel's fields, the level, the sources of ours that its
+class reaches by imports, and TVM's version. So nothing is ever out of date; what no longer matches is only never found.
 
 Layout: `<root>/<first two digits>/<digest of the key>.o`, which is a SHA-256 of the object, then the object. The digest
 is against torn and damaged files, not against an attacker: whoever can write here decides what code is linked.
@@ -20,11 +20,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+import xllm_compiler
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.isa.levels import Isa
 
-_OURS: Final = "xllm_compiler.kernels."
-_FOLDER: Final = Path(__file__).resolve().parents[2]
+_OURS: Final = "xllm_compiler."
+_FOLDER: Final = Path(xllm_compiler.__file__).parent
 _GENERATOR: Final = "xllm_compiler.kernels.tir.native.objects"
 _DIGEST_BYTES: Final = 32
 _UNUSED_SECONDS: Final = 30 * 86_400
@@ -123,7 +124,10 @@ def _sources(module: str) -> str:
     waiting = [module, _GENERATOR]
     while waiting:
         name = waiting.pop()
-        path = _FOLDER.joinpath(*name.removeprefix(_OURS).split(".")).with_suffix(".py")
+        path = _FOLDER.joinpath(*name.removeprefix(_OURS).split("."))
+        if path.is_dir():
+            path = path / "__init__"
+        path = path.with_suffix(".py").resolve()
         if name in reached or not name.startswith(_OURS) or not path.is_file():
             continue
         reached[name] = path.read_bytes()

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import QUAD, Quantization
 from xllm_compiler.kernels.tir.codegen.builder import address, build_function, share
-from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, PANEL, Arg, Kernel, require, scalar
+from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
+from xllm_compiler.weight_formats import PANEL, QUAD, GridFormat, IntegerFormat, Layout, WeightFormat
 
 Expr = Any
 
 
 @dataclass(frozen=True)
 class Embedding(Kernel):
-    """y[rows, dim] = w[ids]; `layout` of w is "row", "panel" or a quantized form (layouts.py)."""
+    """y[rows, dim] = w[ids]; `layout` of w is "row", "panel" or a weight format's (weight_formats.py)."""
 
     dim: int
     dtype: str
@@ -32,13 +32,13 @@ class Embedding(Kernel):
         require(self.dtype in ("bf16", "f32"), f"an embedding in {self.dtype}", self)
 
     @property
-    def form(self) -> Quantization | None:
+    def format(self) -> WeightFormat | None:
         """How w is quantized, if it is."""
-        return None if self.layout in ("row", "panel") else Quantization.parse(self.layout)
+        return Layout.parse(self.layout).format
 
     @property
     def args(self) -> tuple[Arg, ...]:
-        dtype = "u8" if self.form else self.dtype
+        dtype = "u8" if self.format else self.dtype
         ids, w = Arg("ids", "i32", "rows"), Arg("w", dtype, f"vocab, {self.dim} as {self.layout}")
         return (ids, w, Arg("y", self.dtype, f"rows, {self.dim}", written=True), scalar("rows"), *MEMBER_ARGS)
 
@@ -53,8 +53,8 @@ class Embedding(Kernel):
                     return
                 panel = T.bind(T.truncdiv(here, T.int64(PANEL)))
                 column = T.bind(T.truncmod(here, T.int64(PANEL)))
-                if self.form is not None:
-                    self._dequantize(self.form, w, panel, column, y, to)
+                if self.format is not None:
+                    self._dequantize(self.format, w, panel, column, y, to)
                     return
                 with T.serial(0, self.dim) as i:
                     if self.dtype == "f32":
@@ -67,54 +67,60 @@ class Embedding(Kernel):
 
         return build_function(self, isa, body)
 
-    def _dequantize(self, form: Quantization, w: Expr, panel: Expr, column: Expr, y: Expr, to: Expr) -> None:
+    def _dequantize(self, format: WeightFormat, w: Expr, panel: Expr, column: Expr, y: Expr, to: Expr) -> None:
         """One row of a quantized panel: a column of it, a quad at a time."""
-        length = form.group or form.padded(self.dim)
         name = "xllm_put_f32" if self.dtype == "f32" else "xllm_round_put_bf16"
-
-        def put(i: Expr, stored: Expr, zero: Expr, scale: Expr) -> None:
-            value = T.bind((T.Cast("float32", stored) - zero) * scale)
-            T.evaluate(T.call_extern("int32", name, address(y, to + i), value))
-
-        with T.serial(0, form.groups(self.dim)) as group:
-            start = T.bind(panel * form.panel_bytes(self.dim) + T.Cast("int64", group) * form.group_bytes(self.dim))
+        with T.serial(0, format.groups(self.dim)) as group:
+            start = T.bind(panel * format.panel_bytes(self.dim) + T.Cast("int64", group) * format.group_bytes(self.dim))
             scale = T.call_extern(
-                "float32", f"xllm_scale_{form.scale_dtype}", address(w, start + column * form.scale_bytes)
+                "float32", f"xllm_scale_{format.scale_dtype}", address(w, start + column * format.scale_bytes)
             )
             scale = T.bind(scale)
-            zero = T.float32(form.middle)
-            if form.zeros:
-                zero = T.bind(T.Cast("float32", w[start + PANEL * form.scale_bytes + column]))
-            if form.grid:
-                _on_grids(form, w, start, column, self.dim, lambda i, stored: put(i, stored, zero, scale))
-                return
-            values = T.bind(start + form.header_bytes + column * QUAD)
-            with T.serial(0, T.min(length, self.dim - group * length)) as i:
-                quad, rest = T.truncdiv(i, T.int32(QUAD)), T.truncmod(i, T.int32(QUAD))
-                if form.bits == 8:
-                    stored = T.Cast("int32", w[values + quad * (PANEL * QUAD) + rest])
-                else:
-                    byte = T.Cast("int32", w[values + T.truncdiv(quad, T.int32(2)) * (PANEL * QUAD) + rest])
-                    stored = T.bitwise_and(T.shift_right(byte, T.truncmod(quad, T.int32(2)) * 4), T.int32(15))
-                put(group * length + i, stored, zero, scale)
+            zero = T.float32(format.zero)
+            if format.zeros:
+                zero = T.bind(T.Cast("float32", w[start + PANEL * format.scale_bytes + column]))
+
+            def put(i: Expr, stored: Expr) -> None:
+                value = T.bind((T.Cast("float32", stored) - zero) * scale)
+                T.evaluate(T.call_extern("int32", name, address(y, to + i), value))
+
+            _VALUES[type(format)](format, w, start, group, column, self.dim, put)
 
 
-def _on_grids(
-    form: Quantization, w: Expr, start: Expr, column: Expr, dim: int, put: Callable[[Expr, Expr], None]
-) -> None:
-    """`put(i, byte)` for the first `dim` values of a column of the panel at byte `start`, which is on grids."""
+Put = Callable[[Expr, Expr], None]
+
+
+def _integers(format: IntegerFormat, w: Expr, start: Expr, group: Expr, column: Expr, dim: int, put: Put) -> None:
+    """`put(i, stored)` for the values of a column of the group at byte `start` of a panel, of `dim` in all groups."""
+    length = format.group or format.padded(dim)
+    values = T.bind(start + format.header_bytes + column * QUAD)
+    with T.serial(0, T.min(length, dim - group * length)) as i:
+        quad, rest = T.truncdiv(i, T.int32(QUAD)), T.truncmod(i, T.int32(QUAD))
+        if format.bits == 8:
+            stored = T.Cast("int32", w[values + quad * (PANEL * QUAD) + rest])
+        else:
+            byte = T.Cast("int32", w[values + T.truncdiv(quad, T.int32(2)) * (PANEL * QUAD) + rest])
+            stored = T.bitwise_and(T.shift_right(byte, T.truncmod(quad, T.int32(2)) * 4), T.int32(15))
+        put(group * length + i, stored)
+
+
+def _on_grids(format: GridFormat, w: Expr, start: Expr, group: Expr, column: Expr, dim: int, put: Put) -> None:
+    """The same of the bytes of a column that is on grids; the panel is one group."""
     a, rest = T.truncdiv(column, T.int64(LANES)), T.truncmod(column, T.int64(LANES))
     b, c = T.truncdiv(rest, T.int64(4)), T.truncmod(rest, T.int64(4))
     head_at = T.bind(LANES * b + 4 * a + c)
-    with T.serial(0, -(-dim // form.grid)) as run:
-        at = T.bind(start + form.header_bytes + T.Cast("int64", run) * form.run_bytes)
+    with T.serial(0, -(-dim // format.grid)) as run:
+        at = T.bind(start + format.header_bytes + T.Cast("int64", run) * format.run_bytes)
         head = T.bind(T.Cast("int32", w[at + head_at]))
         step, point = T.bitwise_and(head, T.int32(15)), T.shift_right(head, T.int32(4))
-        with T.serial(0, T.min(form.grid, dim - run * form.grid)) as i:
+        with T.serial(0, T.min(format.grid, dim - run * format.grid)) as i:
             quad, rest = T.truncdiv(i, T.int32(QUAD)), T.truncmod(i, T.int32(QUAD))
             both = T.Cast("int32", w[at + PANEL + T.truncdiv(quad, T.int32(2)) * (PANEL * QUAD) + column * QUAD + rest])
             n = T.bitwise_and(T.shift_right(both, T.truncmod(quad, T.int32(2)) * 4), T.int32(15))
-            put(run * form.grid + i, T.bind((n - point) * step + form.middle))
+            put(run * format.grid + i, T.bind((n - point) * step + format.zero))
+
+
+_VALUES: Final[dict[type[WeightFormat], Callable[..., None]]] = {IntegerFormat: _integers, GridFormat: _on_grids}
 
 
 def _copy(y: Expr, to: Expr, w: Expr, source: Expr, count: int) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.codegen.builder import build_function, share, stack_array
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.rows.norms import centre_row, scale_row
 from xllm_compiler.kernels.tir.rows.quantize import quantize_row
+from xllm_compiler.weight_formats import RowFormat
 
 Expr = Any
 _MOST_BYTES = 1 << 20  # of a normalised row, which lies on the stack
@@ -47,8 +47,8 @@ class NormRows(Kernel):
         require(not (self.bias if self.kind == "rms" else self.offset), f"bias or offset of a {self.kind} norm", self)
 
     @property
-    def form(self) -> Quantization:
-        return Quantization(8, self.group)  # of which only the grouping is asked for
+    def form(self) -> RowFormat:
+        return RowFormat(self.group, self.by_group)
 
     @property
     def args(self) -> tuple[Arg, ...]:
@@ -86,6 +86,6 @@ class NormRows(Kernel):
                     scale_row(self, x, base, w, y, T.int32(0))
                 else:
                     centre_row(self, x, base, w, b, y, T.int32(0))
-                quantize_row(self.form, self.by_group, self.n, self.dtype, y, T.int32(0), row, q, scale, sum)
+                quantize_row(self.form, self.n, self.dtype, y, T.int32(0), row, q, scale, sum)
 
         return build_function(self, isa, body)

@@ -13,7 +13,6 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.codegen.builder import (
     Vectors,
     address,
@@ -28,10 +27,9 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.rows.norms import each_vector
+from xllm_compiler.weight_formats import LARGEST, ROTATIONS, RowFormat
 
 Expr = Any
-LARGEST = 127.0
-_ROTATIONS = (16, 64)
 _MOST_BYTES = 1 << 20  # of a rotated row, which lies on the stack
 
 
@@ -50,12 +48,12 @@ class QuantizeRows(Kernel):
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.dtype in ("bf16", "f32"), f"quantizing rows of {self.k} {self.dtype}", self)
-        fits = self.rotate in _ROTATIONS and self.k % self.rotate == 0 and self.k * 4 <= _MOST_BYTES
+        fits = self.rotate in ROTATIONS and self.k % self.rotate == 0 and self.k * 4 <= _MOST_BYTES
         require(not self.rotate or fits, f"rotating blocks of {self.rotate} in rows of {self.k}", self)
 
     @property
-    def form(self) -> Quantization:
-        return Quantization(8, self.group)  # of which only the grouping is asked for
+    def form(self) -> RowFormat:
+        return RowFormat(self.group, self.by_group)
 
     @property
     def args(self) -> tuple[Arg, ...]:
@@ -76,10 +74,10 @@ class QuantizeRows(Kernel):
             with T.serial(first, last) as row:
                 source = T.bind(T.Cast("int64", row) * self.k)
                 if turned is None:
-                    quantize_row(self.form, self.by_group, self.k, self.dtype, x, source, row, q, scale, sum)
+                    quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
                 else:
                     self._rotate(x, source, turned)
-                    quantize_row(self.form, self.by_group, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
+                    quantize_row(self.form, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
 
         return build_function(self, isa, body)
 
@@ -100,8 +98,7 @@ class QuantizeRows(Kernel):
 
 
 def quantize_row(
-    form: Quantization,
-    by_group: bool,
+    form: RowFormat,
     k: int,
     dtype: str,
     x: Expr,
@@ -122,7 +119,7 @@ def quantize_row(
         T.buffer_store(scale, largest * T.float32(1 / LARGEST), [index])
         return inverse_scale(largest)
 
-    whole_row = None if by_group else factor_of(source, k, row)
+    whole_row = None if form.by_group else factor_of(source, k, row)
 
     def quantize(group: Expr, valid: int) -> None:
         """One group, of which only the first `valid` values exist."""
@@ -176,4 +173,4 @@ def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:
 
 def inverse_scale(largest: Expr) -> Expr:
     """What values of this largest size are multiplied by to be rounded; 0 for a row of zeros, or one not all finite."""
-    return T.bind(T.Select(largest > T.float32(0), T.float32(LARGEST) / largest, T.float32(0)))
+    return T.bind(T.Select(largest > T.float32(0), T.float32(float(LARGEST)) / largest, T.float32(0)))

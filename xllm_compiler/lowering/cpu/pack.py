@@ -19,16 +19,9 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.interp import run_value, run_values
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS
-from xllm_compiler.kernels.layouts import (
-    Quantization,
-    glu_rows,
-    interleave_glu,
-    pack_glu,
-    pack_panels,
-    pack_quantized,
-    panel_shape,
-)
+from xllm_compiler.kernels.layouts import pack
 from xllm_compiler.lowering.weights import WeightRequest, WeightTable
+from xllm_compiler.weight_formats import Layout
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
 _SMALL: Final = 1 << 16  # smaller tensors share pages
@@ -51,21 +44,7 @@ class PackedTensor:
 
 def packed_shape(request: WeightRequest) -> tuple[int, ...]:
     """The shape of the stored array."""
-    shape = tuple(d.value for d in request.value.shape)
-    match request.layout:
-        case "row":
-            return shape
-        case "panel":
-            return panel_shape(shape[0], shape[1], request.dtype)
-        case "glu":
-            return panel_shape(glu_rows(shape[0] // 2), shape[1], request.dtype)
-    form, glu = quantized_layout(request.layout)
-    return form.shape(glu_rows(shape[0] // 2) if glu else shape[0], shape[1])
-
-
-def quantized_layout(layout: str) -> tuple[Quantization, bool]:
-    """The form of quantized weights that a layout names, and whether gate and up rows are interleaved."""
-    return Quantization.parse(layout.removeprefix("glu_")), layout.startswith("glu_")
+    return Layout.parse(request.layout).shape(tuple(d.value for d in request.value.shape), request.dtype)
 
 
 def plan_file(table: WeightTable) -> tuple[list[PackedTensor], int]:
@@ -153,13 +132,7 @@ def _pack(request: WeightRequest, params: Mapping[str, Array], places: Mapping[s
     value = run_value(request.value, params, ranks=places).reshape(shape)
     if sources and request.value.dtype in FLOATS:
         _check_finite(value, request.name, sources, params)
-    value = value.astype(NP_DTYPE[request.dtype], copy=False)
-    match request.layout:
-        case "panel":
-            return pack_panels(value)
-        case "glu":
-            return pack_glu(value)
-    return value
+    return pack(Layout.parse(request.layout), [value.astype(NP_DTYPE[request.dtype], copy=False)])
 
 
 def _pack_quantized(
@@ -169,10 +142,7 @@ def _pack_quantized(
     for name in sources:
         if params[name].dtype.kind not in "iub":
             _check_finite(params[name], request.name, [name], params)
-    form, glu = quantized_layout(request.layout)
-    if glu:
-        parts = [interleave_glu(part, 0 if i else form.middle) for i, part in enumerate(parts)]
-    return pack_quantized(form, *parts)
+    return pack(Layout.parse(request.layout), parts)
 
 
 def _check_finite(value: Array, name: str, sources: Sequence[str], params: Mapping[str, Array]) -> None:

@@ -1,6 +1,6 @@
 """Kernels for nn.* and kv.* ops on the CPU, and the walk over a step that selects all of them.
 
-Owns the choice. A new weight format is a new key of the registry and a chooser here; nothing else moves.
+Owns the choice of kernels. Of weight formats it knows the name alone, which it hands on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.types import Kv
-from xllm_compiler.kernels.layouts import Quantization
 from xllm_compiler.kernels.tir.attention.attend import Attend
 from xllm_compiler.kernels.tir.attention.kv_address import KvLayout
 from xllm_compiler.kernels.tir.attention.kv_append import KvAppend, KvWrite
 from xllm_compiler.kernels.tir.attention.rope import Rope
-from xllm_compiler.kernels.tir.codegen.kernel import PANEL, TILE_TOKENS
+from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS
 from xllm_compiler.kernels.tir.linear.linear import Linear, LinearGlu
+from xllm_compiler.kernels.tir.linear.reader import weight_only
 from xllm_compiler.kernels.tir.linear.vocab import BlockMax, LinearBlockMax
 from xllm_compiler.kernels.tir.rows.embedding import Embedding
 from xllm_compiler.kernels.tir.rows.norm_rows import NormRows
@@ -29,6 +29,7 @@ from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.kernel_registry import Key
 from xllm_compiler.lowering.storage import Ref, Storage, where
 from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.weight_formats import PANEL
 
 _FLOATS: Final = ("f32", "bf16")
 
@@ -87,8 +88,8 @@ def _packed(s: Selection, op: Op, layout: str) -> tuple[Value, Ref, str]:
         if _int(w.op, "rotate"):
             help = "quantize-rows, which rotates the other side too"
             raise XllmError("unsupported", f"{op.name} with a weight that is rotated", where=where(op), help=help)
-        form = _form(w.op)
-        return w, _quantized(s, w.op, f"glu_{form}" if layout == "glu" else str(form)), f"w{form}"
+        format = _text(w.op, "format")
+        return w, _quantized(s, w.op, f"glu_{format}" if layout == "glu" else format), weight_only(format)
     return w, s.weight(w, layout), ""
 
 
@@ -154,12 +155,6 @@ def _linear_glu(s: Selection, op: Op) -> None:
 # ------------------------------------------------------------------------------------------------------------ quantized
 
 
-def _form(op: Op) -> Quantization:
-    if grid := _int(op, "grid"):
-        return Quantization(4, grid=grid)
-    return Quantization(_int(op, "bits"), _int(op, "group"), _one(op, "zeros") is not None)
-
-
 def _quantized(s: Selection, op: Op, layout: str) -> Ref:
     values, scales, zeros = _operand(op, "values"), _operand(op, "scales"), _one(op, "zeros")
     for v in (values, scales, zeros):
@@ -197,7 +192,7 @@ def _quant_norm_rows(s: Selection, op: Op) -> None:
 @CPU.register([Key("quant.linear", "i8")])
 def _quant_linear(s: Selection, op: Op) -> None:
     bias, residual = _one(op, "bias"), _one(op, "residual")
-    form, out = _form(op), _widened(s, op)
+    format, out = _text(op, "format"), _widened(s, op)
     n, k = (const_dim(d, op, "the weight's shape") for d in _operand(op, "values").shape)
     kernel = Linear(
         k=k,
@@ -207,22 +202,22 @@ def _quant_linear(s: Selection, op: Op) -> None:
         bias=bias is not None,
         residual=residual is not None,
         act=_text(op, "act"),
-        weights=str(form),
+        weights=format,
     )
     args: list[Ref | Dim] = [s.ref(_operand(op, name)) for name in ("x", "scale", "sums")]
-    args.append(_quantized(s, op, str(form)))
+    args.append(_quantized(s, op, format))
     args += [s.ref(v, kernel.dtype) for v in (bias, residual) if v is not None]
     _call_linear(s, op, kernel, [*args, s.ref(out)], out)
 
 
 @CPU.register([Key("quant.linear_glu", "i8")])
 def _quant_linear_glu(s: Selection, op: Op) -> None:
-    x, bias, form = _operand(op, "x"), _one(op, "bias"), _form(op)
+    x, bias, format = _operand(op, "x"), _one(op, "bias"), _text(op, "format")
     n, k = (const_dim(d, op, "the weight's shape") for d in _operand(op, "values").shape)
     dtype = _text(op, "dtype")
-    kernel = LinearGlu(k=k, f=n // 2, dtype=dtype, bias=bias is not None, act=_text(op, "act"), weights=str(form))
+    kernel = LinearGlu(k=k, f=n // 2, dtype=dtype, bias=bias is not None, act=_text(op, "act"), weights=format)
     args: list[Ref | Dim] = [s.ref(_operand(op, name)) for name in ("x", "scale", "sums")]
-    args.append(_quantized(s, op, f"glu_{form}"))
+    args.append(_quantized(s, op, f"glu_{format}"))
     args += [s.ref(v, dtype) for v in (bias,) if v is not None]
     s.call_linear(op, kernel, [*args, s.ref(op.result)], rows(x))
 
@@ -277,9 +272,9 @@ def _embedding(s: Selection, op: Op) -> None:
     dim = const_dim(w.shape[1], op, "the row length")
     count = rows(ids) * ids.shape[-1] if ids.shape else as_dim(1)
     if w.op is not None and w.op.name == "quant.dequantize" and w in s.storage.weights:
-        form = _form(w.op)
-        kernel = Embedding(dim=dim, dtype=w.dtype, layout=str(form))
-        s.call(op, kernel, [s.ref(ids, "i32"), _quantized(s, w.op, str(form)), s.ref(op.result), count])
+        format = _text(w.op, "format")
+        kernel = Embedding(dim=dim, dtype=w.dtype, layout=format)
+        s.call(op, kernel, [s.ref(ids, "i32"), _quantized(s, w.op, format), s.ref(op.result), count])
         return
     # a table that a linear reads too is stored once, the way the linear wants it
     tied = w in s.storage.weights and s.weights.key(w) in s.panels

@@ -24,7 +24,6 @@ from typing import Any, Final
 import numpy as np
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.kernels.layouts import PANEL
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
 from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
 from xllm_compiler.kernels.tir.isa.levels import Isa
@@ -40,6 +39,7 @@ from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import KernelObjects
 from xllm_compiler.kernels.tir.native.standalone import Team, aligned, call_with
+from xllm_compiler.weight_formats import PANEL
 
 CANDIDATES: Final = (4, 6, 8, 12, 16)
 _ROWS: Final = (8, 32, 128)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
-from xllm_compiler.ir import ops, quant
+from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.testing.sketch import Sketch
+from xllm_compiler.weight_formats import GRIDS, GridFormat, IntegerFormat
 
 _ACTS: Final = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
@@ -57,21 +59,20 @@ def linear(g: Sketch) -> None:
 def quantized(g: Sketch) -> None:
     """Linear layers on quantized weights: with those alone, or with the argument's rows quantized too (any other value
     would be rounded differently after a rewrite that is off by one unit), and rows of a quantized table."""
-    form: dict[str, Any] = {"bits": g.pick((8, 4)), "group": g.pick((0, 16))}
+    bits, group = g.pick((8, 4)), g.pick((0, 16))
     how = g.choose(4)
     f = 3 + g.choose(4)
     rows = (g.width, g.width, 2 * f, 64)[how]
-    if form == {"bits": 8, "group": 0}:
-        form["grid"] = g.pick((0, 16, 32))
-    points = not form.get("grid") and g.choose(2) == 1
-    stored, scales, *zeros = g.b.create(ops.QuantWeight, g.param(rows, g.width), zeros=points, **form).results
-    fields: dict[str, object] = {"zeros": zeros[0] if zeros else None, "dtype": g.dtype, **form}
+    grid = g.pick((0, *GRIDS)) if (bits, group) == (8, 0) else 0
+    format = GridFormat(grid) if grid else IntegerFormat(bits, group, g.choose(2) == 1)
+    stored, scales, *zeros = g.b.create(ops.QuantWeight, g.param(rows, g.width), format=str(format)).results
+    fields: dict[str, object] = {"zeros": zeros[0] if zeros else None, "dtype": g.dtype, "format": str(format)}
     if how in (0, 3):
         w = g.op(ops.Dequantize, stored, scales, **fields)
         ids = g.pick(g.ints[:-4:-1]) if g.ints else g.arg("pos")
         g.push(g.op(ops.Linear, g.back(), w) if how == 0 else g.op(ops.Embedding, ids, w))
         return
-    grouping = {"group": form["group"], "by_group": quant.rows_by_group(form["bits"], form["group"])}
+    grouping: dict[str, Any] = asdict(format.rows)
     match g.choose(3):
         case 0:
             given: Op = g.b.create(ops.QuantRows, g.x, **grouping)
