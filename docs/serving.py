@@ -233,7 +233,7 @@ def metrics() -> str:
     """Every family of a scrape of a server that has seen one of everything."""
     guard = ConnectionGuard(1, 1.0, Budget(1))
     guard.refused["code"] = 1
-    model = ModelInfo("model", "Model", "0", "f32", 1, 1, (0,), None, 1, 1, 1)
+    model = ModelInfo("model", "Model", "0", "f32", 1, 1, (0,), None, 1, 1, 1, 16)
     all_counts = Metrics("model")
     all_counts.http["GET", "/health", 200] = 1
     all_counts.sources += [
