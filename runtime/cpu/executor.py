@@ -65,6 +65,7 @@ class CpuExecutor:
             raise XllmError("internal", "the weights are not mapped at a multiple of 64")
         self.pages = pages
         self._manifest = manifest
+        self._library = library
         self._weights = weights
         limits = manifest.limits
         self._most = (limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_num_logits, pages)
@@ -159,6 +160,12 @@ class CpuExecutor:
         """Where the next steps write their time stamps, [threads, calls of the program, 2] in C order, which must be
         kept until it is changed again; None: nowhere."""
         self._args[15] = 0 if stamps is None else int(stamps.ctypes.data)
+
+    def counter(self) -> Callable[[], int]:
+        """Reads the counter that the stamps are of. Raises XllmError("artifact") where the library has none."""
+        ticks = native_function(self._library, "xllm_team_ticks")
+        ticks.argtypes, ticks.restype = [], ctypes.c_int64
+        return ticks
 
     def close(self) -> None:
         if self._team is not None:

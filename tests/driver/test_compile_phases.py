@@ -17,16 +17,17 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from xllm_compiler import driver
 from xllm_compiler.artifact import CallTable, ProgramCalls, check_files, read_manifest
 from xllm_compiler.artifact.cpu_isa import machine_name
 from xllm_compiler.cache import CompileCache
 from xllm_compiler.dims import parse_dim
-from xllm_compiler.driver import Silent, compile_checkpoint
+from xllm_compiler.driver import compile_checkpoint, read_request
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.instruments import DumpDir
+from xllm_compiler.progress import Silent
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.tools.compile import report_text
 
 STEP = """xir 1 stage=graph
@@ -78,7 +79,6 @@ def lower(
         arena=parse_dim("32*N"),
         logits=parse_dim("32*S"),
         isas=isas,
-        kv_layers=(SimpleNamespace(page_bytes=1024, heads=1, k=8, v=8, page=16),),
     )
 
 
@@ -142,7 +142,7 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
     assert (manifest.model.name, manifest.model.dtype, manifest.model.max_model_len) == ("model", "f32", 64)
     assert (manifest.dims["N"].hi, manifest.dims["B"].hi, manifest.dims["S"].hi) == (32, 4, 32)
     assert [spec.name for spec in manifest.inputs] == ["ids", "sel"] and manifest.outputs[0].name == "logits"
-    request = driver.prepare(checkpoint, OPTIONS)
+    request = read_request(checkpoint, OPTIONS)
     assert manifest.key == request.factors.values, "nothing that decides the result is left out of the key"
     parse_module((tmp_path / "out" / "step.xir").read_text(), "step.xir")
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
@@ -238,12 +238,12 @@ def test_tuning_is_of_a_processor_and_needs_a_place(checkpoint: Path, tmp_path: 
         seen.append(tiles)
         return lower(*args, tiles=tiles, **others)
 
-    options = dataclasses.replace(OPTIONS, tune=True)
+    options = dataclasses.replace(OPTIONS, target=Cpu(tune=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["xllm_compiler.lowering.cpu.build"], "lower_cpu", watched)
         compile_checkpoint(checkpoint, tmp_path / "plain", OPTIONS, store=tmp_path)
         report = compile_checkpoint(checkpoint, tmp_path / "tuned", options, store=tmp_path)
         with pytest.raises(XllmError, match="a place to remember"):
             compile_checkpoint(checkpoint, tmp_path / "out", options)
-    assert report.manifest.key["option.tune"] == machine_name()
+    assert report.manifest.key["option.target.tune"] == machine_name()
     assert seen[0] is None and seen[1].path == tmp_path / "tiles.json"

@@ -25,6 +25,7 @@ from xllm_compiler.ir.verify import verify
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
 from xllm_compiler.kernels.tir.native.team import CTX_BYTES, CTX_TEAM_OFFSET
 from xllm_compiler.lowering.cpu.build import CpuLowering, lower_cpu
+from xllm_compiler.lowering.storage import kv_args
 from xllm_compiler.passes.manager import run_pipeline
 
 Array = npt.NDArray[Any]
@@ -83,7 +84,7 @@ class Compiled:
         weights = aligned(self.lowering.weight_bytes + 64, 0)
         weights[: self.lowering.weight_bytes] = np.fromfile(self.folder / "weights.bin", np.uint8)
         logits = aligned(self.lowering.logits.evaluate(env) + 64, 0xFF)
-        pool = aligned(env["P"] * sum(layer.page_bytes for layer in self.lowering.kv_layers), 0)
+        pool = aligned(env["P"] * sum(v.kv.page_bytes for v in kv_args(self.module.func("step"))), 0)
         if kv is not None:
             pool[:] = kv
         meeting = aligned(64 * (2 + team), 0)  # a barrier, a line for each member, and one that nobody may write

@@ -10,8 +10,8 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir import quant
 from xllm_compiler.kernels import grids
 from xllm_compiler.passes.manager import parse_pipeline
-from xllm_compiler.passes.pipelines import PRESETS, quantized
 from xllm_compiler.passes.quantize.forms import GRIDS, GROUPS, QuantForm, parse_form
+from xllm_compiler.targets.cpu import Cpu
 
 
 @pytest.mark.parametrize(
@@ -44,20 +44,20 @@ def test_every_form_survives_its_name_and_makes_a_pipeline() -> None:
             continue
         form = QuantForm(bits, acts, group, zeros, kv)
         assert parse_form(str(form)) == form
-        text = str(parse_pipeline(",".join(quantized(form))))
+        text = str(parse_pipeline(",".join(Cpu.pipelines.quantized(form))))
         assert ("quantize-rows" in text) == (acts == 8) and ("quantize-kv" in text) == (kv == 8)
         assert f"bits={bits}" in text or bits == 8  # the default is not printed
         assert (f"group={group}" in text) == bool(group) and ("zeros=true" in text) == zeros and "grid" not in text
     for grid in GRIDS:
         form = QuantForm(4, grid=grid)
         assert parse_form(str(form)) == form
-        assert f"quantize-weights{{bits=4,grid={grid}}}" in str(parse_pipeline(",".join(quantized(form))))
+        assert f"quantize-weights{{bits=4,grid={grid}}}" in str(parse_pipeline(",".join(Cpu.pipelines.quantized(form))))
     assert set(GRIDS) == set(quant.GRIDS) == set(grids.GRIDS)
 
 
 def test_the_presets_are_the_short_names() -> None:
-    assert quantized(parse_form("int8")) == PRESETS["cpu-int8"]
-    assert quantized(parse_form("int4")) == PRESETS["cpu-int4"]
+    assert Cpu.pipelines.quantized(parse_form("int8")) == Cpu.presets["cpu-int8"]
+    assert Cpu.pipelines.quantized(parse_form("int4")) == Cpu.presets["cpu-int4"]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from xllm_compiler.artifact import (
     TensorSpec,
     Weight,
     Weights,
-    machine_isas,
 )
+from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.artifact.writer import ArtifactWriter
 
 VOCAB, PAGE, WIDTH, MULTIPLIER = 50, 4, 8, 7
@@ -136,7 +136,7 @@ def toy_manifest(isa: str) -> Manifest:
         format=FORMAT,
         id="",
         model=Model("Toy", "toy", VOCAB, 8, 1, "f32", WIDTH * PAGE, (), None),
-        target=Target("cpu", (isa,), PAGE),
+        target=Target("cpu", PAGE, (isa,), (f"cpu/{isa}.so",)),
         limits=Limits(3, 12, 6),
         dims={
             "N": DimRange(1, 12, "tokens in this step"),
@@ -170,7 +170,7 @@ def build_toy_artifact(out: Path) -> Path:
         writer.write_text("step.xir", STEP)
         writer.write_text("calls.json", "{}\n")  # nobody profiles the toy
         (writer.path / "weights.bin").write_bytes(MULTIPLIER.to_bytes(4, "little") + bytes(WEIGHT_BYTES - 4))
-        writer.copy(f"cpu/{manifest.target.isas[0]}.so", library)
+        writer.copy(f"cpu/{manifest.target.levels[0]}.so", library)
         writer.write_text("generation_config.json", '{"temperature": 0.5, "do_sample": true, "max_new_tokens": 3}')
         writer.commit(manifest)
     return out

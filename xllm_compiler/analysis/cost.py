@@ -82,21 +82,6 @@ class Machine:
             raise XllmError("option", f"machine {self.name}: a time is negative")
 
 
-MACHINES: Final = {
-    # Two cores of a virtual AMD EPYC (Zen 4) with the bf16 dot product, measured by bench/limits.py; launch: a barrier.
-    "cpu": Machine("cpu", flops=448e9, bandwidth=34.2e9, launch=0.2e-6, link=1.25e9, hop=20e-6),
-    # NVIDIA's data sheet of the H200 SXM: bf16 without sparsity, HBM3e, NVLink in one direction; launch inside a graph.
-    "h200": Machine("h200", flops=989e12, bandwidth=4.8e12, launch=2e-6, link=450e9, hop=2e-6),
-}
-
-
-def machine_of(name: str) -> Machine:
-    """The machine called `name`; XllmError of kind "option" names those there are."""
-    if name not in MACHINES:
-        raise XllmError("option", f"no machine is called {name!r}", help="one of " + ", ".join(MACHINES))
-    return MACHINES[name]
-
-
 _ZERO: Final = as_dim(0)
 
 

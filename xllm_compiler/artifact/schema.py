@@ -12,7 +12,7 @@ from typing import Any
 from xllm_compiler.artifact.decode import encode
 from xllm_compiler.dims import Dim, parse_dim
 
-FORMAT = 4
+FORMAT = 5
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
 
 MANIFEST = "manifest.json"
@@ -48,11 +48,13 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`isas`: instruction set levels with code in this artifact. `page`: tokens in a KV page."""
+    """`kind`: who can run this artifact. `page`: tokens in a KV page. `levels`: the machines that there is code for,
+    from the widest spread to the best, and `files`: those that only this kind reads; what both mean is the kind's."""
 
     kind: str
-    isas: tuple[str, ...]
     page: int
+    levels: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

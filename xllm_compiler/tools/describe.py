@@ -74,7 +74,7 @@ def programs_text(manifest: Manifest) -> str:
         (program.name, " and ".join(f"{guard} >= 0" for guard in program.guard) or "always", program.symbol)
         for program in manifest.programs
     ]
-    return f"programs ({', '.join(manifest.target.isas)})\n{table(rows)}"
+    return f"programs ({', '.join(manifest.target.levels)})\n{table(rows)}"
 
 
 def files_text(manifest: Manifest) -> str:

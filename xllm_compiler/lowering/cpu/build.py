@@ -1,6 +1,6 @@
 """`lower_cpu`: a planned module and its weights become shared libraries and a weight file. Owns the whole of that way.
 
-Must not know the manifest: the driver turns the returned facts into one.
+Must not know the manifest: `targets/cpu.py` turns the returned facts into its part of one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weigh
 from xllm_compiler.lowering.cpu.select_kernels import select
 from xllm_compiler.lowering.cpu.tiles import TileChoices
 from xllm_compiler.lowering.kernel_registry import Call
-from xllm_compiler.lowering.storage import kv_args
 from xllm_compiler.lowering.weights import WeightTable
 
 Progress = Callable[[str, float], None]
@@ -48,18 +47,6 @@ class CpuProgram:
 
 
 @dataclass(frozen=True, slots=True)
-class CpuKvLayer:
-    """One layer of the KV pool, in bytes and elements of a page."""
-
-    page_bytes: int
-    heads: int
-    k: int
-    v: int
-    page: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class CpuLowering:
     """Everything a manifest says about the CPU programs. `files` are relative to the output directory."""
 
@@ -70,7 +57,6 @@ class CpuLowering:
     weight_bytes: int
     arena: Dim
     logits: Dim
-    kv_layers: tuple[CpuKvLayer, ...]
     files: tuple[str, ...]
 
 
@@ -139,10 +125,6 @@ def lower_cpu(
         weight_bytes=size,
         arena=func.arena if func.arena is not None else as_dim(0),
         logits=selection.storage.output_bytes,
-        kv_layers=tuple(
-            CpuKvLayer(v.kv.page_bytes, v.kv.heads, v.kv.k_dim, v.kv.v_dim, v.kv.page, v.kv.dtype)
-            for v in kv_args(func)
-        ),
         files=tuple(files),
     )
 
