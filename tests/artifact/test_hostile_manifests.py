@@ -17,7 +17,7 @@ from toy_artifact import build_toy_artifact
 
 from xllm_compiler.artifact import Contents, FileEntry, Manifest, digest_file, read_calls, read_manifest, unlisted
 from xllm_compiler.artifact.decode import decode, encode
-from xllm_compiler.artifact.schema import canonical_json
+from xllm_compiler.artifact.schema import FORMAT, canonical_json
 from xllm_compiler.artifact.strict_json import MAX_DEPTH, parse_json
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.llm import LLM
@@ -80,11 +80,11 @@ RAW: dict[str, Callable[[str], str]] = {
     "only brackets": lambda text: "[" * DEEP,
     "5,000 digits": text_edit('"layers": 1', '"layers": ' + "9" * 5000),
     "5,000 digits in the key": text_edit('"key": {}', '"key": {"x": ' + "9" * 5000 + "}"),
-    "a format of 5,000 digits": text_edit('"format": 4', '"format": ' + "9" * 5000),
-    "a long format": text_edit('"format": 4', '"format": "' + "9" * 50000 + '"'),
-    "a nested format": text_edit('"format": 4', '"format": ' + nested(500)),
+    "a format of 5,000 digits": text_edit(f'"format": {FORMAT}', '"format": ' + "9" * 5000),
+    "a long format": text_edit(f'"format": {FORMAT}', '"format": "' + "9" * 50000 + '"'),
+    "a nested format": text_edit(f'"format": {FORMAT}', '"format": ' + nested(500)),
     "a key twice": text_edit('"key": {}', '"key": {"x": 1, "x": 1}'),
-    "a field twice": text_edit('"format": 4', '"format": 4,\n "format": 4'),
+    "a field twice": text_edit(f'"format": {FORMAT}', f'"format": {FORMAT},\n "format": {FORMAT}'),
     "a byte order mark": lambda text: "\ufeff" + text,
     "nothing": lambda text: "",
     "a NUL": lambda text: "\0" + text,
