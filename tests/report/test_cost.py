@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_text import TWO_STREAMS, model_text
 
-from xllm_compiler.analysis.cost import Amounts, Costs, Machine, estimate
+from xllm_compiler.analysis.cost import Amounts, Costs, estimate
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.weights import weight_roots
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op

@@ -28,11 +28,13 @@ from xllm_compiler.driver import read_request
 from xllm_compiler.errors import XllmError
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.manager import parse_pipeline
+from xllm_compiler.passes.registry import pass_class
 from xllm_compiler.plugins import TARGETS
 from xllm_compiler.runtime.targets import RUNTIME_TARGETS, runtime_target
 from xllm_compiler.targets import target_class
 from xllm_compiler.testing.corpus import corpus
 from xllm_compiler.testing.laws import Laboratory
+from xllm_compiler.testing.laws_inputs import points
 from xllm_compiler.tools.compile import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,8 +157,8 @@ def test_laws_run_for_its_preset() -> None:
     laboratory = Laboratory(corpus(random_graphs=2)[::24], "@interp")
     results = laboratory.results("fold")
     assert (results.broken, results.unjudged, results.unreachable) == ({}, {}, {}) and results.changed
-    points = {source.point for source in laboratory.bench.sources(type(parse_pipeline("dce").items[0]))}
-    assert "after @interp" in points and "after @cpu" not in points
+    places = [point.label for point in points(pass_class("fold"), "@interp")]
+    assert places[-1] == "after @interp" and "before fuse-kv-append" in places
 
 
 @pytest.mark.usefixtures("interp")

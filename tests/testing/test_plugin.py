@@ -104,11 +104,11 @@ def laws(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = ModuleType("xllm_compiler.testing.laws")
     vars(stub)["law_names"] = lambda: ["meaning", "honesty"]
 
-    def check(name: str, law: str, folders: tuple[Path, ...]) -> str | None:
+    def check(name: str, law: str, folders: tuple[Path, ...], preset: str) -> str | None:
         return f"{name} breaks {law} in {[*map(str, folders)]}" if (name, law) == ("lab-wrong", "meaning") else None
 
     vars(stub)["check"] = check
-    vars(stub)["tally"] = lambda name, folders: f"{name}: 3 of 4 modules changed"
+    vars(stub)["tally"] = lambda name, folders, preset: f"{name}: 3 of 4 modules changed"
     monkeypatch.setitem(sys.modules, "xllm_compiler.testing.laws", stub)
     monkeypatch.setattr("xllm_compiler.testing.laws", stub, raising=False)
 

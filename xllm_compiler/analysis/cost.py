@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.dims import Dim, as_dim, ceildiv, dmin, sym
-from xllm_compiler.errors import XllmError
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.ops import (
@@ -60,26 +60,6 @@ from xllm_compiler.ir.types import DTYPE_BYTES, Kv, Tensor
 
 CONTEXT: Final = sym("context")
 """Tokens that each request had before the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Limits per second, and seconds. `flops`: in the dtype of the model; `launch`: of starting one op; `link` and
-    `hop`: bandwidth of one rank to its neighbours, in one direction, and the time of one message."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    launch: float
-    link: float = 1e9
-    hop: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for field in ("flops", "bandwidth", "link"):
-            if not getattr(self, field) > 0:
-                raise XllmError("option", f"machine {self.name}: {field} is {getattr(self, field)}, not above 0")
-        if self.launch < 0 or self.hop < 0:
-            raise XllmError("option", f"machine {self.name}: a time is negative")
 
 
 _ZERO: Final = as_dim(0)

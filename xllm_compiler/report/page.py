@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from xllm_compiler.analysis.cost import Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.ir.core import Module
 from xllm_compiler.passes.instruments import History
 from xllm_compiler.passes.manager import PipelineReport

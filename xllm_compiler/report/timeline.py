@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm_compiler.analysis.cost import Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.simulate import Slot, simulate, streams_of
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module

@@ -12,11 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy.typing as npt
-
-from xllm_compiler.analysis.cost import Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.artifact import Program, Weight
 from xllm_compiler.dims import Dim
 from xllm_compiler.errors import XllmError
@@ -26,6 +24,9 @@ from xllm_compiler.passes.pipelines import Halves
 from xllm_compiler.passes.presets import HasPresets
 from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.progress import Progress
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)

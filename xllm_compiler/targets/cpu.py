@@ -10,12 +10,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from xllm_compiler import kernels
-from xllm_compiler.analysis.cost import Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.artifact import CALLS, Program, Weight
 from xllm_compiler.artifact.cpu_isa import LEVELS, machine_levels, machine_name
 from xllm_compiler.errors import XllmError
@@ -26,6 +24,9 @@ from xllm_compiler.passes.quantize.forms import QuantForm, parse_form
 from xllm_compiler.progress import Progress
 from xllm_compiler.sources import digest_sources
 from xllm_compiler.targets.base import Lowered, Target
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PIPELINES: Final = Halves(BEFORE, AFTER)
 

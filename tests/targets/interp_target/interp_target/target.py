@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy.typing as npt
 
-from xllm_compiler.analysis.cost import Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.artifact import WEIGHTS, Program, Weight
 from xllm_compiler.dims import as_dim
 from xllm_compiler.errors import XllmError
