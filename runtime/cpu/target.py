@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact import Manifest
+from xllm_compiler.artifact import CALLS, Manifest
 from xllm_compiler.artifact.cpu_isa import choose_isa, machine_isas
 from xllm_compiler.artifact.decode import bad
 from xllm_compiler.runtime.cpu.executor import CpuExecutor
@@ -39,15 +39,13 @@ class CpuRuntime(RuntimeTarget):
     kind = "cpu"
 
     def check(self, manifest: Manifest) -> None:
-        for isa in manifest.target.levels:
-            for name in self.reads(isa):
-                if name not in manifest.target.files:
-                    raise bad("$.target.files", f"{name} is not listed, the code of level {isa}")
+        for name in (CALLS, *(name for isa in manifest.target.levels for name in self.reads(isa))):
+            if name not in manifest.target.files:
+                raise bad("$.target.files", f"{name} is not listed")
 
     def levels(self, manifest: Manifest) -> tuple[str, ...]:
-        best = choose_isa(manifest.target.levels)  # says what is lacking where there is none
-        here = [isa for isa in machine_isas() if isa in manifest.target.levels]
-        return tuple(here[: here.index(best) + 1])
+        here = tuple(isa for isa in machine_isas() if isa in manifest.target.levels)
+        return here or (choose_isa(manifest.target.levels),)  # says what is lacking
 
     def reads(self, level: str) -> tuple[str, ...]:
         return (f"cpu/{level}.so",)

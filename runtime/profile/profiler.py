@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from xllm_compiler.artifact import CALLS
 from xllm_compiler.artifact.calls import CallTable, read_calls
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.engine import Engine
@@ -42,9 +43,13 @@ class Profiler:
     def wrap(self, artifact: LoadedArtifact, executor: Executor) -> Recorder:
         """What the engine is to run steps on. Raises XllmError("artifact"), and ("option") for an executor that leaves
         no time stamps."""
-        if not isinstance(executor, Stamped):
+        if not isinstance(executor, Stamped) or CALLS not in artifact.manifest.files:
             kind = artifact.manifest.target.kind
-            raise XllmError("option", f"steps of target {kind} cannot be profiled: it leaves no time stamps")
+            raise XllmError(
+                "option",
+                f"steps of target {kind} cannot be profiled: its kernels leave no time stamps",
+                help="serve it without --profile-steps",
+            )
         self._table = read_calls(artifact.path, artifact.manifest)
         self._about = {"model": artifact.manifest.model.name, "artifact": artifact.manifest.id, "code": artifact.level}
         self._recorder = Recorder(executor, self._table, self._steps, self._on_kind)

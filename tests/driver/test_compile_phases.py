@@ -22,13 +22,17 @@ from xllm_compiler.artifact.cpu_isa import machine_name
 from xllm_compiler.cache import CompileCache
 from xllm_compiler.dims import parse_dim
 from xllm_compiler.driver import compile_checkpoint, read_request
+from xllm_compiler.driver.key import SOURCES, recorded
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.instruments import DumpDir
 from xllm_compiler.progress import Silent
+from xllm_compiler.targets.base import check_capabilities
 from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.tools.compile import report_text
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STEP = """xir 1 stage=graph
 dim N in [1, {tokens}]  // tokens
@@ -146,6 +150,43 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
     assert manifest.key == request.factors.values, "nothing that decides the result is left out of the key"
     parse_module((tmp_path / "out" / "step.xir").read_text(), "step.xir")
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_all_of_the_compiler_is_in_the_key() -> None:
+    """A part that is new, or called otherwise, must say whether it can decide a byte of the result."""
+    cannot = {
+        "cache.py",
+        "workspace.py",
+        "plugins.py",
+        "progress.py",
+        "sources.py",
+    }  # where things are and how they look
+    cannot |= {"tools", "report", "testing", "runtime", "models"}
+    parts = {path.name for path in (ROOT / "xllm_compiler").iterdir() if not path.name.startswith(("_", "py."))}
+    assert parts == {*SOURCES, *cannot} and not cannot & {*SOURCES}
+
+
+def test_reads_of_options_are_recorded() -> None:
+    read: list[str] = []
+    options = recorded(Cpu(("avx2",)), read.append)
+    assert isinstance(options, Cpu) and options.isas == ("avx2",) and read == ["isas"]
+    assert options.needs_store is False and read == ["isas", "tune"], "a method's reads count too"
+
+
+def test_a_target_refuses_what_it_does_not_have() -> None:
+    text = """xir 1 stage=graph
+dim N in [1, 8]
+group @tp size=2
+
+func @step(%x: f32[N]) -> (f32[N]) {
+  %f = comm.all_reduce_start(%x, group=@tp, kind=sum) : !future<f32[N]>
+  %y = comm.wait(%f) : f32[N]
+  return %y
+}
+"""
+    with pytest.raises(XllmError, match=r"target cpu has no comm\.all_reduce_start") as caught:
+        check_capabilities(parse_module(text, "t.xir"), Cpu())
+    assert caught.value.kind == "unsupported"
 
 
 def test_same_bytes_twice(checkpoint: Path, tmp_path: Path) -> None:

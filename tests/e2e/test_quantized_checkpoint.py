@@ -29,6 +29,6 @@ def test_verify_takes_it(case: str, kept: str, tmp_path: Path, capsys: pytest.Ca
     layouts = [t.layout for t in read_manifest(out).weights.tensors]
     assert not kept or (layouts.count(kept), layouts.count(f"glu_{kept}")) == (6, 2)
     parser = argparse.ArgumentParser()
-    verify.add_arguments(parser)
+    verify.add_arguments(parser, [])
     assert verify.main(parser.parse_args([str(out), "--checkpoint", str(checkpoint)])) == 0
     assert "transformers" in capsys.readouterr().out

@@ -162,6 +162,7 @@ def test_foreign_artifacts(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise XllmError("artifact", "the artifact has code for none of this CPU's levels")
 
     with monkeypatch.context() as patch:
+        patch.setattr(target, "machine_isas", tuple)
         patch.setattr(target, "choose_isa", choose_none)
         with pytest.raises(XllmError) as caught:
             load_artifact(copy)

@@ -136,7 +136,7 @@ def toy_manifest(isa: str) -> Manifest:
         format=FORMAT,
         id="",
         model=Model("Toy", "toy", VOCAB, 8, 1, "f32", WIDTH * PAGE, (), None),
-        target=Target("cpu", PAGE, (isa,), (f"cpu/{isa}.so",)),
+        target=Target("cpu", PAGE, (isa,), ("calls.json", f"cpu/{isa}.so")),
         limits=Limits(3, 12, 6),
         dims={
             "N": DimRange(1, 12, "tokens in this step"),

@@ -30,6 +30,7 @@ from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.manager import parse_pipeline
 from xllm_compiler.passes.registry import pass_class
 from xllm_compiler.plugins import TARGETS
+from xllm_compiler.runtime.profile.profiler import Profiler
 from xllm_compiler.runtime.targets import RUNTIME_TARGETS, runtime_target
 from xllm_compiler.targets import target_class
 from xllm_compiler.testing.corpus import corpus
@@ -217,6 +218,14 @@ def test_a_package_that_offers_one_of_our_names(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(XllmError, match=r"offered by several packages: better-cpu 9\.0, xllm-compiler"):
         read_request(BUNDLED, CompileOptions())
+
+
+def test_a_target_without_time_stamps_is_not_profiled() -> None:
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(target=Target("interp", 16, ("numpy",), ()), files={}))
+    executor: Any = SimpleNamespace(pages=1, new_batch=list, execute=list, close=list)
+    with pytest.raises(XllmError, match="steps of target interp cannot be profiled") as caught:
+        Profiler(1, print).wrap(artifact, executor)
+    assert caught.value.kind == "option"
 
 
 def test_our_own_are_offered_as_others_are() -> None:

@@ -101,7 +101,7 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
     verify(module)
     sizes = _given_sizes(module, args)
     before = clone_module(module) if args.check_equiv is not None else None
-    target = target_class(args.target)
+    target = target_class(args.target or DEFAULT)
     ctx = PassContext(target.capabilities)
     explains = [Explain(pattern, sys.stderr) for pattern in args.explain]
     tries = OpsTried()
@@ -183,7 +183,7 @@ def _instruments(job: Job, args: Any, pipeline: Pipeline, target: type[Target], 
 
 
 def _repro_flags(args: Any) -> tuple[str, ...]:
-    target = [] if args.target == DEFAULT else ["--target", args.target]
+    target = [] if args.target is None else ["--target", args.target]
     return (*load_words(args), *target, *(["--no-verify-each"] if args.no_verify_each else []))
 
 
