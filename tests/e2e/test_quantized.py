@@ -61,7 +61,7 @@ def test_it_computes_what_the_interpreter_does(
 def test_verify_takes_it(pipeline: str, artifact: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = artifact("qwen3", "bfloat16", pipeline)
     parser = argparse.ArgumentParser()
-    verify.add_arguments(parser)
+    verify.add_arguments(parser, [])
     assert verify.main(parser.parse_args([str(path)])) == 0
     assert "interpreter on " in capsys.readouterr().out
 

@@ -149,6 +149,10 @@ def test_laws_are_asked_for_or_belong_to_the_whole_run(with_passes: pytest.Pytes
     result = with_passes.runpytest_inprocess("wrong.xir", "--laws=lab-wrogn")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --laws=lab-wrogn*", "*there is no pass called*", "*did you mean 'lab-wrong'*"])
+    for preset in ("@abacus", "cpu"):
+        result = with_passes.runpytest_inprocess("wrong.xir", "--laws=lab-wrong", f"--laws-preset={preset}")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines([f"ERROR: --laws-preset={preset}: no installed target*", "*@cpu, @cpu-int4*"])
 
 
 def test_passes_are_tried_on_the_modules_of_the_project(with_passes: pytest.Pytester) -> None:

@@ -197,6 +197,8 @@ def pytest_make_collect_report(
 
 def _to_judge(config: pytest.Config) -> list[str]:
     wanted = _wanted(config)
+    if wanted is not None:
+        _check_preset(config.getoption("laws_preset"))
     if not wanted:
         return [] if wanted is None else config.stash.get(_PASSES, [])
     from xllm_compiler.errors import XllmError
@@ -206,6 +208,21 @@ def _to_judge(config: pytest.Config) -> list[str]:
         return [pass_class(wanted).name]
     except XllmError as e:
         raise pytest.UsageError(f"--laws={wanted}: the option takes the word behind it as a pass\n{e}") from e
+
+
+def _check_preset(name: str | None) -> None:
+    """Raises UsageError for a preset that no installed target has."""
+    if name is None:
+        return
+    from xllm_compiler.errors import XllmError
+    from xllm_compiler.passes.presets import all_presets, preset
+
+    try:
+        if name[:1] != "@" or preset(name[1:]) is None:
+            known = ", ".join(f"@{known}" for known in all_presets()[0])
+            raise pytest.UsageError(f"--laws-preset={name}: no installed target has such a preset\n  help: {known}")
+    except XllmError as e:
+        raise pytest.UsageError(f"--laws-preset={name}\n{e}") from e
 
 
 def _inputs(session: pytest.Session) -> tuple[Path, ...]:
