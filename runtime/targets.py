@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,6 @@ class Code(Protocol):
 
 class RuntimeTarget(ABC):
     """What the runtime asks of a target. It has no state: a subclass is made without arguments."""
-
-    kind: ClassVar[str]
 
     def check(self, manifest: Manifest) -> None:  # noqa: B027 (most have nothing to add)
         """Raise kind "artifact" where the manifest's target part is not as the compiler's half writes it. What any

@@ -36,8 +36,6 @@ class CpuCode:
 class CpuRuntime(RuntimeTarget):
     """A level is an instruction set, and has one library."""
 
-    kind = "cpu"
-
     def check(self, manifest: Manifest) -> None:
         for name in (CALLS, *(name for isa in manifest.target.levels for name in self.reads(isa))):
             if name not in manifest.target.files:

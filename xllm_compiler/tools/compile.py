@@ -119,14 +119,20 @@ def _target_in(argv: Sequence[str]) -> type[Target]:
         return target_class(DEFAULT)
 
 
+def target_of(args: argparse.Namespace) -> Target:
+    """The target that the flags name, with its own options."""
+    from xllm_compiler.targets import target_class
+
+    return target_class(args.target).of_arguments(args)
+
+
 def options_of(args: argparse.Namespace) -> CompileOptions:
     """The options that the flags of `add_compile_arguments` ask for; registers the passes that --load names."""
     from xllm_compiler.options import CompileOptions
-    from xllm_compiler.targets import target_class
 
     load_given(args)
     return CompileOptions(
-        target=target_class(args.target).of_arguments(args),
+        target=target_of(args),
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -202,16 +208,15 @@ def _compile(args: argparse.Namespace) -> int:
 
     if args.output is not None and args.cache_dir is not None:
         raise XllmError("option", "-o and --cache-dir exclude each other", help="the cache is used when there is no -o")
-    options = options_of(args)
-    assert not isinstance(options.target, str)
-    instruments, listeners = _watchers(args, options.target)
+    target = target_of(args)
+    instruments, listeners = _watchers(args, target)
     report = compile_checkpoint(
         args.checkpoint,
         args.output,
-        options,
+        options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        store=_store_of(args, options.target),
+        store=_store_of(args, target),
         instruments=instruments,
         listeners=listeners,
     )

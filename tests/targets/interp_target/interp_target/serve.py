@@ -60,8 +60,6 @@ class InterpCode:
 class InterpRuntime(RuntimeTarget):
     """Any machine will do."""
 
-    kind = "interp"
-
     def levels(self, manifest: Manifest) -> tuple[str, ...]:
         return manifest.target.levels
 
