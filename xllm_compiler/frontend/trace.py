@@ -5,7 +5,6 @@ Owns `trace_checkpoint` and the shape of `@step` (see docs/architecture.md). It 
 
 from __future__ import annotations
 
-import os
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -94,7 +93,7 @@ class _Step(torch.nn.Module):
 
 
 def trace_checkpoint(
-    path_or_config: str | os.PathLike[str] | Any,
+    source: Checkpoint | Any,
     *,
     dtype: str,
     max_model_len: int | None = None,
@@ -103,7 +102,7 @@ def trace_checkpoint(
     max_num_logits: int,
     check_finite: bool = True,
 ) -> Traced:
-    """Traces a checkpoint directory, or a transformers config (whose weights then have no values).
+    """Traces an opened checkpoint, or a transformers config (whose weights then have no values).
 
     `dtype` is "f32" or "bf16". `max_model_len` is in tokens; None takes what the model was made for. Raises XllmError
     with kind "checkpoint" (the directory), "unsupported" (the model) or "option" (a limit).
@@ -112,12 +111,12 @@ def trace_checkpoint(
         raise XllmError("option", f"dtype {dtype!r} cannot be compiled", help="one of " + ", ".join(TORCH_DTYPE))
     checkpoint: Checkpoint | None = None
     quantized: Quantized | None = None
-    if isinstance(path_or_config, (str, os.PathLike)):
-        quantized = Quantized.of(Checkpoint.open(path_or_config))
+    if isinstance(source, Checkpoint):
+        quantized = Quantized.of(source)
         checkpoint = quantized.view
         config = load_config(checkpoint)
     else:
-        config = path_or_config
+        config = source
     if getattr(config, "is_encoder_decoder", False):
         raise XllmError("unsupported", f"{config.model_type!r} is an encoder-decoder model")
     if text_config(config) is not config:
