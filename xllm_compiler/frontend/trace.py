@@ -1,6 +1,6 @@
 """From a checkpoint to the step function: build the model, trace it, import the graph, prove that it may be batched.
 
-Owns `trace_checkpoint` and the shape of `@step` (see docs/architecture.md). It translates; passes improve.
+Owns `trace_checkpoint` and the shape of `@step` (see docs/ir.md). It translates; passes improve.
 """
 
 from __future__ import annotations
