@@ -20,7 +20,7 @@ from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.opdef import OPS
 from xllm_compiler.ir.ops import Add, AllReduceStart, Collective, KvAppend, KvAttend, KvWrite, Linear
 from xllm_compiler.ir.printer import print_module
-from xllm_compiler.ir.semantics import Array, kv_zeros
+from xllm_compiler.ir.semantics import Array, state_zeros
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.testing import corpus as corpus_package
 from xllm_compiler.testing.corpus import Entry, corpus, entry, families_of, random_text
@@ -168,7 +168,7 @@ def test_a_tensor_parallel_decoder_is_its_single_rank_twin(ranks: int, n: int) -
     given = make(func, n, seed=3)
     (inputs,), (params,) = given.inputs, given.params
     for name in ("kv0", "kv1"):  # heads of the cache are split too: start from what is the same on all ranks
-        inputs[name] = kv_zeros(func.arg(name).kv, given.dims)
+        inputs[name] = state_zeros(func.arg(name).kv, given.dims)
         rng = np.random.default_rng(5)
         inputs[name] += rng.standard_normal(inputs[name].shape).astype(np.float32)
     locals_ = [

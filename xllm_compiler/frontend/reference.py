@@ -23,7 +23,7 @@ from xllm_compiler.frontend.model import TORCH_DTYPE, load_config
 from xllm_compiler.frontend.quantized import Quantized
 from xllm_compiler.interp import run
 from xllm_compiler.ir.core import Module
-from xllm_compiler.ir.semantics import kv_zeros
+from xllm_compiler.ir.semantics import state_zeros
 
 Chunk = tuple[int, int]  # request, number of its next tokens
 
@@ -41,7 +41,7 @@ class Stepper:
         self.pages = pages
         # Neither in order nor from 0: a kernel or a meaning that ignores the table would show.
         self.free = [int(p) for p in np.random.default_rng(0).permutation(pages)]
-        self.caches = {a.name: kv_zeros(a.kv, {"P": pages}) for a in self.func.args if a.name.startswith("kv")}
+        self.caches = {a.name: state_zeros(a.kv, {"P": pages}) for a in self.func.args if a.name.startswith("kv")}
 
     def step(self, prompts: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> dict[tuple[int, int], Array]:
         """Runs one step over the next tokens of some requests; f32 logits [vocab] by (request, position)."""

@@ -16,7 +16,7 @@ from xllm_compiler.ir.facts import Noise, Rows, Work
 from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import UNKNOWN, Loc
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import Cell, Future, Kv, Tensor, Type
 
 if TYPE_CHECKING:
     from xllm_compiler.ir.cost import Cost, CostContext
@@ -73,6 +73,13 @@ class Value:
         """The type, which must be a KV cache."""
         if not isinstance(self.type, Kv):
             raise IrError(f"%{self.name} is {self.type}, a kv value is needed here")
+        return self.type
+
+    @property
+    def cell(self) -> Cell:
+        """The type, which must be a cell."""
+        if not isinstance(self.type, Cell):
+            raise IrError(f"%{self.name} is {self.type}, a cell is needed here")
         return self.type
 
     @property

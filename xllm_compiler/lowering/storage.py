@@ -15,7 +15,8 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.groups import rank_symbols
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.state import used_version
+from xllm_compiler.ir.types import Kv, State, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
 Space = Literal["arena", "weight", "input", "kv", "logits", "barrier"]
@@ -105,6 +106,12 @@ class Storage:
             if isinstance(v.type, Kv):
                 self._refs[v] = Ref("kv", layer, as_dim(before), v.type.pages * v.type.page_bytes)
                 before, layer = before + v.type.page_bytes, layer + 1
+            elif isinstance(v.type, State):
+                raise XllmError(
+                    "unsupported",
+                    f"@{self.func.name} keeps %{v.name}: {v.type}, and no kernel here reads or writes such a state",
+                    help="kv<..> is the only state with kernels; xllm-run runs the others in the interpreter",
+                )
             elif v.name in INPUTS and v.dtype == "i32":
                 self._refs[v] = Ref("input", INPUTS.index(v.name), as_dim(0), v.tensor.nbytes)
             else:
@@ -159,8 +166,9 @@ class Storage:
     def _place_results(self, op: Op) -> None:
         offsets = self._offsets(op)
         for value in op.results:
-            if isinstance(value.type, Kv):
-                self._refs[value] = self._refs[op.operands[op.field_index(op.SPEC.consumes)]]
+            before = used_version(op) if isinstance(value.type, State) else None
+            if before is not None:
+                self._refs[value] = self._refs[before]
                 continue
             if not isinstance(value.type, Tensor):
                 raise XllmError("unsupported", f"{op.name} needs more than one CPU process", where=where(op))

@@ -156,12 +156,10 @@ def references(
 def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: Trial) -> list[F32]:
     """Logits of every step from the numpy meanings of the ops."""
     from xllm_compiler.interp import run
-    from xllm_compiler.ir.semantics import kv_zeros
-    from xllm_compiler.ir.types import Kv
+    from xllm_compiler.ir.semantics import state_zeros
+    from xllm_compiler.ir.state import state_args
 
-    caches = {
-        arg.name: kv_zeros(arg.type, {"P": trial.pages}) for arg in module.func("step").args if isinstance(arg.type, Kv)
-    }
+    caches = {arg.name: state_zeros(arg.kv, {"P": trial.pages}) for arg in state_args(module.func("step"))}
     logits = []
     for step in trial.steps:
         sizes = {"N": len(step.ids), "B": len(step.start) - 1, "S": len(step.sel), "P": trial.pages}
