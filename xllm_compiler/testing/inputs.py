@@ -27,13 +27,14 @@ from xllm_compiler.ir.groups import rank_symbols, world_size
 from xllm_compiler.ir.ops import Collective, Linear, Param, StateRead, StateWrite
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, possible
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.types import Kv, State, Tensor
+from xllm_compiler.ir.types import Cell, Kv, State, Tensor
 from xllm_compiler.testing.ranges import Range, index_ranges
 
 Sizes = Mapping[str, int]
 
 MAX_TRIES = 20_000  # assignments tried before sizes are said not to exist
 SPARE_PAGES = 2  # of context per request, beyond what the step's own tokens need
+SPARE_SLOTS = 2  # beyond one for each token
 SMALL = 64  # limits up to here are worth a run at the limit
 MAX_RANKS = 64  # that inputs are made up for
 
@@ -215,6 +216,8 @@ class _Search:
         if name == "P":
             page = next((a.type.page for a in self.func.args if isinstance(a.type, Kv)), 16)
             return -(-n // page) + (SPARE_PAGES + 1) * b + 1
+        if any(isinstance(a.type, Cell) and name in a.type.slots.symbols for a in self.func.args):
+            return n + SPARE_SLOTS
         return max(lo, min(2, lo + 1))
 
     def failure(self) -> XllmError:
