@@ -15,7 +15,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.groups import rank_symbols
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.state import used_version
+from xllm_compiler.ir.state import state_args, used_version
 from xllm_compiler.ir.types import Kv, State, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
@@ -55,6 +55,7 @@ class Storage:
         """Views whose bytes must be copied: the plan gave them a place of their own."""
         self._refs: dict[Value, Ref] = {}
         self._kernels_by_turns = 0
+        self._check_states()
         self._place_arguments()
         self.logits, self.block_max = self._outputs()
         self._logits_bytes = self._written_as_logits()
@@ -100,18 +101,21 @@ class Storage:
         apart = self.scope.prove_le(a.offset + a.nbytes, b.offset) or self.scope.prove_le(b.offset + b.nbytes, a.offset)
         return apart is not True
 
+    def _check_states(self) -> None:
+        for v in state_args(self.func):
+            if not isinstance(v.type, Kv):
+                raise XllmError(
+                    "unsupported",
+                    f"@{self.func.name} keeps %{v.name}: {v.type}, and no kernel reads or writes such a state",
+                    help="kv<..> is the only state with kernels; xllm-run runs the others in the interpreter",
+                )
+
     def _place_arguments(self) -> None:
         layer = before = 0
         for v in self.func.args:
             if isinstance(v.type, Kv):
                 self._refs[v] = Ref("kv", layer, as_dim(before), v.type.pages * v.type.page_bytes)
                 before, layer = before + v.type.page_bytes, layer + 1
-            elif isinstance(v.type, State):
-                raise XllmError(
-                    "unsupported",
-                    f"@{self.func.name} keeps %{v.name}: {v.type}, and no kernel here reads or writes such a state",
-                    help="kv<..> is the only state with kernels; xllm-run runs the others in the interpreter",
-                )
             elif v.name in INPUTS and v.dtype == "i32":
                 self._refs[v] = Ref("input", INPUTS.index(v.name), as_dim(0), v.tensor.nbytes)
             else:
