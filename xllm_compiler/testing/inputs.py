@@ -34,7 +34,7 @@ Sizes = Mapping[str, int]
 
 MAX_TRIES = 20_000  # assignments tried before sizes are said not to exist
 SPARE_PAGES = 2  # of context per request, beyond what the step's own tokens need
-SPARE_SLOTS = 2  # beyond one for each token
+SPARE_SLOTS = 2  # beyond one for each token and each request
 SMALL = 64  # limits up to here are worth a run at the limit
 MAX_RANKS = 64  # that inputs are made up for
 
@@ -217,7 +217,7 @@ class _Search:
             page = next((a.type.page for a in self.func.args if isinstance(a.type, Kv)), 16)
             return -(-n // page) + (SPARE_PAGES + 1) * b + 1
         if any(isinstance(a.type, Cell) and name in a.type.slots.symbols for a in self.func.args):
-            return n + SPARE_SLOTS
+            return max(n, b) + SPARE_SLOTS
         return max(lo, min(2, lo + 1))
 
     def failure(self) -> XllmError:
