@@ -62,7 +62,7 @@ def _manifest(c: Any) -> Manifest:
         format=FORMAT,
         id="",
         model=Model("Toy", "toy", VOCAB, HIDDEN, 1, "f32", TABLE * 16, (), None),
-        target=Target("cpu", c.lowering.isas),
+        target=Target("cpu", c.lowering.isas, ()),
         limits=Limits(64, 512, 64),
         dims={s.name: DimRange(s.lo, s.hi, s.why) for s in c.module.scope.symbols.values()},
         states=c.lowering.states,

@@ -1,5 +1,7 @@
 """A recurrent function through every pass of @cpu: two steps of it stay what numpy computes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.ir.semantics import Array
 from xllm_compiler.ir.verify import verify
-from xllm_compiler.lowering.storage import Storage
+from xllm_compiler.lowering.cpu.build import lower_cpu
 from xllm_compiler.passes.manager import item_text, parse_pipeline, run_pipeline
 from xllm_compiler.passes.schedule.events import insert_events
 
@@ -158,8 +160,10 @@ def test_a_read_that_may_come_after_the_write_is_found_by_proof_and_by_running()
             run_interleaved(module, "step", given, {}, {"B": 2, "Q": 2}, seed=seed)
 
 
-def test_a_cell_is_refused_where_memory_is_laid_out() -> None:
+def test_a_cell_is_refused_by_a_compile(tmp_path: Path) -> None:
     module = parse_module(RECURRENT)
-    with pytest.raises(XllmError, match=r"@step keeps %h0: cell<f32, \[2, 4\]>\[Q\], and no kernel") as e:
-        Storage(module.func("step"), module.scope)
+    run_pipeline("@cpu", module)
+    with pytest.raises(XllmError, match=r"@step keeps %h0: cell<f32, \[2, 4\]>\[Q\], and no runtime") as e:
+        lower_cpu(module, {}, tmp_path)
+    assert not list(tmp_path.iterdir())
     assert e.value.kind == "unsupported" and "xllm-run" in e.value.help

@@ -15,7 +15,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.groups import rank_symbols
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.state import state_args, used_version
+from xllm_compiler.ir.state import used_version
 from xllm_compiler.ir.types import Kv, State, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
@@ -55,7 +55,6 @@ class Storage:
         """The returned tensors. Nothing else is ever put in their places."""
         self._refs: dict[Value, Ref] = {}
         self._kernels_by_turns = 0
-        self._check_states()
         self._place_arguments()
         self._place_outputs()
         self._written_as = self._views_of_outputs()
@@ -100,20 +99,11 @@ class Storage:
         apart = self.scope.prove_le(a.offset + a.nbytes, b.offset) or self.scope.prove_le(b.offset + b.nbytes, a.offset)
         return apart is not True
 
-    def _check_states(self) -> None:
-        for v in state_args(self.func):
-            if not isinstance(v.type, Kv):
-                raise XllmError(
-                    "unsupported",
-                    f"@{self.func.name} keeps %{v.name}: {v.type}, and no kernel reads or writes such a state",
-                    help="kv<..> is the only state with kernels; xllm-run runs the others in the interpreter",
-                )
-
     def _place_arguments(self) -> None:
         inputs = states = 0
         for v in self.func.args:
-            if isinstance(v.type, Kv):
-                self._refs[v] = Ref("state", states, as_dim(0), v.type.pages * v.type.page_bytes)
+            if isinstance(v.type, State):
+                self._refs[v] = Ref("state", states, as_dim(0), v.type.blocks * v.type.block_bytes)
                 states += 1
             elif isinstance(v.type, Tensor):
                 self._refs[v] = Ref("input", inputs, as_dim(0), v.tensor.nbytes)

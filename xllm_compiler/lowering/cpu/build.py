@@ -79,6 +79,7 @@ def lower_cpu(
         raise XllmError(
             "option", f"no instruction set level {', '.join(unknown) or '(none given)'}", help=", ".join(ISAS)
         )
+    states = states_of(module, KV_LAYOUT)
     table = WeightTable()
     selections = {name: select(func, table) for name, func in module.funcs.items()}
     isas = [isa for isa in isas if not _spared(isa, isas, [c for s in selections.values() for c in s.calls])]
@@ -114,7 +115,7 @@ def lower_cpu(
     return CpuLowering(
         isas=tuple(isas),
         functions=functions,
-        states=states_of(module, KV_LAYOUT),
+        states=states,
         calls=call_table({symbol_of(name): (s, meets[name]) for name, s in selections.items()}),
         weights=tuple(tensors),
         weight_bytes=size,
