@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from xllm_compiler.errors import XllmError
@@ -142,13 +142,17 @@ def _fake_parameters(mode: FakeTensorMode, budget: _Budget) -> Iterator[None]:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_model(config: Any, dtype: str, max_model_len: int, checkpoint: Checkpoint | None = None) -> Any:
-    """The causal LM of `config` in eval mode, ready for tracing. XllmError("unsupported") when transformers cannot,
-    XllmError("checkpoint") when the model is out of all proportion to the tensors of `checkpoint`."""
+def build_model(
+    config: Any, dtype: str, max_model_len: int, checkpoint: Checkpoint | None = None, *, head: bool = True
+) -> Any:
+    """The causal LM of `config` in eval mode, ready for tracing, or without `head` its base model.
+    XllmError("unsupported") when transformers cannot, XllmError("checkpoint") when the model is out of all proportion
+    to the tensors of `checkpoint`."""
+    auto = AutoModelForCausalLM if head else AutoModel
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
         with no_init_weights(), _fake_parameters(mode, _Budget.of(checkpoint)), _bounded_memory():
-            model = AutoModelForCausalLM.from_config(
+            model = auto.from_config(
                 config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
             )
         model.tie_weights()
