@@ -35,6 +35,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 from xllm_compiler.models.families import settings_of
@@ -99,7 +100,7 @@ def try_family(family: str, end_to_end: bool) -> dict[str, Any]:
         if not all(np.isfinite(t).all() for t in theirs):
             return {"status": "untested", "why": "transformers gives NaN at this size"}
         try:
-            traced = trace_checkpoint(path, **limits())
+            traced = trace_checkpoint(Checkpoint.open(path), **limits())
             canonical(traced)
         except XllmError as e:
             return refused(e)
@@ -126,9 +127,10 @@ def tokens_equal(path: Path, model: Any) -> dict[str, Any]:
     from xllm_compiler.driver import compile_checkpoint
     from xllm_compiler.options import CompileOptions
     from xllm_compiler.runtime.llm import LLM, SamplingParams
+    from xllm_compiler.targets.cpu import Cpu
 
     artifact = path.parent / "artifact"
-    options = CompileOptions(dtype="float32", max_model_len=LENGTH, max_num_seqs=4, isas=("avx2",))
+    options = CompileOptions(dtype="float32", max_model_len=LENGTH, max_num_seqs=4, target=Cpu(("avx2",)))
     try:
         compile_checkpoint(path, artifact, options)
     except XllmError as e:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from xllm_compiler.dims import Dim
 from xllm_compiler.dims.prove import Prover
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.parser import parse_module
@@ -39,7 +40,7 @@ def traced_text() -> str:
         path = Path(folder) / "checkpoint"
         write_random_checkpoint("qwen3", path, settings={**TINY, "num_hidden_layers": LAYERS})
         limits = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 128, "max_num_logits": 64}
-        return print_module(trace_checkpoint(path, dtype="bf16", **limits).module)
+        return print_module(trace_checkpoint(Checkpoint.open(path), dtype="bf16", **limits).module)
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:

@@ -35,6 +35,7 @@ from xllm_compiler.models.train import token_stream
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.quant_eval.compare import compare
 from xllm_compiler.quant_eval.measure import served_logits
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.tools.console import table
 
 HERE: Final = Path(__file__).resolve().parent
@@ -93,7 +94,7 @@ def ours(out: Path, form: str | None, max_kl: float | None, ids: Ids, dtype: str
     """Logits of the compiled programs, and bits per weight. `out` is a new path each time: a loaded library is known
     by its path."""
     isa = machine_isas()[-1]
-    options = CompileOptions(dtype=dtype, max_model_len=512, quantize=form, max_kl=max_kl, isas=(isa,))
+    options = CompileOptions(dtype=dtype, max_model_len=512, quantize=form, max_kl=max_kl, target=Cpu((isa,)))
     compile_checkpoint(BUNDLED, out, options)
     manifest = read_manifest(out)
     # what is made of tracing's own constants, the tables of rotary positions, is no weight

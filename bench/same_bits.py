@@ -33,15 +33,16 @@ LIMITS = ["--max-model-len", "256", "--max-num-seqs", "6", "--max-num-batched-to
 
 # What each checkout runs, with its own Python: names that have been public since the first release.
 WORKER = """
-import hashlib, json, struct, sys
+import hashlib, inspect, json, struct, sys
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.runtime.llm import LLM, SamplingParams
 
 path, isas, found = sys.argv[1], sys.argv[2].split(","), {}
 prompts = [[(31 * i + 7 * j) % 250 + 3 for j in range(n)] for i, n in enumerate((1, 2, 5, 17, 40, 90))]
+option = "level" if "level" in inspect.signature(LLM).parameters else "isa"
 for isa in isas:
     digest = hashlib.sha256()
-    with LLM(path, isa=isa, threads=2, kv_cache_memory_bytes=1 << 26) as llm:
+    with LLM(path, **{option: isa}, threads=2, kv_cache_memory_bytes=1 << 26) as llm:
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=20, prompt_logprobs=20)
         for result in llm.generate([{"prompt_token_ids": p} for p in prompts], params):
             rows = [row for row in result.prompt_logprobs if row is not None] + result.outputs[0].logprobs

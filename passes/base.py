@@ -1,4 +1,4 @@
-"""What a pass is and what it is given. Owns Pass, PassContext, Target and Remark; must not know any single pass.
+"""What a pass is and what it is given. Owns Pass, PassContext, Capabilities and Remark; must not know any single pass.
 
 A pass is a frozen dataclass: its fields are its options, so they are typed, defaulted, hashable and printable.
 """
@@ -17,11 +17,15 @@ from xllm_compiler.ir.rewrite import RewriteListener
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What passes may know of the machine. `align`: bytes to which every buffer in the arena is aligned."""
+class Capabilities:
+    """What passes may know of a target. `align`: bytes to which every buffer in the arena is aligned. `memories`: kinds
+    of memory, the arena's first. `streams`: how many can run at once. `collectives`: names of the ops that it can start
+    ("comm.all_reduce_start"); None: whatever there is, where no target is meant."""
 
-    kind: str = "cpu"
     align: int = 64
+    memories: tuple[str, ...] = ("host",)
+    streams: int | None = None
+    collectives: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +46,12 @@ class Remark:
 
 @dataclass(slots=True)
 class PassContext:
-    """Handed to every pass: facts about the target, and where to leave counts and remarks.
+    """Handed to every pass: what the target can do, and where to leave counts and remarks.
 
     The manager sets `current` to the running pass's name. `rewrites` counts every rewrite of every pass that asks.
     """
 
-    target: Target = field(default_factory=Target)
+    target: Capabilities = field(default_factory=Capabilities)
     current: str = ""
     stats: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)

@@ -28,7 +28,7 @@ from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.passes.base import Pass, PassContext, said
 from xllm_compiler.passes.instruments import Instrument
-from xllm_compiler.passes.pipelines import PRESETS
+from xllm_compiler.passes.presets import all_presets, preset
 from xllm_compiler.passes.registry import did_you_mean, pass_class
 
 MAX_ROUNDS = 8  # of fix(..); honest passes settle in two or three
@@ -350,12 +350,14 @@ class _Reader:
     def item(self) -> list[Item]:
         if self.take("@"):
             name = self.take(r"[\w-]+")
-            if name not in PRESETS:
-                known = [f"@{preset}" for preset in PRESETS]
+            found = preset(name)
+            if found is None:
+                known = [f"@{known}" for known in all_presets()[0]]
                 self.fail(f"there is no preset called @{name}", did_you_mean(f"@{name}", known))
+                raise AssertionError
             if name in self.presets:
                 self.fail(f"preset @{name} contains itself")
-            inner = _Reader(",".join(PRESETS[name]), (*self.presets, name))
+            inner = _Reader(",".join(found), (*self.presets, name))
             items = inner.items()
             if inner.rest():
                 inner.fail(f"unexpected {inner.rest()[0]!r}")

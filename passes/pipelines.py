@@ -1,13 +1,40 @@
-"""The presets. The order is the documentation: every line says why it stands where it stands."""
+"""The pipelines that targets start from. The order is the documentation: every line says why it stands where it stands.
+Which target runs which, under what names, is `xllm_compiler/targets/`'s."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from xllm_compiler.passes.quantize.forms import WIDE, QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import WIDE, QuantForm
 
-_BEFORE: Final[tuple[str, ...]] = (
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """A target's passes, and between them the place where passes that quantize stand. `before`: what the loss of a form
+    is measured against is the module as it is then."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+    def plain(self, *between: str) -> tuple[str, ...]:
+        """All passes, with `between` in the middle."""
+        return (*self.before, *between, *self.after)
+
+    def quantized(self, form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
+        """With the layers' weights, and where the form says so their inputs, quantized; those weights to 8 bits that
+        read a checkpoint tensor of the names `wide`."""
+        first = (f"quantize-weights{{{WIDE.options},only={':'.join(wide)}}}",) if wide else ()
+        return self.plain(
+            *first,  # a weight is quantized once, so the exceptions come first
+            *form.passes(),  # after the fusions, which see plain linears; what they stacked has one layout. Rows come
+            #                  after weights, wherever the weight is quantized; those that several layers read become
+            #                  one in the clean-up
+        )
+
+
+BEFORE: Final[tuple[str, ...]] = (
     "import-clean",  # what export leaves behind (unit batch dim, no-op casts) would hide every later pattern
     "fold",  # shorter reshape and cast chains: one spelling per idea for the matchers below
     "cse",  # the rotary table and masks are spelled out once per layer; afterwards there is one of each
@@ -23,7 +50,7 @@ _BEFORE: Final[tuple[str, ...]] = (
     #                   the rms_norm that follows stays alone; add_rms_norm would be one kernel more per layer
     "fuse-add-norm",  # so only sums that no linear could take (post-norms, embeddings, all-reduced) remain for it
 )
-_AFTER: Final[tuple[str, ...]] = (
+AFTER: Final[tuple[str, ...]] = (
     "return-block-max",  # after the fusions, which count users: the maxima are one more of the logits
     "fix(fold,cse,dce)",  # drops the transposed, sliced and reshaped left-overs before bytes are planned
     "fuse-norm-rows",  # after cse, which makes rows that several layers read one; where no rows are quantized, nothing
@@ -32,29 +59,3 @@ _AFTER: Final[tuple[str, ...]] = (
     #                    another. One CPU process has no collectives, so this only names the stage
     "plan-memory",  # last: every value that still exists gets its place
 )
-
-
-UNQUANTIZED: Final = _BEFORE
-"""What comes before the passes of a form: loss is measured against the module as it is then."""
-
-
-def quantized(form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
-    """`@cpu` with the layers' weights, and where the form says so their inputs, quantized; those weights to 8 bits that
-    read a checkpoint tensor of the names `wide`."""
-    first = (f"quantize-weights{{{WIDE.options},only={':'.join(wide)}}}",) if wide else ()
-    return (
-        *_BEFORE,
-        *first,  # a weight is quantized once, so the exceptions come first
-        *form.passes(),  # after the fusions, which see plain linears; what they stacked has one layout. Rows come after
-        #                  weights, wherever the weight is quantized; those that several layers read become one in the
-        #                  clean-up
-        *_AFTER,
-    )
-
-
-PRESETS: Final[dict[str, tuple[str, ...]]] = {
-    "cpu": _BEFORE + _AFTER,
-    "cpu-rows": (*_BEFORE, "quantize-rows", *_AFTER),  # checkpoints whose weights come quantized, for rounded inputs
-    "cpu-int8": quantized(parse_form("int8")),
-    "cpu-int4": quantized(parse_form("int4")),
-}

@@ -16,20 +16,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.passes.base import Pass
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+from xllm_compiler.plugins import Plugins
 
 P = TypeVar("P", bound=Pass)
 
 _ROOT: Final = "xllm_compiler.passes."
-_GROUP: Final = "xllm_compiler.passes"
+_PLUGINS: Final = Plugins("xllm_compiler.passes", "pass", {})
 BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "assign-streams": "schedule.assign_streams",
     "canonicalise": "canonical.canonicalise",
@@ -74,7 +71,7 @@ def register_pass(name: str) -> Callable[[type[P]], type[P]]:
 
 def pass_names() -> list[str]:
     """Every known name, sorted."""
-    return sorted({*BUILTIN, *_registered, *_offered()})
+    return sorted({*BUILTIN, *_registered, *_PLUGINS.names()})
 
 
 def pass_class(name: str) -> type[Pass]:
@@ -82,11 +79,8 @@ def pass_class(name: str) -> type[Pass]:
     if name not in _registered:
         if name in BUILTIN:
             importlib.import_module(_ROOT + BUILTIN[name])
-        elif name in _offered():
-            entry = _offered()[name]
-            _import(f"entry point {entry.value}", entry.load)
-            if name not in _registered:
-                raise XllmError("option", f"{entry.value} does not register a pass {name!r}", where=f"group {_GROUP}")
+        elif (cls := _PLUGINS.load(name, Pass)) is not None and name not in _registered:  # type: ignore[type-abstract]
+            raise XllmError("option", f"{cls.__module__}:{cls.__qualname__} does not register a pass {name!r}")
     if name not in _registered:
         help = did_you_mean(name, pass_names())
         if help.startswith("known"):
@@ -159,14 +153,6 @@ def _import(what: str, load: Callable[[], object]) -> None:
     except Exception as error:
         text = f"cannot load passes from {what}: {type(error).__name__}: {error}"
         raise XllmError("option", text, help="XLLM_DEBUG=1 shows the traceback") from error
-
-
-@cache
-def _offered() -> dict[str, EntryPoint]:
-    """Passes that installed packages offer."""
-    from importlib.metadata import entry_points  # costs milliseconds, and most runs name our own passes only
-
-    return {entry.name: entry for entry in entry_points(group=_GROUP)}
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

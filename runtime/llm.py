@@ -48,7 +48,7 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         memory_utilization: float = 0.9,
         threads: int | None = None,
-        isa: str | None = None,
+        level: str | None = None,
         compile_options: Sequence[str] = (),
     ) -> None:
         """Options are those of `EngineOptions`; `compile_options` go to xllm-compile when `model` is a checkpoint.
@@ -62,7 +62,7 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             memory_utilization=memory_utilization,
             threads=threads,
-            isa=isa,
+            level=level,
             max_queued=sys.maxsize,
         )
         path = resolve_artifact(

@@ -8,7 +8,6 @@ over them from then on.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import os
@@ -25,8 +24,6 @@ from xllm_compiler.artifact import (
     Manifest,
     check_files,
     check_size,
-    choose_isa,
-    machine_isas,
     read_manifest,
     unlisted,
 )
@@ -34,31 +31,28 @@ from xllm_compiler.artifact.io import open_regular
 from xllm_compiler.artifact.module_text import check_module
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host
-from xllm_compiler.runtime.cpu.team import load_library, native_function
 from xllm_compiler.runtime.executor import check_functions
 from xllm_compiler.runtime.guard import WeightsGuard
+from xllm_compiler.runtime.targets import RuntimeTarget, choose_level, runtime_target
 
 log = logging.getLogger("xllm")
 
 
 class LoadedArtifact:
-    """A checked manifest, the native code for this machine, and the weights mapped read-only.
+    """A checked manifest, the code for this machine, and the weights mapped read-only.
 
     `weights` is weights.bin as bytes; it stays valid as long as it is referred to. `files`: the others, as listed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, isa: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, target: RuntimeTarget, level: str) -> None:
         """Use `load_artifact`."""
         self.path = path
         self.manifest = manifest
-        self.isa = isa
+        self.level = level
         self.files = Contents(path, manifest)
         check_functions(manifest)
         check_module((self.files / MODULE).read_bytes(), manifest)
-        self.code: ctypes.CDLL = load_library(self.files / f"{manifest.target.kind}/{isa}.so")
-        for function in manifest.functions.values():
-            for program in function.programs:
-                native_function(self.code, program.symbol)
+        self.code = target.load(self.files, manifest, level)
         fd, self._map, self.weights = _map_weights(path / WEIGHTS)
         self.guard = WeightsGuard(path / WEIGHTS, fd, self._map, int(self.weights.ctypes.data), self._compare)
         self._error: Exception | None = None
@@ -82,29 +76,21 @@ class LoadedArtifact:
         check_files(self.path, self.manifest, [WEIGHTS], mapped)
 
 
-def load_artifact(path: Path, isa: str | None = None) -> LoadedArtifact:
-    """Load an artifact for this machine; `isa` forces one of its instruction sets.
+def load_artifact(path: Path, level: str | None = None) -> LoadedArtifact:
+    """Load an artifact for this machine; `level` forces one of its target's levels (of the CPU, an instruction set).
 
-    Raises XllmError: "artifact" when it is damaged, of another version or for another machine, "option" when `isa`
-    cannot run here, "io" when it cannot be read.
+    Raises XllmError: "artifact" when it is damaged, of another version or for another machine or target, "option" when
+    `level` cannot run here, "io" when it cannot be read.
     """
     manifest = read_manifest(path)
-    if manifest.target.kind != "cpu":
-        raise XllmError("artifact", f"the artifact is for {manifest.target.kind}, and this runtime is for cpu")
-    if isa is None:
-        isa = choose_isa(manifest.target.isas)
-    elif isa not in manifest.target.isas or isa not in machine_isas():
-        here = [name for name in machine_isas() if name in manifest.target.isas]
-        offered = ", ".join(here) or "none"
-        raise XllmError(
-            "option", f"instruction set {isa!r} cannot run here", help=f"this artifact and machine: {offered}"
-        )
+    target = runtime_target(manifest)
+    level = choose_level(target, manifest, level)
     if extra := unlisted(path, manifest):
         log.warning("%s: not listed in the manifest, and not read: %s", path, ", ".join(map(repr, extra)))
-    later = (WEIGHTS, MODULE, f"{manifest.target.kind}/{isa}.so")  # checked when they are read
+    later = (WEIGHTS, MODULE, *target.reads(level))  # checked when they are read
     check_files(path, manifest, [name for name in manifest.files if name not in later])
     check_size(path, manifest, WEIGHTS)
-    return LoadedArtifact(path, manifest, isa)
+    return LoadedArtifact(path, manifest, target, level)
 
 
 def _map_weights(path: Path) -> tuple[int, mmap.mmap | None, NDArray[np.uint8]]:

@@ -11,12 +11,13 @@ requests of the other hold all pages, the turn passes on; that of the oldest req
 are admitted in the order of arrival, whoever's turn it is: they then wait in the batch, without pages, for a step of
 their own.
 
-The policy. Each running request of the step's function that needs one token (a decode) gets a token and a row first. The step's other tokens
-and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A draft fills only the page of
-its decode, so a rejected one leaves nothing behind. A running request that finds no page takes those of the youngest,
-which goes back to the head of the queue and will be computed again. The youngest itself skips the step: keeping its
-pages costs nothing until an older one asks. A new request needs free pages for its whole prompt, beyond what running
-prompts still need, plus one for each running request. Admitting on the first chunk alone causes preemption storms.
+The policy. Each running request of the step's function that needs one token (a decode) gets a token and a row first.
+The step's other tokens and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A
+draft fills only the page of its decode, so a rejected one leaves nothing behind. A running request that finds no page
+takes those of the youngest, which goes back to the head of the queue and will be computed again. The youngest itself
+skips the step: keeping its pages costs nothing until an older one asks. A new request needs free pages for its whole
+prompt, beyond what running prompts still need, plus one for each running request. Admitting on the first chunk alone
+causes preemption storms.
 """
 
 from __future__ import annotations

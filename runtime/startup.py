@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xllm_compiler.artifact import Manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host, memory
-from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.engine import MAX_QUEUED, Engine
-from xllm_compiler.runtime.executor import Executor
 from xllm_compiler.runtime.loader import LoadedArtifact, load_artifact
 from xllm_compiler.runtime.memory import MemoryPlan
 from xllm_compiler.runtime.model_info import ModelInfo
@@ -38,7 +36,7 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = memory.DEFAULT_UTILIZATION
     threads: int | None = None
-    isa: str | None = None
+    level: str | None = None  # of the target; of the CPU, an instruction set
     max_queued: int = MAX_QUEUED
     max_body_size: int | None = None  # of a server's requests, in bytes; None where there is no server
 
@@ -71,7 +69,7 @@ class Started:
 
 def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler: Profiler | None = None) -> Started:
     """Load, budget, allocate. `profiler` watches the first steps. Raises XllmError, which says what to do."""
-    artifact = load_artifact(path, options.isa)
+    artifact = load_artifact(path, options.level)
     phases.mark("load artifact")
     manifest = artifact.manifest
     tokenizer = Tokenizer.load(artifact.files) if "tokenizer.json" in manifest.files else None
@@ -81,8 +79,9 @@ def prepare_engine(path: Path, options: EngineOptions, phases: Phases, profiler:
     memory_plan = _decide_memory(manifest, model_info, options)
     phases.mark("decide memory")
     threads = options.threads or host.default_threads()
-    cpu = CpuExecutor(manifest, artifact.code, artifact.weights, pages=memory_plan.pages, threads=threads)
-    executor: Executor = cpu if profiler is None else profiler.wrap(artifact, cpu)
+    executor = artifact.code.executor(artifact.weights, pages=memory_plan.pages, threads=threads)
+    if profiler is not None:
+        executor = profiler.wrap(artifact, executor)
     engine = Engine(
         executor,
         model_info,

@@ -26,7 +26,11 @@ FOLDERS = {
     "workspace": "xllm_compiler/workspace.py",
     "options": "xllm_compiler/options.py",
     "quant_eval": "xllm_compiler/quant_eval",
-    "driver": "xllm_compiler/driver.py",
+    "driver": "xllm_compiler/driver",
+    "plugins": "xllm_compiler/plugins.py",
+    "progress": "xllm_compiler/progress.py",
+    "sources": "xllm_compiler/sources.py",
+    "targets": "xllm_compiler/targets",
     "tools": "xllm_compiler/tools",
     "report": "xllm_compiler/report",
     "testing": "xllm_compiler/testing",
@@ -46,7 +50,10 @@ MAY_IMPORT = {
     "ir": {"errors", "dims", "step", "weight_formats"},
     "interp": {"errors", "dims", "step", "ir"},
     "analysis": {"errors", "dims", "step", "weight_formats", "ir"},
-    "passes": IR_LEVEL,
+    "plugins": {"errors"},
+    "progress": set(),
+    "sources": set(),
+    "passes": IR_LEVEL | {"plugins"},
     "models": {"errors"},
     "frontend": IR_LEVEL | {"models", "confined"},
     "kernels": {"errors", "dims", "step", "weight_formats"},
@@ -54,15 +61,18 @@ MAY_IMPORT = {
     "artifact": {"errors", "dims", "step", "weight_formats"},
     "cache": {"errors", "artifact"},
     "workspace": set(),
-    "options": {"errors", "artifact", "frontend", "passes"},
-    "quant_eval": IR_LEVEL | {"passes", "frontend", "artifact", "runtime"},  # what is measured is what will be served
+    "targets": IR_LEVEL | {"passes", "kernels", "lowering", "artifact", "plugins", "progress", "sources"},
+    "options": {"errors", "frontend", "passes", "targets"},
+    "quant_eval": IR_LEVEL
+    | {"passes", "frontend", "artifact", "targets"}
+    | {"runtime"},  # what is measured is what will be served
     "driver": IR_LEVEL
-    | {"passes", "models", "frontend", "lowering", "artifact", "cache", "workspace", "kernels", "options"}
-    | {"quant_eval"},
+    | {"passes", "frontend", "artifact", "cache", "workspace", "options", "progress", "quant_eval", "sources"}
+    | {"targets"},
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},
-    "runtime": {"errors", "dims", "step", "artifact", "confined"},
+    "runtime": {"errors", "dims", "step", "artifact", "confined", "plugins"},
 }
 
 THIRD_PARTY_ONLY_IN = {

@@ -7,18 +7,19 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from xllm_compiler.artifact.cpu_isa import LEVELS, machine_levels, machine_name
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
+from xllm_compiler.frontend.embedding import default_functions
 from xllm_compiler.frontend.lengths import lengths_of
 from xllm_compiler.frontend.quantized_config import quantized_config, side_notes
-from xllm_compiler.passes.pipelines import quantized
 from xllm_compiler.passes.quantize.forms import MIXED, MIXED_MAX_KL, NARROW, parse_form
+from xllm_compiler.step.interface import EMBED, STEP
+from xllm_compiler.targets import DEFAULT, Target, target_class
 
-TARGETS = ("cpu",)
+FUNCTIONS = (STEP, EMBED)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 MAX_SEQS = 4096
@@ -35,19 +36,19 @@ LOGIT_ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """As the user gave them; None means the default, which may depend on the checkpoint (`resolve`)."""
+    """As the user gave them; None means the default, which may depend on the checkpoint (`resolve`). `target`: by its
+    name, or with options of its own."""
 
-    target: str = "cpu"
+    target: str | Target = DEFAULT
     dtype: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     pipeline: str | None = None
-    isas: tuple[str, ...] | None = None
     name: str | None = None
     quantize: str | None = None
     max_kl: float | None = None
-    tune: bool = False
+    functions: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,10 @@ class Resolved:
     """Every option with its value. `notes` tells of defaults that somebody may not expect.
 
     `quantize` is "mixed" or the canonical name of a form, and None without one; `pipeline` is then what makes the form
-    (of mixed, what it starts from). `max_kl` is None where any loss is accepted. `tune`: the processor for which
-    register tiles are chosen by trying."""
+    (of mixed, what it starts from). `max_kl` is None where any loss is accepted. `functions`: those of FUNCTIONS that
+    the artifact has, in their order there."""
 
-    target: str
+    target: Target
     dtype: str
     max_model_len: int
     max_num_seqs: int
@@ -67,32 +68,24 @@ class Resolved:
     pipeline: str
     quantize: str | None
     max_kl: float | None
-    isas: tuple[str, ...]
     name: str
-    tune: str | None
+    functions: tuple[str, ...]
     notes: tuple[str, ...]
 
     def factors(self) -> dict[str, Any]:
-        """The options as cache factors; JSON values."""
-        return {
-            "option.target": self.target,
-            "option.dtype": self.dtype,
-            "option.max_model_len": self.max_model_len,
-            "option.max_num_seqs": self.max_num_seqs,
-            "option.max_num_batched_tokens": self.max_num_batched_tokens,
-            "option.max_num_logits": self.max_num_logits,
-            "option.quantize": self.quantize,
-            **({"option.max_kl": self.max_kl} if self.quantize is not None else {}),
-            "option.isas": list(self.isas),
-            "option.tune": self.tune,
-            "option.name": self.name,
-        }
+        """By field name, the JSON value of each option that decides the result. The target stands for its name; its own
+        options are its own factors. `pipeline` is not here: what counts of it is its canonical text."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("notes", "pipeline", *(() if self.quantize is not None else ("max_kl",))):
+            del values[name]
+        return {**values, "target": self.target.name, "functions": list(self.functions)}
 
 
 def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
     """Check every option and fill in defaults. Raises kind "option" naming the flag and what it may be."""
     notes = [*checkpoint.notes, *side_notes(checkpoint)]
-    target = _one_of("--target", options.target, TARGETS)
+    target = target_class(options.target)() if isinstance(options.target, str) else options.target
+    target = target.resolved()
     dtype = DTYPES[_one_of("--dtype", options.dtype or _default_dtype(checkpoint, notes), tuple(DTYPES))]
     max_model_len = _model_len(options.max_model_len, checkpoint, notes)
     seqs = _in_range("--max-num-seqs", options.max_num_seqs, DEFAULT_SEQS, 1, MAX_SEQS)
@@ -109,33 +102,47 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
             f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}",
             help="every running request needs a token in each step",
         )
-    isas = machine_levels() if options.isas is None else options.isas
-    for isa in isas:
-        _one_of("--isas", isa, LEVELS)
-    if not isas:
-        raise XllmError("option", "--isas is empty", help=f"name some of {', '.join(LEVELS)}")
     name = options.name
     if name is None:  # a directory's name may be any bytes
         name = os.fsencode(checkpoint.path.resolve().name).decode("utf-8", "replace")
     if not name or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) or len(name) > 256:
         raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
-    pipeline, form = _pipeline(options, target, checkpoint)
+    pipeline, form = _pipeline(options, target, checkpoint, notes)
     max_kl = _max_kl(options, form)
+    functions = _functions(options, checkpoint)
+    if form is not None and STEP not in functions:
+        raise XllmError(
+            "option",
+            f"--quantize measures what logits lose, and there is no function {STEP}",
+            help="--functions step,embed, where the checkpoint has a head",
+        )
+    # A row of hidden states is small, and the mean takes one of every token.
+    rows = tokens if functions == (EMBED,) else min(tokens, LOGIT_ROWS)
     return Resolved(
         target=target,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        max_num_logits=max(seqs, min(tokens, LOGIT_ROWS)),
+        max_num_logits=max(seqs, rows),
         pipeline=pipeline,
         quantize=form,
         max_kl=max_kl,
-        isas=tuple(isa for isa in LEVELS if isa in isas),
         name=name,
-        tune=machine_name() if options.tune else None,
+        functions=functions,
         notes=tuple(notes),
     )
+
+
+def _functions(options: CompileOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the artifact will do: what was asked for, else what the checkpoint is for."""
+    if options.functions is None:
+        return default_functions(checkpoint)
+    for name in options.functions:
+        _one_of("--functions", name, FUNCTIONS)
+    if not options.functions:
+        raise XllmError("option", "--functions is empty", help=f"name some of {', '.join(FUNCTIONS)}")
+    return tuple(name for name in FUNCTIONS if name in options.functions)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -187,16 +194,22 @@ def _model_len(given: int | None, checkpoint: Checkpoint, notes: list[str]) -> i
     return chosen
 
 
-def _default_pipeline(target: str, checkpoint: Checkpoint) -> str:
+def _default_pipeline(target: Target, checkpoint: Checkpoint, notes: list[str]) -> str:
     """What the checkpoint asks for: weights as they are stored, and inputs rounded where it was made for that."""
     stored = quantized_config(checkpoint)
-    return f"@{target}-rows" if stored is not None and stored.rows else f"@{target}"
+    rows = stored is not None and stored.rows
+    chosen = target.pipeline(rows)
+    if rows and chosen == target.pipeline(False):
+        notes.append(f"the checkpoint was made for rounded inputs; target {target.name} does not round them")
+    return chosen
 
 
-def _pipeline(options: CompileOptions, target: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
+def _pipeline(
+    options: CompileOptions, target: Target, checkpoint: Checkpoint, notes: list[str]
+) -> tuple[str, str | None]:
     """The pipeline that is asked for, in words or by the form of quantization that it makes; and that form's name."""
     if options.quantize is None:
-        return options.pipeline if options.pipeline is not None else _default_pipeline(target, checkpoint), None
+        return options.pipeline if options.pipeline is not None else _default_pipeline(target, checkpoint, notes), None
     mixed = options.quantize.strip().lower() == MIXED
     form = NARROW if mixed else parse_form(options.quantize)
     if options.pipeline is not None:
@@ -205,7 +218,7 @@ def _pipeline(options: CompileOptions, target: str, checkpoint: Checkpoint) -> t
             "--quantize and --pipeline exclude each other",
             help=f"--quantize {form} chooses a pipeline; in one of your own say {','.join(form.passes())}",
         )
-    return ",".join(quantized(form)), MIXED if mixed else str(form)
+    return ",".join(target.quantized(form)), MIXED if mixed else str(form)
 
 
 def _max_kl(options: CompileOptions, form: str | None) -> float | None:

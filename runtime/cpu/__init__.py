@@ -1,4 +1,4 @@
-"""The CPU target: an artifact's native code on a team of threads."""
+"""The CPU target: an artifact's native code on a team of threads. `target` is what the runtime knows of it."""
 
 from xllm_compiler.runtime.cpu.executor import CpuExecutor
 from xllm_compiler.runtime.cpu.team import Team

@@ -125,6 +125,7 @@ class CpuExecutor:
         if weights.ctypes.data % _ALIGN:
             raise XllmError("internal", "the weights are not mapped at a multiple of 64")
         self.pages = pages
+        self._library = library
         self._weights = weights
         self._limits = manifest.limit_values(pages)
         self._least = {name: limits.lo for name, limits in manifest.dims.items()}
@@ -208,6 +209,12 @@ class CpuExecutor:
         kept until it is changed again; None: nowhere."""
         for loaded in self._functions.values():
             loaded.words[loaded.profile] = 0 if stamps is None else int(stamps.ctypes.data)
+
+    def counter(self) -> Callable[[], int]:
+        """Reads the counter that the stamps are of. Raises XllmError("artifact") where the library has none."""
+        ticks = native_function(self._library, "xllm_team_ticks")
+        ticks.argtypes, ticks.restype = [], ctypes.c_int64
+        return ticks
 
     def close(self) -> None:
         if self._team is not None:

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from xllm_compiler.artifact import CALLS
 from xllm_compiler.artifact.calls import CallTable, read_calls
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.engine import Engine
+from xllm_compiler.runtime.executor import Executor
 from xllm_compiler.runtime.loader import LoadedArtifact
-from xllm_compiler.runtime.profile.record import MAX_STEPS, Recorder, Step
+from xllm_compiler.runtime.profile.record import MAX_STEPS, Recorder, Stamped, Step
 from xllm_compiler.runtime.profile.table import Peaks, Profile, profiles, show
 from xllm_compiler.runtime.profile.trace import write_trace
 
@@ -39,11 +40,19 @@ class Profiler:
         self._recorder: Recorder
         self._about: dict[str, str] = {}
 
-    def wrap(self, artifact: LoadedArtifact, executor: CpuExecutor) -> Recorder:
-        """What the engine is to run steps on. Raises XllmError("artifact")."""
+    def wrap(self, artifact: LoadedArtifact, executor: Executor) -> Recorder:
+        """What the engine is to run steps on. Raises XllmError("artifact"), and ("option") for an executor that leaves
+        no time stamps."""
+        if not isinstance(executor, Stamped) or CALLS not in artifact.manifest.files:
+            kind = artifact.manifest.target.kind
+            raise XllmError(
+                "option",
+                f"steps of target {kind} cannot be profiled: its kernels leave no time stamps",
+                help="serve it without --profile-steps",
+            )
         self._table = read_calls(artifact.path, artifact.manifest)
-        self._about = {"model": artifact.manifest.model.name, "artifact": artifact.manifest.id, "code": artifact.isa}
-        self._recorder = Recorder(executor, artifact.code, self._table, self._steps, self._on_kind)
+        self._about = {"model": artifact.manifest.model.name, "artifact": artifact.manifest.id, "code": artifact.level}
+        self._recorder = Recorder(executor, self._table, self._steps, self._on_kind)
         return self._recorder
 
     def watch(self, engine: Engine) -> None:

@@ -7,19 +7,17 @@ Afterwards it only passes calls on. It changes no input and no output of a step.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.artifact.calls import CallTable
-from xllm_compiler.runtime.cpu import CpuExecutor
-from xllm_compiler.runtime.executor import Outputs
+from xllm_compiler.runtime.executor import Executor, Outputs
 from xllm_compiler.runtime.profile.clock import Clock
 from xllm_compiler.step.inputs import StepBatch
 from xllm_compiler.step.interface import STEP
@@ -51,16 +49,37 @@ class Step:
 OnKind = Callable[[str, Sequence[Step]], None]
 
 
+@runtime_checkable
+class Stamped(Executor, Protocol):
+    """An executor whose kernels leave time stamps, so that they can be profiled."""
+
+    @property
+    def threads(self) -> int:
+        """Members of the team: each has stamps of its own."""
+        ...
+
+    def program_for(self, batch: StepBatch) -> str:
+        """Symbol of the program that runs a batch."""
+        ...
+
+    def stamp_into(self, stamps: NDArray[np.int64] | None) -> None:
+        """Where the next steps write their time stamps, [threads, calls of the program, 2] in C order, which must be
+        kept until it is changed again; None: nowhere."""
+        ...
+
+    def counter(self) -> Callable[[], int]:
+        """Reads the counter that the stamps are of."""
+        ...
+
+
 class Recorder:
     """An executor that is another one, and remembers. `clock` turns the stamps into nanoseconds."""
 
-    def __init__(
-        self, executor: CpuExecutor, library: ctypes.CDLL, table: CallTable, steps: int, on_kind: OnKind
-    ) -> None:
+    def __init__(self, executor: Stamped, table: CallTable, steps: int, on_kind: OnKind) -> None:
         """`on_kind(kind, steps)` is called once for each kind, in a thread of its own when `steps` of it are there, or
         by `close` with those there are. Steps that ended in an error are not recorded."""
         self.pages = executor.pages
-        self.clock = Clock(library)
+        self.clock = Clock(executor.counter())
         self.host: Callable[[], Mapping[str, float]] = dict
         """Seconds that the engine has spent in each of its phases so far; set by who makes the engine."""
         self._executor = executor

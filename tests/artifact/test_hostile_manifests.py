@@ -17,7 +17,7 @@ from toy_artifact import build_toy_artifact
 
 from xllm_compiler.artifact import Contents, FileEntry, Manifest, digest_file, read_calls, read_manifest, unlisted
 from xllm_compiler.artifact.decode import decode, encode
-from xllm_compiler.artifact.schema import canonical_json
+from xllm_compiler.artifact.schema import FORMAT, canonical_json
 from xllm_compiler.artifact.strict_json import MAX_DEPTH, parse_json
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.llm import LLM
@@ -80,11 +80,11 @@ RAW: dict[str, Callable[[str], str]] = {
     "only brackets": lambda text: "[" * DEEP,
     "5,000 digits": text_edit('"layers": 1', '"layers": ' + "9" * 5000),
     "5,000 digits in the key": text_edit('"key": {}', '"key": {"x": ' + "9" * 5000 + "}"),
-    "a format of 5,000 digits": text_edit('"format": 5', '"format": ' + "9" * 5000),
-    "a long format": text_edit('"format": 5', '"format": "' + "9" * 50000 + '"'),
-    "a nested format": text_edit('"format": 5', '"format": ' + nested(500)),
+    "a format of 5,000 digits": text_edit(f'"format": {FORMAT}', '"format": ' + "9" * 5000),
+    "a long format": text_edit(f'"format": {FORMAT}', '"format": "' + "9" * 50000 + '"'),
+    "a nested format": text_edit(f'"format": {FORMAT}', '"format": ' + nested(500)),
     "a key twice": text_edit('"key": {}', '"key": {"x": 1, "x": 1}'),
-    "a field twice": text_edit('"format": 5', '"format": 5,\n "format": 5'),
+    "a field twice": text_edit(f'"format": {FORMAT}', f'"format": {FORMAT},\n "format": {FORMAT}'),
     "a byte order mark": lambda text: "\ufeff" + text,
     "nothing": lambda text: "",
     "a NUL": lambda text: "\0" + text,
@@ -212,8 +212,8 @@ SEALED: dict[str, Callable[[Any], None]] = {
     "a function of the team": put(*PROGRAM, "symbol", "xllm_team_run"),
     "a function that is not there": put(*PROGRAM, "symbol", "xllm_fn_nothing"),
     "no programs": put(*FUNCTION, "programs", []),
-    "an instruction set that is a path": put("target", "isas", ["../x"]),
-    "code that is not listed": put("target", "isas", ["avx2", "sse1"]),
+    "an instruction set that is a path": put("target", "levels", ["../x"]),
+    "code that is not listed": put("target", "files", ["cpu/sse1.so"]),
     "another kind": put("target", "kind", "abacus"),
     "a file above": put("files", "../x", {"bytes": 0, "xxh3_128": "0" * 32}),
     "a file with NUL": put("files", "a\0b", {"bytes": 0, "xxh3_128": "0" * 32}),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from xllm_compiler.passes import registry
 from xllm_compiler.tools.opt import main
 
 MODULE = """\
@@ -152,13 +150,17 @@ def test_options_of_a_pass_from_outside_are_listed(faulty: str, capsys: Capture)
 
 
 def test_a_package_that_is_broken_does_not_hide_the_other_passes(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    entry = EntryPoint("fuse-broken", "no_such_package.passes:Fuse", "xllm_compiler.passes")
-    monkeypatch.setattr(registry, "_offered", lambda: {"fuse-broken": entry})
+    info = tmp_path / "broken-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2.0\n")
+    offered = "[xllm_compiler.passes]\nfuse-broken = no_such_package.passes:Fuse\n"
+    (info / "entry_points.txt").write_text(offered + "[xllm_compiler.targets]\nabacus = no_such_package:Abacus\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert main(["--list-passes"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "\nfuse-broken\n    cannot be loaded: cannot load passes from entry point no_such_package.passes:Fuse" in text
-    )
+    assert "\nfuse-broken\n    cannot be loaded: package broken 2.0 offers pass fuse-broken, which" in text
+    assert "\n@abacus\n    cannot be loaded: package broken 2.0 offers target abacus, which" in text
+    assert "\n@cpu\n    import-clean,fold" in text
     assert "\nfuse-glu  [graph -> graph]\n" in text

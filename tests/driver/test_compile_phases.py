@@ -17,20 +17,24 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from tests.test_imports import MAY_IMPORT
-from xllm_compiler import driver
 from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.artifact import CallTable, ProgramCalls, check_files, read_manifest
 from xllm_compiler.artifact.cpu_isa import machine_name
 from xllm_compiler.cache import CompileCache
-from xllm_compiler.driver import Silent, compile_checkpoint
+from xllm_compiler.driver import compile_checkpoint, read_request
+from xllm_compiler.driver.key import SOURCES, recorded
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.instruments import DumpDir
+from xllm_compiler.progress import Silent
 from xllm_compiler.step.abi import symbol_of
 from xllm_compiler.step.interface import Program
+from xllm_compiler.targets.base import check_capabilities
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.tools.compile import report_text
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STEP = """xir 1 stage=graph
 dim N in [1, {tokens}]  // tokens
@@ -147,10 +151,47 @@ def test_manifest_files_and_key(checkpoint: Path, tmp_path: Path) -> None:
     assert (manifest.dims["N"].hi, manifest.dims["B"].hi, manifest.dims["S"].hi) == (32, 4, 32)
     step = manifest.functions["step"]
     assert [spec.name for spec in step.inputs] == ["ids", "sel"] and step.outputs[0].name == "logits"
-    request = driver.prepare(checkpoint, OPTIONS)
+    request = read_request(checkpoint, OPTIONS)
     assert manifest.key == request.factors.values, "nothing that decides the result is left out of the key"
     parse_module((tmp_path / "out" / "module.xir").read_text(), "module.xir")
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_all_of_the_compiler_is_in_the_key() -> None:
+    """A part that is new, or called otherwise, must say whether it can decide a byte of the result."""
+    cannot = {
+        "cache.py",
+        "workspace.py",
+        "plugins.py",
+        "progress.py",
+        "sources.py",
+    }  # where things are and how they look
+    cannot |= {"tools", "report", "testing", "runtime", "models"}
+    parts = {path.name for path in (ROOT / "xllm_compiler").iterdir() if not path.name.startswith(("_", "py."))}
+    assert parts == {*SOURCES, *cannot} and not cannot & {*SOURCES}
+
+
+def test_reads_of_options_are_recorded() -> None:
+    read: list[str] = []
+    options = recorded(Cpu(("avx2",)), read.append)
+    assert isinstance(options, Cpu) and options.isas == ("avx2",) and read == ["isas"]
+    assert options.needs_store is False and read == ["isas", "tune"], "a method's reads count too"
+
+
+def test_a_target_refuses_what_it_does_not_have() -> None:
+    text = """xir 1 stage=graph
+dim N in [1, 8]
+group @tp size=2
+
+func @step(%x: f32[N]) -> (f32[N]) {
+  %f = comm.all_reduce_start(%x, group=@tp, kind=sum) : !future<f32[N]>
+  %y = comm.wait(%f) : f32[N]
+  return %y
+}
+"""
+    with pytest.raises(XllmError, match=r"target cpu has no comm\.all_reduce_start") as caught:
+        check_capabilities(parse_module(text, "t.xir"), Cpu())
+    assert caught.value.kind == "unsupported"
 
 
 def test_same_bytes_twice(checkpoint: Path, tmp_path: Path) -> None:
@@ -243,19 +284,12 @@ def test_tuning_is_of_a_processor_and_needs_a_place(checkpoint: Path, tmp_path: 
         seen.append(tiles)
         return lower(*args, tiles=tiles, **others)
 
-    options = dataclasses.replace(OPTIONS, tune=True)
+    options = dataclasses.replace(OPTIONS, target=Cpu(tune=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["xllm_compiler.lowering.cpu.build"], "lower_cpu", watched)
         compile_checkpoint(checkpoint, tmp_path / "plain", OPTIONS, store=tmp_path)
         report = compile_checkpoint(checkpoint, tmp_path / "tuned", options, store=tmp_path)
         with pytest.raises(XllmError, match="a place to remember"):
             compile_checkpoint(checkpoint, tmp_path / "out", options)
-    assert report.manifest.key["option.tune"] == machine_name()
+    assert report.manifest.key["option.target.tune"] == machine_name()
     assert seen[0] is None and seen[1].path == tmp_path / "tiles.json"
-
-
-def test_every_package_that_decides_an_artifact_is_in_its_key() -> None:
-    """A package that the driver may use and the key does not name would leave stale entries in the cache."""
-    named = {part.removesuffix(".py") for part in driver._SOURCES}
-    beside = {"cache", "workspace", "models"}  # where entries lie, where work is done, and models to compile
-    assert {*MAY_IMPORT["driver"], "driver"} - named == beside

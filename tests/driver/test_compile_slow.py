@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compiler.artifact import WEIGHTS, check_files, machine_isas, read_manifest
-from xllm_compiler.artifact.cpu_isa import CPU_FLAGS
+from xllm_compiler.artifact import WEIGHTS, check_files, read_manifest
+from xllm_compiler.artifact.cpu_isa import CPU_FLAGS, machine_isas
 from xllm_compiler.artifact.writer import ArtifactWriter
 
 pytestmark = pytest.mark.slow

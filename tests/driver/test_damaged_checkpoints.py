@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from xllm_compiler.driver import prepare
+from xllm_compiler.driver import read_request
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.model import build_model, load_config
 from xllm_compiler.frontend.quantized import Quantized
 from xllm_compiler.frontend.stored import check_weights, checkpoint_names, judge_leftovers, untie
 from xllm_compiler.models.random_checkpoint import write_random_checkpoint
 from xllm_compiler.options import CompileOptions
+from xllm_compiler.targets.cpu import Cpu
 
 SECONDS = 10
 PER_KIND = 50
@@ -206,7 +207,7 @@ def damaged(sound: Path, place: Path, kind: Damage, seed: int) -> Path:
 
 def until_tracing(root: Path) -> None:
     """The phases of a compile that read the checkpoint, before the one that takes seconds."""
-    request = prepare(root, CompileOptions(dtype="float32", isas=("avx2",)))
+    request = read_request(root, CompileOptions(dtype="float32", target=Cpu(("avx2",))))
     quantized = Quantized.of(request.checkpoint)
     view = quantized.view
     model = build_model(load_config(view), "f32", request.options.max_model_len, view)

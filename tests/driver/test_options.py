@@ -13,10 +13,11 @@ import pytest
 import safetensors.numpy
 
 from xllm_compiler.artifact.cpu_isa import machine_levels
-from xllm_compiler.driver import prepare
+from xllm_compiler.driver import read_request
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.options import CompileOptions, resolve
+from xllm_compiler.targets.cpu import Cpu
 
 
 def write(root: Path, dtype: Any = np.float32, **config: Any) -> Path:
@@ -35,9 +36,9 @@ def resolved(root: Path, **options: Any) -> Any:
 
 def test_defaults(tmp_path: Path) -> None:
     got = resolved(write(tmp_path / "model-x"))
-    assert (got.target, got.dtype, got.max_model_len, got.name) == ("cpu", "f32", 512, "model-x")
+    assert (got.target.name, got.dtype, got.max_model_len, got.name) == ("cpu", "f32", 512, "model-x")
     assert (got.max_num_seqs, got.max_num_batched_tokens, got.max_num_logits) == (64, 2048, 128)
-    assert got.pipeline == "@cpu" and got.isas == machine_levels() and got.notes == ()
+    assert got.pipeline == "@cpu" and got.target.isas == machine_levels() and got.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,8 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
     assert resolved(root, max_num_seqs=3000).max_num_batched_tokens == 3000
     assert resolved(root, max_num_seqs=3000).max_num_logits == 3000
     assert resolved(root, max_num_seqs=2, max_num_batched_tokens=8).max_num_logits == 8
-    assert resolved(root, isas=("avx512", "avx2")).isas == ("avx2", "avx512")
-    assert resolved(root, isas=("neon", "avx2")).isas == ("avx2", "neon")  # also of other machines
+    assert resolved(root, target=Cpu(("avx512", "avx2"))).target.isas == ("avx2", "avx512")
+    assert resolved(root, target=Cpu(("neon", "avx2"))).target.isas == ("avx2", "neon")  # also of other machines
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
         {"max_num_batched_tokens": 1 << 20},
         {"max_num_batched_tokens": 63},
         {"max_num_seqs": 9, "max_num_batched_tokens": 8},
-        {"isas": ()},
-        {"isas": ("sse2",)},
+        {"target": Cpu(())},
+        {"target": Cpu(("sse2",))},
         {"name": ""},
         {"name": "two\nlines"},
         {"name": "half \ud800"},
@@ -103,7 +104,7 @@ def test_limits_that_follow_each_other(tmp_path: Path) -> None:
 )
 def test_bad_options(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(XllmError) as caught:
-        prepare(write(tmp_path / "m"), CompileOptions(**options))
+        read_request(write(tmp_path / "m"), CompileOptions(**options))
     assert caught.value.kind == "option" and caught.value.exit_code == 2
     assert caught.value.help or caught.value.where
 
@@ -117,7 +118,7 @@ CHANGES = [
     {"pipeline": None, "quantize": "int8"},
     {"pipeline": None, "quantize": "mixed"},
     {"pipeline": None, "quantize": "int8", "max_kl": float("inf")},
-    {"isas": ("avx2",)},
+    {"target": Cpu(("avx2",))},
     {"name": "other"},
 ]
 
@@ -126,20 +127,24 @@ CHANGES = [
 def test_every_option_is_a_factor(tmp_path: Path, change: dict[str, Any]) -> None:
     root = write(tmp_path / "m")
     base = CompileOptions(pipeline="cse")
-    assert prepare(root, base).factors.hash() != prepare(root, replace(base, **change)).factors.hash()
+    assert read_request(root, base).factors.hash() != read_request(root, replace(base, **change)).factors.hash()
 
 
 def test_spelled_out_defaults_are_the_same_request(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
     isas = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2")
-    spelled = CompileOptions("cpu", "float32", 512, 64, 2048, " cse , dce ", isas, "m")
-    assert prepare(root, CompileOptions(pipeline="cse,dce")).factors.hash() == prepare(root, spelled).factors.hash()
+    spelled = CompileOptions(Cpu(isas), "float32", 512, 64, 2048, " cse , dce ", "m")
+    assert (
+        read_request(root, CompileOptions(pipeline="cse,dce")).factors.hash()
+        == read_request(root, spelled).factors.hash()
+    )
 
 
 def test_a_form_is_its_pipeline(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
     named = [
-        prepare(root, CompileOptions(quantize=form)).factors for form in ("int4", "W4A8", "w4a8-grid32", "int4-g64")
+        read_request(root, CompileOptions(quantize=form)).factors
+        for form in ("int4", "W4A8", "w4a8-grid32", "int4-g64")
     ]
     text = [factors.read("pipeline.text") for factors in named]
     assert text[0] == text[1] == text[2] != text[3]
@@ -150,22 +155,22 @@ def test_a_form_is_its_pipeline(tmp_path: Path) -> None:
 def test_files_are_factors_by_content(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
     options = CompileOptions(pipeline="cse")
-    first = prepare(root, options).factors.hash()
+    first = read_request(root, options).factors.hash()
     write(root)
     (root / "README.md").write_text("not read")
-    assert prepare(root, options).factors.hash() == first
+    assert read_request(root, options).factors.hash() == first
     moved = tmp_path / "sub" / "m"
     moved.parent.mkdir()
     root.rename(moved)
-    assert prepare(moved, options).factors.hash() == first
+    assert read_request(moved, options).factors.hash() == first
     (moved / "chat_template.jinja").write_text("{{ messages }}")
-    assert prepare(moved, options).factors.hash() != first
+    assert read_request(moved, options).factors.hash() != first
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(XllmError) as caught:
-            prepare(path, CompileOptions())
+            read_request(path, CompileOptions())
         assert caught.value.kind == "checkpoint"
 
 
@@ -199,7 +204,7 @@ def test_lengths_of_scaled_ropes(tmp_path: Path) -> None:
 
 def test_settings_beside_the_config_are_factors(tmp_path: Path) -> None:
     root = write(tmp_path / "m")
-    before = prepare(root, CompileOptions(pipeline="cse")).factors.hash()
+    before = read_request(root, CompileOptions(pipeline="cse")).factors.hash()
     (root / "quantize_config.json").write_text('{"bits": 4}')
-    after = prepare(root, CompileOptions(pipeline="cse"))
+    after = read_request(root, CompileOptions(pipeline="cse"))
     assert after.factors.hash() != before and "quantize_config.json is not used" in after.options.notes[0]

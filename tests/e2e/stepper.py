@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from xllm_compiler.artifact import machine_isas
+from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.options import CompileOptions
-from xllm_compiler.runtime.cpu import CpuExecutor
 from xllm_compiler.runtime.loader import load_artifact
 from xllm_compiler.step.inputs import UNMAPPED, StepWriter
 from xllm_compiler.step.interface import LOGITS
+from xllm_compiler.targets.cpu import Cpu
 
 
 @dataclass
@@ -29,12 +29,12 @@ class Sequence_:
 class Stepper:
     """An executor with a page pool that hands out pages in the order asked for."""
 
-    def __init__(self, artifact: Path, *, threads: int = 2, pages: int = 1024, isa: str | None = None) -> None:
-        loaded = load_artifact(artifact, isa)
+    def __init__(self, artifact: Path, *, threads: int = 2, pages: int = 1024, level: str | None = None) -> None:
+        loaded = load_artifact(artifact, level)
         loaded.wait_checked()
         self.manifest = loaded.manifest
         self._loaded = loaded
-        self.executor = CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=pages, threads=threads)
+        self.executor = loaded.code.executor(loaded.weights, pages=pages, threads=threads)
         self.writer = StepWriter(self.executor.new_batch())
         self._free = list(range(pages))
 
@@ -89,6 +89,6 @@ def options(dtype: str, pipeline: str | None = None) -> CompileOptions:
         max_model_len=512,
         max_num_seqs=48,
         max_num_batched_tokens=512,
-        isas=(machine_isas()[-1],),
+        target=Cpu((machine_isas()[-1],)),
         pipeline=pipeline,
     )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from stepper import Stepper
 
-from xllm_compiler.passes.pipelines import PRESETS
+from xllm_compiler.targets.cpu import Cpu
 
-EIGHT_BIT_KV = ",".join(PRESETS["cpu"]).replace("split-attention", "quantize-kv,split-attention")
+EIGHT_BIT_KV = ",".join(Cpu.presets["cpu"]).replace("split-attention", "quantize-kv,split-attention")
 CASES = [
     *(("bundled", "bfloat16"), ("bundled", "float32"), ("mistral", "bfloat16"), ("qwen2", "float32")),
     *(("bundled", "bfloat16", "@cpu-int8"), ("qwen3", "float32", "@cpu-int4"), ("llama", "bfloat16", "@cpu-int4")),

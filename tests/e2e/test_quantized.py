@@ -12,14 +12,14 @@ from stepper import options
 
 from xllm_compiler.artifact import WEIGHTS, read_manifest
 from xllm_compiler.driver import compile_checkpoint
-from xllm_compiler.passes.pipelines import PRESETS
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.tools import verify
 from xllm_compiler.tools.steps import make_trial
 from xllm_compiler.tools.verify import references, run_native
 
-ZEROS = ",".join(PRESETS["cpu-int4"]).replace("q4grid32", "q4g64z")
-FINE = ",".join(PRESETS["cpu-int4"]).replace("q4grid32", "q4grid16")
-WEIGHTS_ONLY = ",".join(PRESETS["cpu-int8"]).replace(",quantize-rows", "").replace(",rotate=true", "")
+ZEROS = ",".join(Cpu.presets["cpu-int4"]).replace("q4grid32", "q4g64z")
+FINE = ",".join(Cpu.presets["cpu-int4"]).replace("q4grid32", "q4grid16")
+WEIGHTS_ONLY = ",".join(Cpu.presets["cpu-int8"]).replace(",quantize-rows", "").replace(",rotate=true", "")
 CASES = [
     ("qwen3", "@cpu-int8", {"q8", "glu_q8"}),
     ("qwen3", "@cpu-int4", {"q4grid32", "glu_q4grid32"}),
@@ -49,7 +49,7 @@ def test_it_computes_what_the_interpreter_does(
     embeddings = [t.name for t in stored if "embed_tokens" in t.name]
     assert len(embeddings) == 1
     trial = make_trial(manifest, 0)
-    got = np.concatenate(run_native(path, manifest.target.isas[0], trial, 2)["logits"])
+    got = np.concatenate(run_native(path, manifest.target.levels[0], trial, 2)["logits"])
     ((_, wanted),) = references(path, manifest, None, trial)
     want = np.concatenate(wanted["logits"])
     assert want.std() > 0.01
@@ -61,7 +61,7 @@ def test_it_computes_what_the_interpreter_does(
 def test_verify_takes_it(pipeline: str, artifact: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = artifact("qwen3", "bfloat16", pipeline)
     parser = argparse.ArgumentParser()
-    verify.add_arguments(parser)
+    verify.add_arguments(parser, [])
     assert verify.main(parser.parse_args([str(path)])) == 0
     assert "interpreter on " in capsys.readouterr().out
 

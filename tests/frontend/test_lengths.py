@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.frontend.conftest import Make
 from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.lengths import lengths_of
 from xllm_compiler.frontend.reference import reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import trace_checkpoint
@@ -152,7 +153,7 @@ def scaled(make: Make, family: str, rope: dict[str, Any]) -> Path:
 )
 def test_logits_beyond_the_original_length(family: str, kind: str, make: Make, limits: dict[str, Any]) -> None:
     path = scaled(make, family, SCALED[kind])
-    traced = trace_checkpoint(path, **{**limits, "max_model_len": 128})
+    traced = trace_checkpoint(Checkpoint.open(path), **{**limits, "max_model_len": 128})
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, 384, 120)]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     want = reference_logits(model, prompt)
@@ -164,16 +165,16 @@ def test_logits_beyond_the_original_length(family: str, kind: str, make: Make, l
 def test_one_more_is_too_long(make: Make, limits: dict[str, Any]) -> None:
     path = scaled(make, "qwen2", SCALED["yarn"])
     with pytest.raises(XllmError, match="129") as caught:
-        trace_checkpoint(path, **{**limits, "max_model_len": 129})
+        trace_checkpoint(Checkpoint.open(path), **{**limits, "max_model_len": 129})
     assert caught.value.kind == "option" and "128" in caught.value.help
 
 
 def test_frequencies_that_change_are_not_stretched(make: Make, limits: dict[str, Any]) -> None:
     path = scaled(make, "llama", {"type": "dynamic", "factor": 4.0})
     with pytest.raises(XllmError, match="dynamic") as caught:
-        trace_checkpoint(path, **{**limits, "max_model_len": 64})
+        trace_checkpoint(Checkpoint.open(path), **{**limits, "max_model_len": 64})
     assert "at most 32" in caught.value.help
-    trace_checkpoint(path, **{**limits, "max_model_len": 32})
+    trace_checkpoint(Checkpoint.open(path), **{**limits, "max_model_len": 32})
 
 
 def test_a_model_without_rotary_embeddings_is_not_stretched(make: Make, limits: dict[str, Any]) -> None:
@@ -181,5 +182,5 @@ def test_a_model_without_rotary_embeddings_is_not_stretched(make: Make, limits: 
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "rope_scaling": SCALED["yarn"]}))
     with pytest.raises(XllmError, match="takes no notice") as caught:
-        trace_checkpoint(path, **{**limits, "max_model_len": 64})
+        trace_checkpoint(Checkpoint.open(path), **{**limits, "max_model_len": 64})
     assert caught.value.kind == "option"

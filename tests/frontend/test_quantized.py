@@ -219,7 +219,7 @@ def test_a_checkpoint_is_the_model_that_it_stands_for(case: str, make: Make, lim
     store, config, kept = CASES[case]
     path = make("llama")
     weights = quantize(path, store, config)
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     found = layers(traced)
     assert len(found) == 14 and all(isinstance(op.w.op, Dequantize) == kept for op in found)
     assert any("dequantized" in note for note in traced.notes) != kept
@@ -237,7 +237,7 @@ def test_a_checkpoint_is_the_model_that_it_stands_for(case: str, make: Make, lim
 def test_fusions_stack_integers(case: str, make: Make, limits: dict[str, Any]) -> None:
     path = make("llama")
     quantize(path, *CASES[case][:2])
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     run_pipeline(FUSIONS, traced.module, PassContext())
     step = traced.module.func("step")
     kinds = [op.name for op in step.ops if op.name in ("nn.linear", "nn.linear_glu")]
@@ -257,7 +257,7 @@ def test_different_forms_stay_apart(make: Make, limits: dict[str, Any]) -> None:
 
     dynamic = {r".*\.(q|gate)_proj": {"bits": 4}}
     quantize(path, mixed, {"quant_method": "gptq", "bits": 8, "group_size": 32, "dynamic": dynamic})
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     context = PassContext()
     run_pipeline(FUSIONS, traced.module, context)
     assert len([r for r in context.remarks if "in different forms" in str(r)]) == 4
@@ -284,7 +284,7 @@ def test_what_cannot_be_read_is_named(config: dict[str, Any], words: str, make: 
     settings = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
     with pytest.raises(XllmError) as e:
-        trace_checkpoint(path, **limits)
+        trace_checkpoint(Checkpoint.open(path), **limits)
     assert e.value.kind == "unsupported" and words in e.value.message and "config.json" in e.value.where
 
 
@@ -320,7 +320,7 @@ def test_damage_is_named(
         tensors[f"{NAME}.{part}"] = value
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(XllmError) as e:
-        trace_checkpoint(path, **limits)
+        trace_checkpoint(Checkpoint.open(path), **limits)
     assert e.value.kind == "checkpoint" and NAME in e.value.message and words in e.value.message, e.value
 
 
@@ -328,7 +328,7 @@ def test_groups_divide_rows(make: Make, limits: dict[str, Any]) -> None:
     path = make("llama")
     quantize(path, awq(32), {**CASES["awq"][1], "group_size": 48})
     with pytest.raises(XllmError, match="groups of 48 do not divide its 160 columns") as e:
-        trace_checkpoint(path, **limits)
+        trace_checkpoint(Checkpoint.open(path), **limits)
     assert e.value.kind == "checkpoint" and "proj.weight" in e.value.message
 
 
@@ -344,7 +344,7 @@ def test_layers_that_are_not_linear(make: Make, limits: dict[str, Any]) -> None:
     config = compressed("int-quantized", {**INT8}, TOKEN)
     (path / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
     with pytest.raises(XllmError, match="Conv1D") as e:
-        trace_checkpoint(path, **limits)
+        trace_checkpoint(Checkpoint.open(path), **limits)
     assert e.value.kind == "unsupported" and "c_fc" in e.value.message
 
 
@@ -373,7 +373,7 @@ def test_a_damaged_pattern(make: Make, limits: dict[str, Any]) -> None:
     config["config_groups"]["group_0"]["targets"] = ["re:("]
     quantize(path, compressed_int4(32), config)
     with pytest.raises(XllmError, match=r"pattern '\(' is damaged") as e:
-        trace_checkpoint(path, **limits)
+        trace_checkpoint(Checkpoint.open(path), **limits)
     assert e.value.kind == "checkpoint"
 
 

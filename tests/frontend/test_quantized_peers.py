@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 from tests.frontend.conftest import Make
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.reference import reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.interp import run_value
@@ -64,7 +65,7 @@ def compress(path: Path, form: str, weights: dict[str, Any], inputs: dict[str, A
 
 
 def same(path: Path, limits: dict[str, Any], model: Any, kept: bool) -> None:
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     assert sum(isinstance(op, Dequantize) for op in traced.module.func("step").ops) == (14 if kept else 0)
     for got, prompt in zip(stepped_logits(traced.module, traced.weights, PROMPTS), PROMPTS, strict=True):
         want = reference_logits(model.eval(), prompt)
@@ -104,7 +105,7 @@ def test_compressed_tensors_with_narrow_scales(symmetric: bool, make: Make, limi
     """A bf16 checkpoint has bf16 scales, which f16 holds: weights stay in integers, and are those of the library."""
     path = make("llama", dtype="bfloat16")
     compress(path, "pack-quantized", {**INT4, "symmetric": symmetric}, None)
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     assert sum(isinstance(op, Dequantize) for op in traced.module.func("step").ops) == 14
     quantization = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=quantization)

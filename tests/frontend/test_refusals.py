@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from tests.frontend.conftest import Make
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import attention
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.rows import check_rows
 from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.ir.parser import parse_module
@@ -105,7 +106,7 @@ def test_configs_that_need_foreign_code_or_are_unknown(make: Make, limits: dict[
         for change in changes:
             (path / "config.json").write_text(json.dumps({**config, **change}))
             with pytest.raises(XllmError) as e:
-                trace_checkpoint(path, **limits)
+                trace_checkpoint(Checkpoint.open(path), **limits)
             assert e.value.kind == kind and "config.json" in e.value.where, e.value
             assert ("never run" in e.value.message) == ("auto_map" in change)
 
@@ -118,7 +119,7 @@ def test_weights_and_config_that_disagree(make: Make, limits: dict[str, Any]) ->
         kept = {k: v for k, v in {**weights, **change}.items() if v is not None}
         save_file(kept, path / "model.safetensors", {"format": "pt"})
         with pytest.raises(XllmError) as e:
-            trace_checkpoint(path, **limits)
+            trace_checkpoint(Checkpoint.open(path), **limits)
         assert e.value.kind == "checkpoint"
         return e.value
 

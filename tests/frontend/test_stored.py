@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.frontend.conftest import Make
 from xllm_compiler.errors import XllmError
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 
@@ -37,7 +38,7 @@ def edit(path: Path, change: Callable[[Weights], object] = lambda w: None, **con
 
 def as_transformers(path: Path, limits: dict[str, Any]) -> Traced:
     """Traces it, and holds its logits to those of transformers on the same directory."""
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     for got, prompt in zip(stepped_logits(traced.module, traced.weights, PROMPTS), PROMPTS, strict=True):
         want = reference_logits(model, prompt)
@@ -47,7 +48,7 @@ def as_transformers(path: Path, limits: dict[str, Any]) -> Traced:
 
 def refusal(path: Path, limits: dict[str, Any]) -> XllmError:
     with pytest.raises(XllmError) as caught:
-        trace_checkpoint(path, **limits)
+        trace_checkpoint(Checkpoint.open(path), **limits)
     assert caught.value.kind in ("checkpoint", "unsupported") and caught.value.where
     return caught.value
 
@@ -190,7 +191,7 @@ def test_a_tensor_stored_under_two_names_with_equal_values(make: Make, limits: d
 def test_code_that_the_config_asks_for_is_not_fetched(make: Make, limits: dict[str, Any]) -> None:
     """An attention of the hub is code; transformers would download it for a config that names one."""
     path = edit(make("llama", **ONE), attn_implementation="kernels-community/flash-attn2", use_kernels=True)
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     (got,) = stepped_logits(traced.module, traced.weights, PROMPTS)
     want = reference_logits(load_reference(path), PROMPTS[0])
     np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, np.abs(want).max()))

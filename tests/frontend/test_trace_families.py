@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.frontend.conftest import Make
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
 from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.ir.hash import structural_hash
@@ -85,7 +86,7 @@ def counts(module: Any) -> dict[str, int]:
 def test_same_logits_as_transformers(family: str, make: Make, limits: dict[str, Any]) -> None:
     settings, found = FAMILIES[family]
     path = make(family, **settings)
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     verify(traced.module)
     weights = dict(traced.weights)
     model = load_reference(path)
@@ -106,7 +107,7 @@ def test_same_logits_as_transformers(family: str, make: Make, limits: dict[str, 
 
 def test_module_is_what_the_contract_says(make: Make, limits: dict[str, Any]) -> None:
     path = make("qwen3", head_dim=16, tie_word_embeddings=True)
-    traced = trace_checkpoint(path, **limits)
+    traced = trace_checkpoint(Checkpoint.open(path), **limits)
     step = traced.module.func("step")
     assert [f"{a.name}: {a.type}" for a in step.args] == [
         "ids: i32[N]",
@@ -136,14 +137,14 @@ def test_module_is_what_the_contract_says(make: Make, limits: dict[str, Any]) ->
 
 def test_two_traces_are_the_same_text(make: Make, limits: dict[str, Any]) -> None:
     path = make("llama")
-    assert print_module(trace_checkpoint(path, **limits).module) == print_module(
-        trace_checkpoint(path, **limits).module
+    assert print_module(trace_checkpoint(Checkpoint.open(path), **limits).module) == print_module(
+        trace_checkpoint(Checkpoint.open(path), **limits).module
     )
 
 
 def test_bf16_keeps_f32_tables_and_is_close(make: Make, limits: dict[str, Any]) -> None:
     path = make("llama", dtype="bfloat16")
-    traced = trace_checkpoint(path, **{**limits, "dtype": "bf16"})
+    traced = trace_checkpoint(Checkpoint.open(path), **{**limits, "dtype": "bf16"})
     run_pipeline(CANONICAL, traced.module, PassContext())
     ropes = [op for op in traced.module.func("step").ops if op.name == "nn.rope"]
     assert len(ropes) == 4 and {op.operands[1].dtype for op in ropes} == {"f32"}

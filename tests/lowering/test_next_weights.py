@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.kernels.tir.linear.linear import LinearGlu
 from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
@@ -23,7 +24,7 @@ FACTS = {"dtype": "bf16", "max_model_len": 64, "max_num_seqs": 4, "max_num_batch
 @pytest.mark.parametrize("pipeline", ["@cpu", "@cpu-int8", "@cpu-int4"])
 def test_the_next_layer_is_named(pipeline: str, tmp_path: Path) -> None:
     write_random_checkpoint("qwen3", tmp_path / "m", settings={**TINY, "head_dim": 32}, seed=5)
-    module = trace_checkpoint(tmp_path / "m", max_num_logits=4, **FACTS).module  # type: ignore[arg-type]
+    module = trace_checkpoint(Checkpoint.open(tmp_path / "m"), max_num_logits=4, **FACTS).module  # type: ignore[arg-type]
     run_pipeline(pipeline, module, PassContext())
     table = WeightTable()
     found = []

@@ -79,7 +79,7 @@ for name in ("test-missing", "test-other"):
 """
     env = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).resolve().parents[2]}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    failed = "cannot load passes from entry point offered:Missing: AttributeError"
+    failed = "package offered 1.0 offers pass test-missing, which cannot be loaded: AttributeError"
     assert done.stdout.splitlines() == [
         "True offered",
         f"{failed}: module 'offered' has no attribute 'Missing'",

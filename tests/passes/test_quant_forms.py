@@ -8,8 +8,8 @@ import pytest
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.passes.manager import parse_pipeline
-from xllm_compiler.passes.pipelines import PRESETS, quantized
 from xllm_compiler.passes.quantize.forms import QuantForm, parse_form
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.weight_formats import GRIDS, GROUPS, GridFormat, IntegerFormat
 
 
@@ -44,18 +44,19 @@ def test_every_form_survives_its_name_and_makes_a_pipeline() -> None:
         format = IntegerFormat(bits, group, zeros)
         form = QuantForm(format, acts, kv)
         assert parse_form(str(form)) == form
-        text = str(parse_pipeline(",".join(quantized(form))))
+        text = str(parse_pipeline(",".join(Cpu.pipelines.quantized(form))))
         assert ("quantize-rows" in text) == (acts == 8) and ("quantize-kv" in text) == (kv == 8)
         assert f"{{format={format}" in text or format == IntegerFormat(8)  # the default is not printed
     for grid in GRIDS:
         form = QuantForm(GridFormat(grid))
         assert parse_form(str(form)) == form
-        assert f"quantize-weights{{format=q4grid{grid}}}" in str(parse_pipeline(",".join(quantized(form))))
+        made = str(parse_pipeline(",".join(Cpu.pipelines.quantized(form))))
+        assert f"quantize-weights{{format=q4grid{grid}}}" in made
 
 
 def test_the_presets_are_the_short_names() -> None:
-    assert quantized(parse_form("int8")) == PRESETS["cpu-int8"]
-    assert quantized(parse_form("int4")) == PRESETS["cpu-int4"]
+    assert Cpu.pipelines.quantized(parse_form("int8")) == Cpu.presets["cpu-int8"]
+    assert Cpu.pipelines.quantized(parse_form("int4")) == Cpu.presets["cpu-int4"]
 
 
 @pytest.mark.parametrize(

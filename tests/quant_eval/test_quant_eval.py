@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xllm_compiler.analysis.weights import param_names
+from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 from xllm_compiler.interp import run
 from xllm_compiler.ir.clone import clone_module
@@ -18,7 +19,7 @@ from xllm_compiler.models.corpus import python_version, source_files
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
-from xllm_compiler.passes.pipelines import UNQUANTIZED
+from xllm_compiler.passes.pipelines import BEFORE
 from xllm_compiler.passes.quantize.forms import NARROW, WIDE, parse_form
 from xllm_compiler.quant_eval import mixed_precision
 from xllm_compiler.quant_eval.compare import compare
@@ -31,9 +32,14 @@ BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
 
 def traced(checkpoint: Path) -> Traced:
     got = trace_checkpoint(
-        checkpoint, dtype="f32", max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, max_num_logits=64
+        Checkpoint.open(checkpoint),
+        dtype="f32",
+        max_model_len=64,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_num_logits=64,
     )
-    run_pipeline(",".join(UNQUANTIZED), got.module, PassContext())
+    run_pipeline(",".join(BEFORE), got.module, PassContext())
     return got
 
 

@@ -20,6 +20,7 @@ from xllm_compiler.ir.loc import Loc
 from xllm_compiler.passes.base import Remark
 from xllm_compiler.report.page import write_report
 from xllm_compiler.report.timeline import write_timeline
+from xllm_compiler.targets.cpu import Cpu
 
 pytestmark = pytest.mark.browser
 
@@ -37,7 +38,7 @@ EVIL = "<script>document.title='owned'</script><b>"
 def write(path: Path, text: str, pipeline: str | None = None, title: str = "tiny") -> dict[str, Any]:
     """Writes a report and returns its data as the page has it."""
     ran = run_watched(text) if pipeline is None else run_watched(text, pipeline)
-    write_report(path, ran.module, ran.history, ran.report, title, tries=ran.tries)
+    write_report(path, ran.module, ran.history, ran.report, title, Cpu.machine, tries=ran.tries)
     blob = path.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
     data: dict[str, Any] = json.loads(blob)
     return data
@@ -245,7 +246,7 @@ def test_remarks_are_misses_in_words(browser: Browser, tmp_path: Path) -> None:
     ran = run_watched(model_text(1))
     place = Loc("m.py", 9, "model.layers.0")
     ran.report.ctx.remarks.append(Remark("fuse-glu", "%p0 = t.mul", "the gate <is> a view", place))
-    write_report(tmp_path / "remarks.html", ran.module, ran.history, ran.report, "tiny", tries=ran.tries)
+    write_report(tmp_path / "remarks.html", ran.module, ran.history, ran.report, "tiny", Cpu.machine, tries=ran.tries)
     browser.open(tmp_path / "remarks.html")
     cells = browser.texts("#rewrites [aria-label=Remarks] td")
     assert cells == ["fuse-glu", "the gate <is> a view", "%p0 = t.mul", "model.layers.0 (m.py:9)"]
@@ -363,7 +364,7 @@ READ_TRACE = """(() => {
 def test_chromiums_trace_viewer_reads_a_timeline(browser: Browser, tmp_path: Path) -> None:
     """chrome://tracing is part of the browser: its importer makes its model of our events."""
     ran = run_watched(TWO_STREAMS, "assign-streams,plan-memory")
-    write_timeline(tmp_path / "t.json", ran.module, dims={"N": 64})
+    write_timeline(tmp_path / "t.json", ran.module, Cpu.machine, dims={"N": 64})
     text = (tmp_path / "t.json").read_text(encoding="utf-8")
     events = json.loads(text)["traceEvents"]
     browser.open("chrome://tracing")

@@ -15,7 +15,7 @@ import pytest
 from model_text import TWO_STREAMS, model_text
 from watched import Ran, run_watched
 
-from xllm_compiler.analysis.cost import MACHINES, Costs
+from xllm_compiler.analysis.cost import Costs
 from xllm_compiler.analysis.simulate import simulate
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
@@ -25,9 +25,10 @@ from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.report.data import report_data
 from xllm_compiler.report.page import ReportPage, page, write_report
 from xllm_compiler.report.sizes import complete, scenarios
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.testing.corpus import entry
 
-CPU = MACHINES["cpu"]
+CPU = Cpu.machine
 SECTIONS = ["summary", "graph", "passes", "memory", "timeline", "rewrites", "costs"]
 
 
@@ -110,7 +111,7 @@ def test_text_from_files_stays_text() -> None:
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         module = parse_module(model_text(), "model.xir")
-        watch = ReportPage(tmp_path / f"{name}.html", "tiny", dims={"N": 5, "B": 2})
+        watch = ReportPage(tmp_path / f"{name}.html", "tiny", CPU, dims={"N": 5, "B": 2})
         run_pipeline(
             "fuse-glu,dce,assign-streams,plan-memory",
             module,
@@ -254,4 +255,4 @@ def test_sizes_that_make_no_sense(dims: dict[str, int], message: str, help: str)
 
 def test_a_page_that_cannot_be_written(tmp_path: Path, ran: Ran) -> None:
     with pytest.raises(XllmError, match="cannot write: Is a directory"):
-        write_report(tmp_path, ran.module, ran.history, ran.report, "tiny")
+        write_report(tmp_path, ran.module, ran.history, ran.report, "tiny", CPU)

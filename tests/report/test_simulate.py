@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_text import TWO_STREAMS, model_text
 
-from xllm_compiler.analysis.cost import Costs, Machine
+from xllm_compiler.analysis.cost import Costs
 from xllm_compiler.analysis.happens_before import HappensBefore, done
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.simulate import WAITS, Slot, makespan, simulate, streams_of
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.parser import parse_module

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from model_text import TWO_STREAMS, model_text
 from watched import Ran, run_watched
 
-from xllm_compiler.analysis.cost import MACHINES
 from xllm_compiler.analysis.simulate import makespan, simulate
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.parser import parse_module
@@ -26,9 +25,10 @@ from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.report.data import memory_data
 from xllm_compiler.report.sizes import scenarios
 from xllm_compiler.report.timeline import TimelineFile, trace, write_timeline
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.testing.graphs import random_module
 
-CPU = MACHINES["cpu"]
+CPU = Cpu.machine
 NUMBER = (int, float)
 
 
@@ -131,17 +131,17 @@ def test_without_a_plan_there_is_no_counter() -> None:
 
 
 def test_the_file(tmp_path: Path, ran: Ran) -> None:
-    write_timeline(tmp_path / "a.json", ran.module)
-    write_timeline(tmp_path / "b.json", ran.module)
+    write_timeline(tmp_path / "a.json", ran.module, CPU)
+    write_timeline(tmp_path / "b.json", ran.module, CPU)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert json.loads((tmp_path / "a.json").read_text()) == trace(ran.module, CPU)
     with pytest.raises(XllmError, match="cannot write: No such file or directory"):
-        write_timeline(tmp_path / "none" / "a.json", ran.module)
+        write_timeline(tmp_path / "none" / "a.json", ran.module, CPU)
 
 
 def test_as_an_instrument(tmp_path: Path) -> None:
     module = parse_module(model_text(1), "m.xir")
-    run_pipeline("fuse-glu,dce", module, instruments=[TimelineFile(tmp_path / "t.json", dims={"N": 5})])
+    run_pipeline("fuse-glu,dce", module, instruments=[TimelineFile(tmp_path / "t.json", CPU, dims={"N": 5})])
     written = json.loads((tmp_path / "t.json").read_text())
     assert written == trace(module, CPU, {"N": 5}) and "N=5, B=1, S=1" in written["otherData"]["sizes"]
 

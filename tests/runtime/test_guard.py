@@ -223,12 +223,12 @@ def test_nothing_is_kept_after_the_end(toy: Path) -> None:
 
 def test_loaded_code_is_a_copy(toy: Path) -> None:
     """Two artifacts whose libraries differ, loaded one after the other, are two libraries; both outlive their files."""
-    isa = read_manifest(toy).target.isas[0]
+    isa = read_manifest(toy).target.levels[0]
     first = prepare_engine(toy, OPTIONS, Phases())
     (toy / "cpu" / f"{isa}.so").unlink()
     other = build_toy_artifact(toy.parent / "second")
     second = prepare_engine(other, OPTIONS, Phases())
-    assert first.artifact.code._name != second.artifact.code._name
+    assert first.artifact.code.library._name != second.artifact.code.library._name
     for started in (first, second):
         with LLM.from_engine(started.engine) as llm:
             assert list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == toy_answer(PROMPT, 20)

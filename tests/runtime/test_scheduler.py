@@ -133,7 +133,10 @@ def test_every_request_ends(
 ) -> None:
     """Run to the end: all finish or fail, in a bounded number of steps, and only those fail that could never fit."""
     limits = Limits(max_tokens, max_seqs, max_rows, page, pages)
-    waiting = [FakeJob(prompt, scored=s, prompt=prompt, target=prompt + more, function=f) for prompt, more, s, f in lives]
+    waiting = [
+        FakeJob(prompt, scored=scored, prompt=prompt, target=prompt + more, function=function)
+        for prompt, more, scored, function in lives
+    ]
     everyone, running, failed = list(waiting), [], []
     free, last = pages, ""
     for _ in range(5000):

@@ -54,7 +54,7 @@ def test_a_moved_artifact_is_the_same(toy: Path, copy: Path) -> None:
 
 def executor_of(toy: Path, threads: int = 1) -> CpuExecutor:
     loaded = load_artifact(toy)
-    return CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=6, threads=threads)
+    return loaded.code.executor(loaded.weights, pages=6, threads=threads)
 
 
 def test_programs_are_chosen_by_their_guards(toy: Path) -> None:
@@ -156,17 +156,18 @@ def test_any_damage_to_any_file_is_found_before_a_token_is_told(toy: Path, tmp_p
 
 
 def test_foreign_artifacts(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xllm_compiler.runtime import loader
+    from xllm_compiler.runtime.cpu import target
 
     with pytest.raises(XllmError) as caught:
-        load_artifact(copy, isa="sse9")
+        load_artifact(copy, level="sse9")
     assert caught.value.kind == "option"
 
     def choose_none(isas: Any) -> str:
         raise XllmError("artifact", "the artifact has code for none of this CPU's levels")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "choose_isa", choose_none)
+        patch.setattr(target, "machine_isas", tuple)
+        patch.setattr(target, "choose_isa", choose_none)
         with pytest.raises(XllmError) as caught:
             load_artifact(copy)
         assert caught.value.kind == "artifact"
@@ -192,7 +193,7 @@ def test_a_library_without_the_functions_is_refused(toy: Path) -> None:
         load_library(toy / "weights.bin")
     assert caught.value.kind == "artifact"
     with pytest.raises(XllmError) as caught:
-        Team(loaded.code, 0)
+        Team(loaded.code.library, 0)
     assert caught.value.kind == "option"
 
 
@@ -210,7 +211,7 @@ def test_a_library_without_the_functions_is_refused(toy: Path) -> None:
         {"memory_utilization": float("nan")},
         {"kv_cache_memory_bytes": -1},
         {"max_queued": 0},
-        {"isa": "avx1024"},
+        {"level": "avx1024"},
     ],
     ids=str,
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from xllm_compiler.artifact import FORMAT, DimRange, Limits, Manifest, Model, Target, Weight, Weights, machine_isas
+from xllm_compiler.artifact import FORMAT, DimRange, Limits, Manifest, Model, Target, Weight, Weights
+from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.artifact.writer import ArtifactWriter
 from xllm_compiler.step.abi import ArgumentBlock
 from xllm_compiler.step.interface import Function, Program, State, TensorSpec
@@ -150,7 +151,7 @@ def toy_manifest(isa: str) -> Manifest:
         format=FORMAT,
         id="",
         model=Model("Toy", "toy", VOCAB, 8, 1, "f32", WIDTH * PAGE, (), None, None),
-        target=Target("cpu", (isa,)),
+        target=Target("cpu", (isa,), ("calls.json", f"cpu/{isa}.so")),
         limits=Limits(3, 12, 6),
         dims=DIMS,
         states={"kv0": State("kv", "bf16", "tile1", {"heads": 1, "k": 1, "v": 1, "page": PAGE}, "P", 4 * PAGE)},
@@ -179,7 +180,7 @@ def build_toy_artifact(out: Path) -> Path:
         writer.write_text("module.xir", MODULE)
         writer.write_text("calls.json", "{}\n")  # nobody profiles the toy
         (writer.path / "weights.bin").write_bytes(MULTIPLIER.to_bytes(4, "little") + bytes(WEIGHT_BYTES - 4))
-        writer.copy(f"cpu/{manifest.target.isas[0]}.so", library)
+        writer.copy(f"cpu/{manifest.target.levels[0]}.so", library)
         writer.write_text("generation_config.json", '{"temperature": 0.5, "do_sample": true, "max_new_tokens": 3}')
         writer.commit(manifest)
     return out

@@ -138,7 +138,7 @@ def test_a_pass_that_says_what_it_loses_keeps_every_law(laboratory: Laboratory) 
 
 
 def test_the_functions_of_the_plugin(monkeypatch: pytest.MonkeyPatch, laboratory: Laboratory) -> None:
-    monkeypatch.setattr(laws, "laboratory", lambda directories: laboratory)
+    monkeypatch.setattr(laws, "laboratory", lambda directories, preset: laboratory)
     assert laws.check("keeps", "meaning") is None
     told = laws.check("denies", "honest")
     assert told is not None and "run() returned False" in told

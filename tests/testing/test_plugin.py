@@ -104,11 +104,11 @@ def laws(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = ModuleType("xllm_compiler.testing.laws")
     vars(stub)["law_names"] = lambda: ["meaning", "honesty"]
 
-    def check(name: str, law: str, folders: tuple[Path, ...]) -> str | None:
+    def check(name: str, law: str, folders: tuple[Path, ...], preset: str) -> str | None:
         return f"{name} breaks {law} in {[*map(str, folders)]}" if (name, law) == ("lab-wrong", "meaning") else None
 
     vars(stub)["check"] = check
-    vars(stub)["tally"] = lambda name, folders: f"{name}: 3 of 4 modules changed"
+    vars(stub)["tally"] = lambda name, folders, preset: f"{name}: 3 of 4 modules changed"
     monkeypatch.setitem(sys.modules, "xllm_compiler.testing.laws", stub)
     monkeypatch.setattr("xllm_compiler.testing.laws", stub, raising=False)
 
@@ -149,6 +149,10 @@ def test_laws_are_asked_for_or_belong_to_the_whole_run(with_passes: pytest.Pytes
     result = with_passes.runpytest_inprocess("wrong.xir", "--laws=lab-wrogn")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --laws=lab-wrogn*", "*there is no pass called*", "*did you mean 'lab-wrong'*"])
+    for preset in ("@abacus", "cpu"):
+        result = with_passes.runpytest_inprocess("wrong.xir", "--laws=lab-wrong", f"--laws-preset={preset}")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines([f"ERROR: --laws-preset={preset}: no installed target*", "*@cpu, @cpu-int4*"])
 
 
 def test_passes_are_tried_on_the_modules_of_the_project(with_passes: pytest.Pytester) -> None:

@@ -14,48 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.weights import weight_exprs
-from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op
 from xllm_compiler.ir.cost import Amounts, Cost, CostContext
 from xllm_compiler.ir.facts import Work
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Limits per second, and seconds. `flops`: in the dtype of the model; `launch`: of starting one op; `link` and
-    `hop`: bandwidth of one rank to its neighbours, in one direction, and the time of one message."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    launch: float
-    link: float = 1e9
-    hop: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for field in ("flops", "bandwidth", "link"):
-            if not getattr(self, field) > 0:
-                raise XllmError("option", f"machine {self.name}: {field} is {getattr(self, field)}, not above 0")
-        if self.launch < 0 or self.hop < 0:
-            raise XllmError("option", f"machine {self.name}: a time is negative")
-
-
-MACHINES: Final = {
-    # Two cores of a virtual AMD EPYC (Zen 4) with the bf16 dot product, measured by bench/limits.py; launch: a barrier.
-    "cpu": Machine("cpu", flops=448e9, bandwidth=34.2e9, launch=0.2e-6, link=1.25e9, hop=20e-6),
-    # NVIDIA's data sheet of the H200 SXM: bf16 without sparsity, HBM3e, NVLink in one direction; launch inside a graph.
-    "h200": Machine("h200", flops=989e12, bandwidth=4.8e12, launch=2e-6, link=450e9, hop=2e-6),
-}
-
-
-def machine_of(name: str) -> Machine:
-    """The machine called `name`; XllmError of kind "option" names those there are."""
-    if name not in MACHINES:
-        raise XllmError("option", f"no machine is called {name!r}", help="one of " + ", ".join(MACHINES))
-    return MACHINES[name]
 
 
 @dataclass(frozen=True, slots=True)

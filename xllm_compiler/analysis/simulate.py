@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from xllm_compiler.analysis.cost import Costs, Estimate, Machine, estimate
+from xllm_compiler.analysis.cost import Costs, Estimate, estimate
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.cost import Amounts
 from xllm_compiler.ir.types import Future

@@ -2,7 +2,6 @@
 
 from xllm_compiler.artifact.calls import CallTable, KernelCost, ProgramCalls, read_calls
 from xllm_compiler.artifact.contents import Contents, unlisted
-from xllm_compiler.artifact.cpu_isa import choose_isa, machine_isas
 from xllm_compiler.artifact.digest import digest_file
 from xllm_compiler.artifact.io import check_files, check_size, is_artifact, read_manifest
 from xllm_compiler.artifact.schema import (
@@ -41,10 +40,8 @@ __all__ = [
     "Weights",
     "check_files",
     "check_size",
-    "choose_isa",
     "digest_file",
     "is_artifact",
-    "machine_isas",
     "read_calls",
     "read_manifest",
     "unlisted",

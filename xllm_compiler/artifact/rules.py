@@ -11,7 +11,6 @@ from typing import Final
 
 from xllm_compiler.artifact.decode import bad, decode, shown
 from xllm_compiler.artifact.schema import (
-    CALLS,
     FORMAT,
     MANIFEST,
     MODULE,
@@ -141,12 +140,13 @@ def _check_model(model: Model) -> None:
 
 def _check_target(manifest: Manifest) -> None:
     target = manifest.target
-    for name in (target.kind, *target.isas):
+    for name in (target.kind, *target.levels):
         if not _NAME.match(name):
             raise bad("$.target", f"{shown(name)} is not a name")
-    _unique(target.isas, "$.target.isas")
-    if not target.isas:
-        raise bad("$.target.isas", "no instruction set")
+    _unique(target.levels, "$.target.levels")
+    _unique(target.files, "$.target.files")
+    if not target.levels:
+        raise bad("$.target.levels", "no code for any machine")
 
 
 def _check_dims(manifest: Manifest) -> None:
@@ -312,8 +312,7 @@ def _check_weight(tensor: Weight, where: str) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    needed = [MODULE, WEIGHTS, CALLS, *(f"{manifest.target.kind}/{isa}.so" for isa in manifest.target.isas)]
-    for name in needed:
+    for name in (MODULE, WEIGHTS, *manifest.target.files):
         if name not in manifest.files:
             raise bad("$.files", f"{name} is not listed")
     for name, entry in manifest.files.items():

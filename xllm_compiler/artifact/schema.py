@@ -45,10 +45,12 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`isas`: instruction set levels with code in this artifact."""
+    """`kind`: who can run this artifact. `levels`: the machines that there is code for, from the widest spread to the
+    best, and `files`: those that only this kind reads; what both mean is the kind's."""
 
     kind: str
-    isas: tuple[str, ...]
+    levels: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.attention import IMPLEMENTATION
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.lengths import Lengths, lengths_of
+from xllm_compiler.step.interface import Pooling
 
 TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,6 +45,7 @@ class CheckpointInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    pooling: Pooling | None  # where there is an @embed
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -239,7 +241,15 @@ def model_lengths(config: Any) -> Lengths:
 
 
 def model_facts(
-    config: Any, model: Any, generation: dict[str, Any], *, layers: int, vocab: int, dtype: str, max_model_len: int
+    config: Any,
+    model: Any,
+    generation: dict[str, Any],
+    *,
+    layers: int,
+    vocab: int,
+    dtype: str,
+    max_model_len: int,
+    pooling: Pooling | None,
 ) -> CheckpointInfo:
     text = text_config(config)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -259,6 +269,7 @@ def model_facts(
         max_model_len=max_model_len,
         eos_token_ids=tuple(int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab),
         bos_token_id=int(bos) if isinstance(bos, int) and 0 <= bos < vocab else None,
+        pooling=pooling,
     )
 
 

@@ -6,7 +6,6 @@ improve.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import aten  # noqa: F401  (registers the handlers)
 from xllm_compiler.frontend.attention import AttendCall, decide
 from xllm_compiler.frontend.checkpoint import Array, Checkpoint
+from xllm_compiler.frontend.embedding import pooling_of
 from xllm_compiler.frontend.export import EXPORT_MAX, export_model
 from xllm_compiler.frontend.importer import DTYPES, Importer, Item
 from xllm_compiler.frontend.model import (
@@ -42,7 +42,7 @@ from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.step.inputs import step_inputs
-from xllm_compiler.step.interface import EMBED, HIDDEN, LOGITS, STEP
+from xllm_compiler.step.interface import EMBED, HIDDEN, LOGITS, STEP, Pooling
 
 PAGE_TOKENS = 16  # in a KV page, what is handed out to a request at once: any multiple of a target's tile
 MAX_PAGES = 1 << 24
@@ -62,7 +62,7 @@ class Traced:
 
 
 def trace_checkpoint(
-    path_or_config: str | os.PathLike[str] | Any,
+    source: Checkpoint | Any,
     *,
     dtype: str,
     max_model_len: int | None = None,
@@ -72,7 +72,7 @@ def trace_checkpoint(
     functions: tuple[str, ...] = (STEP,),
     check_finite: bool = True,
 ) -> Traced:
-    """Traces a checkpoint directory, or a transformers config (whose weights then have no values).
+    """Traces an opened checkpoint, or a transformers config (whose weights then have no values).
 
     `functions`: which of @step and @embed; both come from one trace. Without @step the model needs no head.
     `dtype` is "f32" or "bf16". `max_model_len` is in tokens; None takes what the model was made for. Raises XllmError
@@ -82,12 +82,12 @@ def trace_checkpoint(
         raise XllmError("option", f"dtype {dtype!r} cannot be compiled", help="one of " + ", ".join(TORCH_DTYPE))
     checkpoint: Checkpoint | None = None
     quantized: Quantized | None = None
-    if isinstance(path_or_config, (str, os.PathLike)):
-        quantized = Quantized.of(Checkpoint.open(path_or_config))
+    if isinstance(source, Checkpoint):
+        quantized = Quantized.of(source)
         checkpoint = quantized.view
         config = load_config(checkpoint)
     else:
-        config = path_or_config
+        config = source
     if getattr(config, "is_encoder_decoder", False):
         raise XllmError("unsupported", f"{config.model_type!r} is an encoder-decoder model")
     if text_config(config) is not config:
@@ -103,7 +103,7 @@ def trace_checkpoint(
     outputs = tuple(_OUTPUTS[name] for name in functions)
     model = build_model(config, dtype, length, checkpoint, head=STEP in functions)
     names: dict[str, str] = {}
-    notes: list[str] = []
+    pooling, notes = _pooling(checkpoint) if EMBED in functions else (None, [])
     if checkpoint is not None and quantized is not None:
         names, leftovers = checkpoint_names(model, checkpoint)
         notes += untie(model, names, checkpoint, quantized.weights)
@@ -134,6 +134,7 @@ def trace_checkpoint(
         vocab=_vocabulary(module, model),
         dtype=dtype,
         max_model_len=length,
+        pooling=pooling,
     )
     if checkpoint is not None:
         for slot in slots.values():
@@ -142,6 +143,11 @@ def trace_checkpoint(
     if quantized is not None:
         notes += [*quantized.notes, *quantized.dequantized()]
     return Traced(module, info, WeightSource(slots, checkpoint, check_finite), tuple(notes))
+
+
+def _pooling(checkpoint: Checkpoint | None) -> tuple[Pooling, list[str]]:
+    """How @embed's rows are pooled; a config alone says nothing of it."""
+    return (Pooling("last", True, None), []) if checkpoint is None else pooling_of(checkpoint)
 
 
 def _vocabulary(module: Module, model: Any) -> int:

@@ -15,23 +15,25 @@ from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.core import Value
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
-from xllm_compiler.passes.pipelines import UNQUANTIZED, quantized
 from xllm_compiler.passes.quantize.forms import MIXED, NARROW, QuantForm, parse_form
 from xllm_compiler.quant_eval import mixed_precision
 from xllm_compiler.quant_eval.compare import Loss
 from xllm_compiler.quant_eval.measure import Reference, layer_losses, total_loss
 from xllm_compiler.quant_eval.report import LayerLoss, LossReport
+from xllm_compiler.targets import Target
 
 
 class QuantizationEvaluator:
     """Keeps a copy of the traced module in its unquantized form for as long as the compile takes."""
 
-    def __init__(self, form: str, limit: float | None, pipeline: str, traced: Traced, tokenizer: Path) -> None:
-        """`form` and `limit` as `options.Resolved` has them, `pipeline` what makes the form, `tokenizer` where the
-        model's tokenizer.json is if it has one."""
+    def __init__(
+        self, form: str, limit: float | None, pipeline: str, target: Target, traced: Traced, tokenizer: Path
+    ) -> None:
+        """`form` and `limit` as `options.Resolved` has them, `pipeline` what makes the form on `target`, `tokenizer`
+        where the model's tokenizer.json is if it has one."""
         module = clone_module(traced.module)
-        run_pipeline(",".join(UNQUANTIZED), module, PassContext())
-        self._form, self._limit, self._pipeline = form, limit, pipeline
+        run_pipeline(",".join(target.pipelines.before), module, PassContext(target.capabilities))
+        self._target, self._form, self._limit, self._pipeline = target, form, limit, pipeline
         self._bench = Reference.of(
             module,
             traced.weights,
@@ -46,19 +48,21 @@ class QuantizationEvaluator:
         if self._form == MIXED:
             assert self._limit is not None
             forms, self._layers = mixed_precision.choose(self._bench, self._limit)
-            self._pipeline = str(parse_pipeline(",".join(quantized(NARROW, mixed_precision.names_of(forms)))))
+            self._pipeline = str(
+                parse_pipeline(",".join(self._target.quantized(NARROW, mixed_precision.names_of(forms))))
+            )
         return self._pipeline
 
     def report(self, folder: Path, manifest: Manifest) -> LossReport:
         """The losses of the artifact in `folder`. Raises kind "option" when they are over the limit."""
-        total, isa = total_loss(self._bench, folder, manifest)
+        total, level = total_loss(self._bench, folder, manifest)
         if self._limit is not None and not total.kl <= self._limit:
             raise self._refusal(total)
         if self._layers is None:
             form = replace(parse_form(self._form), kv=16)  # a layer has no cache
             every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
             self._layers = layer_losses(self._bench, every, form) if form.weights is not None else ()
-        return LossReport(self._form, self._pipeline, self._bench.text, isa, self._limit, total, self._layers)
+        return LossReport(self._form, self._pipeline, self._bench.text, level, self._limit, total, self._layers)
 
     def _refusal(self, total: Loss) -> XllmError:
         return XllmError(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.analysis.weights import param_names
-from xllm_compiler.artifact import WEIGHTS, Manifest, choose_isa
+from xllm_compiler.artifact import WEIGHTS, Manifest
 from xllm_compiler.ir.core import Module, Value
 from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import layer_weights
@@ -25,6 +25,7 @@ from xllm_compiler.quant_eval.compare import Loss, compare
 from xllm_compiler.quant_eval.replay import Variant, replay
 from xllm_compiler.quant_eval.report import LayerLoss
 from xllm_compiler.quant_eval.text import take, windows
+from xllm_compiler.runtime.targets import choose_level, runtime_target
 from xllm_compiler.step.inputs import UNMAPPED, StepWriter
 from xllm_compiler.step.interface import LOGITS, STEP
 
@@ -83,26 +84,25 @@ def layer_losses(bench: Reference, forms: Mapping[Value, QuantForm], alone: Quan
 
 
 def total_loss(bench: Reference, folder: Path, manifest: Manifest) -> tuple[Loss, str]:
-    """The loss of the programs and weights in `folder`, and the instruction set that ran them."""
-    isa = choose_isa(manifest.target.isas)
-    return compare(bench.reference(), served_logits(folder, manifest, isa, bench.ids)), isa
+    """The loss of the programs and weights in `folder`, and the level that they were run at."""
+    level = choose_level(runtime_target(manifest), manifest)
+    return compare(bench.reference(), served_logits(folder, manifest, level, bench.ids)), level
 
 
-def served_logits(folder: Path, manifest: Manifest, isa: str, ids: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+def served_logits(
+    folder: Path, manifest: Manifest, level: str, ids: Sequence[NDArray[np.int32]]
+) -> NDArray[np.float32]:
     """Logits [all tokens, vocab] from an artifact's programs; its manifest need not be written yet.
 
     Requests run one after the other, prefilled in chunks where the limits ask for it.
     """
-    from xllm_compiler.runtime.cpu.executor import CpuExecutor
-    from xllm_compiler.runtime.cpu.team import load_library
-
-    library = load_library(folder / manifest.target.kind / f"{isa}.so")
+    code = runtime_target(manifest).load(folder, manifest, level)
     weights = np.memmap(folder / WEIGHTS, np.uint8, "r")
     pages = max(-(-len(each) // manifest.page_tokens) for each in ids)
     limits = manifest.limits
     chunk = min(limits.max_num_batched_tokens, limits.max_num_logits)
     out = np.empty((sum(map(len, ids)), manifest.model.vocab_size), np.float32)
-    executor = CpuExecutor(manifest, library, weights, pages=pages, threads=len(os.sched_getaffinity(0)))
+    executor = code.executor(weights, pages=pages, threads=len(os.sched_getaffinity(0)))
     row = 0
     try:
         writer = StepWriter(executor.new_batch())

@@ -28,13 +28,13 @@ class LayerLoss:
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """Losses against the unquantized form: of the compiled programs (`total`, run with instruction set `isa`), and of
+    """Losses against the unquantized form: of the compiled programs (`total`, run at `level` of the target), and of
     each layer. `limit` is what was allowed of the total; None where anything was."""
 
     form: str
     pipeline: str
     text: str
-    isa: str
+    level: str
     limit: float | None
     total: Loss
     layers: tuple[LayerLoss, ...]
@@ -45,7 +45,7 @@ class LossReport:
             "form": self.form,
             "pipeline": self.pipeline,
             "text": self.text,
-            "isa": self.isa,
+            "level": self.level,
             "max_kl": self.limit,
             "total": _figures(self.total),
             "layers": [
@@ -78,7 +78,7 @@ def table_text(found: dict[str, object]) -> str:
     lines = [
         f"loss of {found['form']} against the unquantized model, {found['text']}",
         f"  {'total':<46} KL {_kl(total):>9}  top-1 {total['top1']:7.2%}  "
-        f"({total['positions']} positions on {found['isa']}, limit {limit})",
+        f"({total['positions']} positions on {found['level']}, limit {limit})",
     ]
     worst = sorted(layers, key=lambda layer: -(layer["kl"] if layer["kl"] is not None else float("inf")))[:_SHOWN]
     if worst:

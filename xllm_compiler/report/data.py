@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xllm_compiler.analysis.cost import Costs, Machine, estimate
+from xllm_compiler.analysis.cost import Costs, estimate
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.simulate import WAITS, Slot, makespan, simulate, streams_of
 from xllm_compiler.ir.core import Func, Module
 from xllm_compiler.ir.cost import Amounts

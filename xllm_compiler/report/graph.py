@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xllm_compiler.analysis.cost import Costs, Estimate, Machine, estimate
+from xllm_compiler.analysis.cost import Costs, Estimate, estimate
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.ir.core import Func, Op
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.printer import Names, func_names, print_op

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from xllm_compiler.analysis.cost import MACHINES, Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.ir.core import Module
 from xllm_compiler.passes.instruments import History
 from xllm_compiler.passes.manager import PipelineReport
@@ -37,7 +37,7 @@ class ReportPage(History):
         self,
         path: Path,
         title: str,
-        machine: Machine = MACHINES["cpu"],
+        machine: Machine,
         dims: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(loc=True)
@@ -54,7 +54,7 @@ def write_report(
     history: History,
     report: PipelineReport,
     title: str,
-    machine: Machine = MACHINES["cpu"],
+    machine: Machine,
     dims: Mapping[str, int] | None = None,
     tries: Tries | None = None,
 ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm_compiler.analysis.cost import MACHINES, Machine
+from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.analysis.simulate import Slot, simulate, streams_of
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module
@@ -31,16 +31,14 @@ _AT_ONE_TIME = "XCsf"  # an arrow needs its slices, and its end its start
 class TimelineFile(Instrument):
     """Writes the timeline of what a pipeline leaves to `path`; see `write_timeline`."""
 
-    def __init__(self, path: Path, machine: Machine = MACHINES["cpu"], dims: Mapping[str, int] | None = None) -> None:
+    def __init__(self, path: Path, machine: Machine, dims: Mapping[str, int] | None = None) -> None:
         self.path, self.machine, self.dims = path, machine, dims
 
     def finished(self, report: PipelineReport, module: Module) -> None:
         write_timeline(self.path, module, self.machine, self.dims)
 
 
-def write_timeline(
-    path: Path, module: Module, machine: Machine = MACHINES["cpu"], dims: Mapping[str, int] | None = None
-) -> None:
+def write_timeline(path: Path, module: Module, machine: Machine, dims: Mapping[str, int] | None = None) -> None:
     """Writes the schedule of every function at sizes `dims` (what is not given gets a usual size: a decode step)."""
     write_text(path, json.dumps(trace(module, machine, dims), indent=None, separators=(",", ":")) + "\n")
 

@@ -27,7 +27,7 @@ from xllm_compiler.passes.manager import item_text, parse_pipeline
 from xllm_compiler.passes.registry import did_you_mean, pass_class
 from xllm_compiler.testing.corpus import Entry, corpus
 from xllm_compiler.testing.laws_child import digests, digests_elsewhere
-from xllm_compiler.testing.laws_inputs import SMALL, Workbench
+from xllm_compiler.testing.laws_inputs import PRESET, SMALL, Workbench
 from xllm_compiler.testing.laws_judge import LAWS, Law, Unjudged
 from xllm_compiler.testing.laws_report import head, how_to_go_on, report
 from xllm_compiler.testing.laws_trial import Trial
@@ -65,10 +65,10 @@ class Results:
 
 
 class Laboratory:
-    """A corpus, and the results of the passes that were tried on it."""
+    """A corpus, and the results of the passes that were tried on it at points of `preset`."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        self.bench = Workbench(entries)
+    def __init__(self, entries: Iterable[Entry], preset: str = PRESET) -> None:
+        self.bench = Workbench(entries, preset)
         self._results: dict[type[Pass], Results] = {}
 
     def results(self, pass_name: str) -> Results:
@@ -229,19 +229,20 @@ def law_named(name: str) -> Law:
     return next(law for law in LAWS if law.name == name)
 
 
-def check(pass_name: str, law_name: str, directories: Sequence[Path] = ()) -> str | None:
-    """The report of a broken law, None where it is kept. `directories`: more modules, from *.xir test inputs there."""
+def check(pass_name: str, law_name: str, directories: Sequence[Path] = (), preset: str = PRESET) -> str | None:
+    """The report of a broken law, None where it is kept. `directories`: more modules, from *.xir test inputs there.
+    `preset`: of the target that the pass is tried for."""
     if law_name not in law_names():
         raise XllmError("option", f"there is no law called {law_name!r}", help=did_you_mean(law_name, law_names()))
-    return laboratory(tuple(directories)).results(pass_name).broken.get(law_name)
+    return laboratory(tuple(directories), preset).results(pass_name).broken.get(law_name)
 
 
-def tally(pass_name: str, directories: Sequence[Path] = ()) -> str:
+def tally(pass_name: str, directories: Sequence[Path] = (), preset: str = PRESET) -> str:
     """One line about a pass: how many modules it was tried on, and how many it changed."""
-    return str(laboratory(tuple(directories)).results(pass_name))
+    return str(laboratory(tuple(directories), preset).results(pass_name))
 
 
 @cache
-def laboratory(directories: tuple[Path, ...] = ()) -> Laboratory:
-    """The corpus with the test inputs of `directories`: one per process."""
-    return Laboratory(corpus(directories))
+def laboratory(directories: tuple[Path, ...] = (), preset: str = PRESET) -> Laboratory:
+    """The corpus with the test inputs of `directories`: one per process and preset."""
+    return Laboratory(corpus(directories), preset)

@@ -16,14 +16,16 @@ from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.core import Module, Stage
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.ops import Collective
-from xllm_compiler.passes.base import Pass, PassContext
+from xllm_compiler.passes.base import Capabilities, Pass, PassContext
 from xllm_compiler.passes.manager import MAX_ROUNDS, Fix, Item, Pipeline, parse_pipeline
+from xllm_compiler.targets import DEFAULT, target_class
 from xllm_compiler.testing.corpus import Entry
 from xllm_compiler.testing.edits import with_ranks
 from xllm_compiler.testing.equiv import Reference
 from xllm_compiler.testing.laws_trial import Source
 
-PRESET = "@cpu"
+PRESET = f"@{DEFAULT}"
+"""Where passes are tried unless the preset of another target is asked for."""
 RANKS = (2, 4)  # as it is, and at all later points
 SMALL = 24  # ops; larger modules are interpreted at these sizes only: a ragged step, and one of decoding
 SIZES = ({"N": 7}, {"N": 3, "B": 3})
@@ -38,9 +40,9 @@ class Point:
     stage: Stage
 
 
-def points(cls: type[Pass]) -> list[Point]:
-    """Where a pass is tried on modules of stage graph, earliest first."""
-    every = _preset_points()
+def points(cls: type[Pass], preset: str = PRESET) -> list[Point]:
+    """Where a pass is tried on modules of stage graph, earliest first. `preset`: such as "@cpu"."""
+    every = _preset_points(preset)
     fitting = [point for point in every if point.stage == cls.needs]
     own = [point for point in fitting if point.label == f"before {cls.name}" and point.prefix]
     fusions = next((point for point in fitting if point.label.startswith("before fuse-")), None)
@@ -48,7 +50,7 @@ def points(cls: type[Pass]) -> list[Point]:
     return list(dict.fromkeys(chosen))
 
 
-def _preset_points() -> list[Point]:
+def _preset_points(preset: str) -> list[Point]:
     """Every place of the preset, each pass of a fix(..) included as in its first round; the last one is its end."""
     out: list[Point] = []
     stage: Stage = "graph"
@@ -63,17 +65,20 @@ def _preset_points() -> list[Point]:
                 out.append(Point("as it is" if not before else f"before {item.name}", before, stage))
                 stage = item.leaves
 
-    items = parse_pipeline(PRESET).items
+    items = parse_pipeline(preset).items
     walk(items, ())
-    out.append(Point(f"after {PRESET}", items, stage))
+    out.append(Point(f"after {preset}", items, stage))
     return out
 
 
 class Workbench:
-    """A corpus with what pipelines made of it, shared by all passes of a process."""
+    """A corpus with what pipelines made of it, shared by all passes of a process. `preset`: of the target that passes
+    are tried for."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], preset: str = PRESET) -> None:
         self.entries = list(entries)
+        self.preset = preset
+        self._capabilities = target_class(preset.removeprefix("@").partition("-")[0]).capabilities
         self.unreachable: dict[str, str] = {}  # source -> why the passes before it could not be run
         self._snapshots: dict[str, dict[tuple[Item, ...], Module | None]] = {}
         self._references: dict[str, Reference] = {}
@@ -81,7 +86,7 @@ class Workbench:
 
     def sources(self, cls: type[Pass]) -> list[Source]:
         """Everything that a pass is tried on, no module twice, small ones first."""
-        places = points(cls)
+        places = points(cls, self.preset)
         if (*places,) not in self._sources:
             out: dict[str, Source] = {}
             for entry in self.entries:
@@ -118,7 +123,7 @@ class Workbench:
                 self._references[key] = Reference(module, None if few else fitting_sizes(module))
             return self._references[key]
 
-        return Source(name, label, module, reference)
+        return Source(name, label, module, reference, self._capabilities)
 
     def _snapshot(self, entry: Entry, prefix: tuple[Item, ...]) -> Module | None:
         """The entry once `prefix` has run; None where that fails, which is another pass's fault and told there."""
@@ -135,24 +140,24 @@ class Workbench:
             return None
         module = clone_module(start)
         try:
-            _run_plainly(items, module)
+            _run_plainly(items, module, self._capabilities)
         except Exception as e:  # whatever it is, it is reported among the laws of the pass that raised it
             self.unreachable[f"{entry.name}, {Pipeline(items)}"] = f"{type(e).__name__}: {e}"
             return None
         return module
 
 
-def _run_plainly(items: Sequence[Item], module: Module) -> bool:
+def _run_plainly(items: Sequence[Item], module: Module, target: Capabilities) -> bool:
     """Runs passes without any of the manager's checks, which take longer than the passes; whether one changed it."""
     changed = False
     for item in items:
         if isinstance(item, Fix):
             rounds = 0
-            while rounds < MAX_ROUNDS and _run_plainly(item.items, module):
+            while rounds < MAX_ROUNDS and _run_plainly(item.items, module, target):
                 rounds += 1
             changed |= rounds > 0
         else:
-            changed |= item.run(module, PassContext(current=item.name))
+            changed |= item.run(module, PassContext(target, current=item.name))
     return changed
 
 

@@ -79,7 +79,7 @@ def _text(t: Trial) -> str | None:
 def _deterministic(t: Trial) -> str | None:
     if t.first.error is not None:
         return None
-    twin = run_pass(t.p, t.before)
+    twin = run_pass(t.p, t.before, t.source.target)
     if twin.error is not None:
         return f"a second run on an equal module raises\n{twin.error}"
     if twin.text != t.first.text:
@@ -187,7 +187,7 @@ def _asked(check: Judge, t: Trial) -> str | None:
 def _idempotent(t: Trial) -> str | None:
     if not t.p.idempotent or not t.sound or t.p.needs != t.p.leaves:
         return None
-    again = run_pass(t.p, t.after)
+    again = run_pass(t.p, t.after, t.source.target)
     if again.error is not None:
         return f"a second run, on what the first one left, raises\n{again.error}"
     if again.hash != t.first.hash:

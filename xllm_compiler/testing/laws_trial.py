@@ -15,7 +15,7 @@ from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.printer import print_module
 from xllm_compiler.ir.verify import verify
-from xllm_compiler.passes.base import Pass, PassContext
+from xllm_compiler.passes.base import Capabilities, Pass, PassContext
 from xllm_compiler.passes.manager import item_text
 from xllm_compiler.testing.equiv import Reference
 from xllm_compiler.testing.inputs import ranks_of
@@ -35,6 +35,8 @@ class Source:
     """Not to be changed."""
     reference: Callable[[], Reference] = field(repr=False, compare=False)
     """What it computes; made once for all passes."""
+    target: Capabilities | None = None
+    """What the target can do that the pass is tried for; None: nothing that is known."""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.point}"
@@ -76,9 +78,9 @@ class Outcome:
         return structural_hash(self.module)
 
 
-def run_pass(p: Pass, module: Module) -> Outcome:
-    """Runs `p` on a copy of `module`."""
-    copy, ctx = clone_module(module), PassContext(current=p.name)
+def run_pass(p: Pass, module: Module, target: Capabilities | None = None) -> Outcome:
+    """Runs `p` on a copy of `module`. `target`: what it can do; None: nothing that is known."""
+    copy, ctx = clone_module(module), PassContext(target or Capabilities(), current=p.name)
     error: Exception | None = None
     claimed = False
     try:
@@ -105,7 +107,7 @@ class Trial:
 
     @cached_property
     def first(self) -> Outcome:
-        return run_pass(self.p, self.before)
+        return run_pass(self.p, self.before, self.source.target)
 
     @property
     def after(self) -> Module:

@@ -5,6 +5,7 @@ filetest.py and laws.py.
     pytest --bless FILE.xir            writes the CHECK lines that follow `// BLESS`
     pytest                             and the laws of every pass that the ini names: laws::fuse-glu::meaning ..
     pytest --laws, --laws=fuse-glu     the laws of all of them, or of one, whatever else is asked for
+    pytest --laws=cse --laws-preset=@npu            at the points of another target's preset
 
     [tool.pytest.ini_options]
     xllm_passes = ["my_package.passes", "more/my_pass.py"]      # modules, or files as seen from the rootdir
@@ -40,6 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         const="",
         metavar="PASS",
         help="hold every pass of xllm_passes, or --laws=PASS, to the laws; the default where no path is given",
+    )
+    group.addoption(
+        "--laws-preset",
+        metavar="@PRESET",
+        help="the preset of the target for which passes are held to the laws; default that of xllm-compile",
     )
     parser.addini("xllm_passes", "modules or .py files that register compiler passes", type="linelist", default=[])
 
@@ -191,6 +197,8 @@ def pytest_make_collect_report(
 
 def _to_judge(config: pytest.Config) -> list[str]:
     wanted = _wanted(config)
+    if wanted is not None:
+        _check_preset(config.getoption("laws_preset"))
     if not wanted:
         return [] if wanted is None else config.stash.get(_PASSES, [])
     from xllm_compiler.errors import XllmError
@@ -200,6 +208,21 @@ def _to_judge(config: pytest.Config) -> list[str]:
         return [pass_class(wanted).name]
     except XllmError as e:
         raise pytest.UsageError(f"--laws={wanted}: the option takes the word behind it as a pass\n{e}") from e
+
+
+def _check_preset(name: str | None) -> None:
+    """Raises UsageError for a preset that no installed target has."""
+    if name is None:
+        return
+    from xllm_compiler.errors import XllmError
+    from xllm_compiler.passes.presets import all_presets, preset
+
+    try:
+        if name[:1] != "@" or preset(name[1:]) is None:
+            known = ", ".join(f"@{known}" for known in all_presets()[0])
+            raise pytest.UsageError(f"--laws-preset={name}: no installed target has such a preset\n  help: {known}")
+    except XllmError as e:
+        raise pytest.UsageError(f"--laws-preset={name}\n{e}") from e
 
 
 def _inputs(session: pytest.Session) -> tuple[Path, ...]:
@@ -259,10 +282,13 @@ class LawItem(pytest.Item):
 
     def runtest(self) -> None:
         from xllm_compiler.testing import laws
+        from xllm_compiler.testing.laws_inputs import PRESET
 
         assert self.parent is not None
-        report = laws.check(self.parent.name, self.name, self.folders)
-        self.config.stash.setdefault(_JUDGED, {})[self.parent.name] = laws.tally(self.parent.name, self.folders)
+        preset = self.config.getoption("laws_preset") or PRESET
+        report = laws.check(self.parent.name, self.name, self.folders, preset)
+        tally = laws.tally(self.parent.name, self.folders, preset)
+        self.config.stash.setdefault(_JUDGED, {})[self.parent.name] = tally
         if report is not None:
             raise _Failed(report)
 

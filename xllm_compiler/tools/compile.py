@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xllm_compiler.ir.rewrite import RewriteListener
     from xllm_compiler.options import CompileOptions
     from xllm_compiler.passes.instruments import Instrument
+    from xllm_compiler.targets import Target
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -61,16 +62,32 @@ def entry_for_runtime() -> None:
     sys.exit(run(lambda: _dispatch(argv), show))
 
 
-def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint and the flags that decide what is compiled; shared by compile and explain."""
+def add_compile_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """The checkpoint and the flags that decide what is compiled, those of the target that `argv` names among them;
+    shared by compile and explain. Raises kind "option" for a target that is not there."""
+    from xllm_compiler.targets import DEFAULT
+
+    target = _target_in(argv)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face checkpoint directory")
-    parser.add_argument("--target", default="cpu", help="what to compile for: cpu (default)")
+    parser.add_argument(
+        "--target",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"what to compile for: {DEFAULT} (default) or an installed package's; with --help: its flags",
+    )
     parser.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 when the weights are 16-bit")
     parser.add_argument(
         "--max-model-len", type=int, metavar="N", help="longest request in tokens; default: the model's"
     )
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests in a step; default 64")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most tokens in a step; default 2048")
+    parser.add_argument(
+        "--functions",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        metavar="NAMES",
+        help="what the artifact does: step (chat and completions), embed (embeddings), or step,embed over one set of "
+        "weights; default: step, for an embedding model embed, with step where it has a head",
+    )
     parser.add_argument(
         "--quantize",
         metavar="FORM",
@@ -90,22 +107,30 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
     add_load(parser)
-    parser.add_argument(
-        "--isas",
-        metavar="LIST",
-        help="instruction sets to make code for; default all of this machine's architecture: "
-        "avx2,avx_vnni,avx512,avx512_vnni,avx512_bf16,amx or neon,neon_bf16",
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="choose the register tiles of linear layers by trying a few on this machine, for which it should be idle; "
-        "what was once chosen for a processor stays. Answers do not change by a bit",
-    )
+    target.add_arguments(parser)
     parser.add_argument("--name", help="the model's name for clients; default: the checkpoint directory's name")
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="default: XLLM_CACHE_DIR or ~/.cache/xllm-compiler"
     )
+
+
+def _target_in(argv: Sequence[str]) -> type[Target]:
+    """The target that a command line names: which flags there are depends on it."""
+    from xllm_compiler.targets import DEFAULT, target_class
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--target", default=DEFAULT)
+    try:
+        return target_class(parser.parse_known_args(argv)[0].target)
+    except argparse.ArgumentError:  # no name behind --target, which the whole parser says
+        return target_class(DEFAULT)
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """The target that the flags name, with its own options."""
+    from xllm_compiler.targets import target_class
+
+    return target_class(args.target).of_arguments(args)
 
 
 def options_of(args: argparse.Namespace) -> CompileOptions:
@@ -114,7 +139,7 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
 
     load_given(args)
     return CompileOptions(
-        target=args.target,
+        target=target_of(args),
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -122,9 +147,8 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
         pipeline=args.pipeline,
         quantize=args.quantize,
         max_kl=args.max_kl,
-        isas=None if args.isas is None else tuple(isa for isa in args.isas.split(",") if isa),
         name=args.name,
-        tune=args.tune,
+        functions=args.functions,
     )
 
 
@@ -147,13 +171,13 @@ def cache_of(args: argparse.Namespace) -> CompileCache:
         ) from None
 
 
-def _store_of(args: argparse.Namespace) -> Path | None:
-    """Where compiled kernels are kept: with the cache. A compile with -o needs no home directory, so it may have none;
-    tuning must remember what was chosen. Raises kind "option"."""
+def _store_of(args: argparse.Namespace, target: Target) -> Path | None:
+    """Where a target keeps what the next compile can use: with the cache. A compile with -o needs no home directory, so
+    it may have none, unless the target needs the store. Raises kind "option"."""
     try:
         return cache_of(args).root
     except XllmError:
-        if args.output is None or args.tune:
+        if args.output is None or target.needs_store:
             raise
         return None
 
@@ -170,7 +194,7 @@ def _dispatch(argv: list[str]) -> int:
         "Without -o it goes into the cache, where an equal one is used again; its path is printed on standard output.",
         epilog=_EPILOG,
     )
-    add_compile_arguments(parser)
+    add_compile_arguments(parser, argv)
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write the artifact here, without the cache")
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR before and after every pass")
     parser.add_argument("--report", type=Path, metavar="OUT.html", help="write what the passes did as one page")
@@ -183,7 +207,7 @@ def _verb(verb: str, argv: list[str]) -> int:
 
     module = importlib.import_module(f"xllm_compiler.tools.{verb}")
     parser = Arguments(f"xllm-compile {verb}", module.__doc__ or "")
-    module.add_arguments(parser)
+    module.add_arguments(parser, argv)
     return int(module.main(parser.read(argv)))
 
 
@@ -192,14 +216,15 @@ def _compile(args: argparse.Namespace) -> int:
 
     if args.output is not None and args.cache_dir is not None:
         raise XllmError("option", "-o and --cache-dir exclude each other", help="the cache is used when there is no -o")
-    instruments, listeners = _watchers(args)
+    target = target_of(args)
+    instruments, listeners = _watchers(args, target)
     report = compile_checkpoint(
         args.checkpoint,
         args.output,
         options_of(args),
         ConsoleProgress(),
         cache=None if args.output is not None else cache_of(args),
-        store=_store_of(args),
+        store=_store_of(args, target),
         instruments=instruments,
         listeners=listeners,
     )
@@ -211,7 +236,7 @@ def _compile(args: argparse.Namespace) -> int:
     return 0
 
 
-def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteListener]]:
+def _watchers(args: argparse.Namespace, target: Target) -> tuple[list[Instrument], list[RewriteListener]]:
     """What the flags and XLLM_DEBUG want to see of the passes."""
     from xllm_compiler.passes.instruments import DumpDir, Repro
     from xllm_compiler.tools.debug import debug_instruments
@@ -234,13 +259,14 @@ def _watchers(args: argparse.Namespace) -> tuple[list[Instrument], list[RewriteL
     if args.report is not None:
         from xllm_compiler.report.page import ReportPage
 
-        page = ReportPage(args.report, f"{args.name or args.checkpoint.resolve().name}, compiled for {args.target}")
+        title = f"{args.name or args.checkpoint.resolve().name}, compiled for {target.name}"
+        page = ReportPage(args.report, title, target.machine)
         instruments.append(page)
         listeners.append(page.tries)
     if args.timeline is not None:
         from xllm_compiler.report.timeline import TimelineFile
 
-        instruments.append(TimelineFile(args.timeline))
+        instruments.append(TimelineFile(args.timeline, target.machine))
     return instruments, listeners
 
 

@@ -86,7 +86,7 @@ def functions_text(manifest: Manifest) -> str:
         for program in function.programs:
             guards = " and ".join(f"{guard} >= 0" for guard in program.guard) or "always"
             rows.append(("program", program.symbol, guards))
-        parts.append(f"@{name} ({', '.join(manifest.target.isas)})\n{table(rows)}")
+        parts.append(f"@{name} ({', '.join(manifest.target.levels)})\n{table(rows)}")
     return "\n\n".join(parts)
 
 

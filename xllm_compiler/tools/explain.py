@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
-from xllm_compiler.driver import prepare
+from xllm_compiler.driver import read_request
 from xllm_compiler.tools.compile import add_compile_arguments, cache_of, options_of
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `explain`: those of a compile."""
-    add_compile_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Flags of `explain`: those of a compile for the target that `argv` names."""
+    add_compile_arguments(parser, argv)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the answer; 0 when an entry would be used, 1 when the checkpoint would be compiled."""
-    request = prepare(args.checkpoint, options_of(args))
+    request = read_request(args.checkpoint, options_of(args))
     cache = cache_of(args)
     entries = cache.entries(request.factors)
     if not entries:

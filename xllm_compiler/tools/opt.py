@@ -46,6 +46,7 @@ def parser() -> Arguments:
     )
     p.add_argument("file", nargs="?", metavar="FILE.xir", help="the module, - for standard input")
     p.add_argument("-p", "--pipeline", metavar="PIPELINE", help="passes to run, such as fuse-glu,fix(fold,dce) or @cpu")
+    p.add_argument("--target", metavar="NAME", help="what passes and reports assume; default xllm-compile's")
     p.add_argument("-o", "--output", metavar="FILE", help="write the result here")
     add_load(p)
     p.add_argument("--split-file", action="store_true", help="modules stand between lines `// -----`; each by itself")

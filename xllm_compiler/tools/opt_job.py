@@ -22,6 +22,7 @@ from xllm_compiler.passes.base import PassContext, Remark
 from xllm_compiler.passes.instruments import DumpDir, Instrument, PrintAfter, Repro
 from xllm_compiler.passes.listeners import Explain, Fuel
 from xllm_compiler.passes.manager import Pipeline, run_pipeline
+from xllm_compiler.targets import DEFAULT, Target, target_class
 from xllm_compiler.tools.arguments import check_sizes, parse_size_lists, parse_sizes, size_combinations
 from xllm_compiler.tools.console import DUMP_DIR, debug_level, error_text
 from xllm_compiler.tools.debug import PassTable, debug_instruments
@@ -100,7 +101,8 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
     verify(module)
     sizes = _given_sizes(module, args)
     before = clone_module(module) if args.check_equiv is not None else None
-    ctx = PassContext()
+    target = target_class(args.target or DEFAULT)
+    ctx = PassContext(target.capabilities)
     explains = [Explain(pattern, sys.stderr) for pattern in args.explain]
     tries = OpsTried()
     fuel = [] if args.fuel is None else [Fuel(args.fuel)]
@@ -112,7 +114,7 @@ def _run(job: Job, args: Any, pipeline: Pipeline) -> str:
             pipeline,
             module,
             ctx,
-            instruments=_instruments(job, args, pipeline, ctx),
+            instruments=_instruments(job, args, pipeline, target, ctx),
             verify_each=not args.no_verify_each,
             limit=args.pass_limit,
         )
@@ -153,7 +155,7 @@ def _given_sizes(module: Module, args: Any) -> _Sizes:
     return _Sizes(interp, equiv)
 
 
-def _instruments(job: Job, args: Any, pipeline: Pipeline, ctx: PassContext) -> list[Instrument]:
+def _instruments(job: Job, args: Any, pipeline: Pipeline, target: type[Target], ctx: PassContext) -> list[Instrument]:
     err = sys.stderr
     level = debug_level()
     found: list[Instrument] = debug_instruments(level, err, job.numbered(DUMP_DIR))
@@ -170,18 +172,19 @@ def _instruments(job: Job, args: Any, pipeline: Pipeline, ctx: PassContext) -> l
         from xllm_compiler.report.page import ReportPage
 
         title = f"{Path(job.name).name} after {pipeline}" if pipeline.items else Path(job.name).name
-        page = ReportPage(job.numbered(args.report), title)
+        page = ReportPage(job.numbered(args.report), title, target.machine)
         ctx.listeners.append(page.tries)
         found.append(page)
     if args.timeline is not None:
         from xllm_compiler.report.timeline import TimelineFile
 
-        found.append(TimelineFile(job.numbered(args.timeline)))
+        found.append(TimelineFile(job.numbered(args.timeline), target.machine))
     return found
 
 
 def _repro_flags(args: Any) -> tuple[str, ...]:
-    return (*load_words(args), *(["--no-verify-each"] if args.no_verify_each else []))
+    target = [] if args.target is None else ["--target", args.target]
+    return (*load_words(args), *target, *(["--no-verify-each"] if args.no_verify_each else []))
 
 
 def _print_context(ctx: PassContext, args: Any) -> None:

@@ -8,7 +8,7 @@ from typing import get_type_hints
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.passes.base import Pass
-from xllm_compiler.passes.pipelines import PRESETS
+from xllm_compiler.passes.presets import all_presets
 from xllm_compiler.passes.registry import pass_class, pass_names
 
 
@@ -22,7 +22,9 @@ def list_passes() -> str:
             blocks.append(f"{name}\n    cannot be loaded: {error.message}")
             continue
         blocks.append(f"{_head(cls)}\n    {_doc(cls).splitlines()[0]}")
-    presets = [f"@{name}\n    {','.join(items)}" for name, items in sorted(PRESETS.items())]
+    found, broken = all_presets()
+    presets = [f"@{name}\n    {','.join(items)}" for name, items in found.items()]
+    presets += [f"@{name}\n    cannot be loaded: {why}" for name, why in broken.items()]
     return "\n".join([*blocks, "", "presets", "", *presets])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from xllm_compiler.artifact import read_manifest
@@ -12,7 +13,7 @@ from xllm_compiler.tools.console import table
 from xllm_compiler.tools.describe import files_text, functions_text, memory_text, states_text, weights_text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Flags of `show`."""
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--all-weights", action="store_true", help="one row per weight, without grouping like ones")
@@ -31,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
         ("model", f"{model.name}, {model.architecture}, {model.layers} layers, hidden {model.hidden_size}"),
         ("", f"{model.vocab_size} vocabulary items, {model.dtype}, up to {model.max_model_len} tokens"),
         ("tokens", f"eos {', '.join(map(str, model.eos_token_ids)) or 'none'}; bos {model.bos_token_id}"),
-        ("target", f"{manifest.target.kind}: {', '.join(manifest.target.isas)}"),
+        ("target", f"{manifest.target.kind}: {', '.join(manifest.target.levels)}"),
         (
             "limits",
             f"{limits.max_num_seqs} requests, {limits.max_num_batched_tokens} tokens, {limits.max_num_logits} rows",

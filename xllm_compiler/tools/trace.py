@@ -140,7 +140,7 @@ def _trace(checkpoint: Checkpoint, resolved: Resolved, logits: int) -> Traced:
     from xllm_compiler.frontend.trace import trace_checkpoint
 
     return trace_checkpoint(
-        checkpoint.path if checkpoint.tensors else load_config(checkpoint),
+        checkpoint if checkpoint.tensors else load_config(checkpoint),
         dtype=resolved.dtype,
         max_model_len=resolved.max_model_len,
         max_num_seqs=resolved.max_num_seqs,

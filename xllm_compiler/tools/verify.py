@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.artifact import MODULE, Contents, Manifest, check_files, machine_isas, read_manifest
+from xllm_compiler.artifact import MODULE, Contents, Manifest, check_files, read_manifest
 from xllm_compiler.errors import XllmError
+from xllm_compiler.runtime.targets import choose_level, runtime_target
 from xllm_compiler.step.interface import LOGITS, STEP
 from xllm_compiler.tools.console import size
 from xllm_compiler.tools.steps import Trial, make_trial
@@ -56,11 +57,11 @@ class Outcome:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Flags of `verify`."""
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the checkpoint that the artifact was made from")
-    parser.add_argument("--isa", help="check this instruction set only; default: each that this machine has")
+    parser.add_argument("--level", help="check this level of its target only; default: each that this machine has")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     parser.add_argument("--seed", type=int, default=0, help="of the random requests")
 
@@ -72,20 +73,18 @@ def main(args: argparse.Namespace) -> int:
     total = sum(entry.bytes for entry in manifest.files.values())
     print(f"{len(manifest.files)} files, {size(total)}: digests match", flush=True)
     threads = args.threads or len(os.sched_getaffinity(0))
-    here = [isa for isa in machine_isas() if isa in manifest.target.isas and args.isa in (None, isa)]
-    if not here:
-        asked = args.isa or ", ".join(manifest.target.isas)
-        raise XllmError("artifact", f"this machine cannot run {asked}", help=f"it has {', '.join(machine_isas())}")
+    target = runtime_target(manifest)
+    here = target.levels(manifest) if args.level is None else [choose_level(target, manifest, args.level)]
     good = True
     for function in manifest.functions:
         trial = make_trial(manifest, args.seed, function)
         count = sum(step.sizes["N"] for step in trial.steps)
         print(f"@{function}: {len(trial.tokens)} requests, {count} tokens in {len(trial.steps)} steps", flush=True)
-        native = {isa: run_native(args.artifact, isa, trial, threads) for isa in here}
+        native = {level: run_native(args.artifact, level, trial, threads) for level in here}
         for reference, outputs in references(args.artifact, manifest, args.checkpoint, trial):
-            for isa, got in native.items():
+            for level, got in native.items():
                 for name, wanted in outputs.items():
-                    outcome = compare(f"{isa} and {reference}, {name}", manifest.model.dtype, got[name], wanted)
+                    outcome = compare(f"{level} and {reference}, {name}", manifest.model.dtype, got[name], wanted)
                     print(outcome, flush=True)
                     good &= outcome.good
     return 0 if good else 1
@@ -100,14 +99,13 @@ def compare(name: str, dtype: str, got: list[F32], wanted: list[F32]) -> Outcome
     return Outcome(name, difference, largest, TOLERANCE[dtype] * max(1.0, largest))
 
 
-def run_native(path: Path, isa: str, trial: Trial, threads: int) -> Rows:
-    """Outputs of every step from the artifact's code for `isa`, run as the server runs it."""
-    from xllm_compiler.runtime.cpu.executor import CpuExecutor
+def run_native(path: Path, level: str, trial: Trial, threads: int) -> Rows:
+    """Outputs of every step from the artifact's code for `level`, run as the server runs it."""
     from xllm_compiler.runtime.loader import load_artifact
 
-    loaded = load_artifact(path, isa)
+    loaded = load_artifact(path, level)
     loaded.wait_checked()
-    executor = CpuExecutor(loaded.manifest, loaded.code, loaded.weights, pages=trial.pages, threads=threads)
+    executor = loaded.code.executor(loaded.weights, pages=trial.pages, threads=threads)
     try:
         rows: Rows = {spec.name: [] for spec in loaded.manifest.functions[trial.function].outputs}
         batch = executor.new_batch(trial.function)
@@ -143,7 +141,7 @@ def references(path: Path, manifest: Manifest, checkpoint: Path | None, trial: T
 
     opened = Checkpoint.open(checkpoint)
     traced = trace_checkpoint(
-        checkpoint,
+        opened,
         dtype=manifest.model.dtype,
         max_model_len=manifest.model.max_model_len,
         max_num_seqs=manifest.limits.max_num_seqs,

@@ -2,7 +2,7 @@
 
 All functions share one table of weights, and the kernels that are equal.
 
-Must not know the manifest: the driver turns the returned facts into one.
+Must not know the manifest: `targets/cpu.py` turns the returned facts into its part of one.
 """
 
 from __future__ import annotations
