@@ -202,7 +202,7 @@ def test_what_is_broken_is_named_and_breaks_nothing_else(tmp_path: Path, capsys:
 @pytest.mark.usefixtures("others")
 def test_an_artifact_of_a_target_that_cannot_be_loaded() -> None:
     def of(kind: str) -> Any:
-        return SimpleNamespace(target=Target(kind, 16, ("any",), ()))
+        return SimpleNamespace(target=Target(kind, ("any",), ()))
 
     with pytest.raises(XllmError, match=r"package gone-target 1\.2 offers runtime target gone, which cannot be loaded"):
         runtime_target(of("gone"))
@@ -221,7 +221,7 @@ def test_a_package_that_offers_one_of_our_names(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_target_without_time_stamps_is_not_profiled() -> None:
-    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(target=Target("interp", 16, ("numpy",), ()), files={}))
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(target=Target("interp", ("numpy",), ()), files={}))
     executor: Any = SimpleNamespace(pages=1, new_batch=list, execute=list, close=list)
     with pytest.raises(XllmError, match="steps of target interp cannot be profiled") as caught:
         Profiler(1, print).wrap(artifact, executor)
