@@ -15,12 +15,13 @@ import torch
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.attention import AttendCall, recording
 from xllm_compiler.frontend.importer import short_path
 from xllm_compiler.frontend.model import takes
-from xllm_compiler.step.interface import HIDDEN
+from xllm_compiler.step.interface import HIDDEN, LOGITS
 
 # The range that export may assume: so wide that a model which branches on the number of tokens is found out.
 EXPORT_MAX = 1 << 24
@@ -53,12 +54,12 @@ class _Step(torch.nn.Module):
             arguments["position_ids"] = pos[None]
         if self.keeps:
             arguments["logits_to_keep"] = sel
-        with _base_output(self.model) as base:
+        with _base_results(self.model) as inner:
             result = self.model(**arguments)
         out = []
         for name in self.outputs:
             if name == HIDDEN:
-                out.append(_last_hidden(self.model, base or [result])[0].float()[sel])
+                out.append(_last_hidden(self.model, inner if LOGITS in self.outputs else [result])[0].float()[sel])
             else:
                 logits = result.logits[0].float()
                 out.append(logits if self.keeps else logits[sel])
@@ -66,22 +67,21 @@ class _Step(torch.nn.Module):
 
 
 @contextmanager
-def _base_output(model: Any) -> Iterator[list[Any]]:
-    """What the model's base returns inside, whether or not the model around it passes it on."""
+def _base_results(model: Any) -> Iterator[list[Any]]:
+    """What the models inside this one return, as they return it: heads do not pass on the last hidden state."""
     seen: list[Any] = []
-    base = model.base_model
-    if base is model:
-        yield seen
-        return
-    hook = base.register_forward_hook(lambda module, given, result: seen.append(result))
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    hooks = [module.register_forward_hook(lambda module, given, result: seen.append(result)) for module in inner]
     try:
         yield seen
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _last_hidden(model: Any, results: list[Any]) -> torch.Tensor:
-    hidden = getattr(results[0], "last_hidden_state", None)
+    """The last one is the outermost's: [1, N, width]."""
+    hidden = getattr(results[-1], "last_hidden_state", None) if results else None
     if not isinstance(hidden, torch.Tensor):
         raise XllmError("unsupported", f"{type(model.base_model).__name__} returns no last hidden state")
     return hidden
