@@ -9,7 +9,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist loadscope --no-loadscope-reorder
 PROMPT ?= Write a Python function `read_lines(path)`. Return the lines of the file at path.
 export PROMPT  # by the environment, since a prompt may hold any quote
 
-.PHONY: setup demo serve test test-browser test-all lint bench clean
+.PHONY: setup demo serve check test test-browser test-all lint bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What a small change breaks most often, in three minutes: style, types, and the tests that compile no kernels.
+check: $(STAMP) lint
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m 'not slow and not browser and not laws' $(addprefix tests/,artifact dims docs interp ir passes runtime test_imports.py)
 
 test: $(STAMP) lint
 	$(BIN)/pytest $(SIDE_BY_SIDE)

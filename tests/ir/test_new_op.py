@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xllm_compiler.analysis.cost import MACHINES, Costs
+from xllm_compiler.analysis.cost import Costs
 from xllm_compiler.analysis.kernel_cost import kernel_cost
 from xllm_compiler.dims import sym
 from xllm_compiler.errors import XllmError
@@ -27,6 +27,7 @@ from xllm_compiler.ir.semantics import Array, EvalContext
 from xllm_compiler.ir.types import Tensor, Type
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.passes.manager import run_pipeline
+from xllm_compiler.targets.cpu import Cpu
 from xllm_compiler.testing.equiv import check_equal
 from xllm_compiler.testing.noise import noise
 
@@ -148,7 +149,7 @@ def test_an_op_from_outside_goes_through_everything_above_the_lowering(declare: 
     first, *_ = func.ops
     assert costs.of[first].at({"N": 5, "S": 2}) == Amounts(read=60, written=60, flops=90, free=False)
     assert kernel_cost(costs, list(func.ops)).at({"N": 5, "S": 2}).flops == 2 * 90 + 30
-    assert costs.seconds({"N": 5, "S": 2}, MACHINES["cpu"]) > 0
+    assert costs.seconds({"N": 5, "S": 2}, Cpu.machine) > 0
     # Noise: its results are rounded, those of the take are not.
     moved = noise(rng)
     ones = np.full((5, 6), 1.1)

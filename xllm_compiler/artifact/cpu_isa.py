@@ -123,5 +123,5 @@ def choose_isa(isas: Iterable[str], cpuinfo: str | None = None, machine: str | N
         message = f"the artifact has code for {', '.join(offered)} only, and this CPU "
         message += f"has {', '.join(here)}" if here else f"lacks {missing}"
     raise XllmError(
-        "artifact", message, where="manifest.json: $.target.isas", help="compile the checkpoint for this machine"
+        "artifact", message, where="manifest.json: $.target.levels", help="compile the checkpoint for this machine"
     )

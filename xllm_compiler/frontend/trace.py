@@ -1,7 +1,6 @@
-"""From a checkpoint to the step function: build the model, trace it, import the graph, prove that it may be batched.
+"""From a checkpoint to its functions: build the model, trace it, import the graph, prove that it may be batched.
 
-Owns `trace_checkpoint` and the shapes of `@step` and `@embed` (see docs/architecture.md). It translates; passes
-improve.
+Owns `trace_checkpoint` and the shapes of `@step` and `@embed` (see docs/ir.md). It translates; passes improve.
 """
 
 from __future__ import annotations

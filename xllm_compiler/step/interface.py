@@ -15,7 +15,7 @@ import numpy as np
 from xllm_compiler.dims import Dim, as_dim, parse_dim
 
 STEP: Final = "step"
-"""The function that a chat server runs: tokens in, logits out (docs/architecture.md, "The step function")."""
+"""The function that a chat server runs: tokens in, logits out (docs/ir.md, "The step function")."""
 
 EMBED: Final = "embed"
 """The function that makes embeddings: the inputs of @step, its states, and hidden states out."""

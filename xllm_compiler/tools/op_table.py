@@ -46,7 +46,7 @@ def _lines() -> Iterator[str]:
         "# Ops",
         "",
         f"Written by `{COMMAND} docs/ops.md` from the classes in `xllm_compiler/ir/ops/`; do not edit.",
-        "An op class says what stands here and more: [architecture.md](architecture.md), section 3, and `ir/facts.py`.",
+        "An op class says what stands here and more: [ir.md](ir.md#an-op-class) and `ir/facts.py`.",
         "",
         "In the first column operands come first; `b=` is an optional operand, `eps: float` an attribute that must be",
         "given, `offset=0.0` one that need not. Floats are computed in f32 and rounded once, at the results.",

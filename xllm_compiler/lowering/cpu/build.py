@@ -38,7 +38,7 @@ from xllm_compiler.step.interface import Function, Program, State
 
 Progress = Callable[[str, float], None]
 KV_LAYOUT: Final = f"tile{TILE_TOKENS}"
-"""How the bytes of a KV page lie: K and V of so many tokens in vectors (architecture, section 5)."""
+"""How the bytes of a KV page lie: K and V of so many tokens in vectors (docs/cpu-program.md)."""
 
 
 @dataclass(frozen=True, slots=True)
