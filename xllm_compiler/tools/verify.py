@@ -185,8 +185,8 @@ def _floats(array: NDArray[Any]) -> F32:
 
 
 def run_transformers(checkpoint: Path, dtype: str, trial: Trial) -> list[F32]:
-    """The same rows of logits or hidden states from the unmodified model, with dequantized weights if the checkpoint is quantized, each
-    request alone and without a cache."""
+    """The same rows of logits or hidden states from the unmodified model, with dequantized weights if the checkpoint is
+    quantized, each request alone and without a cache."""
     import torch
     from transformers.utils import logging
 
