@@ -11,7 +11,7 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.embedding import default_functions, embedding_files, pooling_of
 from xllm_compiler.frontend.trace import trace_checkpoint
-from xllm_compiler.models.embedding_checkpoint import write_pooling
+from xllm_compiler.models.embedding_checkpoint import write_embedding_checkpoint, write_pooling
 from xllm_compiler.models.random_checkpoint import TINY, random_config, write_random_checkpoint
 from xllm_compiler.options import CompileOptions, resolve
 from xllm_compiler.step.interface import Pooling
@@ -153,3 +153,18 @@ def test_what_a_form_loses_is_measured_on_logits(path: Path) -> None:
         resolve(CompileOptions(functions=("embed",), quantize="int8"), Checkpoint.open(path))
     with pytest.raises(XllmError, match="--functions 'draft' is not known"):
         resolve(CompileOptions(functions=("draft",)), Checkpoint.open(path))
+
+
+@pytest.mark.parametrize(("tied", "functions"), [(True, ("step", "embed")), (False, ("embed",))])
+def test_a_published_form_of_qwen3(tmp_path: Path, tied: bool, functions: tuple[str, ...]) -> None:
+    """A causal LM's class over the base model's tensors, which have no prefix; the head is the table, or nowhere."""
+    settings = {**TINY, "head_dim": 16, "tie_word_embeddings": tied}
+    path = write_embedding_checkpoint("qwen3", tmp_path / "qwen3", "lasttoken", settings=settings)
+    set_config(path, architectures=["Qwen3ForCausalLM"])
+    checkpoint = Checkpoint.open(path)
+    assert "layers.0.self_attn.q_proj.weight" in checkpoint.tensors
+    assert default_functions(checkpoint) == functions
+    traced = trace_checkpoint(checkpoint, functions=functions, **LIMITS)
+    assert {name for name in traced.weights if not name.startswith("traced.")} == set(checkpoint.tensors)
+    assert list(traced.module.funcs) == list(functions)
+    assert traced.info.vocab_size == 384 and traced.info.pooling == Pooling("last", True, None)

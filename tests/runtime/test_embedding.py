@@ -70,6 +70,19 @@ def test_neighbours_chunks_and_preemption_change_no_bit(
     run.engine.stop()
 
 
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_a_preempted_prompt_is_pooled_once(kind: str) -> None:
+    """Two answers grow into the pages of a prompt that is half computed, whose rows are computed again."""
+    pooling = Pooling(kind, False, None)
+    facts = make_facts(pooling=pooling, max_num_batched_tokens=4)
+    run = Run(facts, pages=12, start=False)
+    chat, prompt = SamplingParams(temperature=0, max_tokens=16), list(range(30))
+    *_, (event,) = run_all(run, [([1, 2, 3], chat), ([4, 5, 6], chat), (prompt, PoolingParams())])
+    assert event.metrics is not None and event.metrics.preemptions > 0 and event.embedding is not None
+    np.testing.assert_allclose(event.embedding, expected(prompt, pooling), rtol=1e-6)
+    run.engine.stop()
+
+
 def test_steps_take_turns() -> None:
     """A long answer does not hold up embeddings, nor do many embeddings hold up an answer."""
     run = Run(make_facts(pooling=Pooling("last", True, None), max_num_batched_tokens=8), start=False)

@@ -212,6 +212,13 @@ def test_admission_leaves_what_running_prompts_were_promised() -> None:
     assert plan([running], [FakeJob(known=4)], 9, small).admit
 
 
+def test_admission_leaves_what_prompts_of_the_other_function_were_promised() -> None:
+    limits = Limits(max_tokens=40, max_seqs=8, max_rows=8, page_tokens=4, total_pages=10)
+    chat, text = FakeJob(known=4, computed=3, pages=1), FakeJob(known=32, computed=4, pages=1, function="embed")
+    p = plan([chat, text], [FakeJob(known=1)], 8, limits, "embed")
+    assert (p.function, p.work, p.admit) == ("step", [(chat, 1)], [])
+
+
 def test_prompt_rows_are_rationed() -> None:
     limits = Limits(max_tokens=16, max_seqs=4, max_rows=4, page_tokens=4, total_pages=10)
     scored = FakeJob(known=12, scored=True, prompt=12)
