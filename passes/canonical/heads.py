@@ -8,10 +8,14 @@ Not a rule on one op: the type of the function's argument changes, and with it e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.clone import clone_op
 from xllm_compiler.ir.core import Builder, Func, Op, Value
 from xllm_compiler.ir.ops import Expand, KvAttend, KvWrite, Reshape
+from xllm_compiler.ir.retype import retype_state
+from xllm_compiler.ir.state import chain_ops
 from xllm_compiler.ir.types import Kv
 
 
@@ -46,19 +50,11 @@ def _repeated(v: Value, heads: int) -> tuple[Value, int] | None:
 
 
 def _shrink(func: Func, arg: Value) -> bool:
-    """Follows one cache from the argument to the return."""
+    """Gives one cache the heads that exist; False where its writes do not repeat them alike."""
     ty = arg.kv
-    chain: list[Op] = []
-    at = arg
-    while True:
-        users = [u for u in at.users if u is not func.ret]
-        writes = [u for u in users if isinstance(u, KvWrite)]
-        if any(not isinstance(u, (KvWrite, KvAttend)) for u in users) or len(writes) > 1:
-            return False
-        chain += users
-        if not writes:
-            break
-        at = writes[0].result
+    chain = chain_ops(arg)
+    if not all(isinstance(op, (KvWrite, KvAttend)) for op in chain):
+        return False
     heads: set[int] = set()
     for op in chain:
         if isinstance(op, KvWrite):
@@ -69,37 +65,20 @@ def _shrink(func: Func, arg: Value) -> bool:
     if len(heads) != 1 or heads == {ty.heads}:
         return False
     (groups,) = heads
-    small = Kv(ty.dtype, groups, ty.k_dim, ty.v_dim, ty.page, ty.pages)
-    for op in chain:
-        if isinstance(op, KvAttend) and op.q.shape[1].value % groups:
-            return False
-    fresh = func.add_arg(arg.name, small)
-    func.args.remove(fresh)
-    func.args[func.args.index(arg)] = fresh
-    for i, a in enumerate(func.args):
-        a.index = i
-    _rebuild(func, arg, fresh, sorted(chain, key=func.ops.order), groups)
+    if any(isinstance(op, KvAttend) and op.q.shape[1].value % groups for op in chain):
+        return False
+    retype_state(func, arg, ty.with_(heads=groups), _write_what_is_repeated)
     return True
 
 
-def _rebuild(func: Func, arg: Value, fresh: Value, chain: list[Op], groups: int) -> None:
-    ty = arg.kv
-    now: dict[Value, Value] = {arg: fresh}
-    for op in chain:
-        b = Builder.before(op)
-        operands = [now.get(v, v) for v in op.operands]
-        if isinstance(op, KvWrite):
-            for i, v, size in ((1, op.k, ty.k_dim), (2, op.v, ty.v_dim)):
-                found = _repeated(v, ty.heads)
-                assert found is not None
-                operands[i] = b.create(Reshape, found[0], shape=(v.shape[0], groups, size), hint=v.name).result
-        made = clone_op(op, b, operands)
-        for old, new in zip(op.results, made.results, strict=True):
-            if isinstance(old.type, Kv):
-                now[old] = new
-            else:
-                old.replace_all_uses_with(new)
-    aliases = {i: now.get(a, a) for i, a in func.aliases.items()}
-    func.set_returns([now.get(v, v) for v in func.returns], aliases, func.outputs)
-    for op in reversed(chain):
-        op.erase()
+def _write_what_is_repeated(op: Op, b: Builder, operands: Sequence[Value]) -> Op:
+    """`op` over a cache with fewer heads: a kv.write takes keys and values from before they are repeated."""
+    operands = list(operands)
+    if isinstance(op, KvWrite):
+        for field, v in (("k", op.k), ("v", op.v)):
+            found = _repeated(v, op.kv.kv.heads)
+            assert found is not None
+            x, groups = found
+            n, _, size = v.shape
+            operands[op.field_index(field)] = b.create(Reshape, x, shape=(n, groups, size), hint=v.name).result
+    return clone_op(op, b, operands)

@@ -8,7 +8,8 @@ from typing import ClassVar
 from xllm_compiler.analysis.weights import is_weight_expr
 from xllm_compiler.ir.core import Builder, Func, Value
 from xllm_compiler.ir.ops import BlockMax
-from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.state import state_args
+from xllm_compiler.ir.types import Tensor
 from xllm_compiler.passes.base import FuncPass, PassContext
 from xllm_compiler.passes.registry import register_pass
 from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS
@@ -37,7 +38,7 @@ class ReturnBlockMax(FuncPass):
         if set(func.outputs.values()) - {LOGITS}:
             return False
         if len(tensors) != 1 or (why := _unfit(tensors[0])):
-            if any(isinstance(v.type, Kv) for v in func.args):  # a step of a model, whose sampler will miss them
+            if state_args(func):  # a step of a model, whose sampler will miss them
                 why = why if len(tensors) == 1 else f"@{func.name} returns {len(tensors)} tensors"
                 ctx.remark(tensors[0].op if tensors else None, f"{why}: no block maxima of logits")
             return False

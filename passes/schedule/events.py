@@ -6,15 +6,16 @@ from xllm_compiler.analysis.happens_before import Clock, passed
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.ir.core import Builder, Func, Op
 from xllm_compiler.ir.ops import Collective, Record, WaitEvent
+from xllm_compiler.ir.state import readers, used_version
 
 
 def insert_events(func: Func, lineage: str) -> tuple[int, int]:
     """Adds the events without which an op could run before what it depends on, and no others; (records, waits).
 
-    An op depends on the ops that make its operands, on the readers of the kv version that it uses up, and, where it
-    starts a collective, on the start before it of the same group. A record stands right after the op that is depended
-    on and is shared by all who wait for it; a wait stands right before the op that depends. What streams, futures and
-    the events so far already order gets no event.
+    An op depends on the ops that make its operands, on the readers of the state's version that it uses up, and, where
+    it starts a collective, on the start before it of the same group. A record stands right after the op that is
+    depended on and is shared by all who wait for it; a wait stands right before the op that depends. What streams,
+    futures and the events so far already order gets no event.
     """
     weights = weight_exprs(func)
     ops = [op for op in func.ops if not (op.results and all(r in weights for r in op.results))]
@@ -51,9 +52,9 @@ def insert_events(func: Func, lineage: str) -> tuple[int, int]:
 def _depends_on(op: Op, starts: dict[str, Op]) -> list[Op]:
     """What must be done before `op` begins, in any order. `starts`: the newest of each group; kept up to date."""
     out = [v.op for v in op.operands if v.op is not None]
-    if op.SPEC.consumes:
-        version = op.field(op.SPEC.consumes)[0]
-        out += [reader for reader in version.users if reader is not op and reader is not op.func.ret]
+    version = used_version(op)
+    if version is not None:
+        out += readers(version)
     if isinstance(op, Collective):
         if op.group in starts:
             out.append(starts[op.group])

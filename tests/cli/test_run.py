@@ -50,6 +50,19 @@ func @step(%x: f32[8]) -> (f32[4]) {
 }
 """
 
+CELLS = """\
+xir 1 stage=graph
+dim B in [1, 8]
+dim Q in [1, 64]
+assume Q - B >= 0
+func @step(%x: bf16[B, 2], %slot: i32[B], %c: cell<bf16, [2]>[Q]) -> (bf16[B, 2], cell<bf16, [2]>[Q] alias %c) {
+  %old = state.read(%c, %slot) : bf16[B, 2]
+  %new = t.add(%old, %x) : bf16[B, 2]
+  %next = state.write(%c, %new, %slot) : cell<bf16, [2]>[Q]
+  return %old, %next
+}
+"""
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -59,6 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("d.xir").write_text(DOUBLE)
     Path("r.xir").write_text(RANKS)
     Path("s.xir").write_text(SHARES)
+    Path("c.xir").write_text(CELLS)
 
 
 def digest(array: np.ndarray) -> str:  # type: ignore[type-arg]
@@ -259,3 +273,19 @@ def test_several_functions_need_a_name(capsys: Capture) -> None:
     assert capsys.readouterr().err == "error[option]: the module has 2 functions\n  help: --func a | b\n"
     assert main(["two.xir", "--func", "@b"]) == 0
     assert capsys.readouterr().out.startswith("@b\n  %x  f32[2]  [2]")
+
+
+def test_a_given_cell_tells_its_slots_and_comes_back(capsys: Capture) -> None:
+    cell = np.arange(10, dtype=np.float32).reshape(5, 2)
+    slot = np.array([4, 1], np.int32)
+    np.savez("in.npz", x=np.ones((2, 2), np.float32), slot=slot, c=cell)
+    assert main(["c.xir", "--inputs", "in.npz", "-o", "out.npz"]) == 0
+    assert capsys.readouterr().out.startswith("@step at B=2, Q=5\n")
+    out = np.load("out.npz")
+    old, new = (out[name].astype(np.float32) for name in ("0", "1"))
+    np.testing.assert_array_equal(old, cell[slot])
+    cell[slot] += 1
+    np.testing.assert_array_equal(new, cell)
+    np.savez("wide.npz", x=np.ones((2, 2), np.float32), slot=slot, c=np.ones((5, 3), np.float32))
+    assert main(["c.xir", "--inputs", "wide.npz"]) == 2
+    assert "input %c has shape [5, 3], cell<bf16, [2]>[Q] is [5, 2]" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from xllm_compiler.interp.run import run
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Module, Op
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.semantics import OUR_DTYPE, Array, kv_zeros
+from xllm_compiler.ir.semantics import OUR_DTYPE, Array, state_zeros
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.ir.verify import verify
 
@@ -163,7 +163,7 @@ class Pool:
     def __init__(self, dtype: Any, heads: int = 2, k_dim: int = 8, v_dim: int = 6) -> None:
         self.type = Kv(OUR_DTYPE[np.dtype(dtype)], heads, k_dim, v_dim, PAGE, 9)
         self.dtype = dtype
-        self.cache = kv_zeros(self.type, {})
+        self.cache = state_zeros(self.type, {})
         self.cache[:] = np.nan  # what is read without being written must show
         self.table = np.array([[7, 2, 0, -1], [1, 8, -1, -1], [5, -1, -1, -1]], np.int32)
         self.seen: list[list[tuple[Array, Array]]] = [[], [], []]

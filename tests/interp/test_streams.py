@@ -286,7 +286,9 @@ func @step(%q: f32[N, 1, 4], %pos: i32[N], %seq: i32[N], %start: i32[B + 1], %ta
         except IrError as e:
             messages.append(e.message)
     assert 5 < len(messages) < 35
-    assert "kv.attend on stream 1 reads kv version %kv0 after kv.write on stream 0 has made %kv1 of it" in messages[0]
+    assert (
+        "kv.attend on stream 1 reads state version %kv0 after kv.write on stream 0 has made %kv1 of it" in messages[0]
+    )
 
 
 def _stage(m: Module) -> None:

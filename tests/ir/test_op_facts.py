@@ -110,8 +110,8 @@ def test_rows_are_treated_one_by_one_where_the_op_says_so(calls: list[Call]) -> 
                 tried.add(op.name)
     known = {name for name, cls in OPS.items() if cls.__module__.startswith("xllm_compiler.")}
     leaves = {name for name in known if not OPS[name].SPEC.operands}
-    through_cache = {"kv.write", "kv.attend", "kv.append"}
-    assert known - tried == leaves | through_cache | {"sched.wait"}
+    through_state = {"kv.write", "kv.attend", "kv.append", "state.read", "state.write"}
+    assert known - tried == leaves | through_state | {"sched.wait"}
 
 
 def test_rows_from_nowhere_are_numbered_or_all_alike() -> None:

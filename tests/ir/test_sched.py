@@ -201,7 +201,7 @@ def test_v18_a_write_on_another_stream_than_the_read() -> None:
     text = GOOD.replace("kv.write(%kv0, %k, %k,", "kv.write(%kv0, %x3, %x3,").replace("  sched.wait(%e2)\n", "")
     text = text.replace("  %w = param", "  %x3 = t.reshape(%x, shape=[N, 1, 4]) : f32[N, 1, 4]\n  %w = param")
     module = parse_module(text)
-    message = "kv.write on stream 0 uses up kv version %kv0, which kv.attend on stream 2 may still be reading"
+    message = "kv.write on stream 0 uses up state version %kv0, which kv.attend on stream 2 may still be reading"
     help = "record an event on stream 2 after kv.attend and wait for it on stream 0 before kv.write"
     check(module, "V18", op_of(module, "kv1"), message, help)
 

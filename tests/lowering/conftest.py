@@ -19,7 +19,7 @@ from xllm_compiler.dims import as_dim, ceildiv
 from xllm_compiler.interp import run
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.parser import parse_module
-from xllm_compiler.ir.semantics import NP_DTYPE, kv_zeros
+from xllm_compiler.ir.semantics import NP_DTYPE, state_zeros
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
@@ -124,7 +124,7 @@ class Compiled:
         given: dict[str, Array] = {}
         for arg in func.args:
             if isinstance(arg.type, Kv):
-                given[arg.name] = kv_zeros(arg.type, dims, precise)
+                given[arg.name] = state_zeros(arg.type, dims, precise)
             else:
                 given[arg.name] = np.asarray(inputs[arg.name])
         outs = run(self.module, "step", given, self.params, dims, precise)

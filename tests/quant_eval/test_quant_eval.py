@@ -13,7 +13,7 @@ from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 from xllm_compiler.interp import run
 from xllm_compiler.ir.clone import clone_module
-from xllm_compiler.ir.semantics import kv_zeros
+from xllm_compiler.ir.semantics import state_zeros
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.models.corpus import python_version, source_files
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
@@ -93,7 +93,7 @@ def whole(module: object, model: Traced) -> np.ndarray:
         inputs = {
             **{"ids": ids, "pos": np.arange(n, dtype=np.int32), "seq": np.zeros(n, np.int32), "table": table},
             **{"start": np.array([0, n], np.int32), "sel": np.arange(n, dtype=np.int32)},
-            **{a.name: kv_zeros(a.type, {"P": 2}) for a in func.args if isinstance(a.type, Kv)},
+            **{a.name: state_zeros(a.type, {"P": 2}) for a in func.args if isinstance(a.type, Kv)},
         }
         out.append(run(module, "step", inputs, model.weights)[0])  # type: ignore[arg-type]
     return np.concatenate(out)

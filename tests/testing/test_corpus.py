@@ -18,9 +18,9 @@ from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.groups import world_size
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.opdef import OPS
-from xllm_compiler.ir.ops import Add, AllReduceStart, Collective, KvAppend, KvAttend, KvWrite, Linear
+from xllm_compiler.ir.ops import Add, AllReduceStart, Collective, KvAppend, KvAttend, KvWrite, Linear, StateRead
 from xllm_compiler.ir.printer import print_module
-from xllm_compiler.ir.semantics import Array, kv_zeros
+from xllm_compiler.ir.semantics import Array, state_zeros
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.testing import corpus as corpus_package
 from xllm_compiler.testing.corpus import Entry, corpus, entry, families_of, random_text
@@ -143,12 +143,15 @@ def test_random_graphs_reach_what_else_there_is() -> None:
         (w, c, s) for w in (False, True) for c in (False, True) for s in (False, True)
     }
     assert any(len(op.kv.users) > 1 and op.kv.op is None for op in attends), "no version is read before it is written"
+    reads = [op for op in ops if isinstance(op, StateRead)]
+    assert any(len(op.cell.users) > 2 and op.cell.op is None for op in reads), "no version is read twice and written"
+    assert {op.cell.cell.dtype for op in reads} == {"f32", "bf16", "f16", "i32"}
     appends = [op for op in ops if isinstance(op, KvAppend)]
     assert {(op.cos is not None, op.qw is not None) for op in appends} == {
         (a, b) for a in (False, True) for b in (False, True)
     }
     assert {op.kv.kv.k_dim for op in (*attends, *(o for o in ops if isinstance(o, KvWrite)))} == {4, 5, 6, 7}
-    assert {s for m in modules for s in m.scope.symbols} == set("NBSPC")
+    assert {s for m in modules for s in m.scope.symbols} == set("NBSPQC")
 
 
 def test_a_random_graph_is_a_function_of_its_seed() -> None:
@@ -168,7 +171,7 @@ def test_a_tensor_parallel_decoder_is_its_single_rank_twin(ranks: int, n: int) -
     given = make(func, n, seed=3)
     (inputs,), (params,) = given.inputs, given.params
     for name in ("kv0", "kv1"):  # heads of the cache are split too: start from what is the same on all ranks
-        inputs[name] = kv_zeros(func.arg(name).kv, given.dims)
+        inputs[name] = state_zeros(func.arg(name).kv, given.dims)
         rng = np.random.default_rng(5)
         inputs[name] += rng.standard_normal(inputs[name].shape).astype(np.float32)
     locals_ = [

@@ -207,3 +207,32 @@ def test_every_shipped_module_can_be_run() -> None:
         for func in module.funcs.values():
             made = make(func, {"N": 5} if "N" in module.scope.symbols else {})
             run_ranks(module, func.name, made.inputs, made.params, made.dims)
+
+
+def test_an_index_that_a_cell_remembers_stays_in_its_range() -> None:
+    """The rows of the table bound what may be in the cell, and what may be written to it."""
+    module = parse_module("""xir 1 stage=graph
+dim B in [1, 8]
+dim Q in [1, 64]
+assume Q - B >= 0
+
+func @f(%token: i32[B], %slot: i32[B], %last: cell<i32, []>[Q]) -> (f32[B, 2], cell<i32, []>[Q] alias %last) {
+  %w = param(name="w") : f32[3, 2]
+  %before = state.read(%last, %slot) : i32[B]
+  %y = nn.embedding(%before, %w) : f32[B, 2]
+  %now = state.write(%last, %token, %slot) : cell<i32, []>[Q]
+  %next = state.read(%now, %slot) : i32[B]
+  %z = nn.embedding(%next, %w) : f32[B, 2]
+  %sum = t.add(%y, %z) : f32[B, 2]
+  return %sum, %now
+}
+""")
+    func = module.func("f")
+    for seed in range(8):
+        made = make(func, {"B": 4}, seed)
+        arrays = made.inputs[0]
+        assert made.dims["Q"] > 4 and len(set(arrays["slot"].tolist())) == 4
+        assert arrays["last"].shape == (made.dims["Q"],) and arrays["last"].dtype == np.int32
+        for name in ("last", "token"):
+            assert set(arrays[name].tolist()) <= {0, 1, 2}
+        run_ranks(module, "f", made.inputs, made.params, made.dims)

@@ -79,7 +79,7 @@ CAUGHT = {
     "planted-version": (
         "verifies",
         "= kv.write(",
-        ("V5: kv version %kv", "is used up 2 times, by kv.write, return", "planted-version/return"),
+        ("V5: state version %kv", "is used up 2 times, by kv.write, return", "planted-version/return"),
     ),
     "planted-type": (
         "verifies",

@@ -24,7 +24,7 @@ from xllm_compiler.frontend.model import TORCH_DTYPE, load_config
 from xllm_compiler.frontend.quantized import Quantized
 from xllm_compiler.interp import run
 from xllm_compiler.ir.core import Module
-from xllm_compiler.ir.semantics import kv_zeros
+from xllm_compiler.ir.semantics import state_zeros
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
 from xllm_compiler.step.interface import STEP
@@ -48,7 +48,7 @@ class Stepper:
         self.free = [int(p) for p in np.random.default_rng(0).permutation(pages)]
         states = [a for a in self.func.args if isinstance(a.type, Kv)]
         self.page_tokens = states[0].kv.page
-        self.caches = {a.name: kv_zeros(a.kv, {"P": pages}) for a in states}
+        self.caches = {a.name: state_zeros(a.kv, {"P": pages}) for a in states}
 
     def step(self, prompts: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> dict[tuple[int, int], Array]:
         """Runs one step over the next tokens of some requests; f32 logits [vocab] by (request, position)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Func, Op, Value
-from xllm_compiler.ir.rows import ThroughCache
+from xllm_compiler.ir.rows import ThroughState
 from xllm_compiler.ir.types import Future, Tensor
 
 ROW_SYMBOLS = ("N", "S")
@@ -44,7 +44,7 @@ def _mixes(op: Op) -> str | None:
     """Why `op` may let tokens see each other or their index in the step; None when it does not."""
     if any(len(row_axes(r)) > 1 for r in op.results):
         return "makes a tensor with two token axes"
-    if isinstance(op.rows, ThroughCache) or _takes_sampled(op):
+    if isinstance(op.rows, ThroughState) or _takes_sampled(op):
         return None
     places: set[int] = set()
     for i, v in enumerate(op.operands):

@@ -20,7 +20,8 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.printer import func_names
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext
-from xllm_compiler.ir.types import Kv
+from xllm_compiler.ir.state import first_version, state_args
+from xllm_compiler.ir.types import State
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
 
 POISON = 0xFF
@@ -96,7 +97,7 @@ class Memory:
         self.finished: set[Op] = set()
         self.bytes = np.full(0 if ctx.precise else layout.size, POISON, np.uint8)
         self.owner = np.zeros(layout.size, np.int32)  # 0: never written; n: place n; -n: was place n's, freed
-        self.version = {a: a for a in layout.func.args if isinstance(a.type, Kv)}
+        self.version = {a: a for a in state_args(layout.func)}
 
     # What ops do.
 
@@ -115,14 +116,14 @@ class Memory:
                 f"order them: sched.record on stream {maker.stream} after {maker.name}, sched.wait on stream "
                 f"{op.stream} before {op.name}",
             )
-        if isinstance(value.type, Kv):
-            first = _first_version(value)
+        if isinstance(value.type, State):
+            first = first_version(value)
             newest = self.version[first]
             if newest is not value and newest.op is not None:
                 raise self.fault(
                     op,
-                    f"{op.name} on stream {op.stream} reads kv version {name(value)} after {newest.op.name} on stream "
-                    f"{newest.op.stream} has made {name(newest)} of it",
+                    f"{op.name} on stream {op.stream} reads state version {name(value)} after "
+                    f"{newest.op.name} on stream {newest.op.stream} has made {name(newest)} of it",
                     f"order them: sched.record on stream {op.stream} after {op.name}, sched.wait on stream "
                     f"{newest.op.stream} before {newest.op.name}",
                 )
@@ -164,8 +165,8 @@ class Memory:
     def publish(self, value: Value) -> None:
         """`value` is there for everything that comes after this."""
         self.ready.add(value)
-        if isinstance(value.type, Kv):
-            self.version[_first_version(value)] = value
+        if isinstance(value.type, State):
+            self.version[first_version(value)] = value
 
     def finish(self, op: Op) -> None:
         """`op` is done with its operands and results: what nobody is going to use is poison again."""
@@ -215,9 +216,3 @@ class Memory:
             return "bytes that were never written"
         other = self.layout.by_number[abs(number)]
         return f"the bytes of {other}" + (", freed" if number < 0 else "")
-
-
-def _first_version(value: Value) -> Value:
-    while value.op is not None:
-        value = value.op.field(value.op.SPEC.consumes)[0]
-    return value

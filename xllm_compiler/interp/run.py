@@ -16,7 +16,7 @@ from xllm_compiler.ir.diag import IrError, blame
 from xllm_compiler.ir.groups import check_world, rank_sizes, rank_symbols
 from xllm_compiler.ir.ops import Collective
 from xllm_compiler.ir.semantics import OUR_DTYPE, Array, EvalContext, array_shape, stored_dtype
-from xllm_compiler.ir.types import FLOATS, Kv, Tensor
+from xllm_compiler.ir.types import FLOATS, State, Tensor
 from xllm_compiler.step.interface import STEP
 
 # Sees every value as it is stored, with its rank, and says what is stored instead: for recording and for perturbing.
@@ -33,7 +33,7 @@ def run(
 ) -> list[Array]:
     """The returned arrays of one call.
 
-    `inputs`: one array per argument, by name; a kv argument is [pages * page, heads, k_dim + v_dim]. Inputs are not
+    `inputs`: one array per argument, by name; a state is one array of all its rows (ir/semantics.py). Inputs are not
     changed. `params`: checkpoint tensors by name; a lazy mapping is asked for each one when it is reached. `dims`: the
     symbols' sizes; one that is an input's whole extent may be left out. Raises IrError when something does not fit.
     """
@@ -131,10 +131,10 @@ def bind_dims(func: Func, inputs: Mapping[str, Array], dims: Mapping[str, int], 
             for d, n in zip(arg.type.shape, inputs[arg.name].shape, strict=False):
                 if len(d.symbols) == 1 and str(d) == d.symbols[0]:
                     sizes.setdefault(d.symbols[0], n)
-        elif isinstance(arg.type, Kv):
-            pages = arg.type.pages
-            if len(pages.symbols) == 1 and str(pages) == pages.symbols[0]:
-                sizes.setdefault(pages.symbols[0], inputs[arg.name].shape[0] // arg.type.page)
+        elif isinstance(arg.type, State):
+            blocks = arg.type.blocks
+            if len(blocks.symbols) == 1 and str(blocks) == blocks.symbols[0] and inputs[arg.name].ndim:
+                sizes.setdefault(blocks.symbols[0], inputs[arg.name].shape[0] // arg.type.block_rows)
     extra = [name for name in inputs if all(name != a.name for a in func.args)]
     if extra:
         raise IrError(f"@{func.name} has no argument {', '.join(extra)}")

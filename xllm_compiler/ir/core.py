@@ -1,4 +1,4 @@
-"""Modules, functions, ops and values: the places of the IR. Owns use-lists and op order; must not know any op.
+"""Modules, functions, ops and values: the places of the IR. Owns use-lists; must not know any op.
 
 Values (Dim, Type, attributes, Loc) are frozen and compare by content. Places compare by identity and may be mutated,
 always through the methods here, which keep use-lists right. A function is one straight-line block: list order is
@@ -7,7 +7,7 @@ dominance order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from xllm_compiler.dims import Dim, DimScope
@@ -15,8 +15,9 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.facts import Noise, Rows, Work
 from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.loc import UNKNOWN, Loc
+from xllm_compiler.ir.oplist import OpList
 from xllm_compiler.ir.spec import COMMON, Attr, OperandField, OpSpec
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import Cell, Future, Kv, Tensor, Type
 from xllm_compiler.step.interface import STEP, ValueRange
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ class Value:
         """The type, which must be a KV cache."""
         if not isinstance(self.type, Kv):
             raise IrError(f"%{self.name} is {self.type}, a kv value is needed here")
+        return self.type
+
+    @property
+    def cell(self) -> Cell:
+        """The type, which must be a cell."""
+        if not isinstance(self.type, Cell):
+            raise IrError(f"%{self.name} is {self.type}, a cell is needed here")
         return self.type
 
     @property
@@ -273,97 +281,6 @@ class Op:
         results = ", ".join(f"%{r.name}" for r in self.results)
         operands = ", ".join(f"%{v.name}" for v in self._operands)
         return f"<{results} = {self.name}({operands})>"
-
-
-class OpList:
-    """A function's ops in order. Safe to mutate while iterating: the iterator goes on after the op it has yielded,
-    wherever that op stands by then, and past erased ones; ops inserted after the current one are visited."""
-
-    __slots__ = ("_count", "_first", "_last", "_ordered")
-
-    def __init__(self) -> None:
-        self._first: Op | None = None
-        self._last: Op | None = None
-        self._count = 0
-        self._ordered = True
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Op]:
-        op = self._first
-        while op is not None:
-            yield op
-            op = op._next
-            while op is not None and not op._attached:
-                op = op._next
-
-    def __reversed__(self) -> Iterator[Op]:
-        op = self._last
-        while op is not None:
-            yield op
-            op = op._prev
-            while op is not None and not op._attached:
-                op = op._prev
-
-    def __getitem__(self, index: int) -> Op:
-        """The index-th op, in linear time: for tests and tools."""
-        return list(self)[index]
-
-    @property
-    def first(self) -> Op | None:
-        return self._first
-
-    @property
-    def last(self) -> Op | None:
-        return self._last
-
-    def append(self, op: Op) -> None:
-        assert not op._attached, f"{op!r} is already in a function"
-        op._prev, op._next = self._last, None
-        if self._last is None:
-            self._first = op
-        else:
-            self._last._next = op
-            op._order = self._last._order + 1
-        self._last = op
-        op._attached = True
-        self._count += 1
-
-    def insert_before(self, op: Op, anchor: Op) -> None:
-        assert not op._attached, f"{op!r} is already in a function"
-        assert anchor._attached, f"{anchor!r} is not in a function"
-        op._prev, op._next = anchor._prev, anchor
-        if anchor._prev is None:
-            self._first = op
-        else:
-            anchor._prev._next = op
-        anchor._prev = op
-        op._attached = True
-        self._count += 1
-        self._ordered = False
-
-    def unlink(self, op: Op) -> None:
-        """Takes `op` out. It keeps its neighbours, so that an iterator standing on it can go on."""
-        assert op._attached, f"{op!r} is not in a function"
-        if op._prev is None:
-            self._first = op._next
-        else:
-            op._prev._next = op._next
-        if op._next is None:
-            self._last = op._prev
-        else:
-            op._next._prev = op._prev
-        op._attached = False
-        self._count -= 1
-
-    def order(self, op: Op) -> int:
-        """A number that grows along the list; stable until the next insertion."""
-        if not self._ordered:
-            for i, o in enumerate(self):
-                o._order = i
-            self._ordered = True
-        return op._order
 
 
 class Func:

@@ -26,9 +26,9 @@ ZERO: Final = as_dim(0)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Formulas over the module's symbols and CONTEXT. Bytes of activations `read` and `written`, of `weights` read, of
-    the KV cache; `flops` are operations; `comm` bytes that one rank sends, in `hops` messages one after the other.
-    `free`: nothing runs at all."""
+    """Formulas over the module's symbols and CONTEXT. Bytes of activations and cells `read` and `written`, of
+    `weights` read, of the KV cache; `flops` are operations; `comm` bytes that one rank sends, in `hops` messages one
+    after the other. `free`: nothing runs at all."""
 
     read: Dim = ZERO
     written: Dim = ZERO

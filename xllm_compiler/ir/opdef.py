@@ -67,7 +67,7 @@ def op(
     """Declares an op class under its text name and registers it in OPS; IrError where something of it is missing.
 
     What most ops are not is said here. `effects`: anything that keeps a dead op alive and stops reordering; none means
-    pure. `consumes`: the operand field whose linear value is used up. `linear`: partial sums may pass through. `view`:
+    pure. `consumes`: the operand field whose state is used up. `linear`: partial sums may pass through. `view`:
     the result may share the bytes of operand 0. `commutative`: operands may change places. `gathers`: the operand field
     of which no more is read than the result holds.
     """

@@ -24,7 +24,7 @@ from xllm_compiler.ir.lexer import Source, Token, tokenize
 from xllm_compiler.ir.loc import Loc
 from xllm_compiler.ir.opdef import OPS
 from xllm_compiler.ir.spec import AttrField, Scalar
-from xllm_compiler.ir.types import DTYPE_BYTES, MAX_SIZE, Event, Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import DTYPE_BYTES, MAX_SIZE, Cell, Event, Future, Kv, Tensor, Type
 from xllm_compiler.step.interface import ValueRange
 
 _STAGES: Final[dict[str, Stage]] = {"graph": "graph", "sched": "sched", "buf": "buf"}
@@ -187,6 +187,8 @@ class _Parser:
         name = self.kind("name", "a type")
         if name.text == "kv":
             return self.kv_type(name)
+        if name.text == "cell":
+            return self.cell_type(name)
         if name.text not in DTYPE_BYTES:
             self.fail(f"unknown dtype {name.text!r}", name, "one of " + ", ".join(DTYPE_BYTES))
         self.expect("[")
@@ -212,6 +214,18 @@ class _Parser:
         pages = self.dim()
         self.expect("]")
         return self.guarded(start, lambda: Kv(dtype, sizes[0], sizes[1], sizes[2], sizes[3], pages))
+
+    def cell_type(self, start: Token) -> Cell:
+        self.expect("<")
+        dtype = self.kind("name", "a dtype").text
+        self.expect(",")
+        self.expect("[")
+        shape = self.list_of("]", self.integer)
+        self.expect(">")
+        self.expect("[")
+        slots = self.dim()
+        self.expect("]")
+        return self.guarded(start, lambda: Cell(dtype, shape, slots))
 
     def group(self) -> str:
         return self.kind("global", "a @group").text[1:]

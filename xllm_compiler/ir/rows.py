@@ -108,11 +108,11 @@ class FirstAxis(Rows):
 
 
 @dataclass(frozen=True)
-class ThroughCache(Rows):
-    """Rows meet those of the same request through a KV cache, and no others."""
+class ThroughState(Rows):
+    """Rows meet those of the same request through a state, such as a KV cache, and no others."""
 
     def __str__(self) -> str:
-        return "within a request, through the cache"
+        return "within a request, through a state"
 
     def follow(self, op: Any, operand: int, axis: int) -> int | str:
         return "lets tokens of a request see each other"

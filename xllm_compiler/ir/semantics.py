@@ -1,7 +1,8 @@
 """What op meanings are written against: arrays, dtypes, rounding. Owns numerics helpers; must not run functions.
 
-Arrays are numpy; bf16 is ml_dtypes.bfloat16. A KV cache is one array [pages * page, heads, k_dim + v_dim]: row
-`page_index * page + position % page`, keys in the first k_dim columns.
+Arrays are numpy; bf16 is ml_dtypes.bfloat16. A state is one array of all rows of its blocks. A KV cache is
+[pages * page, heads, k_dim + v_dim]: row `page_index * page + position % page`, keys in the first k_dim columns. A cell
+is [slots, *shape].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from xllm_compiler.dims import Dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.types import FLOATS, Event, Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import FLOATS, Event, Future, Kv, State, Tensor, Type
 
 Array = npt.NDArray[Any]
 MAX_ELEMENTS: Final = 1 << 44  # of an array; numpy refuses what is not far above with an error of its own
@@ -76,16 +77,16 @@ def stored_dtype(ty: Type) -> str:
             return ty.of.dtype
         case Event():
             return "bool"
-        case Kv() if ty.quantized:
-            return "f32"  # the numbers that the integers stand for
-        case _:
+        case State():
+            return ty.array_dtype
+        case Tensor():
             return ty.dtype
 
 
-def kv_zeros(ty: Kv, dims: Mapping[str, int], precise: bool = False) -> Array:
-    """An empty cache of type `ty`: zeros [pages * page, heads, k_dim + v_dim]."""
+def state_zeros(ty: State, dims: Mapping[str, int], precise: bool = False) -> Array:
+    """A state of type `ty` as it is before the first call: zeros."""
     ctx = EvalContext({}, dims, precise)
-    return np.zeros((ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim), ctx.dtype(stored_dtype(ty)))
+    return np.zeros(array_shape(ctx, ty), ctx.dtype(ty.array_dtype))
 
 
 def array_shape(ctx: EvalContext, ty: Type) -> tuple[int, ...]:
@@ -93,8 +94,8 @@ def array_shape(ctx: EvalContext, ty: Type) -> tuple[int, ...]:
     match ty:
         case Tensor():
             return possible(ctx.shape(ty), ty)
-        case Kv():
-            return possible((ctx.dim(ty.pages) * ty.page, ty.heads, ty.k_dim + ty.v_dim), ty)
+        case State():
+            return possible(tuple(ctx.dim(d) for d in ty.array_shape), ty)
         case Future():
             return possible(ctx.shape(ty.of), ty)
         case Event():
@@ -203,6 +204,15 @@ def kv_stored(ty: Kv, x: Array, dtype: np.dtype[Any]) -> Array:
     factor = np.divide(x.dtype.type(127), top, out=np.zeros_like(top), where=finite & (top > 0))
     stored = np.rint(np.where(finite, x, 0) * factor) * (top * x.dtype.type(1 / 127))
     return np.asarray(np.where(finite, stored, np.nan), dtype)
+
+
+def cell_slots(slot: Array, slots: int) -> Array:
+    """`slot` as indices of a cell's `slots` slots; IrError where one is none of them."""
+    wrong = (slot < 0) | (slot >= slots)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise IrError(f"row {row} names slot {int(slot[row])} of a cell of {slots} slots")
+    return slot.astype(np.int64)
 
 
 def kv_rows(ty: Kv, pos: Array, seq: Array, table: Array) -> Array:

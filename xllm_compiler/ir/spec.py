@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir.diag import IrError
-from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type, check_dtype
+from xllm_compiler.ir.types import Event, Future, State, Tensor, Type, check_dtype
 
 Scalar = int | float | bool | str | Dim | Type
 Attr = Scalar | tuple[Scalar, ...]
@@ -86,7 +86,7 @@ class AttrField:
             if isinstance(value, str):
                 return check_dtype(value)
         elif kind == "type":
-            if isinstance(value, (Tensor, Kv, Future, Event)):
+            if isinstance(value, (Tensor, State, Future, Event)):
                 return value
         elif kind == "enum":
             if isinstance(value, str) and value in self.choices:
@@ -115,7 +115,7 @@ class OpSpec:
     operands: tuple[OperandField, ...]
     attrs: tuple[AttrField, ...]
     effects: frozenset[str]
-    consumes: str  # name of the operand field whose (linear) value this op uses up, or ""
+    consumes: str  # name of the operand field whose value, a state, this op uses up, or ""
     linear: bool  # maps partial sums to partial sums: f(a + b) = f(a) + f(b)
     view: bool  # result 0 is the same bytes as operand 0 in a dense row-major layout
     commutative: bool  # operands may change places

@@ -1,8 +1,10 @@
-"""Types of IR values: tensors, KV caches, futures and events. Owns type equality and text; must not know any op."""
+"""Types of IR values: tensors, states, futures and events. Owns type equality and text; must not know any op."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -95,8 +97,60 @@ class Tensor:
         return text if self.partial is None else f"{text} partial(@{self.partial})"
 
 
+class State(ABC):
+    """What outlives a call: `blocks` blocks of memory that functions read and write in place.
+
+    A value of such a type is a version of the memory. An op that writes uses up one version and yields the next, so
+    that the versions of an argument are one chain (ir/state.py); the last one is returned and aliases the argument
+    (V5 to V7). In the interpreter a version is one array of `array_dtype` and `array_shape`; the rows of a block lie
+    one behind the other.
+    """
+
+    __slots__ = ()
+    dtype: str
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Dim:
+        """How many blocks there are."""
+
+    @property
+    @abstractmethod
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+
+    @property
+    @abstractmethod
+    def block_rows(self) -> int:
+        """Rows of the interpreter's array that are one block."""
+
+    @property
+    @abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row of the interpreter's array."""
+
+    @property
+    @abstractmethod
+    def array_dtype(self) -> str:
+        """The dtype of the interpreter's array."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[int, ...]:
+        """The constant sizes that a block consists of."""
+
+    @abstractmethod
+    def resized(self, number: Callable[[int], int], dim: Callable[[Dim], Dim]) -> State:
+        """The same type with `number` of each of `numbers` and `dim` of `blocks`."""
+
+    @property
+    def array_shape(self) -> tuple[Dim, ...]:
+        """The shape of the interpreter's array: all rows of all blocks."""
+        return (self.blocks * self.block_rows, *(as_dim(n) for n in self.row_shape))
+
+
 @dataclass(frozen=True, slots=True, init=False)
-class Kv:
+class Kv(State):
     """The paged key/value cache of one layer: `pages` pages of `page` tokens, `heads` KV heads.
 
     dtype "i8": each head of a key or value is stored as 8-bit integers times an f32 scale. What the cache then holds
@@ -122,6 +176,54 @@ class Kv:
         object.__setattr__(self, "pages", check_size(pages))
 
     @property
+    def blocks(self) -> Dim:
+        return self.pages
+
+    @property
+    def block_bytes(self) -> int:
+        return self.page_bytes
+
+    @property
+    def block_rows(self) -> int:
+        return self.page
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """A row is a token: the keys of all heads beside the values."""
+        return (self.heads, self.k_dim + self.v_dim)
+
+    @property
+    def array_dtype(self) -> str:
+        return "f32" if self.quantized else self.dtype  # the numbers that the integers stand for
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return (self.heads, self.k_dim, self.v_dim)  # a page stays as long as it is
+
+    def resized(self, number: Callable[[int], int], dim: Callable[[Dim], Dim]) -> Kv:
+        heads, k_dim, v_dim = map(number, self.numbers)
+        return self.with_(heads=heads, k_dim=k_dim, v_dim=v_dim, pages=dim(self.pages))
+
+    def with_(
+        self,
+        *,
+        dtype: str | None = None,
+        heads: int | None = None,
+        k_dim: int | None = None,
+        v_dim: int | None = None,
+        pages: Dim | None = None,
+    ) -> Kv:
+        """The same type but for what is given."""
+        return Kv(
+            self.dtype if dtype is None else dtype,
+            self.heads if heads is None else heads,
+            self.k_dim if k_dim is None else k_dim,
+            self.v_dim if v_dim is None else v_dim,
+            self.page,
+            self.pages if pages is None else pages,
+        )
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page, keys and values of all heads."""
         return self.page * self.token_bytes
@@ -142,6 +244,56 @@ class Kv:
         return f"kv<{self.dtype}, heads={self.heads}, k={self.k_dim}, v={self.v_dim}, page={self.page}>[{self.pages}]"
 
 
+@dataclass(frozen=True, slots=True, init=False)
+class Cell(State):
+    """`slots` slots, each a tensor of `shape`: what requests carry from step to step, such as a recurrent layer's state
+    (f32, [heads, k, v]) or the last token (i32, []). A request's slot is chosen by who calls the function."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    slots: Dim
+
+    def __init__(self, dtype: str, shape: Sequence[int], slots: Dim | int) -> None:
+        object.__setattr__(self, "dtype", check_dtype(dtype))
+        if len(shape) >= MAX_RANK:
+            raise IrError(f"a cell of {len(shape)} axes", help=f"at most {MAX_RANK - 1}")
+        for size in shape:
+            if not 1 <= size <= MAX_SIZE:
+                raise IrError(f"a cell with an axis of {size} elements", help=f"sizes lie between 1 and {MAX_SIZE}")
+        object.__setattr__(self, "shape", tuple(shape))
+        object.__setattr__(self, "slots", check_size(slots))
+
+    @property
+    def blocks(self) -> Dim:
+        return self.slots
+
+    @property
+    def block_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_rows(self) -> int:
+        return 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    @property
+    def array_dtype(self) -> str:
+        return self.dtype
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.shape
+
+    def resized(self, number: Callable[[int], int], dim: Callable[[Dim], Dim]) -> Cell:
+        return Cell(self.dtype, [number(n) for n in self.shape], dim(self.slots))
+
+    def __str__(self) -> str:
+        return f"cell<{self.dtype}, [{', '.join(map(str, self.shape))}]>[{self.slots}]"
+
+
 @dataclass(frozen=True, slots=True)
 class Future:
     """The promise of a collective; `comm.wait` turns it into `of`."""
@@ -160,19 +312,37 @@ class Event:
         return "!event"
 
 
-Type = Tensor | Kv | Future | Event
+Type = Tensor | State | Future | Event
 
 
-def substitute_dims(ty: Type, env: dict[str, Dim]) -> Type:
-    """`ty` with symbols replaced by Dims."""
+def type_dims(ty: Type) -> tuple[Dim, ...]:
+    """The Dims that stand in `ty`."""
     match ty:
         case Tensor():
-            return ty.with_(shape=[d.substitute(env) for d in ty.shape])
-        case Kv():
-            return Kv(ty.dtype, ty.heads, ty.k_dim, ty.v_dim, ty.page, ty.pages.substitute(env))
+            return ty.shape
+        case State():
+            return (ty.blocks,)
         case Future():
-            inner = substitute_dims(ty.of, env)
+            return ty.of.shape
+        case Event():
+            return ()
+
+
+def map_sizes(ty: Type, number: Callable[[int], int], dim: Callable[[Dim], Dim]) -> Type:
+    """`ty` with `dim` of every Dim, and `number` of every constant size of a state."""
+    match ty:
+        case Tensor():
+            return ty.with_(shape=[dim(d) for d in ty.shape])
+        case State():
+            return ty.resized(number, dim)
+        case Future():
+            inner = map_sizes(ty.of, number, dim)
             assert isinstance(inner, Tensor)
             return replace(ty, of=inner)
         case Event():
             return ty
+
+
+def substitute_dims(ty: Type, env: dict[str, Dim]) -> Type:
+    """`ty` with symbols replaced by Dims."""
+    return map_sizes(ty, lambda n: n, lambda d: d.substitute(env))

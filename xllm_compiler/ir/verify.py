@@ -5,9 +5,11 @@ V1   An operand is an argument of the same function or the result of an earlier 
 V2   Use-lists are exact: a value's uses are the operands that name it. Results and arguments know owner and index.
 V3   An op's attributes are declared, complete and in their stored form, and its result types are those inferred now.
 V4   Every symbol in a type, an attribute, an assumption or the arena size is declared in the module's scope.
-V5   A kv version is used up at most once: by one consuming operand or by one return.
-V6   Every read of a kv version stands before the op that uses it up.
-V7   A returned kv value is a later version of exactly one kv argument and says so with `alias`; nothing else aliases.
+V5   A state version is used up at most once, by one consuming operand or by one return. An op that yields a
+     version uses up the one before, of the same type.
+V6   Every read of a state version stands before the op that uses it up.
+V7   A returned state is a version of exactly one state argument and says so with `alias`; nothing else aliases. The
+     last version of a state that the function writes is returned.
 V8   A future is used exactly once, by comm.wait.
 V9   Every group named by an op or a partial type is declared; all groups are axes of one mesh of ranks.
 V10  A partial sum reaches only a collective or a linear op, and is not returned.
@@ -30,7 +32,8 @@ from xllm_compiler.ir.diag import IrError, blame
 from xllm_compiler.ir.groups import check_groups, rank_symbols
 from xllm_compiler.ir.ops.comm import Collective
 from xllm_compiler.ir.spec import COMMON, Attr, dims_in
-from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type
+from xllm_compiler.ir.state import first_version, latest_version, readers, state_args, used_version, writers
+from xllm_compiler.ir.types import Future, State, Tensor, Type, type_dims
 from xllm_compiler.ir.verify_buf import check_buffers
 from xllm_compiler.ir.verify_sched import check_order, check_stage, order_of
 
@@ -54,7 +57,7 @@ def verify(module: Module) -> None:
             _check_types(op)
             _check_op_symbols(module, op)
             _check_stage(module, op)
-        _check_kv(func)
+        _check_states(func)
         _check_futures(func)
         check_stage(module, func)
         order = order_of(func)
@@ -115,8 +118,8 @@ def _check_signature(module: Module, func: Func) -> None:
                 f"V11: @{func.name} has two arguments called %{a.name}" if a.name else "V11: unnamed argument"
             )
         seen.add(a.name)
-        _check_symbols(module, _type_dims(a.type), f"the type of %{a.name}", None)
-        _check_same_on_all_ranks(module, _type_dims(a.type), f"the type of %{a.name}", None)
+        _check_symbols(module, type_dims(a.type), f"the type of %{a.name}", None)
+        _check_same_on_all_ranks(module, type_dims(a.type), f"the type of %{a.name}", None)
     if func.arena is not None:
         _check_symbols(module, [func.arena], f"the arena size of @{func.name}", None)
         _check_same_on_all_ranks(module, [func.arena], f"the arena size of @{func.name}", None)
@@ -127,7 +130,7 @@ def _check_signature(module: Module, func: Func) -> None:
 def _check_sizes(module: Module, func: Func) -> None:
     checked: set[Dim] = set()
     for v in (*func.args, *(r for op in func.ops for r in op.results)):
-        for dim in _type_dims(v.type):
+        for dim in type_dims(v.type):
             if dim in checked:
                 continue
             checked.add(dim)
@@ -173,18 +176,6 @@ def _types_text(types: Iterable[Type]) -> str:
     return ", ".join(str(t) for t in types)
 
 
-def _type_dims(ty: Type) -> list[Dim]:
-    match ty:
-        case Tensor():
-            return list(ty.shape)
-        case Kv():
-            return [ty.pages]
-        case Future():
-            return list(ty.of.shape)
-        case Event():
-            return []
-
-
 def _check_symbols(module: Module, dims: Iterable[Dim], what: str, op: Op | None) -> None:
     for d in dims:
         for name in d.symbols:
@@ -207,8 +198,8 @@ def _check_same_on_all_ranks(module: Module, dims: Iterable[Dim], what: str, op:
 
 def _check_op_symbols(module: Module, op: Op) -> None:
     for r in op.results:
-        _check_symbols(module, _type_dims(r.type), f"the type of %{r.name}", op)
-        _check_same_on_all_ranks(module, _type_dims(r.type), f"the type of %{r.name}", op)
+        _check_symbols(module, type_dims(r.type), f"the type of %{r.name}", op)
+        _check_same_on_all_ranks(module, type_dims(r.type), f"the type of %{r.name}", op)
     _check_same_on_all_ranks(module, dims_in([op.attrs.get("at", ())]), f"an offset of {op.name}", op)
     for name, value in op.attrs.items():
         _check_symbols(module, dims_in([value]), f"attribute {name}", op)
@@ -227,34 +218,40 @@ def _check_stage(module: Module, op: Op) -> None:
         raise blame(op, f"V12: {op.name} has an offset in stage {module.stage}", "only stage buf has offsets")
 
 
-def _consumers(v: Value) -> list[Op]:
-    out = []
-    for op, i in v.uses:
-        if op.name == "return" or (op.SPEC.consumes and i == op.field_index(op.SPEC.consumes)):
-            out.append(op)
-    return out
-
-
-def _check_kv(func: Func) -> None:
-    values = [*func.args, *(r for op in func.ops for r in op.results)]
-    for v in values:
-        if not isinstance(v.type, Kv):
-            continue
-        consumers = _consumers(v)
-        if len(consumers) > 1:
-            second = max((c for c in consumers if c.name != "return"), key=func.ops.order, default=None)
-            text = f"V5: kv version %{v.name} is used up {len(consumers)} times"
-            names = ", ".join(c.name for c in consumers)
-            if second is None:
-                raise IrError(f"{text}, by {names}", where=f"return of @{func.name}")
-            raise blame(second, f"{text}, by {names}", "write to the latest version, and return only that")
-        if not consumers or consumers[0].name == "return":
-            continue
-        end = consumers[0]
-        for op in v.users:
-            if op is not end and op.name != "return" and not op.is_before(end):
-                raise blame(op, f"V6: {op.name} reads kv version %{v.name} after {end.name} used it up")
+def _check_states(func: Func) -> None:
+    for op in func.ops:
+        for r in op.results:
+            if isinstance(r.type, State):
+                _check_successor(op, r)
+    for v in (*func.args, *(r for op in func.ops for r in op.results)):
+        if isinstance(v.type, State):
+            _check_version(func, v)
     _check_aliases(func)
+
+
+def _check_successor(op: Op, version: Value) -> None:
+    before = used_version(op)
+    yielded = [r for r in op.results if isinstance(r.type, State)]
+    if before is None or before.type != version.type or yielded != [version]:
+        used = "nothing" if before is None else f"%{before.name}: {before.type}"
+        text = f"V5: {op.name} yields state version %{version.name} and uses up {used}"
+        raise blame(op, text, "an op yields one version, of the type of the one that it uses up")
+
+
+def _check_version(func: Func, v: Value) -> None:
+    ends = [*writers(v), *(func.ret for r in func.returns if r is v)]
+    if len(ends) > 1:
+        second = max((e for e in ends if e is not func.ret), key=func.ops.order, default=None)
+        names = ", ".join(end.name for end in ends)
+        text = f"V5: state version %{v.name} is used up {len(ends)} times, by {names}"
+        if second is None:
+            raise IrError(text, where=f"return of @{func.name}")
+        raise blame(second, text, "write to the latest version, and return only that")
+    if not ends or ends[0] is func.ret:
+        return
+    for op in readers(v):
+        if not op.is_before(ends[0]):
+            raise blame(op, f"V6: {op.name} reads state version %{v.name} after {ends[0].name} used it up")
 
 
 def _check_aliases(func: Func) -> None:
@@ -263,29 +260,31 @@ def _check_aliases(func: Func) -> None:
     for i, arg in func.aliases.items():
         if not 0 <= i < len(func.returns):
             raise IrError(f"V7: alias of return {i}, of which there are {len(func.returns)}", where=where)
-        if arg not in func.args or not isinstance(arg.type, Kv) or func.returns[i].type != arg.type:
+        if arg not in func.args or not isinstance(arg.type, State) or func.returns[i].type != arg.type:
             text = f"V7: return {i}, {func.returns[i].type}, cannot alias %{arg.name}: {arg.type}"
-            raise IrError(text, where=where, help="only kv arguments are aliased")
+            raise IrError(text, where=where, help="only states are aliased")
         if arg in taken:
             raise IrError(f"V7: returns {taken[arg]} and {i} both alias %{arg.name}", where=where)
         taken[arg] = i
     for i, v in enumerate(func.returns):
-        if not isinstance(v.type, Kv):
+        if not isinstance(v.type, State):
             continue
-        first = _first_version(v)
+        first = first_version(v)
         if func.aliases.get(i) is not first:
             said = f"aliases %{func.aliases[i].name}" if i in func.aliases else "aliases nothing"
             raise IrError(
-                f"V7: returned kv %{v.name} is a version of %{first.name} but {said}",
+                f"V7: returned state %{v.name} is a version of %{first.name} but {said}",
                 where=where,
                 help=f"write `alias %{first.name}` at its type in the signature",
             )
-
-
-def _first_version(v: Value) -> Value:
-    while v.op is not None and v.op.SPEC.consumes:
-        v = v.op.field(v.op.SPEC.consumes)[0]
-    return v
+    for arg in state_args(func):
+        if arg not in taken and writers(arg):
+            last = latest_version(arg)
+            raise IrError(
+                f"V7: @{func.name} writes the state %{arg.name} and does not return it",
+                where=where,
+                help=f"return its last version, %{last.name}: {last.type} alias %{arg.name}",
+            )
 
 
 def _check_futures(func: Func) -> None:

@@ -12,7 +12,7 @@ V16  `stream`, events and the sched ops stand in stages sched and buf only. An e
      (It may be waited for any number of times. Never is legal, too: it costs nothing, and whoever drops a wait should
      see the order that is missing, not be sent looking for the record.)
 V17  What an op reads was provably written before: the defining op happens before it.
-V18  Every read of a kv version provably happens before the op that uses it up.
+V18  Every read of a state version provably happens before the op that uses it up.
 V19  Of two collectives of one group one happens before the other; else ranks could issue them in different orders.
 """
 
@@ -21,7 +21,8 @@ from __future__ import annotations
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import IrError, blame
 from xllm_compiler.ir.ops.comm import Collective
-from xllm_compiler.ir.types import Event, Kv
+from xllm_compiler.ir.state import readers, used_version
+from xllm_compiler.ir.types import Event
 from xllm_compiler.ir.verify_buf import Order, weight_values
 
 
@@ -79,8 +80,9 @@ def check_order(func: Func, order: Order) -> None:
                     "may not have written yet",
                     _missing(v.op, op),
                 )
-        if op.SPEC.consumes:
-            _check_reads(op, op.field(op.SPEC.consumes)[0], order)
+        version = used_version(op)
+        if version is not None:
+            _check_reads(op, version, order)
         if isinstance(op, Collective):
             earlier = last.get(op.group)
             if earlier is not None and not order.done(earlier, op):
@@ -95,13 +97,12 @@ def check_order(func: Func, order: Order) -> None:
 
 
 def _check_reads(writer: Op, version: Value, order: Order) -> None:
-    assert isinstance(version.type, Kv)
-    for reader in version.users:
-        if reader is not writer and reader.name != "return" and not order.done(reader, writer):
+    for reader in readers(version):
+        if not order.done(reader, writer):
             raise blame(
                 writer,
-                f"V18: {writer.name} on stream {writer.stream} uses up kv version %{version.name}, which {reader.name} "
-                f"on stream {reader.stream} may still be reading",
+                f"V18: {writer.name} on stream {writer.stream} uses up state version %{version.name}, which "
+                f"{reader.name} on stream {reader.stream} may still be reading",
                 _missing(reader, writer),
             )
 

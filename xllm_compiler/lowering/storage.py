@@ -15,7 +15,8 @@ from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.groups import rank_symbols
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.state import state_args, used_version
+from xllm_compiler.ir.types import Kv, State, Tensor
 from xllm_compiler.ir.verify_buf import arena_results
 
 Space = Literal["arena", "weight", "input", "state", "output", "barrier"]
@@ -54,6 +55,7 @@ class Storage:
         """The returned tensors. Nothing else is ever put in their places."""
         self._refs: dict[Value, Ref] = {}
         self._kernels_by_turns = 0
+        self._check_states()
         self._place_arguments()
         self._place_outputs()
         self._written_as = self._views_of_outputs()
@@ -97,6 +99,15 @@ class Storage:
             return True
         apart = self.scope.prove_le(a.offset + a.nbytes, b.offset) or self.scope.prove_le(b.offset + b.nbytes, a.offset)
         return apart is not True
+
+    def _check_states(self) -> None:
+        for v in state_args(self.func):
+            if not isinstance(v.type, Kv):
+                raise XllmError(
+                    "unsupported",
+                    f"@{self.func.name} keeps %{v.name}: {v.type}, and no kernel reads or writes such a state",
+                    help="kv<..> is the only state with kernels; xllm-run runs the others in the interpreter",
+                )
 
     def _place_arguments(self) -> None:
         inputs = states = 0
@@ -146,8 +157,9 @@ class Storage:
     def _place_results(self, op: Op) -> None:
         offsets = self._offsets(op)
         for value in op.results:
-            if isinstance(value.type, Kv):
-                self._refs[value] = self._refs[op.operands[op.field_index(op.SPEC.consumes)]]
+            before = used_version(op) if isinstance(value.type, State) else None
+            if before is not None:
+                self._refs[value] = self._refs[before]
                 continue
             if not isinstance(value.type, Tensor):
                 raise XllmError("unsupported", f"{op.name} needs more than one CPU process", where=where(op))

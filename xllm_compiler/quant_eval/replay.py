@@ -19,8 +19,8 @@ from xllm_compiler.interp.run import call_op, run_value
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Module, Op, Value
 from xllm_compiler.ir.ops import Linear, LinearGlu
-from xllm_compiler.ir.semantics import Array, EvalContext, kv_zeros
-from xllm_compiler.ir.types import Kv
+from xllm_compiler.ir.semantics import Array, EvalContext, state_zeros
+from xllm_compiler.ir.types import Kv, State
 from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import rotation_of
 from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
@@ -168,4 +168,4 @@ def _inputs(module: Module, ids: Sequence[NDArray[np.int32]]) -> tuple[dict[str,
         writer.add(each, 0, pages, range(len(each)))
         first += count
     arrays = writer.end().inputs()
-    return sizes, {a: kv_zeros(a.type, sizes) if isinstance(a.type, Kv) else arrays[a.name] for a in func.args}
+    return sizes, {a: state_zeros(a.type, sizes) if isinstance(a.type, State) else arrays[a.name] for a in func.args}

@@ -10,7 +10,7 @@ from xllm_compiler.dims import DimScope
 from xllm_compiler.ir.core import Func, Module, Op
 from xllm_compiler.ir.ops import Const
 from xllm_compiler.ir.spec import Attr
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.types import Future, State, Tensor, Type
 from xllm_compiler.testing.edits import Edit
 
 # ------------------------------------------------------------------------------------------------ attributes, numbers
@@ -64,8 +64,8 @@ def numbers(module: Module) -> list[int]:
             case Tensor():
                 for d in ty.shape:
                     found.update(abs(k) for _, k in d.terms)
-            case Kv():
-                found.update((ty.heads, ty.k_dim, ty.v_dim))
+            case State():
+                found.update(ty.numbers)
             case Future():
                 look(ty.of)
             case _:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from xllm_compiler.analysis.weights import weight_exprs
 from xllm_compiler.ir.core import Func, Module, Op, Value
-from xllm_compiler.ir.types import Event, Future, Kv, Tensor, Type
+from xllm_compiler.ir.state import previous_version, writers
+from xllm_compiler.ir.types import Event, Future, State, Tensor, Type
 from xllm_compiler.testing.edits import Edit, is_dead
 
 # ------------------------------------------------------------------------------------------------- functions, returns
@@ -117,8 +118,8 @@ def _returnable(v: Value, region: _Region) -> bool:
     match v.type:
         case Tensor():
             return v.type.partial is None
-        case Kv():  # a version that is still written to is used up
-            return all(u in region.ops for u, i in v.uses if u.SPEC.consumes and i == u.field_index(u.SPEC.consumes))
+        case State():  # a version that is still written to is used up
+            return all(op in region.ops for op in writers(v))
         case _:
             return False
 
@@ -128,10 +129,10 @@ def _bypassed(region: _Region) -> Edit | None:
     edit = region.edit()
     for r in region.out:
         same = [v for v in region.into if v.type == r.type and v.owner is not r.owner]
-        if isinstance(r.type, Kv):
+        if isinstance(r.type, State):
             chain = r
-            while chain.op is not None and chain.op in region.ops and chain.op.SPEC.consumes:
-                chain = chain.op.field(chain.op.SPEC.consumes)[0]
+            while chain.op in region.ops and (before := previous_version(chain)) is not None:
+                chain = before
             same = [chain] if chain.op not in region.ops else []
         if same:
             edit.subst[r] = max(same, key=_position)

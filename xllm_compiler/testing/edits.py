@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from xllm_compiler.dims import Dim, DimScope, as_dim, parse_dim
 from xllm_compiler.errors import XllmError
@@ -14,7 +14,8 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.groups import RankGroup
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.spec import Attr, Scalar
-from xllm_compiler.ir.types import Future, Kv, Tensor, Type
+from xllm_compiler.ir.state import first_version
+from xllm_compiler.ir.types import Future, State, Tensor, Type, map_sizes
 from xllm_compiler.ir.verify import verify
 from xllm_compiler.ir.verify_buf import arena_results, weight_values
 
@@ -60,13 +61,6 @@ class Edit:
 def is_dead(op: Op) -> bool:
     """Whether nothing uses what `op` yields; an op that yields nothing is there for its effect and never dead."""
     return bool(op.results) and not any(r.has_uses for r in op.results)
-
-
-def first_version(value: Value) -> Value:
-    """The value at the start of the chain of consuming ops that leads to a kv value."""
-    while value.op is not None and value.op.SPEC.consumes:
-        value = value.op.field(value.op.SPEC.consumes)[0]
-    return value
 
 
 def rebuild(module: Module, edit: Edit) -> Module:
@@ -118,7 +112,7 @@ class _Rebuilder:
             if op in kept:
                 self.copy(op)
         values = [self.value(v) for v in returns]
-        aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, Kv)}
+        aliases = {i: first_version(v) for i, v in enumerate(values) if isinstance(v.type, State)}
         named = {old.returns[i]: name for i, name in old.outputs.items()}
         self.new.set_returns(values, aliases, {i: named[v] for i, v in enumerate(returns) if v in named})
         self.new.arena = None if old.arena is None or old in edit.arenas else self.dim(old.arena)
@@ -204,20 +198,7 @@ class _Rebuilder:
 
     def type(self, ty: Type) -> Type:
         number = self.edit.number
-        if number is None:
-            return ty
-        match ty:
-            case Tensor():
-                return ty.with_(shape=[self.dim(d) for d in ty.shape])
-            case Kv():
-                heads, k, v = number(ty.heads), number(ty.k_dim), number(ty.v_dim)
-                return Kv(ty.dtype, heads, k, v, ty.page, self.dim(ty.pages))
-            case Future():
-                inner = self.type(ty.of)
-                assert isinstance(inner, Tensor)
-                return replace(ty, of=inner)
-            case _:
-                return ty
+        return ty if number is None else map_sizes(ty, number, self.dim)
 
     def attr(self, op: Op, name: str, value: Attr) -> Attr:
         """Dims and types always; an integer where it is a size: one by itself that does not name an axis."""
@@ -231,4 +212,4 @@ class _Rebuilder:
     def scalar(self, value: Scalar) -> Scalar:
         if isinstance(value, Dim):
             return self.dim(value)
-        return self.type(value) if isinstance(value, (Tensor, Kv, Future)) else value
+        return self.type(value) if isinstance(value, (Tensor, State, Future)) else value

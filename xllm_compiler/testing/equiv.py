@@ -35,7 +35,7 @@ from xllm_compiler.interp import run_ranks
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.diag import render
 from xllm_compiler.ir.semantics import Array
-from xllm_compiler.ir.types import FLOATS, Kv, Tensor, Type
+from xllm_compiler.ir.types import FLOATS, State, Tensor, Type
 from xllm_compiler.testing.inputs import Given, Sizes, make, step_dims, telling_sizes
 from xllm_compiler.testing.noise import EPS, constant_values, noise, rounding
 
@@ -218,7 +218,7 @@ class _Runs:
 
     def allowed(self, rank: int, index: int, ty: Type, precise: bool, ulps: int) -> Allowed:
         """What return `index` of a rank may be."""
-        assert isinstance(ty, (Tensor, Kv))
+        assert isinstance(ty, (Tensor, State))
         exact, noisy = self.exact[rank][index], self.noisy[rank][index]
         rounded = [r[rank][index] for r in self.rounded]
         if ty.dtype not in FLOATS:

@@ -14,9 +14,10 @@ from xllm_compiler.testing.sketch import DTYPES, HEADS, Choose, Sketch
 
 
 def random_module(choose: Choose, size: int = 12, ranks: Sequence[int] = (1, 2, 4)) -> Module:
-    """A module over i32 token arrays, a float stream and kv caches; it verifies. @step, and sometimes @draft.
+    """A module over i32 token arrays, a float stream, kv caches and cells; it verifies. @step, and sometimes @draft.
 
-    Symbols N (tokens), B (requests), P (pages), S (sampled rows), C (another length), as needed. Up to `size` idioms of
+    Symbols N (tokens), B (requests), P (pages), Q (slots), S (sampled rows), C (another length), as
+    needed. Up to `size` idioms of
     a few ops each, most of them on the newest values. `ranks`: the sizes that its groups may have, all the same one.
     """
     module = Module()

@@ -4,7 +4,8 @@
     run_ranks(module, "step", given.inputs, given.params, given.dims)
 
 Sound: sizes are in their ranges and meet every `assume`; `pos seq start table sel` describe one step of a server,
-whether they are called so or only used so by kv ops; an integer that ends as an index stays in its range. Adversarial
+whether they are called so or only used so by kv ops; rows have slots of their own; an integer that ends as an index
+stays in its range. Adversarial
 within that: pages are permuted and unmapped ones -1, starts are ragged, requests have contexts of different length, one
 of them none, floats hold zeros and a large value, integers touch the ends of their range. What a collective exchanges
 differs from rank to rank, everything else is the same on all of them. Rank dims get no size: each rank has its own.
@@ -23,10 +24,10 @@ from xllm_compiler.dims.scope import DimScope, Symbol
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Func, Module, Op, Value
 from xllm_compiler.ir.groups import rank_symbols, world_size
-from xllm_compiler.ir.ops import Collective, Linear, Param
+from xllm_compiler.ir.ops import Collective, Linear, Param, StateRead, StateWrite
 from xllm_compiler.ir.semantics import NP_DTYPE, Array, possible
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.types import Cell, Kv, State, Tensor
 from xllm_compiler.step.inputs import WRITTEN
 from xllm_compiler.testing.ranges import Range, index_ranges
 
@@ -35,6 +36,7 @@ Sizes = Mapping[str, int]
 MAX_TRIES = 20_000  # assignments tried before sizes are said not to exist
 SPARE_PAGES = 2  # of context per request, beyond what the step's own tokens need
 MOST_POSITIONS = 64  # of a request, where no range says it
+SPARE_SLOTS = 2  # beyond one for each token and each request
 SMALL = 64  # limits up to here are worth a run at the limit
 MAX_RANKS = 64  # that inputs are made up for
 
@@ -216,6 +218,8 @@ class _Search:
         if name == "P":
             page = next((a.type.page for a in self.func.args if isinstance(a.type, Kv)), 1)
             return -(-n // page) + (SPARE_PAGES + 1) * b + 1
+        if any(isinstance(a.type, Cell) and name in a.type.slots.symbols for a in self.func.args):
+            return max(n, b) + SPARE_SLOTS
         return max(lo, min(2, lo + 1))
 
     def failure(self) -> XllmError:
@@ -277,13 +281,13 @@ def make_inputs(func: Func, dims: Sizes, rng: np.random.Generator) -> dict[str, 
     out: dict[str, Array] = {}
     for arg in func.args:
         match arg.type:
-            case Kv() as kv:
-                rows = kv.pages.evaluate(dims) * kv.page
-                cache = possible((rows, kv.heads, kv.k_dim + kv.v_dim), kv)
-                out[arg.name] = _floats(cache, rng).astype(NP_DTYPE[kv.dtype])
+            case State() as state:
+                out[arg.name] = _contents(state, dims, demands.get(arg), rng)
             case Tensor() as ty:
                 array = known.get(arg.name)
                 shape = tuple(d.evaluate(dims) for d in ty.shape)
+                if array is None and _names_slots(arg):
+                    array = _slots(shape[0], demands[arg], rng)
                 out[arg.name] = (
                     made_up(ty, shape, demands.get(arg), rng) if array is None else array.astype(NP_DTYPE[ty.dtype])
                 )
@@ -331,6 +335,26 @@ def _floats(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     if array.size >= 8:
         array.flat[rng.choice(array.size, 2, replace=False)] = (0.0, 6.0)
     return array
+
+
+def _contents(state: State, dims: Sizes, demand: Range | None, rng: np.random.Generator) -> Array:
+    """What earlier calls may have left in a state."""
+    shape = tuple(d.evaluate(dims) for d in state.array_shape)
+    return made_up(Tensor(state.array_dtype, shape), shape, demand, rng)
+
+
+def _names_slots(arg: Value) -> bool:
+    """Whether an argument says which slot of a cell belongs to which row."""
+    return any(isinstance(op, (StateRead, StateWrite)) and op.slot is arg for op in arg.users)
+
+
+def _slots(rows: int, demand: Range, rng: np.random.Generator) -> Array:
+    """A slot for each row in no order, no two the same; where rows are more than slots, which is fine for reading, some
+    rows share."""
+    slots = demand.hi - demand.lo + 1
+    if slots < 1 <= rows:
+        raise XllmError("option", f"{rows} rows and no slot", help="give more slots")
+    return np.asarray(demand.lo + rng.permutation(max(rows, slots))[:rows] % max(1, slots))
 
 
 class _Step:

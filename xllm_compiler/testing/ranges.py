@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xllm_compiler.ir.core import Func, Op, Value
-from xllm_compiler.ir.ops import Const, Embedding, Take
-from xllm_compiler.ir.types import Tensor
+from xllm_compiler.ir.ops import Const, Embedding, StateRead, StateWrite, Take
+from xllm_compiler.ir.types import INTS, State, Tensor
 
 # Results that are values of their operands, every one of them or one after the other.
 _PASSING = frozenset(
@@ -39,7 +39,7 @@ def index_ranges(func: Func, dims: Mapping[str, int]) -> dict[Value, Range]:
     out: dict[Value, Range] = {}
 
     def demand(v: Value, r: Range | None) -> None:
-        if r is not None and isinstance(v.type, Tensor) and not v.type.is_float and v.dtype != "bool":
+        if r is not None and isinstance(v.type, (Tensor, State)) and v.type.dtype in INTS:
             out[v] = r.meet(out.get(v))
 
     for op in reversed(func.ops):
@@ -47,6 +47,8 @@ def index_ranges(func: Func, dims: Mapping[str, int]) -> dict[Value, Range]:
             demand(op.ids, Range(0, op.w.shape[0].evaluate(dims) - 1))
         elif isinstance(op, Take):
             demand(op.idx, Range(0, op.x.shape[op.axis].evaluate(dims) - 1))
+        elif isinstance(op, (StateRead, StateWrite)):
+            demand(op.slot, Range(0, op.cell.cell.slots.evaluate(dims) - 1))
         elif op.name == "t.pow":
             demand(op.operands[1], Range(0, 4))  # numpy has no negative integer powers
         wanted = out.get(op.results[0]) if op.results else None
@@ -59,6 +61,8 @@ def _through(op: Op, index: int, wanted: Range) -> Range | None:
     """What operand `index` must keep so that the result keeps `wanted`; None: nothing, or not known."""
     if op.name in _PASSING:
         return wanted
+    if op.name in ("state.read", "state.write"):
+        return None if index == op.field_index("slot") else wanted  # what was written is read by a later call
     if op.name in ("t.where", "t.take"):
         return wanted if (index == 0) == (op.name == "t.take") else None
     if len(op.operands) != 2:

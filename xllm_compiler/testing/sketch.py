@@ -15,7 +15,7 @@ from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Op, Value
 from xllm_compiler.ir.groups import RankGroup
-from xllm_compiler.ir.types import Kv, Tensor
+from xllm_compiler.ir.types import Cell, Kv, Tensor
 from xllm_compiler.step.interface import ValueRange
 
 Choose = Callable[[int], int]
@@ -69,7 +69,7 @@ class Sketch:
         self.stream: list[Value] = [self.x]
         self.ints: list[Value] = []
         self.flags: list[Value] = []
-        self.caches: dict[str, Value] = {}  # name of the argument -> latest version
+        self.states: dict[str, Value] = {}  # name of the argument -> latest version
         self.extra: list[Value] = []  # further values to return
         self.params = 0
 
@@ -88,7 +88,7 @@ class Sketch:
             if a.name == name:
                 return a
         match name:
-            case "pos" | "seq":
+            case "pos" | "seq" | "slot":
                 if name == "seq":
                     self.requests()
                 shape: list[Dim | int] = [self.n]
@@ -114,13 +114,21 @@ class Sketch:
         return self.func.add_arg("context", Tensor(self.dtype, [c, self.width]))
 
     def cache(self) -> str:
-        """The name of a cache; its latest version is `caches[name]`."""
+        """The name of a cache; its latest version is `states[name]`."""
         name = self.pick(("kv0", "kv1"))
-        if name not in self.caches:
+        if name not in self.states:
             h = self.heads
             p = self.module.scope.declare("P", 1, 64, why="KV pages")
             self.module.scope.assume(p - TABLE * self.requests(), why="a full table for every request")
-            self.caches[name] = self.func.add_arg(name, Kv(self.dtype, h.kv, h.k, h.v, PAGE, p))
+            self.states[name] = self.func.add_arg(name, Kv(self.dtype, h.kv, h.k, h.v, PAGE, p))
+        return name
+
+    def cell(self, name: str, dtype: str, shape: Sequence[int]) -> str:
+        """The name of a cell with a slot for every token; its latest version is `states[name]`."""
+        if name not in self.states:
+            q = self.module.scope.declare("Q", 1, 64, why="slots")
+            self.module.scope.assume(q - self.n, why="a slot for every token")
+            self.states[name] = self.func.add_arg(name, Cell(dtype, shape, q))
         return name
 
     def group(self) -> str:
@@ -171,9 +179,9 @@ class Sketch:
         return self.op(ops.Reshape, x, shape=(self.n, heads, size), hint=hint)
 
     def finish(self) -> None:
-        """Returns the newest value, what idioms wanted returned, most values that nothing reads, and the caches."""
+        """Returns the newest value, what idioms wanted returned, most values that nothing reads, and the states."""
         unread = [v for v in self.stream[:-1] if not v.has_uses and self.choose(4) != 1]  # the others are dead
         values = [self.stream[-1], *self.extra, *unread]
         made = [v for v in dict.fromkeys(values) if v.op is not None]  # an argument is not returned as it is
-        aliases = {len(made) + i: self.func.arg(name) for i, name in enumerate(self.caches)}
-        self.func.set_returns([*made, *self.caches.values()], aliases)
+        aliases = {len(made) + i: self.func.arg(name) for i, name in enumerate(self.states)}
+        self.func.set_returns([*made, *self.states.values()], aliases)

@@ -16,7 +16,7 @@ from xllm_compiler.interp import run_ranks
 from xllm_compiler.ir.core import Func, Module
 from xllm_compiler.ir.ops import Param
 from xllm_compiler.ir.semantics import NP_DTYPE, OUR_DTYPE, Array
-from xllm_compiler.ir.types import FLOATS, Kv, Tensor, Type
+from xllm_compiler.ir.types import FLOATS, State, Tensor, Type
 from xllm_compiler.testing.inputs import Given, make
 from xllm_compiler.tools.arguments import check_sizes, suggest
 from xllm_compiler.tools.values import describe_returns
@@ -138,8 +138,8 @@ def _bind(func: Func, arrays: Mapping[str, Array], sizes: dict[str, int]) -> dic
                     "option", f"--inputs: %{arg.name} is {arg.type}, the array has shape {list(array.shape)}"
                 )
             extents = list(zip(arg.type.shape, array.shape, strict=True))
-        elif isinstance(arg.type, Kv) and array.ndim:
-            extents = [(arg.type.pages, array.shape[0] // arg.type.page)]
+        elif isinstance(arg.type, State) and array.ndim:
+            extents = [(arg.type.blocks, array.shape[0] // arg.type.block_rows)]
         for dim, n in extents:
             name = str(dim)
             if dim.symbols == (name,) and sizes.setdefault(name, n) != n:
@@ -153,7 +153,7 @@ def _bind(func: Func, arrays: Mapping[str, Array], sizes: dict[str, int]) -> dic
 
 def _convert(array: Array, ty: Type, name: str) -> Array:
     """`array` in the type's dtype. Floats are rounded; anything else must keep its value."""
-    if not isinstance(ty, (Tensor, Kv)):
+    if not isinstance(ty, (Tensor, State)):
         raise XllmError("unsupported", f"--inputs: no array is a {ty}", where=name)
     dtype = ty.dtype
     wanted = NP_DTYPE[dtype]

@@ -30,6 +30,7 @@ FAMILIES: Final[dict[str, str]] = {
     "nn": "Neural networks",
     "quant": "Quantized weights",
     "kv": "KV cache",
+    "state": "Cells",
     "comm": "Collectives",
     "sched": "Streams",
 }

@@ -134,13 +134,10 @@ def _check_declared(func: Func) -> None:
 def _dims(func: Func) -> Iterator[tuple[str, Dim]]:
     """Every size that the function names, and where."""
     from xllm_compiler.dims import Dim
-    from xllm_compiler.ir.types import Kv, Tensor
+    from xllm_compiler.ir.types import type_dims
 
     for value in (*func.args, *(r for op in func.ops for r in op.results)):
-        if isinstance(value.type, Tensor):
-            yield from ((f"%{value.name}: {value.type}", dim) for dim in value.type.shape)
-        elif isinstance(value.type, Kv):
-            yield f"%{value.name}: {value.type}", value.type.pages
+        yield from ((f"%{value.name}: {value.type}", dim) for dim in type_dims(value.type))
     for op in func.ops:
         for key, attr in op.attrs.items():
             for item in attr if isinstance(attr, tuple) else (attr,):

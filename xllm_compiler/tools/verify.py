@@ -163,11 +163,11 @@ def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: T
     """Outputs of every step from the numpy meanings of the ops."""
     from xllm_compiler.analysis.interface import interface_of
     from xllm_compiler.interp import run
-    from xllm_compiler.ir.semantics import kv_zeros
-    from xllm_compiler.ir.types import Kv
+    from xllm_compiler.ir.semantics import state_zeros
+    from xllm_compiler.ir.state import state_args
 
     func = module.func(trial.function)
-    caches = {arg.name: kv_zeros(arg.type, {"P": trial.pages}) for arg in func.args if isinstance(arg.type, Kv)}
+    caches = {arg.name: state_zeros(arg.kv, {"P": trial.pages}) for arg in state_args(func)}
     names = [spec.name for spec in interface_of(func).outputs]
     rows: Rows = {name: [] for name in names}
     for step in trial.steps:

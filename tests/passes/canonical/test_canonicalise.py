@@ -300,14 +300,14 @@ def test_repeated_heads_leave_the_cache() -> None:
     import numpy as np
 
     from xllm_compiler.interp import run
-    from xllm_compiler.ir.semantics import kv_zeros
+    from xllm_compiler.ir.semantics import state_zeros
 
     rng = np.random.default_rng(0)
     inputs = {k: rng.standard_normal((5, h, 8)).astype(np.float32) for k, h in (("k", 2), ("v", 2), ("q", 8))}
     inputs |= {"pos": np.arange(5, dtype=np.int32), "seq": np.zeros(5, np.int32), "start": np.array([0, 5], np.int32)}
     inputs |= {"table": np.array([[2, 0, 1, 3]], np.int32)}
     results = [
-        run(m, "f", {**inputs, "kv0": kv_zeros(m.func("f").arg("kv0").kv, {"P": 4})}, {}, {"P": 4})[0]
+        run(m, "f", {**inputs, "kv0": state_zeros(m.func("f").arg("kv0").kv, {"P": 4})}, {}, {"P": 4})[0]
         for m in (case.before, case.after)
     ]
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)

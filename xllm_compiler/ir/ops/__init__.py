@@ -10,5 +10,6 @@ from xllm_compiler.ir.ops.nn import *
 from xllm_compiler.ir.ops.param import *
 from xllm_compiler.ir.ops.quant import *
 from xllm_compiler.ir.ops.sched import *
+from xllm_compiler.ir.ops.state import *
 from xllm_compiler.ir.ops.tensor import *
 from xllm_compiler.ir.ops.unary import *

@@ -1,4 +1,4 @@
-"""KV cache ops. Owns their shape rules and reference meanings; a cache is a linear value, one version after the other.
+"""KV cache ops. Owns their shape rules and reference meanings; a cache is a state, one version after the other.
 
 Token n of the step has position pos[n] in request seq[n]; table[seq[n], pos[n] // page] is the page of its row.
 """
@@ -17,7 +17,7 @@ from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import Operand, OptOperand, op
 from xllm_compiler.ir.ops.nn import rotations
-from xllm_compiler.ir.rows import ThroughCache
+from xllm_compiler.ir.rows import ThroughState
 from xllm_compiler.ir.semantics import Array, EvalContext, kv_rows, kv_stored, rms_norm, rope
 from xllm_compiler.ir.shapes import no_partial, require_float, require_le, require_rank, require_shape
 from xllm_compiler.ir.types import DTYPE_BYTES, Kv, Tensor, Type
@@ -50,7 +50,7 @@ def _read_entries(cost: Cost, table: Value, entries: Dim) -> Cost:
 class KvWrite(Op):
     """kv' = kv with the rows of the step's tokens set to k [N, heads, k_dim] and v [N, heads, v_dim]."""
 
-    rows = ThroughCache()
+    rows = ThroughState()
     noise = Noise.MOVES
     work = Work.COPY
     kv: Operand
@@ -95,7 +95,7 @@ class KvAttend(Op):
     result of so many f32, room to work in; what it holds means nothing.
     """
 
-    rows = ThroughCache()
+    rows = ThroughState()
     noise = Noise.ROUNDS
     work = Work.DOT
     kv: Operand
@@ -202,7 +202,7 @@ class KvAppend(Op):
     """Splits qkv [N, (Hq + Hk) * Dk + Hk * Dv] into q, k, v; normalises q and k per head (qw, kw); rotates them
     (cos, sin); writes k and v. Results (kv', q [N, Hq, Dk]). One rounding, at the results."""
 
-    rows = ThroughCache()
+    rows = ThroughState()
     noise = Noise.ROUNDS
     work = Work.LIGHT
     kv: Operand

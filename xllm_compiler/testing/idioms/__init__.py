@@ -21,6 +21,7 @@ from xllm_compiler.testing.idioms.model import (
     quantized,
     rope,
 )
+from xllm_compiler.testing.idioms.states import recurrent, remembered
 from xllm_compiler.testing.idioms.tensor import (
     again,
     binary,
@@ -45,5 +46,5 @@ Idiom = Callable[[Sketch], None]
 IDIOMS: Final[tuple[Idiom, ...]] = (
     *(unary, binary, constant, linear, norm, shape, attention, gated, rope, collective),
     *(identity, again, casts, positive, spelled_activation, reduce, rows, integers, masks, columns),
-    *(cross, logits, returned_ints, quantized),
+    *(cross, logits, returned_ints, quantized, recurrent, remembered),
 )

@@ -203,7 +203,7 @@ _ODD: Final = (
 def attention(g: Sketch) -> None:
     """Writes to a cache and reads it; sometimes the version before the write is read too."""
     name, h = g.cache(), g.heads
-    before = g.caches[name]
+    before = g.states[name]
     pos, seq, table = g.arg("pos"), g.arg("seq"), g.arg("table")
     old: Value | None = None
     match g.choose(4):
@@ -224,7 +224,7 @@ def attention(g: Sketch) -> None:
             if odd == "q is read before":
                 old = _attend(g, before, q)
             after = g.op(ops.KvWrite, before, k, v, pos, seq, table)
-    g.caches[name] = after
+    g.states[name] = after
     y = _attend(g, after, q)
     if old is not None:
         y = g.op(ops.Add, y, old)

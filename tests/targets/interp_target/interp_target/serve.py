@@ -10,7 +10,7 @@ from xllm_compiler.artifact import Manifest
 from xllm_compiler.interp import run
 from xllm_compiler.ir.core import Module
 from xllm_compiler.ir.parser import parse_module
-from xllm_compiler.ir.semantics import NP_DTYPE, kv_zeros
+from xllm_compiler.ir.semantics import NP_DTYPE, state_zeros
 from xllm_compiler.ir.types import Kv
 from xllm_compiler.runtime.executor import Outputs
 from xllm_compiler.runtime.targets import Files, RuntimeTarget
@@ -29,7 +29,7 @@ class InterpExecutor:
             for w in manifest.weights.tensors
         }
         args = [a for func in module.funcs.values() for a in func.args]
-        self._caches = {a.name: kv_zeros(a.type, {"P": pages}) for a in args if isinstance(a.type, Kv)}
+        self._caches = {a.name: state_zeros(a.type, {"P": pages}) for a in args if isinstance(a.type, Kv)}
 
     def new_batch(self, function: str = STEP) -> StepBatch:
         return StepBatch(function, self._manifest.functions[function], self._manifest.limit_values(self.pages))
