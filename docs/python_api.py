@@ -11,9 +11,15 @@ from typing import Any, get_args
 
 from reference_text import table
 
-from xllm_compiler import LLM, SamplingParams
+from xllm_compiler import LLM, PoolingParams, SamplingParams
 from xllm_compiler.errors import Kind, XllmError
-from xllm_compiler.runtime.outputs import CompletionOutput, Logprob, RequestOutput
+from xllm_compiler.runtime.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+)
 from xllm_compiler.runtime.startup import EngineOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,14 +93,15 @@ def page() -> str:
     for name, method in methods(LLM):
         out += [signature(f"llm.{name}", method), prose(method, f"LLM.{name}")]
     out += ["## SamplingParams\n", PARAMS, fields(SamplingParams)]
-    for kind in (RequestOutput, CompletionOutput, Logprob):
+    kinds = (RequestOutput, CompletionOutput, Logprob, PoolingParams, EmbeddingRequestOutput, EmbeddingOutput)
+    for kind in kinds:
         out += [f"## {kind.__name__}\n", prose(kind, kind.__name__), fields(kind)]
-    kinds = ", ".join(f"`{kind}`" for kind in get_args(Kind))
+    names = ", ".join(f"`{kind}`" for kind in get_args(Kind))
     out += [
         "## Errors\n",
         signature("XllmError", XllmError.__init__),
         prose(XllmError, "XllmError"),
-        f"Kinds: {kinds}.\n",
+        f"Kinds: {names}.\n",
     ]
     return "\n".join(out)
 

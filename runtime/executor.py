@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xllm_compiler.artifact import Manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.step.inputs import StepBatch, check_written
-from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, LOGITS, STEP, Function, ValueRange
+from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, EMBED, HIDDEN, LOGITS, STEP, Function, ValueRange
 
 F32 = NDArray[np.float32]
 Outputs = Mapping[str, NDArray[Any]]
@@ -30,12 +30,12 @@ class Logits:
     maxima: F32
 
     @classmethod
-    def of(cls, outputs: Outputs) -> Logits:
-        """Those among a step's outputs; the maxima are found here where the step did not return them."""
-        rows: F32 = outputs[LOGITS]
+    def of(cls, outputs: Outputs, some: slice = slice(None)) -> Logits:
+        """Those of `some` rows; the maxima are found here where the step did not return them."""
+        rows: F32 = outputs[LOGITS][some]
         found = outputs.get(BLOCK_MAX)
         if found is not None:
-            return cls(rows, found)
+            return cls(rows, found[some])
         if not len(rows):
             return cls(rows, np.zeros((0, -(-rows.shape[1] // BLOCK)), np.float32))
         return cls(rows, np.maximum.reduceat(rows, range(0, rows.shape[1], BLOCK), axis=1))
@@ -60,22 +60,38 @@ class Executor(Protocol):
         ...
 
 
+def served_functions(manifest: Manifest) -> tuple[str, ...]:
+    """Those that requests can run."""
+    return tuple(name for name in (STEP, EMBED) if name in manifest.functions)
+
+
+def embedding_size(manifest: Manifest) -> int:
+    """Numbers in an embedding; 0 where there are none."""
+    embed = manifest.functions.get(EMBED)
+    spec = None if embed is None else embed.output(HIDDEN)
+    return 0 if spec is None else spec.dims()[1].value
+
+
 def check_functions(manifest: Manifest) -> None:
-    """Raises kind "artifact" where a function needs what this runtime cannot give, or @step lacks what it needs."""
-    step = manifest.functions.get(STEP)
-    if step is None:
+    """Raises kind "artifact" where a function needs what this runtime cannot give, or one that requests run lacks what
+    it needs."""
+    if not served_functions(manifest):
         given = ", ".join(f"@{name}" for name in manifest.functions)
         raise XllmError(
             "artifact",
-            f"the artifact has no function @{STEP}, which a server runs; it has {given}",
+            f"the artifact has neither @{STEP} nor @{EMBED}, which a server runs; it has {given}",
             help="compile the checkpoint again",
         )
     for name, function in manifest.functions.items():
         check_written(name, function)
-    vocab = manifest.model.vocab_size
-    _check_output(step, LOGITS, vocab)
-    if step.output(BLOCK_MAX) is not None:
-        _check_output(step, BLOCK_MAX, -(-vocab // BLOCK))
+    vocab, step = manifest.model.vocab_size, manifest.functions.get(STEP)
+    if step is not None:
+        _check_output(STEP, step, LOGITS, vocab)
+        if step.output(BLOCK_MAX) is not None:
+            _check_output(STEP, step, BLOCK_MAX, -(-vocab // BLOCK))
+    embed = manifest.functions.get(EMBED)
+    if embed is not None:
+        _check_output(EMBED, embed, HIDDEN, embedding_size(manifest))
     longest = manifest.model.max_model_len
     width = -(-longest // manifest.page_tokens)
     for name, function in manifest.functions.items():
@@ -86,10 +102,10 @@ def check_functions(manifest: Manifest) -> None:
             raise _wrong(name, "inputs", f"table is {table}, and {longest} tokens are {width} pages")
 
 
-def _check_output(step: Function, name: str, columns: int) -> None:
-    spec = step.output(name)
+def _check_output(name: str, function: Function, output: str, columns: int) -> None:
+    spec = function.output(output)
     if spec is None or (spec.dtype, spec.shape) != ("f32", ("S", str(columns))):
-        raise _wrong(STEP, "outputs", f"{name} is {spec or 'missing'}, and a sampler reads f32[S, {columns}]")
+        raise _wrong(name, "outputs", f"{output} is {spec or 'missing'}, and this runtime reads f32[S, {columns}]")
 
 
 def _wrong(function: str, what: str, message: str) -> XllmError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import queue
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,15 +21,32 @@ from typing import Any
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.chat_template import ChatTemplate, Message
 from xllm_compiler.runtime.engine import Engine
-from xllm_compiler.runtime.outputs import CompletionOutput, Logprob, Output, RequestOutput
+from xllm_compiler.runtime.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    Output,
+    RequestOutput,
+)
 from xllm_compiler.runtime.phases import Phases
+from xllm_compiler.runtime.pooling import PoolingParams
 from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.resolve import resolve_artifact
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.startup import EngineOptions, prepare_engine
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "Logprob",
+    "PoolingParams",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -131,6 +148,23 @@ class LLM:
         # All are turned into tokens before the first one runs: a bad prompt then costs nothing.
         return self._run([self._request(prompt, p) for prompt, p in zip(batch, params, strict=True)])
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """Embeddings of prompts, in their order; a prompt is what it is for `generate`.
+
+        Texts get the special tokens that the tokenizer adds. A checkpoint's prompts, such as "query: ", are the
+        caller's to put before them. Raises XllmError("request") for a model that makes no embeddings.
+        """
+        batch: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        params = PoolingParams() if pooling_params is None else pooling_params
+        requests = [self._request(prompt, params) for prompt in batch]
+        found = {}
+        for event in self._events(requests):
+            assert event.embedding is not None
+            found[event.request_id] = EmbeddingOutput(event.embedding.tolist())
+        return [EmbeddingRequestOutput(r.request_id, found[r.request_id], list(r.prompt_token_ids)) for r in requests]
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -163,7 +197,7 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params)
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams | PoolingParams) -> Request:
         text: object = None
         ids: object = None
         if isinstance(prompt, str):
@@ -186,13 +220,19 @@ class LLM:
         return Request(f"offline-{next(self._ids)}", ids, params, prompt=text)
 
     def _run(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        events: queue.SimpleQueue[Output] = queue.SimpleQueue()
         results = {
             r.request_id: RequestOutput(
                 r.request_id, r.prompt, list(r.prompt_token_ids), [CompletionOutput(i) for i in range(r.params.n)]
             )
             for r in requests
         }
+        for event in self._events(requests):
+            results[event.request_id].add(event)
+        return list(results.values())
+
+    def _events(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Submit all, and what comes of them until each has ended. The first failure ends all, and is raised."""
+        events: queue.SimpleQueue[Output] = queue.SimpleQueue()
         queued: list[str] = []
         try:
             for request in requests:
@@ -202,13 +242,12 @@ class LLM:
                 event = _next(events, self._engine)
                 if event.error is not None:
                     raise event.error
-                results[event.request_id].add(event)
+                yield event
                 open_ -= event.finished
         except BaseException:
             for request_id in queued:
                 self._engine.abort(request_id)
             raise
-        return list(results.values())
 
 
 def _is_one(prompts: object) -> bool:

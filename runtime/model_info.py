@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xllm_compiler.step.interface import STEP, Pooling
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Sizes are tokens unless said otherwise. The limits are those in force, which may be lower than the artifact's."""
+    """Sizes are tokens unless said otherwise. The limits are those in force, which may be lower than the artifact's.
+
+    `functions`: what requests may run. `pooling`, and `embedding_size`, numbers in an embedding: of an @embed.
+    """
 
     name: str
     architecture: str
@@ -21,3 +26,6 @@ class ModelInfo:
     max_num_batched_tokens: int
     max_num_logits: int
     page_tokens: int
+    functions: tuple[str, ...] = (STEP,)
+    pooling: Pooling | None = None
+    embedding_size: int = 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from xllm_compiler.errors import XllmError
 
 
@@ -45,7 +48,8 @@ class Output:
     `text` is what may be shown now. Partial characters and possible stop strings are held back, so there can be tokens
     without text. `finish_reason` is None until the sequence's last event, then "stop", "length", "abort" or "error".
     `finished` is true on the last event of the whole request, of all its `n` sequences. `prompt_logprobs` comes once,
-    on the first event of sequence 0; its first item is None.
+    on the first event of sequence 0; its first item is None. `embedding`: what the only event of a request for one
+    tells, f32[size].
     """
 
     request_id: str
@@ -54,6 +58,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[LogprobDict] | None = None
     prompt_logprobs: list[LogprobDict | None] | None = None
+    embedding: NDArray[np.float32] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: XllmError | None = None
@@ -108,3 +113,20 @@ class RequestOutput:
         self.finished = self.finished or event.finished
         if event.metrics is not None:
             self.metrics = event.metrics
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt's embedding."""
+
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """The whole result of a request for an embedding."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xllm_compiler.runtime.outputs import Output, RequestMetrics
+from xllm_compiler.runtime.pooling import PoolingParams
 from xllm_compiler.runtime.sampler import prompt_ids
 from xllm_compiler.runtime.sampling_params import SamplingParams
 
@@ -17,11 +18,12 @@ OnOutput = Callable[[Output], None]
 
 @dataclass(slots=True)
 class Request:
-    """What a client asks for. `prompt` is only carried along, for whoever wants to show it."""
+    """What a client asks for: text, or with PoolingParams an embedding. `prompt` is only carried along, for whoever
+    wants to show it."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
-    params: SamplingParams = field(default_factory=SamplingParams)
+    params: SamplingParams | PoolingParams = field(default_factory=SamplingParams)
     prompt: str | None = None
     arrival: float = field(default_factory=time.monotonic)
 
@@ -38,4 +40,6 @@ class SequenceGroup:
         self.open = request.params.n
         self.metrics = RequestMetrics(arrival=request.arrival)
         self.prompt = np.array(request.prompt_token_ids, np.int32)
-        self.seen = prompt_ids(request.params, self.prompt)
+        params = request.params
+        # Only samplers want them.
+        self.seen = np.empty(0, np.int64) if isinstance(params, PoolingParams) else prompt_ids(params, self.prompt)

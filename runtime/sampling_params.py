@@ -12,6 +12,7 @@ from typing import Any
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.stops import StopWords
 from xllm_compiler.runtime.token_set import MAX_LISTED_IDS, TokenBias, TokenSet
+from xllm_compiler.step.interface import STEP
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy, as in vLLM
 MAX_LOGPROBS = 20
@@ -188,6 +189,11 @@ class SamplingParams:
     def stop_words(self) -> StopWords | None:
         """What stop strings need, made once; None without any."""
         return self.stop if isinstance(self.stop, StopWords) and len(self.stop) else None
+
+    @property
+    def function(self) -> str:
+        """The function that such a request runs."""
+        return STEP
 
     @property
     def nbytes(self) -> int:

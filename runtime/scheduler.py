@@ -6,12 +6,18 @@ forward or fails one with a reason*. The oldest running request may take the pag
 alone needs more than the whole pool, which is a reason to fail it. With nothing running all pages are free, and the
 same holds for the oldest waiting request.
 
-The policy. Each running request that needs one token (a decode) gets a token and a row first. The step's other tokens
-and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A draft fills only the page of
-its decode, so a rejected one leaves nothing behind. A running request that finds no page takes those of the youngest,
-which goes back to the head of the queue and will be computed again. The youngest itself skips the step: keeping its
-pages costs nothing until an older one asks. A new request needs free pages for its whole prompt, beyond what running
-prompts still need, plus one for each running request. Admitting on the first chunk alone causes preemption storms.
+A step runs one function. Those that have requests take turns. Where the one whose turn it is cannot move, because older
+requests of the other hold all pages, the turn passes on; that of the oldest request can always move. Requests of both
+are admitted in the order of arrival, whoever's turn it is: they then wait in the batch, without pages, for a step of
+their own.
+
+The policy. Each running request of the step's function that needs one token (a decode) gets a token and a row first.
+The step's other tokens and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A
+draft fills only the page of its decode, so a rejected one leaves nothing behind. A running request that finds no page
+takes those of the youngest, which goes back to the head of the queue and will be computed again. The youngest itself
+skips the step: keeping its pages costs nothing until an older one asks. A new request needs free pages for its whole
+prompt, beyond what running prompts still need, plus one for each running request. Admitting on the first chunk alone
+causes preemption storms.
 """
 
 from __future__ import annotations
@@ -23,6 +29,11 @@ from typing import Generic, Protocol, TypeVar
 
 class Job(Protocol):
     """What the policy sees of a request, all counts in tokens (positions) but `pages`."""
+
+    @property
+    def function(self) -> str:
+        """The function that its steps run."""
+        ...
 
     @property
     def known(self) -> int:
@@ -69,38 +80,47 @@ J = TypeVar("J", bound=Job)
 
 @dataclass(slots=True)
 class Plan(Generic[J]):
-    """`preempt` (youngest first) loses its pages before `work` takes any; `work` is (request, tokens to run), oldest
-    first, and ends with the newly admitted, which `admit` lists; `fail` can never run: (request, why). The tokens of a
-    decode beyond the first are its draft's."""
+    """A step of `function`. `preempt` (youngest first) loses its pages before `work` takes any; `work` is (request,
+    tokens to run), oldest first; `admit` lists the newly admitted, of which those of `function` end `work`; `fail` can
+    never run: (request, why). The tokens of a decode beyond the first are its draft's."""
 
+    function: str
     work: list[tuple[J, int]] = field(default_factory=list)
     preempt: list[J] = field(default_factory=list)
     admit: list[J] = field(default_factory=list)
     fail: list[tuple[J, str]] = field(default_factory=list)
 
 
-def plan(running: Sequence[J], waiting: Iterable[J], free: int, limits: Limits) -> Plan[J]:
-    """The next step's work. `running` and `waiting` are oldest first; `free` is the number of free pages."""
-    return _Planner(running, free, limits).plan(waiting)
+def plan(running: Sequence[J], waiting: Sequence[J], free: int, limits: Limits, last: str = "") -> Plan[J]:
+    """The next step's work. `running` and `waiting` are oldest first, and one of them is there; `free` is the number of
+    free pages, `last` the function of the step before."""
+    functions = sorted({job.function for job in running} | ({waiting[0].function} if waiting else set()))
+    turns = [name for name in functions if name > last] + [name for name in functions if name <= last]
+    for function in turns:
+        out = _Planner(running, free, limits, function).plan(waiting)
+        if out.work or out.fail:
+            return out
+    return out
 
 
 class _Planner(Generic[J]):
-    """The counters of one call of `plan`."""
+    """The counters of one try at a plan."""
 
-    __slots__ = ("end", "free", "limits", "out", "promised", "rows", "running", "tokens")
+    __slots__ = ("end", "free", "function", "limits", "out", "promised", "rows", "running", "tokens")
 
-    def __init__(self, running: Sequence[J], free: int, limits: Limits) -> None:
+    def __init__(self, running: Sequence[J], free: int, limits: Limits, function: str) -> None:
         decodes = 0
         for job in running:
-            decodes += job.known - job.computed == 1
+            decodes += job.known - job.computed == 1 and job.function == function
         self.running = running
         self.end = len(running)  # those from here on were preempted
         self.free = free
         self.limits = limits
+        self.function = function
         self.tokens = limits.max_tokens - decodes  # left for prompts
         self.rows = limits.max_rows - decodes
         self.promised = 0  # pages that running prompts will need after this step
-        self.out: Plan[J] = Plan()
+        self.out: Plan[J] = Plan(function)
 
     def plan(self, waiting: Iterable[J]) -> Plan[J]:
         index = 0
@@ -116,6 +136,9 @@ class _Planner(Generic[J]):
         job = self.running[index]
         need = job.known - job.computed
         page = self.limits.page_tokens
+        if job.function != self.function:
+            self.promised += max(0, -(-job.known // page) - job.pages) if need > 1 else 0
+            return
         held = job.pages * page - job.computed
         count = 1 if need == 1 else self._prompt_chunk(job)
         while count and held + self.free * page <= 0 and self.end - 1 > index:
@@ -139,7 +162,7 @@ class _Planner(Generic[J]):
         victim = self.running[self.end]
         self.free += victim.pages
         self.out.preempt.append(victim)
-        if victim.known - victim.computed == 1:
+        if victim.known - victim.computed == 1 and victim.function == self.function:
             self.tokens += 1
             self.rows += 1
 
@@ -177,11 +200,12 @@ class _Planner(Generic[J]):
                 continue
             if active >= self.limits.seqs or pages + active > self.free - self.promised:
                 break
-            count = self._prompt_chunk(job)
-            if not count:
+            count = self._prompt_chunk(job) if job.function == self.function else 0
+            if count:
+                self._take(job, count)
+                self._spend(job, count)
+            elif job.function == self.function:
                 break
-            self._take(job, count)
-            self._spend(job, count)
             self.promised += pages - -(-(job.computed + count) // page)
             self.out.admit.append(job)
             active += 1

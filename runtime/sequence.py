@@ -8,25 +8,27 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.executor import F32
+from xllm_compiler.runtime.base_sequence import BaseSequence
+from xllm_compiler.runtime.executor import F32, Logits, Outputs
 from xllm_compiler.runtime.kv import BlockTable
 from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output
 from xllm_compiler.runtime.request import SequenceGroup
 from xllm_compiler.runtime.sampler import RawLogprobs, RowSampler, Scratch, raw_logprobs
+from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.text import CONTEXT, TextStream
 from xllm_compiler.runtime.token_text import TokenNames, append_rest, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
 
 
-class Sequence:
-    """A token list that grows. `known`, `computed`, `first_row` and `pages` are what the scheduler sees."""
+class Sequence(BaseSequence):
+    """A token list that grows by what is sampled."""
 
     __slots__ = (
         "_eos",
         "_generated",
         "_names",
+        "_params",
         "_prompt_logprobs",
         "_reported",
         "_sampler",
@@ -34,16 +36,7 @@ class Sequence:
         "_stop_ids",
         "_text",
         "_tokenizer",
-        "broken",
-        "computed",
-        "draft",
-        "first_row",
-        "group",
-        "index",
         "limit",
-        "prompt_len",
-        "serial",
-        "table",
     )
 
     def __init__(
@@ -61,14 +54,12 @@ class Sequence:
     ) -> None:
         """`serial`: its place in the order of arrival. `limit`: tokens, prompt included, at which it ends."""
         params = group.request.params
-        self.group = group
-        self.index = index
-        self.serial = serial
-        self.table = table
+        assert isinstance(params, SamplingParams)
+        # Only sequence 0 reports the prompt's logprobs, so only it pays for the rows.
+        scored = params.prompt_logprobs is not None and index == 0
+        super().__init__(group, index, serial, table, 0 if scored else len(group.prompt) - 1)
+        self._params = params
         self._generated = array("i")
-        self.prompt_len = len(group.prompt)
-        self.computed = 0
-        self.draft: list[int] = []  # tokens that somebody expects behind the known ones
         self.limit = limit if params.max_tokens is None else min(limit, self.prompt_len + params.max_tokens)
         self._eos = () if params.ignore_eos else model_info.eos_token_ids
         self._stop_ids: Collection[int] = params.stop_token_ids or ()
@@ -95,25 +86,12 @@ class Sequence:
         self._names: TokenNames | None = None
         if tokenizer is not None and self._text is not None and params.logprobs is not None:
             self._names = TokenNames(tokenizer)
-        # Only sequence 0 reports the prompt's logprobs, so only it pays for the rows.
-        self._prompt_logprobs: list[LogprobDict | None] | None = None
-        if params.prompt_logprobs is not None and index == 0:
-            self._prompt_logprobs = [None]
+        self._prompt_logprobs: list[LogprobDict | None] | None = [None] if scored else None
         self._reported = False
-        self.broken: XllmError | None = None  # why it has no text from some event on
-        self.first_row = 0 if self._prompt_logprobs is not None else self.prompt_len - 1
 
     @property
     def known(self) -> int:
         return self.prompt_len + len(self._generated)
-
-    @property
-    def drafted(self) -> int:
-        return len(self.draft)
-
-    @property
-    def pages(self) -> int:
-        return self.table.count
 
     @property
     def generated(self) -> int:
@@ -133,9 +111,34 @@ class Sequence:
         expected = np.array(self.draft[: max(0, high - self.known)], np.int32)
         return np.concatenate([self.group.prompt[low:end], rest, expected])
 
+    def take(self, first: int, outputs: Outputs, rows: slice, draft: list[int], events: list[Output]) -> int:
+        """The rows from the last known position on each give a token, as long as the tokens before were those of
+        `draft`."""
+        logits = Logits.of(outputs, rows)
+        count, last = len(logits.rows), self.known - 1
+        for offset in range(count):
+            position = first + offset
+            if position < last:
+                self.score_prompt(logits.rows[offset], position)
+                self.first_row = position + 1
+        if first + count <= last or not count:
+            return 0
+        if self.known >= self.limit:
+            events.append(self.end("length"))  # max_tokens is 0: only the prompt's logprobs were wanted
+            return 0
+        accepted = 0
+        for row, expected in zip(range(last - first, count), [*draft, None], strict=True):
+            event = self.sample(logits.rows[row], logits.maxima[row])
+            events.append(event)
+            self.computed = self.known - 1  # what was computed behind it is not part of the text
+            if event.finish_reason is not None or event.token_ids[0] != expected:
+                break
+            accepted += 1
+        return accepted
+
     def score_prompt(self, row: F32, position: int) -> None:
         """Take the logits at `position`, which judge the prompt token after it."""
-        count = self.group.request.params.prompt_logprobs
+        count = self._params.prompt_logprobs
         assert self._prompt_logprobs is not None and count is not None
         row = self._scratch.take(row)
         raw = raw_logprobs(row, self.token(position + 1), count, self._scratch)
@@ -150,7 +153,7 @@ class Sequence:
         """Append a token. The event of it, which says whether the sequence ended; `put_text` adds the text later."""
         self._generated.append(token)
         self.first_row = self.known - 1
-        params = self.group.request.params
+        params = self._params
         enough = self.generated >= params.min_tokens
         event = self._event()
         event.token_ids.append(token)
@@ -169,18 +172,9 @@ class Sequence:
             event.finish_reason = "length"
         return event
 
-    def end(self, reason: str, error: XllmError | None = None) -> Output:
-        """Finish without another token: "abort", "error", or "length" when none was wanted."""
-        event = self._event()
-        event.finish_reason, event.error = reason, error
-        return event
-
     def put_text(self, event: Output) -> None:
-        """Add the text to an event, when it is delivered.
-
-        Each event once, in order. Any thread may do it, since nobody else uses the text then.
-        """
-        params = self.group.request.params
+        """Add the text, which nobody else uses then."""
+        params = self._params
         if event.prompt_logprobs is not None and self._tokenizer is not None:
             prompt = self.group.prompt.tolist()
             name_prompt(self._tokenizer, prompt, event.prompt_logprobs, params.skip_special_tokens)
@@ -194,7 +188,7 @@ class Sequence:
                 append_rest(event.logprobs[-1][event.token_ids[-1]], self._text.added)
 
     def _push(self, text: TextStream, event: Output, may_stop: bool = True) -> None:
-        if event.finish_reason == "stop" and not self.group.request.params.include_stop_str_in_output:
+        if event.finish_reason == "stop" and not self._params.include_stop_str_in_output:
             self._name(event, None)
             return
         for token in event.token_ids:
@@ -209,7 +203,7 @@ class Sequence:
             self._names.name(row, token, added)
 
     def _event(self) -> Output:
-        event = Output(self.group.request.request_id, self.index)
+        event = super()._event()
         if not self._reported and self._prompt_logprobs is not None and len(self._prompt_logprobs) == self.prompt_len:
             event.prompt_logprobs = self._prompt_logprobs
             self._reported = True

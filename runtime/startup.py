@@ -13,6 +13,7 @@ from xllm_compiler.artifact import Manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime import host, memory
 from xllm_compiler.runtime.engine import MAX_QUEUED, Engine
+from xllm_compiler.runtime.executor import embedding_size, served_functions
 from xllm_compiler.runtime.loader import LoadedArtifact, load_artifact
 from xllm_compiler.runtime.memory import MemoryPlan
 from xllm_compiler.runtime.model_info import ModelInfo
@@ -148,6 +149,9 @@ def _model_info(manifest: Manifest, options: EngineOptions) -> ModelInfo:
         bos_token_id=model.bos_token_id,
         max_num_logits=limits.max_num_logits,
         page_tokens=manifest.page_tokens,
+        functions=served_functions(manifest),
+        pooling=model.pooling,
+        embedding_size=embedding_size(manifest),
         **chosen,
     )
 

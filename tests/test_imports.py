@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "cache": {"errors", "artifact"},
     "workspace": set(),
     "targets": IR_LEVEL | {"passes", "kernels", "lowering", "artifact", "plugins", "progress", "sources"},
-    "options": {"errors", "frontend", "passes", "targets"},
+    "options": {"errors", "step", "frontend", "passes", "targets"},
     "quant_eval": IR_LEVEL
     | {"passes", "frontend", "artifact", "targets"}
     | {"runtime"},  # what is measured is what will be served

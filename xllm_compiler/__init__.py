@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xllm_compiler.runtime.llm import LLM
+    from xllm_compiler.runtime.pooling import PoolingParams
     from xllm_compiler.runtime.sampling_params import SamplingParams
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "PoolingParams", "SamplingParams"]
 __version__ = "0.1.0"
 
-_HOMES = {"LLM": "xllm_compiler.runtime.llm", "SamplingParams": "xllm_compiler.runtime.sampling_params"}
+_HOMES = {
+    "LLM": "xllm_compiler.runtime.llm",
+    "PoolingParams": "xllm_compiler.runtime.pooling",
+    "SamplingParams": "xllm_compiler.runtime.sampling_params",
+}
 
 
 def __getattr__(name: str) -> object:

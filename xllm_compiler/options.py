@@ -12,11 +12,14 @@ from typing import Any
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
+from xllm_compiler.frontend.embedding import default_functions
 from xllm_compiler.frontend.lengths import lengths_of
 from xllm_compiler.frontend.quantized_config import quantized_config, side_notes
 from xllm_compiler.passes.quantize.forms import MIXED, MIXED_MAX_KL, NARROW, parse_form
+from xllm_compiler.step.interface import EMBED, STEP
 from xllm_compiler.targets import DEFAULT, Target, target_class
 
+FUNCTIONS = (STEP, EMBED)
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 MAX_SEQS = 4096
@@ -45,6 +48,7 @@ class CompileOptions:
     name: str | None = None
     quantize: str | None = None
     max_kl: float | None = None
+    functions: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ class Resolved:
     """Every option with its value. `notes` tells of defaults that somebody may not expect.
 
     `quantize` is "mixed" or the canonical name of a form, and None without one; `pipeline` is then what makes the form
-    (of mixed, what it starts from). `max_kl` is None where any loss is accepted."""
+    (of mixed, what it starts from). `max_kl` is None where any loss is accepted. `functions`: those of FUNCTIONS that
+    the artifact has, in their order there."""
 
     target: Target
     dtype: str
@@ -64,6 +69,7 @@ class Resolved:
     quantize: str | None
     max_kl: float | None
     name: str
+    functions: tuple[str, ...]
     notes: tuple[str, ...]
 
     def factors(self) -> dict[str, Any]:
@@ -72,7 +78,7 @@ class Resolved:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("notes", "pipeline", *(() if self.quantize is not None else ("max_kl",))):
             del values[name]
-        return {**values, "target": self.target.name}
+        return {**values, "target": self.target.name, "functions": list(self.functions)}
 
 
 def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
@@ -103,19 +109,40 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
     pipeline, form = _pipeline(options, target, checkpoint, notes)
     max_kl = _max_kl(options, form)
+    functions = _functions(options, checkpoint)
+    if form is not None and STEP not in functions:
+        raise XllmError(
+            "option",
+            f"--quantize measures what logits lose, and there is no function {STEP}",
+            help="--functions step,embed, where the checkpoint has a head",
+        )
+    # A row of hidden states is small, and the mean takes one of every token.
+    rows = tokens if functions == (EMBED,) else min(tokens, LOGIT_ROWS)
     return Resolved(
         target=target,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        max_num_logits=max(seqs, min(tokens, LOGIT_ROWS)),
+        max_num_logits=max(seqs, rows),
         pipeline=pipeline,
         quantize=form,
         max_kl=max_kl,
         name=name,
+        functions=functions,
         notes=tuple(notes),
     )
+
+
+def _functions(options: CompileOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the artifact will do: what was asked for, else what the checkpoint is for."""
+    if options.functions is None:
+        return default_functions(checkpoint)
+    for name in options.functions:
+        _one_of("--functions", name, FUNCTIONS)
+    if not options.functions:
+        raise XllmError("option", "--functions is empty", help=f"name some of {', '.join(FUNCTIONS)}")
+    return tuple(name for name in FUNCTIONS if name in options.functions)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

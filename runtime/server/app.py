@@ -20,19 +20,28 @@ from xllm_compiler.runtime.server.chat import chat_completions
 from xllm_compiler.runtime.server.completions import completions
 from xllm_compiler.runtime.server.context import Context
 from xllm_compiler.runtime.server.decode import Body
+from xllm_compiler.runtime.server.embeddings import embeddings
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
 from xllm_compiler.runtime.server.middleware import Middleware, read_json_body
-from xllm_compiler.runtime.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from xllm_compiler.runtime.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from xllm_compiler.runtime.server.responses import (
     Chat,
     ChatChunk,
     Completion,
     Detokenized,
+    EmbeddingList,
     ModelCard,
     ModelList,
     Tokenized,
 )
 from xllm_compiler.runtime.server.streaming import error_response, json_response
+from xllm_compiler.step.interface import EMBED, STEP
 
 BodyHandler = Callable[[Context, Request, Body], Awaitable[Response]]
 PlainHandler = Callable[[Context, Request], Awaitable[Response]]
@@ -51,7 +60,8 @@ class Plain:
 
 @dataclass(frozen=True)
 class Post:
-    """An endpoint that reads a JSON body of type `takes`. `chunk`: the shape of one event, where it can stream."""
+    """An endpoint that reads a JSON body of type `takes`. `chunk`: the shape of one event, where it can stream.
+    `function`: what the model has to have for it."""
 
     path: str
     name: str
@@ -59,6 +69,7 @@ class Post:
     takes: type
     answer: type
     chunk: type | None = None
+    function: str | None = None
 
 
 def build_app(
@@ -88,6 +99,8 @@ def _plain_route(ctx: Context, which: Plain) -> Route:
 
 def _post_route(ctx: Context, which: Post) -> Route:
     async def endpoint(request: Request) -> Response:
+        if which.function is not None:
+            ctx.check_function(which.function)
         hold = ctx.budget.hold(_nobody)
         try:
             body = Body(await read_json_body(request, ctx.max_body_size, ctx.receive_timeout, hold), hold)
@@ -177,8 +190,9 @@ async def tokenizer_info(ctx: Context, request: Request) -> Response:
 
 
 ENDPOINTS: tuple[Plain | Post, ...] = (
-    Post("/v1/chat/completions", "chat", chat_completions, ChatRequest, Chat, ChatChunk),
-    Post("/v1/completions", "completions", completions, CompletionRequest, Completion, Completion),
+    Post("/v1/chat/completions", "chat", chat_completions, ChatRequest, Chat, ChatChunk, STEP),
+    Post("/v1/completions", "completions", completions, CompletionRequest, Completion, Completion, STEP),
+    Post("/v1/embeddings", "embeddings", embeddings, EmbeddingRequest, EmbeddingList, function=EMBED),
     Plain("/v1/models", "models", models, ModelList),
     Plain("/v1/models/{model:path}", "model", model, ModelCard),
     Post("/tokenize", "tokenize", tokenize, TokenizeRequest, Tokenized),

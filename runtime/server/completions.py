@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import cast
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -27,6 +26,7 @@ from xllm_compiler.runtime.server.logprobs import (
     shown_length,
 )
 from xllm_compiler.runtime.server.params import check_stream_options, completion_params
+from xllm_compiler.runtime.server.prompts import split, tokens_of
 from xllm_compiler.runtime.server.protocol import CompletionRequest
 from xllm_compiler.runtime.server.responses import (
     Completion,
@@ -68,9 +68,9 @@ async def completions(ctx: Context, request: Request, body: Body) -> Response:
     check_stream_options(asked)
     shared = completion_params(asked, ctx.defaults)
     shared.check_vocab(ctx.model_info.vocab_size)
-    items, n = _split(asked.prompt), shared.n
+    items, n = split(asked.prompt, "prompt"), shared.n
     if n * len(items) > ctx.engine_client.max_open:
-        raise too_many_prompts(len(items), n, ctx.engine_client.max_open)
+        raise too_many_prompts(len(items), n, ctx.engine_client.max_open, "prompt")
     ctx.engine_client.check_room(n * len(items))
     prompts, jobs = [], []
     for item in items:
@@ -97,25 +97,10 @@ async def completions(ctx: Context, request: Request, body: Body) -> Response:
     return await until_hang_up(request, stream, lambda: answer.whole(stream))
 
 
-def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts in any of the four forms: text, texts, token ids, lists of token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise bad_request("`prompt` must not be empty", param="prompt")
-    if isinstance(prompt[0], int):
-        return [cast(list[int], prompt)]
-    return cast(list[str | list[int]], prompt)
-
-
 async def _prepare(ctx: Context, asked: CompletionRequest, item: str | list[int]) -> _Prompt:
-    if isinstance(item, str):
-        special = asked.add_special_tokens is not False
-        ids = await ctx.encode(item, add_special_tokens=special, cut=asked.truncate_prompt_tokens)
-        text: str | None = item
-    else:
-        await ctx.check_token_ids(item, "prompt")
-        ids, text = item, None
+    special = asked.add_special_tokens is not False
+    ids = await tokens_of(ctx, item, "prompt", add_special_tokens=special, cut=asked.truncate_prompt_tokens)
+    text = item if isinstance(item, str) else None
     kept = ctx.truncate(ids, asked.truncate_prompt_tokens)
     if not kept:
         raise bad_request("`prompt` must have at least one token", param="prompt")

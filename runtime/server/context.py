@@ -22,6 +22,7 @@ from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailab
 from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.params import fit_to_context
 from xllm_compiler.runtime.server.protocol import Message, Part
+from xllm_compiler.step.interface import STEP
 
 _INLINE_CHARACTERS = 4096  # tokenizing this much takes under a millisecond; more goes to a thread
 _INLINE_TOKENS = 4096  # likewise for making a text of them
@@ -103,6 +104,19 @@ class Context:
                 code="model_not_found",
             )
         return name
+
+    def check_function(self, function: str) -> None:
+        """Raises ApiError 400 where the model cannot do what an endpoint is for."""
+        if function in self.model_info.functions:
+            return
+        can = "makes embeddings, at /v1/embeddings" if function == STEP else "answers chats and completions"
+        cannot = "generates no text" if function == STEP else "makes no embeddings"
+        raise ApiError(
+            400,
+            f"The model `{self.name}` {cannot}: it {can}.",
+            param="model",
+            code="model_not_supported",
+        )
 
     def check_open(self) -> None:
         """Raises ApiError 503 while the server drains."""

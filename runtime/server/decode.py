@@ -25,12 +25,14 @@ from xllm_compiler.runtime.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Message,
     TokenizeRequest,
 )
 
-T = TypeVar("T", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+T = TypeVar("T", CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 
+_PROMPT_FIELDS = ("prompt", "input")  # those that may be a text, texts, token ids or lists of them
 MAX_MESSAGES = 8192  # and as many parts, in all messages together
 _SMALL = 65536  # bytes of a field that is neither text nor a list of tokens
 _TINY = 4096  # bytes of a value that means "off"
@@ -57,9 +59,9 @@ def too_long(tokens: int, most: int, field: str) -> ApiError:
     )
 
 
-def too_many_prompts(count: int, n: int, most: int) -> ApiError:
+def too_many_prompts(count: int, n: int, most: int, field: str) -> ApiError:
     return bad_request(
-        f"{count} prompts with n={n} are more than this server takes at once, {most}", param="prompt", code="capacity"
+        f"{count} prompts with n={n} are more than this server takes at once, {most}", param=field, code="capacity"
     )
 
 
@@ -116,7 +118,7 @@ def _plan(kind: type[Any]) -> tuple[msgspec.json.Decoder[Any], dict[str, msgspec
     scan = msgspec.defstruct(
         kind.__name__, [(name, msgspec.Raw, msgspec.Raw()) for name in names], forbid_unknown_fields=True
     )
-    late = ("prompt", "messages", "tokens")
+    late = (*_PROMPT_FIELDS, "messages", "tokens")
     order = sorted(own, key=lambda field: field.name in late)
     return msgspec.json.Decoder(scan), {field.name: msgspec.json.Decoder(field.type) for field in order}
 
@@ -145,7 +147,7 @@ def _read(decoder: msgspec.json.Decoder[Any], text: bytes, field: str, known: tu
 def _field(name: str, text: bytes, decoder: msgspec.json.Decoder[Any], bounds: Bounds, others: dict[str, Any]) -> Any:
     check = _CHECKS.get(name, _check_small)
     check(name, text, bounds, others)
-    if name == "prompt" and text[:1] == b"[":
+    if name in _PROMPT_FIELDS and text[:1] == b"[":
         return _read(_PROMPTS.get(_first(text), decoder), text, name)
     return _read(decoder, text, name)
 
@@ -226,7 +228,7 @@ def _check_prompt(name: str, text: bytes, bounds: Bounds, others: dict[str, Any]
         if tokens > bounds.tokens:
             raise too_long(tokens, bounds.tokens, name)
     if count * max(1, n) > bounds.prompts:
-        raise too_many_prompts(count, n, bounds.prompts)
+        raise too_many_prompts(count, n, bounds.prompts, name)
 
 
 _CHECKS: dict[str, Callable[[str, bytes, Bounds, dict[str, Any]], None]] = {
@@ -236,7 +238,7 @@ _CHECKS: dict[str, Callable[[str, bytes, Bounds, dict[str, Any]], None]] = {
     "stop": _check_stop,
     "messages": _check_messages,
     "tokens": _check_tokens,
-    "prompt": _check_prompt,
+    **dict.fromkeys(_PROMPT_FIELDS, _check_prompt),
 }
 
 

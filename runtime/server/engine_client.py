@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xllm_compiler.runtime.outputs import Output
+from xllm_compiler.runtime.pooling import PoolingParams
 from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.server.errors import ApiError, bad_request, unavailable
@@ -62,7 +63,7 @@ class RequestStream:
         self._open: dict[str, _Tracked] = {}
         self._waiter: asyncio.Future[None] | None = None
 
-    def add(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def add(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams | PoolingParams) -> None:
         """Submit one prompt. Raises ApiError 429 when the queue or the memory is full, XllmError from the engine."""
         size = of_prompt(len(prompt_token_ids), params)
         if not self._listed:
@@ -162,7 +163,7 @@ class _Tracked:
 
     __slots__ = ("arrival", "first", "generated", "last", "params", "prompt_tokens")
 
-    def __init__(self, prompt_tokens: int, params: SamplingParams, arrival: float) -> None:
+    def __init__(self, prompt_tokens: int, params: SamplingParams | PoolingParams, arrival: float) -> None:
         self.prompt_tokens = prompt_tokens
         self.params = params
         self.arrival = arrival
@@ -194,7 +195,7 @@ class _Tracked:
         metrics.observe("request_prompt_tokens", self.prompt_tokens)
         metrics.observe("request_generation_tokens", self.generated)
         metrics.observe("request_params_n", self.params.n)
-        if self.params.max_tokens is not None:
+        if isinstance(self.params, SamplingParams) and self.params.max_tokens is not None:
             metrics.observe("request_params_max_tokens", self.params.max_tokens)
         per_choice = self.generated / max(1, len(self.last))
         if self.first and per_choice > 1:
@@ -285,7 +286,11 @@ class EngineClient:
         self.open -= choices
 
     def start(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, stream: RequestStream
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams | PoolingParams,
+        stream: RequestStream,
     ) -> None:
         def sink(output: Output) -> None:
             self._deliver(stream, output)

@@ -166,6 +166,24 @@ class ChatRequest(_Generation, kw_only=True):
         self.messages, self.chat_template_kwargs = [], None
 
 
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[str | int | list[int]]  # of one kind only, which `decode.py` sees to
+    """A text, token ids, or a list of either. Each gets an embedding, in order."""
+    model: str | None = None
+    """As above."""
+    encoding_format: str | None = None
+    """`float` (the default): a list of numbers. `base64`: their bytes, little-endian 32-bit floats."""
+    dimensions: int | None = None
+    """Cut embeddings to so many numbers, and normalize them again where the model's are normalized. Refused unless \
+the checkpoint says that it was trained for that."""
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add its special tokens. Default: true."""
+    user: str | None = None
+    """Ignored."""
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """POST /tokenize: a prompt, or messages that go through the chat template."""
 

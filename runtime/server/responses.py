@@ -61,6 +61,28 @@ class Completion(Struct):
     usage: Usage | UnsetType | None = UNSET
 
 
+class Embedding(Struct):
+    object: str
+    embedding: list[float] | str
+    index: int
+
+
+class EmbeddingUsage(Struct):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct):
+    """The answer of /v1/embeddings."""
+
+    object: str
+    data: list[Embedding | Raw]
+    model: str
+    usage: EmbeddingUsage
+
+
 class ChatTopLogprob(Struct):
     token: str
     logprob: float

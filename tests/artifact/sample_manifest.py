@@ -16,7 +16,7 @@ def sample(key: dict[str, Any] | None = None, isas: tuple[str, ...] = ("avx2", "
     return Manifest(
         format=FORMAT,
         id="",
-        model=Model("Qwen3ForCausalLM", "tiny", 300, 64, 2, "bf16", 128, (2,), None),
+        model=Model("Qwen3ForCausalLM", "tiny", 300, 64, 2, "bf16", 128, (2,), None, None),
         target=Target("cpu", isas, ("calls.json", *(f"cpu/{isa}.so" for isa in isas))),
         limits=Limits(4, 32, 8),
         dims={

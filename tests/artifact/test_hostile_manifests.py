@@ -198,6 +198,7 @@ SEALED: dict[str, Callable[[Any], None]] = {
     "an empty range": put(*FUNCTION, "inputs", 0, "range", {"lo": 1, "hi": 0}),
     "a range that the text lacks": put(*FUNCTION, "inputs", 0, "range", {"lo": 0, "hi": 49}),
     "an output of another type": put(*FUNCTION, "outputs", 0, "dtype", "f64"),
+    "a pooling of nothing": put("model", "pooling", {"kind": "last", "normalize": True, "dimensions": None}),
     "a weight beyond the file": put(*TENSOR, "offset", 4096),
     "a weight that is not aligned": lambda v: v["weights"]["tensors"][0].update(offset=4, shape=[4], bytes=16),
     "a weight before the file": put(*TENSOR, "offset", -64),

@@ -61,7 +61,7 @@ def _manifest(c: Any) -> Manifest:
     return Manifest(
         format=FORMAT,
         id="",
-        model=Model("Toy", "toy", VOCAB, HIDDEN, 1, "f32", TABLE * 16, (), None),
+        model=Model("Toy", "toy", VOCAB, HIDDEN, 1, "f32", TABLE * 16, (), None, None),
         target=Target("cpu", c.lowering.isas, ()),
         limits=Limits(64, 512, 64),
         dims={s.name: DimRange(s.lo, s.hi, s.why) for s in c.module.scope.symbols.values()},

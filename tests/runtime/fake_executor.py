@@ -24,7 +24,7 @@ from xllm_compiler.runtime.request import Request
 from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.tokenizer import Tokenizer
 from xllm_compiler.step.inputs import StepBatch, step_inputs
-from xllm_compiler.step.interface import LOGITS, STEP, Function
+from xllm_compiler.step.interface import EMBED, HIDDEN, LOGITS, STEP, Function, Pooling
 
 VOCAB = 97
 
@@ -54,6 +54,7 @@ def make_facts(
     page_tokens: int = 4,
     eos: tuple[int, ...] = (),
     vocab: int = VOCAB,
+    pooling: Pooling | None = None,
 ) -> ModelInfo:
     return ModelInfo(
         name="toy",
@@ -68,6 +69,9 @@ def make_facts(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_logits=max_num_logits,
         page_tokens=page_tokens,
+        functions=(STEP,) if pooling is None else (STEP, EMBED),
+        pooling=pooling,
+        embedding_size=0 if pooling is None else vocab,
     )
 
 
@@ -101,8 +105,9 @@ class FakeExecutor:
 
     def new_batch(self, function: str = STEP) -> StepBatch:
         info = self.model_info
+        assert function in info.functions
         capacity = {"N": info.max_num_batched_tokens, "B": info.max_num_seqs, "S": info.max_num_logits}
-        return StepBatch(STEP, Function(step_inputs(info.max_model_len, info.page_tokens), (), (), ()), capacity)
+        return StepBatch(function, Function(step_inputs(info.max_model_len, info.page_tokens), (), (), ()), capacity)
 
     def execute(self, batch: StepBatch) -> Outputs:
         if self.hold is not None:
@@ -126,7 +131,7 @@ class FakeExecutor:
         if self.nan_next and rows:
             self._logits[0, 3] = np.nan
             self.nan_next = False
-        return {LOGITS: self._logits[:rows]}
+        return {HIDDEN if batch.function == EMBED else LOGITS: self._logits[:rows]}
 
     def _check(self, batch: StepBatch) -> None:
         n, b, s = (batch.sizes[name] for name in "NBS")

@@ -83,8 +83,8 @@ class EngineMachine(RuleBasedStateMachine):
     def signature(self) -> tuple[object, ...]:
         engine = self.run.engine
         stats = engine.stats()
-        jobs = [*engine._running, *engine._waiting]
-        return (tuple((c.serial, c.known, c.computed) for c in jobs), stats.finished, len(engine._inbox))
+        jobs = [*engine.loop.running, *engine.loop.waiting]
+        return (tuple((c.serial, c.known, c.computed) for c in jobs), stats.finished, len(engine._state.inbox))
 
     @invariant()
     def check(self) -> None:
@@ -92,16 +92,16 @@ class EngineMachine(RuleBasedStateMachine):
             return
         engine = self.run.engine
         held: list[int] = []
-        for sequence in engine._running:
+        for sequence in engine.loop.running:
             assert sequence.table.count == -(-sequence.computed // engine.model_info.page_tokens)
-            assert all(engine._pool.owner(page) == sequence.serial for page in sequence.table.pages)
+            assert all(engine.loop.pool.owner(page) == sequence.serial for page in sequence.table.pages)
             held += sequence.table.pages
-        for sequence in engine._waiting:
+        for sequence in engine.loop.waiting:
             assert sequence.table.count == 0 and sequence.computed == 0
-        assert len(set(held)) == len(held) == engine._pool.used == engine.stats().kv_pages_used
-        serials = [c.serial for c in [*engine._running, *engine._waiting]]
+        assert len(set(held)) == len(held) == engine.loop.pool.used == engine.stats().kv_pages_used
+        serials = [c.serial for c in [*engine.loop.running, *engine.loop.waiting]]
         assert serials == sorted(serials)
-        assert len(engine._running) <= engine._limits.seqs
+        assert len(engine.loop.running) <= engine.loop.limits.seqs
         self.read_events()
 
     def read_events(self) -> None:
@@ -125,7 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.check()
         self.read_events()
         engine = self.run.engine
-        assert not engine.health().busy and engine._pool.used == 0 and not engine._groups
+        assert not engine.health().busy and engine.loop.pool.used == 0 and not engine.loop.groups
         errors = 0
         for name, (prompt, params) in self.asked.items():
             choices = self.got[name]
@@ -143,7 +143,7 @@ class EngineMachine(RuleBasedStateMachine):
                         assert len(scores) == 1 and len(scores[0]) == len(prompt)
                 else:
                     assert reason == "error" or (reason == "abort" and name in self.aborted)
-        assert errors <= self.failed_steps * engine._limits.seqs
+        assert errors <= self.failed_steps * engine.loop.limits.seqs
         engine.stop()
 
 

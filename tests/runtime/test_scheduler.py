@@ -20,6 +20,7 @@ class FakeJob:
     target: int = 0
     moved: int = 0
     drafted: int = 0
+    function: str = "step"
 
     @property
     def first_row(self) -> int:
@@ -34,11 +35,16 @@ def rows_of(job: FakeJob, count: int) -> int:
     return sum(1 for p in range(job.computed, job.computed + count) if p >= job.first_row)
 
 
-def check_plan(p: Plan[FakeJob], running: list[FakeJob], waiting: list[FakeJob], free: int, limits: Limits) -> None:
+def check_plan(
+    p: Plan[FakeJob], running: list[FakeJob], waiting: list[FakeJob], free: int, limits: Limits, last: str = ""
+) -> None:
     """Everything that must hold of one plan."""
     failed = [job for job, _ in p.fail]
-    if running or waiting:
-        assert p.work or p.fail, "something is queued and nothing moves"
+    assert all(job.function == p.function for job, _ in p.work)
+    oldest = [*running, *[job for job in waiting if job not in failed]][:1]
+    if oldest and oldest[0].function != last and not p.fail:
+        assert p.function != last, "the oldest can always move, and it was its turn"
+    assert p.work or p.fail, "something is queued and nothing moves"
     assert all(why for _, why in p.fail)
     # The victims are the youngest running ones, and get nothing.
     assert p.preempt == running[len(running) - len(p.preempt) :][::-1]
@@ -49,7 +55,8 @@ def check_plan(p: Plan[FakeJob], running: list[FakeJob], waiting: list[FakeJob],
     assert not set(map(id, jobs)) & set(map(id, [*p.preempt, *failed]))
     # Admission takes the oldest that are not failed.
     left = [job for job in waiting if job not in failed]
-    assert p.admit == left[: len(p.admit)] and p.admit == [job for job in jobs if job in waiting]
+    assert p.admit == left[: len(p.admit)]
+    assert [job for job in p.admit if job.function == p.function] == [job for job in jobs if job in waiting]
     if p.preempt:
         assert not p.admit
     assert len([job for job in survivors if job not in failed]) + len(p.admit) <= limits.seqs
@@ -69,8 +76,11 @@ def check_plan(p: Plan[FakeJob], running: list[FakeJob], waiting: list[FakeJob],
             assert pages_of(job.computed + count, page) == pages_of(job.known, page), "a draft took a page"
     # Decodes are never put off for lack of tokens or rows.
     for job in survivors:
-        if job.known - job.computed == 1 and job not in jobs and job not in failed:
+        if job.function == p.function and job.known - job.computed == 1 and job not in jobs and job not in failed:
             assert pages_of(job.known, limits.page_tokens) > job.pages
+
+
+FUNCTIONS = st.sampled_from(["step", "embed"])
 
 
 @st.composite
@@ -92,21 +102,26 @@ def snapshots(draw: st.DrawFn) -> tuple[list[FakeJob], list[FakeJob], int, Limit
         free -= pages
         scored = draw(st.booleans())
         drafted = draw(st.integers(0, 6))
-        running.append(FakeJob(known, computed, pages, scored, prompt=known if scored else 0, drafted=drafted))
-    waiting = [FakeJob(draw(st.integers(1, 60))) for _ in range(draw(st.integers(0, 4)))]
+        job = FakeJob(known, computed, pages, scored, prompt=known if scored else 0, drafted=drafted)
+        job.function = draw(FUNCTIONS)
+        running.append(job)
+    waiting = [FakeJob(draw(st.integers(1, 60)), function=draw(FUNCTIONS)) for _ in range(draw(st.integers(0, 4)))]
     return running, waiting, free, limits
 
 
 @settings(max_examples=600, deadline=None)
-@given(snapshots())
-def test_any_plan_obeys_the_limits_and_moves_somebody(state: tuple[list[FakeJob], list[FakeJob], int, Limits]) -> None:
+@given(snapshots(), st.sampled_from(["", "step", "embed"]))
+def test_any_plan_obeys_the_limits_and_moves_somebody(
+    state: tuple[list[FakeJob], list[FakeJob], int, Limits], last: str
+) -> None:
     running, waiting, free, limits = state
-    check_plan(plan(running, waiting, free, limits), running, waiting, free, limits)
+    if running or waiting:
+        check_plan(plan(running, waiting, free, limits, last), running, waiting, free, limits, last)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    lives=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 15), st.booleans()), min_size=1, max_size=8),
+    lives=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 15), st.booleans(), FUNCTIONS), min_size=1, max_size=8),
     max_tokens=st.integers(1, 9),
     max_seqs=st.integers(1, 5),
     max_rows=st.integers(1, 5),
@@ -114,18 +129,22 @@ def test_any_plan_obeys_the_limits_and_moves_somebody(state: tuple[list[FakeJob]
     pages=st.integers(1, 14),
 )
 def test_every_request_ends(
-    lives: list[tuple[int, int, bool]], max_tokens: int, max_seqs: int, max_rows: int, page: int, pages: int
+    lives: list[tuple[int, int, bool, str]], max_tokens: int, max_seqs: int, max_rows: int, page: int, pages: int
 ) -> None:
     """Run to the end: all finish or fail, in a bounded number of steps, and only those fail that could never fit."""
     limits = Limits(max_tokens, max_seqs, max_rows, page, pages)
-    waiting = [FakeJob(prompt, scored=s, prompt=prompt, target=prompt + more) for prompt, more, s in lives]
+    waiting = [
+        FakeJob(prompt, scored=scored, prompt=prompt, target=prompt + more, function=function)
+        for prompt, more, scored, function in lives
+    ]
     everyone, running, failed = list(waiting), [], []
-    free = pages
+    free, last = pages, ""
     for _ in range(5000):
         if not running and not waiting:
             break
-        p = plan(running, waiting, free, limits)
-        check_plan(p, running, waiting, free, limits)
+        p = plan(running, waiting, free, limits, last)
+        check_plan(p, running, waiting, free, limits, last)
+        last = p.function
         for job in p.preempt:
             assert running.pop() is job
             waiting.insert(0, job)
@@ -193,6 +212,13 @@ def test_admission_leaves_what_running_prompts_were_promised() -> None:
     assert plan([running], [FakeJob(known=4)], 9, small).admit
 
 
+def test_admission_leaves_what_prompts_of_the_other_function_were_promised() -> None:
+    limits = Limits(max_tokens=40, max_seqs=8, max_rows=8, page_tokens=4, total_pages=10)
+    chat, text = FakeJob(known=4, computed=3, pages=1), FakeJob(known=32, computed=4, pages=1, function="embed")
+    p = plan([chat, text], [FakeJob(known=1)], 8, limits, "embed")
+    assert (p.function, p.work, p.admit) == ("step", [(chat, 1)], [])
+
+
 def test_prompt_rows_are_rationed() -> None:
     limits = Limits(max_tokens=16, max_seqs=4, max_rows=4, page_tokens=4, total_pages=10)
     scored = FakeJob(known=12, scored=True, prompt=12)
@@ -207,3 +233,21 @@ def test_what_can_never_fit_is_refused_and_does_not_block_those_behind() -> None
     p = plan([], [giant, dwarf], 2, limits)
     assert [job for job, _ in p.fail] == [giant] and p.work == [(dwarf, 2)]
     assert "9 tokens" in p.fail[0][1] and "8" in p.fail[0][1]
+
+
+def test_functions_take_turns_and_are_admitted_in_the_order_of_arrival() -> None:
+    limits = Limits(max_tokens=8, max_seqs=8, max_rows=8, page_tokens=4, total_pages=100)
+    chat, text = FakeJob(known=6, computed=5, pages=2), FakeJob(known=40, function="embed")
+    later = FakeJob(known=3)
+    p = plan([chat], [text, later], 50, limits, "embed")
+    assert (p.function, p.work, p.admit) == ("step", [(chat, 1), (later, 3)], [text, later])
+    p = plan([chat, text], [], 50, limits, "step")
+    assert (p.function, p.work) == ("embed", [(text, 8)])
+    assert plan([chat, text], [], 50, limits, "embed").function == "step"
+
+
+def test_a_turn_that_nobody_can_use_passes_on() -> None:
+    limits = Limits(max_tokens=8, max_seqs=8, max_rows=8, page_tokens=4, total_pages=3)
+    chat, text = FakeJob(known=3, computed=2, pages=1), FakeJob(known=12, computed=8, pages=2, function="embed")
+    p = plan([chat, text], [], 0, limits, "step")
+    assert (p.function, p.work, p.preempt) == ("step", [(chat, 1)], [])

@@ -150,7 +150,7 @@ def toy_manifest(isa: str) -> Manifest:
     return Manifest(
         format=FORMAT,
         id="",
-        model=Model("Toy", "toy", VOCAB, 8, 1, "f32", WIDTH * PAGE, (), None),
+        model=Model("Toy", "toy", VOCAB, 8, 1, "f32", WIDTH * PAGE, (), None, None),
         target=Target("cpu", (isa,), ("calls.json", f"cpu/{isa}.so")),
         limits=Limits(3, 12, 6),
         dims=DIMS,

@@ -72,6 +72,10 @@ def _decode(tp: Any, value: object, where: str) -> object:
         if type(value) is not int or abs(value) > _INT_MAX:
             raise bad(where, f"an integer is expected, not {shown(value)}")
         return value
+    if tp is bool:
+        if not isinstance(value, bool):
+            raise bad(where, f"true or false is expected, not {shown(value)}")
+        return value
     if tp is str:
         if not isinstance(value, str):
             raise bad(where, f"a string is expected, not {shown(value)}")

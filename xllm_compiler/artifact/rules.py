@@ -25,7 +25,7 @@ from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.dims import Dim, parse_dim
 from xllm_compiler.errors import XllmError
 from xllm_compiler.step.abi import SYMBOL_PREFIX
-from xllm_compiler.step.interface import DTYPES, ITEM_BYTES, KV, Function, TensorSpec
+from xllm_compiler.step.interface import DTYPES, EMBED, HIDDEN, ITEM_BYTES, KV, POOLINGS, Function, TensorSpec
 from xllm_compiler.weight_formats import Layout
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
@@ -71,6 +71,7 @@ def validate(manifest: Manifest) -> None:
     _check_dims(manifest)
     _check_states(manifest)
     _check_functions(manifest)
+    _check_pooling(manifest)
     _check_weights(manifest)
     _check_files(manifest)
 
@@ -221,6 +222,21 @@ def _check_functions(manifest: Manifest) -> None:
     for state in manifest.states:
         if state not in used:
             raise bad(f"$.states.{state[:80]}", "no function uses it")
+
+
+def _check_pooling(manifest: Manifest) -> None:
+    """Who makes embeddings says of what, and nobody else does."""
+    pooling, embed = manifest.model.pooling, manifest.functions.get(EMBED)
+    if (pooling is None) != (embed is None):
+        raise bad("$.model.pooling", f"@{EMBED} and how its rows are pooled are there together, or neither is")
+    if pooling is None or embed is None:
+        return
+    _one_of(pooling.kind, POOLINGS, "$.model.pooling.kind")
+    spec = embed.output(HIDDEN)
+    if spec is None or len(spec.shape) != 2 or not spec.dims()[1].is_const:
+        raise bad(f"$.functions.{EMBED}.outputs", f"{HIDDEN} is {spec or 'missing'}, not rows of a fixed width")
+    for size in pooling.dimensions or ():
+        _within(size, 1, spec.dims()[1].value, "$.model.pooling.dimensions")
 
 
 def _check_specs(specs: tuple[TensorSpec, ...], where: str, manifest: Manifest) -> None:

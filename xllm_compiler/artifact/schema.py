@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xllm_compiler.artifact.decode import encode
-from xllm_compiler.step.interface import KV, Function, State, page_tokens
+from xllm_compiler.step.interface import KV, Function, Pooling, State, page_tokens
 
-FORMAT = 5
+FORMAT = 6
 """Rises with every change that an older runtime would misread. There is no reading of other versions: compile again."""
 
 MANIFEST = "manifest.json"
@@ -28,7 +28,8 @@ SYMBOLS = ("N", "B", "S", PAGES)
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The checkpoint's own facts. `dtype` is the one that linear layers compute in."""
+    """The checkpoint's own facts. `dtype` is the one that linear layers compute in. `pooling`: where there is an
+    @embed."""
 
     architecture: str
     name: str
@@ -39,6 +40,7 @@ class Model:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    pooling: Pooling | None
 
 
 @dataclass(frozen=True, slots=True)

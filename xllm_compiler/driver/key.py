@@ -19,6 +19,7 @@ from xllm_compiler.artifact import digest_file
 from xllm_compiler.cache import Factors
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import INDEX, SIDE_FILES, Checkpoint
+from xllm_compiler.frontend.embedding import embedding_files
 from xllm_compiler.frontend.tokenizer import tokenizer_files
 from xllm_compiler.options import CompileOptions, Resolved, resolve
 from xllm_compiler.passes.manager import parse_pipeline
@@ -154,7 +155,11 @@ def recorded(value: T, note: Callable[[str], object]) -> T:
 
 def _read_names(checkpoint: Checkpoint) -> list[str]:
     shards = [INDEX, *(shard.name for shard in checkpoint.shards)]
-    return list(dict.fromkeys([*COPIED, *tokenizer_files(checkpoint.path), *SIDE_FILES, *shards]))
+    return list(
+        dict.fromkeys(
+            [*COPIED, *tokenizer_files(checkpoint.path), *SIDE_FILES, *embedding_files(checkpoint.path), *shards]
+        )
+    )
 
 
 def _checkpoint_factors(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def build_manifest(
             max_model_len=options.max_model_len,
             eos_token_ids=ends,
             bos_token_id=info.bos_token_id,
+            pooling=info.pooling,
         ),
         target=Target(options.target.name, lowered.levels, lowered.files),
         limits=Limits(

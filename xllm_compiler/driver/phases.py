@@ -82,6 +82,7 @@ def trace(request: Request, progress: Progress) -> Traced:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_logits=options.max_num_logits,
+        functions=options.functions,
     )
     for note in traced.notes:
         progress.note(note)

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.attention import IMPLEMENTATION
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.lengths import Lengths, lengths_of
+from xllm_compiler.step.interface import Pooling
 
 TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,6 +45,7 @@ class CheckpointInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    pooling: Pooling | None  # where there is an @embed
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -142,13 +144,17 @@ def _fake_parameters(mode: FakeTensorMode, budget: _Budget) -> Iterator[None]:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_model(config: Any, dtype: str, max_model_len: int, checkpoint: Checkpoint | None = None) -> Any:
-    """The causal LM of `config` in eval mode, ready for tracing. XllmError("unsupported") when transformers cannot,
-    XllmError("checkpoint") when the model is out of all proportion to the tensors of `checkpoint`."""
+def build_model(
+    config: Any, dtype: str, max_model_len: int, checkpoint: Checkpoint | None = None, *, head: bool = True
+) -> Any:
+    """The causal LM of `config` in eval mode, ready for tracing, or without `head` its base model.
+    XllmError("unsupported") when transformers cannot, XllmError("checkpoint") when the model is out of all proportion
+    to the tensors of `checkpoint`."""
+    auto = AutoModelForCausalLM if head else AutoModel
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
         with no_init_weights(), _fake_parameters(mode, _Budget.of(checkpoint)), _bounded_memory():
-            model = AutoModelForCausalLM.from_config(
+            model = auto.from_config(
                 config, dtype=TORCH_DTYPE[dtype], attn_implementation=IMPLEMENTATION, trust_remote_code=False
             )
         model.tie_weights()
@@ -235,7 +241,15 @@ def model_lengths(config: Any) -> Lengths:
 
 
 def model_facts(
-    config: Any, model: Any, generation: dict[str, Any], *, layers: int, vocab: int, dtype: str, max_model_len: int
+    config: Any,
+    model: Any,
+    generation: dict[str, Any],
+    *,
+    layers: int,
+    vocab: int,
+    dtype: str,
+    max_model_len: int,
+    pooling: Pooling | None,
 ) -> CheckpointInfo:
     text = text_config(config)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -255,6 +269,7 @@ def model_facts(
         max_model_len=max_model_len,
         eos_token_ids=tuple(int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab),
         bos_token_id=int(bos) if isinstance(bos, int) and 0 <= bos < vocab else None,
+        pooling=pooling,
     )
 
 

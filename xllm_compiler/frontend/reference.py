@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from xllm_compiler.analysis.interface import interface_of
 from xllm_compiler.errors import XllmError
@@ -101,8 +101,10 @@ def stepped_logits(module: Module, weights: Mapping[str, Array], prompts: Sequen
     return [np.stack([rows[(i, p)] for p in range(len(prompt))]) for i, prompt in enumerate(prompts)]
 
 
-def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: str = "eager") -> Any:
-    """The unmodified transformers model of a checkpoint directory, in eval mode.
+def load_reference(
+    path: str | os.PathLike[str], dtype: str = "f32", attention: str = "eager", *, head: bool = True
+) -> Any:
+    """The unmodified transformers model of a checkpoint directory, in eval mode; without `head` its base model.
 
     transformers gets the config and the tensors of the safetensors files, not the directory: what else lies there
     (code, pickles, adapters) is never opened. Of a quantized checkpoint: the float model with the weights that the
@@ -115,7 +117,7 @@ def load_reference(path: str | os.PathLike[str], dtype: str = "f32", attention: 
         config = load_config(quantized.view)
         with torch.device("meta"):  # only to learn the class
             own = {"trust_remote_code": False, "attn_implementation": attention}  # not what config.json names
-            kind = type(AutoModelForCausalLM.from_config(config, **own))
+            kind = type((AutoModelForCausalLM if head else AutoModel).from_config(config, **own))
         if quantized.weights:
             tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
         else:

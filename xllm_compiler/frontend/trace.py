@@ -1,12 +1,10 @@
-"""From a checkpoint to the step function: build the model, trace it, import the graph, prove that it may be batched.
+"""From a checkpoint to its functions: build the model, trace it, import the graph, prove that it may be batched.
 
-Owns `trace_checkpoint` and the shape of `@step` (see docs/ir.md). It translates; passes improve.
+Owns `trace_checkpoint` and the shapes of `@step` and `@embed` (see docs/ir.md). It translates; passes improve.
 """
 
 from __future__ import annotations
 
-import re
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +13,17 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import fx
-from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from xllm_compiler.dims import sym
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import aten  # noqa: F401  (registers the handlers)
-from xllm_compiler.frontend.attention import AttendCall, decide, recording
+from xllm_compiler.frontend.attention import AttendCall, decide
 from xllm_compiler.frontend.checkpoint import Array, Checkpoint
-from xllm_compiler.frontend.importer import DTYPES, Importer, Item, short_path
+from xllm_compiler.frontend.embedding import pooling_of
+from xllm_compiler.frontend.export import EXPORT_MAX, export_model
+from xllm_compiler.frontend.importer import DTYPES, Importer, Item
 from xllm_compiler.frontend.model import (
     TORCH_DTYPE,
     CheckpointInfo,
@@ -33,7 +31,6 @@ from xllm_compiler.frontend.model import (
     load_config,
     model_facts,
     model_lengths,
-    takes,
     text_config,
 )
 from xllm_compiler.frontend.quantized import Quantized, StoredWeight
@@ -44,52 +41,23 @@ from xllm_compiler.ir import ops
 from xllm_compiler.ir.core import Builder, Func, Module, Value
 from xllm_compiler.ir.types import Kv, Tensor
 from xllm_compiler.step.inputs import step_inputs
-from xllm_compiler.step.interface import LOGITS, STEP
+from xllm_compiler.step.interface import EMBED, HIDDEN, LOGITS, STEP, Pooling
 
 PAGE_TOKENS = 16  # in a KV page, what is handed out to a request at once: any multiple of a target's tile
 MAX_PAGES = 1 << 24
-# The range that export may assume: so wide that a model which branches on the number of tokens is found out.
-_EXPORT_MAX = 1 << 24
 _MAX_MODEL_LEN = 1 << 24
+_OUTPUTS = {STEP: LOGITS, EMBED: HIDDEN}
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced model: `module` is in stage graph with the function @step; `weights` has a tensor for every param op."""
+    """A traced model: `module` is in stage graph with the functions that were asked for; `weights` has a tensor for
+    every param op."""
 
     module: Module
     info: CheckpointInfo
     weights: WeightSource
     notes: tuple[str, ...] = ()  # what the user should know
-
-
-class _Sizes:
-    """What a trace found out about sizes, for error messages. No attribute of a module: export would put those back."""
-
-    env: ShapeEnv | None = None
-
-
-class _Step(torch.nn.Module):
-    """The model over one flat run of tokens: ids [N], pos [N], sel [S] to f32 logits [S, vocab]."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.keeps = takes(model, "logits_to_keep")
-        self.positioned = takes(model, "position_ids")
-        self.sizes = _Sizes()
-
-    def forward(self, ids: torch.Tensor, pos: torch.Tensor, sel: torch.Tensor) -> torch.Tensor:
-        tokens = ids.shape[0]
-        if isinstance(tokens, torch.SymInt):
-            self.sizes.env = tokens.node.shape_env
-        arguments: dict[str, Any] = {"input_ids": ids[None], "use_cache": False, "return_dict": True}
-        if self.positioned:
-            arguments["position_ids"] = pos[None]
-        if self.keeps:
-            arguments["logits_to_keep"] = sel
-        logits = self.model(**arguments).logits[0].float()
-        return logits if self.keeps else logits[sel]  # type: ignore[no-any-return]
 
 
 def trace_checkpoint(
@@ -100,10 +68,12 @@ def trace_checkpoint(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_num_logits: int,
+    functions: tuple[str, ...] = (STEP,),
     check_finite: bool = True,
 ) -> Traced:
     """Traces an opened checkpoint, or a transformers config (whose weights then have no values).
 
+    `functions`: which of @step and @embed; both come from one trace. Without @step the model needs no head.
     `dtype` is "f32" or "bf16". `max_model_len` is in tokens; None takes what the model was made for. Raises XllmError
     with kind "checkpoint" (the directory), "unsupported" (the model) or "option" (a limit).
     """
@@ -127,39 +97,44 @@ def trace_checkpoint(
         ("max_num_batched_tokens", max_num_batched_tokens),
         ("max_num_logits", max_num_logits),
     ):
-        if not 1 <= limit <= _EXPORT_MAX:
-            raise XllmError("option", f"{name}={limit} must be in 1..{_EXPORT_MAX}")
-    model = build_model(config, dtype, length, checkpoint)
+        if not 1 <= limit <= EXPORT_MAX:
+            raise XllmError("option", f"{name}={limit} must be in 1..{EXPORT_MAX}")
+    outputs = tuple(_OUTPUTS[name] for name in functions)
+    model = build_model(config, dtype, length, checkpoint, head=STEP in functions)
     names: dict[str, str] = {}
-    notes: list[str] = []
+    pooling, notes = _pooling(checkpoint) if EMBED in functions else (None, [])
     if checkpoint is not None and quantized is not None:
         names, leftovers = checkpoint_names(model, checkpoint)
         notes += untie(model, names, checkpoint, quantized.weights)
         notes += judge_leftovers(model, leftovers, checkpoint)
         notes += check_weights(model, names, checkpoint)
         _check_quantized(model, names, quantized)
-    program, calls = _export(model)
+    program, calls = export_model(model, outputs)
     for call in calls:
         decide(call)
     module = Module("graph")
     _declare(module, max_num_seqs, max_num_batched_tokens, max_num_logits)
     stored = quantized.weights if quantized is not None else {}
-    step = _StepImport(module, program, model, names, checkpoint, stored, dtype, length)
-    logits = step.run(calls)
-    _number_by_position(module.func(STEP))
-    _drop_dead(module.func(STEP))
-    check_rows(module.func(STEP))
+    slots: dict[str, Slot] = {}
+    for place, name in enumerate(functions):
+        imported = _StepImport(module, name, program, model, names, checkpoint, stored, dtype, length)
+        imported.run(calls, place)
+        func = module.func(name)
+        _number_by_position(func)
+        _drop_dead(func)
+        check_rows(func)
+        used = {op.name_ for op in func.ops if isinstance(op, ops.Param)}
+        slots |= {n: s for n, s in imported.slots.items() if n in used}
     info = model_facts(
         config,
         model,
         checkpoint.generation if checkpoint else {},
         layers=len(calls),
-        vocab=logits.shape[1].value,
+        vocab=_vocabulary(module, model),
         dtype=dtype,
         max_model_len=length,
+        pooling=pooling,
     )
-    used = {op.name_ for op in module.func(STEP).ops if isinstance(op, ops.Param)}
-    slots = {n: s for n, s in step.slots.items() if n in used}
     if checkpoint is not None:
         for slot in slots.values():
             if slot.key and slot.read is None:
@@ -167,6 +142,18 @@ def trace_checkpoint(
     if quantized is not None:
         notes += [*quantized.notes, *quantized.dequantized()]
     return Traced(module, info, WeightSource(slots, checkpoint, check_finite), tuple(notes))
+
+
+def _pooling(checkpoint: Checkpoint | None) -> tuple[Pooling, list[str]]:
+    """How @embed's rows are pooled; a config alone says nothing of it."""
+    return (Pooling("last", True, None), []) if checkpoint is None else pooling_of(checkpoint)
+
+
+def _vocabulary(module: Module, model: Any) -> int:
+    """Items that may be drawn; of a model without a head those that may be read."""
+    if STEP in module.funcs:
+        return module.func(STEP).returns[0].shape[1].value
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _check_quantized(model: torch.nn.Module, names: Mapping[str, str], quantized: Quantized) -> None:
@@ -205,80 +192,13 @@ def _declare(module: Module, seqs: int, tokens: int, logits: int) -> None:
     scope.assume(sym("N") - sym("B"), why="every request of a step has at least one token")
 
 
-def _export(model: Any) -> tuple[ExportedProgram, list[AttendCall]]:
-    """Runs torch.export. Whatever goes wrong in the model's own code is an XllmError naming its line."""
-    tokens = ExportDim("N", min=2, max=_EXPORT_MAX)
-    sampled = ExportDim("S", min=2, max=_EXPORT_MAX)
-    inputs = (
-        torch.zeros(11, dtype=torch.int32),
-        torch.arange(11, dtype=torch.int32),
-        torch.arange(3, dtype=torch.int32),
-    )
-    step = _Step(model)
-    with recording() as calls, torch.no_grad():
-        try:
-            program = torch.export.export(
-                step, inputs, dynamic_shapes=({0: tokens}, {0: tokens}, {0: sampled}), strict=False
-            )
-        except XllmError:
-            raise
-        except Exception as e:
-            raise _model_error(e, _guarded_line(step)) from e
-    if not calls:
-        raise XllmError(
-            "unsupported",
-            f"{type(model).__name__} calls no attention that can be replaced",
-            help="it has an attention of its own, or none",
-        )
-    return program, calls
-
-
-_MODEL_FRAME = re.compile(r'transformers/models/(\S+?)", line (\d+)')
-
-
-def _guarded_line(step: _Step) -> str:
-    """The model's line that made the trace depend on the number of tokens, "" where there is none."""
-    for guard in [] if step.sizes.env is None else step.sizes.env.guards:
-        found = re.search(r"(transformers/models/\S+\.py:\d+)", str(guard.sloc))
-        if found:
-            return found.group(1)
-    return ""
-
-
-def _model_error(e: Exception, guarded: str) -> XllmError:
-    """An exception from inside a trace, at the innermost line of the model."""
-    where = ""
-    seen: BaseException | None = e
-    while seen is not None and not where:
-        for frame in reversed(traceback.extract_tb(seen.__traceback__)):
-            if "/transformers/models/" in frame.filename:
-                where = f"{short_path(frame.filename)}:{frame.lineno}"
-                break
-        seen = seen.__cause__ or seen.__context__
-    text = " ".join(str(e).split())
-    found = _MODEL_FRAME.findall(text) if not where else []
-    if found:
-        where = f"transformers/models/{found[-1][0]}:{found[-1][1]}"
-    if "Mask'" in text:
-        message = "the model computes with its attention mask, outside of the attention function"
-    elif "Constraints violated" in text or "ConstraintViolation" in text:
-        rule = re.search(r"generated guard (.+?)\.?(?: - Not| Suggested| The error|$)", text)
-        condition = f", which has to satisfy {rule.group(1)}" if rule else ""
-        message = "the model decides by the number of tokens" + condition.replace("L['ids'].size()[0]", "N")
-        where = where or guarded
-    elif "data-dependent" in text or "DataDependent" in type(e).__name__:
-        message = "the model decides by the values of its tensors"
-    else:
-        message = f"the model cannot be traced ({type(e).__name__}: {text[:240]})"
-    return XllmError("unsupported", message, where=where)
-
-
 class _StepImport:
-    """Builds @step from an exported program."""
+    """Builds one function from an exported program: @step, or another with the same inputs and states."""
 
     def __init__(
         self,
         module: Module,
+        function: str,
         program: ExportedProgram,
         model: torch.nn.Module,
         names: Mapping[str, str],
@@ -294,7 +214,7 @@ class _StepImport:
         self.dtype = dtype
         self.slots: dict[str, Slot] = {}
         self.tied = tied_names(model)
-        self.func = module.add_func(STEP)
+        self.func = module.add_func(function)
         self.inputs = {
             spec.name: self.func.add_arg(spec.name, Tensor(spec.dtype, spec.dims()), spec.range)
             for spec in step_inputs(max_model_len, PAGE_TOKENS)
@@ -314,8 +234,8 @@ class _StepImport:
                 out[size.node.expr.name] = "N" if node.name == "ids" else "S"
         return out
 
-    def run(self, calls: list[AttendCall]) -> Value:
-        """Imports the graph; returns the logits."""
+    def run(self, calls: list[AttendCall], place: int) -> None:
+        """Imports the graph; the function returns output number `place` of the program, and the caches."""
         self.calls = calls
         signature = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         for node in self.program.graph.nodes:
@@ -329,12 +249,12 @@ class _StepImport:
         for node in self.program.graph.nodes:
             if node.op == "get_attr":
                 raise XllmError("unsupported", f"the model calls a subgraph ({node.target})")
-        (logits,) = self.importer.run(self.program.graph, self._attend)
-        if not isinstance(logits, Value) or logits.dtype != "f32" or logits.tensor.rank != 2:
-            raise XllmError("unsupported", f"the model does not end in logits but in {logits}")
-        results = [logits, *[last for _, last in self.caches]]
-        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)}, {0: LOGITS})
-        return logits
+        result = self.importer.run(self.program.graph, self._attend)[place]
+        output = _OUTPUTS[self.func.name]
+        if not isinstance(result, Value) or result.dtype != "f32" or result.tensor.rank != 2:
+            raise XllmError("unsupported", f"the model does not end in {output} but in {result}")
+        results = [result, *[last for _, last in self.caches]]
+        self.func.set_returns(results, {i + 1: first for i, (first, _) in enumerate(self.caches)}, {0: output})
 
     def _tensor(self, node: fx.Node, kind: InputKind, target: str) -> Value:
         """A parameter, buffer or constant of the model as a param op; scalars become constants."""

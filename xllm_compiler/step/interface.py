@@ -17,6 +17,12 @@ from xllm_compiler.dims import Dim, as_dim, parse_dim
 STEP: Final = "step"
 """The function that a chat server runs: tokens in, logits out (docs/ir.md, "The step function")."""
 
+EMBED: Final = "embed"
+"""The function that makes embeddings: the inputs of @step, its states, and hidden states out."""
+
+HIDDEN: Final = "hidden"
+"""The output of @embed, f32[S, width]: the model's last hidden states, behind the final norm, of the rows in `sel`."""
+
 LOGITS: Final = "logits"
 BLOCK_MAX: Final = "block_max"
 BLOCK: Final = 64
@@ -123,6 +129,22 @@ class Function:
     def output_bytes(self, sizes: Mapping[str, int]) -> int:
         """Of all outputs."""
         return sum(spec.nbytes().evaluate(sizes) for spec in self.outputs)
+
+
+POOLINGS: Final = ("last", "mean", "cls")
+"""Which hidden states an embedding is made of: the last token's, the mean of all, or the first token's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How a text's hidden states become its embedding. `kind`: one of POOLINGS. `normalize`: to length 1.
+
+    `dimensions`: the sizes to which an embedding may be cut, as the checkpoint was trained for (Matryoshka): none of
+    them means any size. None: it may not be cut."""
+
+    kind: str
+    normalize: bool
+    dimensions: tuple[int, ...] | None
 
 
 def page_tokens(states: Iterable[State]) -> int | None:

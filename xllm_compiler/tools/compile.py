@@ -82,6 +82,13 @@ def add_compile_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests in a step; default 64")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most tokens in a step; default 2048")
     parser.add_argument(
+        "--functions",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        metavar="NAMES",
+        help="what the artifact does: step (chat and completions), embed (embeddings), or step,embed over one set of "
+        "weights; default: step, for an embedding model embed, with step where it has a head",
+    )
+    parser.add_argument(
         "--quantize",
         metavar="FORM",
         help="int8: weights of 8 bits, a scale per row, by activations of 8 bits (w8a8). int4: weights of 4 bits, a "
@@ -141,6 +148,7 @@ def options_of(args: argparse.Namespace) -> CompileOptions:
         quantize=args.quantize,
         max_kl=args.max_kl,
         name=args.name,
+        functions=args.functions,
     )
 
 

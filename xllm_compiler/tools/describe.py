@@ -7,10 +7,19 @@ from collections.abc import Iterable
 
 from xllm_compiler.artifact import Manifest, Weight
 from xllm_compiler.artifact.schema import PAGES
-from xllm_compiler.step.interface import Function, TensorSpec
+from xllm_compiler.step.interface import Function, Pooling, TensorSpec
 from xllm_compiler.tools.console import size, table
 
 GIB = 1 << 30
+
+
+def pooling_text(pooling: Pooling) -> str:
+    """How embeddings are made, in words."""
+    of = {"last": "the last token", "mean": "the mean of all tokens", "cls": "the first token"}[pooling.kind]
+    cut = ""
+    if pooling.dimensions is not None:
+        cut = f", may be cut to {', '.join(map(str, pooling.dimensions)) or 'any size'}"
+    return f"{of}, {'normalized' if pooling.normalize else 'as it is'}{cut}"
 
 
 def memory_text(manifest: Manifest) -> str:

@@ -10,7 +10,14 @@ from pathlib import Path
 from xllm_compiler.artifact import read_manifest
 from xllm_compiler.quant_eval.report import report_text
 from xllm_compiler.tools.console import table
-from xllm_compiler.tools.describe import files_text, functions_text, memory_text, states_text, weights_text
+from xllm_compiler.tools.describe import (
+    files_text,
+    functions_text,
+    memory_text,
+    pooling_text,
+    states_text,
+    weights_text,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -32,6 +39,7 @@ def main(args: argparse.Namespace) -> int:
         ("model", f"{model.name}, {model.architecture}, {model.layers} layers, hidden {model.hidden_size}"),
         ("", f"{model.vocab_size} vocabulary items, {model.dtype}, up to {model.max_model_len} tokens"),
         ("tokens", f"eos {', '.join(map(str, model.eos_token_ids)) or 'none'}; bos {model.bos_token_id}"),
+        *([] if model.pooling is None else [("embeddings", pooling_text(model.pooling))]),
         ("target", f"{manifest.target.kind}: {', '.join(manifest.target.levels)}"),
         (
             "limits",

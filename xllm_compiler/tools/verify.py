@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from xllm_compiler.artifact import MODULE, Contents, Manifest, check_files, read_manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.runtime.targets import choose_level, runtime_target
-from xllm_compiler.step.interface import LOGITS, STEP
+from xllm_compiler.step.interface import EMBED, HIDDEN, LOGITS, STEP
 from xllm_compiler.tools.console import size
 from xllm_compiler.tools.steps import Trial, make_trial
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 Rows = dict[str, list[F32]]
 """Outputs by name: what each step of a trial gave."""
+
+_OUTPUTS = {STEP: LOGITS, EMBED: HIDDEN}
+"""Functions that a checkpoint's own model has too, and what it calls what they return."""
 
 TOLERANCE = {"f32": 1e-4, "bf16": 4e-2}
 """Largest difference of a logit, as a share of the largest reference logit (of 1 when all are smaller). In bf16 both
@@ -119,7 +122,8 @@ def run_native(path: Path, level: str, trial: Trial, threads: int) -> Rows:
 
 
 def references(path: Path, manifest: Manifest, checkpoint: Path | None, trial: Trial) -> Iterator[tuple[str, Rows]]:
-    """What the trial's function is compared with: (name, outputs of every step). Only of @step the checkpoint tells."""
+    """What the trial's function is compared with: (name, outputs of every step). The checkpoint tells of
+    @step and @embed."""
     from xllm_compiler.ir.parser import parse_module
     from xllm_compiler.tools.unpack import bind_weights
 
@@ -130,7 +134,7 @@ def references(path: Path, manifest: Manifest, checkpoint: Path | None, trial: T
     module = parse_module(text, MODULE)
     params = bind_weights(module, path, manifest)
     yield f"interpreter on {MODULE}", run_interpreter(module, params, trial)
-    if checkpoint is None or trial.function != STEP:
+    if checkpoint is None or trial.function not in _OUTPUTS:
         return
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         print("torch or transformers is not installed: nothing to compare the checkpoint with")
@@ -147,11 +151,12 @@ def references(path: Path, manifest: Manifest, checkpoint: Path | None, trial: T
         max_num_seqs=manifest.limits.max_num_seqs,
         max_num_batched_tokens=manifest.limits.max_num_batched_tokens,
         max_num_logits=manifest.limits.max_num_logits,
+        functions=(trial.function,),
     )
     for note in (*opened.notes, *side_notes(opened), *traced.notes):
         print(f"note: {note}", flush=True)
     yield "interpreter on the traced model", run_interpreter(traced.module, traced.weights, trial)
-    yield "transformers", {LOGITS: run_transformers(checkpoint, manifest.model.dtype, trial)}
+    yield "transformers", {_OUTPUTS[trial.function]: run_transformers(checkpoint, manifest.model.dtype, trial)}
 
 
 def run_interpreter(module: Module, params: Mapping[str, NDArray[Any]], trial: Trial) -> Rows:
@@ -180,18 +185,19 @@ def _floats(array: NDArray[Any]) -> F32:
 
 
 def run_transformers(checkpoint: Path, dtype: str, trial: Trial) -> list[F32]:
-    """The same rows of logits from the unmodified model, with dequantized weights if the checkpoint is quantized, each
-    request alone and without a cache."""
+    """The same rows of logits or hidden states from the unmodified model, with dequantized weights if the checkpoint is
+    quantized, each request alone and without a cache."""
     import torch
     from transformers.utils import logging
 
     from xllm_compiler.frontend.reference import load_reference
 
     logging.disable_progress_bar()
-    model = load_reference(checkpoint, dtype, attention="sdpa")
+    head = trial.function == STEP
+    model = load_reference(checkpoint, dtype, attention="sdpa", head=head)
+    whole = []
     with torch.no_grad():
-        whole = [
-            model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0].float().numpy()
-            for tokens in trial.tokens
-        ]
+        for tokens in trial.tokens:
+            result = model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False)
+            whole.append((result.logits if head else result.last_hidden_state)[0].float().numpy())
     return [np.stack([whole[request][position] for request, position in step.rows]) for step in trial.steps]
