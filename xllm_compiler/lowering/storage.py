@@ -53,7 +53,7 @@ class Storage:
         self.outputs: dict[Value, Ref] = {}
         """The returned tensors. Nothing else is ever put in their places."""
         self._refs: dict[Value, Ref] = {}
-        self._kernels_by_turns = 0
+        self._stealing_kernels = 0
         self._place_arguments()
         self._place_outputs()
         self._written_as = self._views_of_outputs()
@@ -80,10 +80,10 @@ class Storage:
         """Of kernels whose members meet in the middle; it needs no order, since all members call all kernels."""
         return Ref("barrier", 0, as_dim(0), as_dim(_LINE))
 
-    def turns(self) -> Ref:
+    def work_queues(self) -> Ref:
         """The words of a kernel whose members take turns, one in each member's line behind the barrier. There are few,
         used by turns too: a kernel writes its word, so that a barrier stands before the next that has the same."""
-        word, self._kernels_by_turns = self._kernels_by_turns % _WORDS, self._kernels_by_turns + 1
+        word, self._stealing_kernels = self._stealing_kernels % _WORDS, self._stealing_kernels + 1
         return Ref("barrier", 1 + word, as_dim(_LINE + 8 * word), as_dim(8))
 
     def has_place(self, value: Value) -> bool:

@@ -1,4 +1,4 @@
-"""Attention's work on one KV block with an instruction that multiplies matrices (Intel AMX): `MatrixTiles`.
+"""Attention's work on one KV block with an instruction that multiplies matrices (Intel AMX): `AmxTiles`.
 
 Owns what differs from register_tiles.py, whose scratch and addresses it uses. Rows are worked on in tiles
 of 16. A page of K is, 32 elements at a time, what the instruction takes for its second operand; its first is 16 rows of
@@ -40,7 +40,7 @@ _SUMS = 4  # tile registers 0 to 3
 _A, _B, _TAIL_A, _TAIL_B = 4, 6, 5, 7
 
 
-class MatrixTiles(Tiles):
+class AmxTiles(Tiles):
     """`Tiles` for bf16 on an instruction set with tile registers."""
 
     def allocate(self) -> None:
@@ -141,7 +141,7 @@ class MatrixTiles(Tiles):
             with T.If(first), T.Then():
                 for page in range(_PAGES):
                     for line in range(each):
-                        self.prefetch(self.values[page] + (step * each + line) * _LINE)
+                        self.prefetch_line(self.values[page] + (step * each + line) * _LINE)
             load_tile(a, address(self.queries, (tile * self.all_steps + step) * _TILE), TILE_BYTES)
             for i, page in enumerate(pages):
                 load_tile(b, address(self.env["kv"], page + step * (TILE_ROWS * self.layout.k_row_bytes)), TILE_BYTES)
@@ -164,7 +164,7 @@ class MatrixTiles(Tiles):
                 load_tile(i, address(self.state.totals, self.state.total(row, vector)), stride)
             for half in range(2):
                 with T.If(tile == 0), T.Then():
-                    self._ask_values(start // _SUMS * 2 + half)
+                    self._prefetch_next_values(start // _SUMS * 2 + half)
                 load_tile(_A, address(self.weights, tile * (TILE_ROWS * BLOCK) + half * _ELEMENTS), BLOCK * 2)
                 for i, vector in enumerate(vectors):
                     load_tile(_B, address(self.copied, (half * self.value_vectors + vector) * _TILE), TILE_BYTES)
@@ -172,13 +172,13 @@ class MatrixTiles(Tiles):
             for i, vector in enumerate(vectors):
                 store_tile(i, address(to, at + vector * LANES), stride)
 
-    def _ask_values(self, part: int) -> None:
+    def _prefetch_next_values(self, part: int) -> None:
         """Asks for a part of the next block's values; there are two for every _SUMS vectors."""
         lines = -(-TILE_TOKENS * self.layout.v_dim * 2 // _LINE)
         each = -(-lines // (2 * -(-self.value_vectors // _SUMS)))
         for page in range(_PAGES):
             for line in range(part * each, min((part + 1) * each, lines)):
-                self.prefetch(self.pages.values(self.next_keys[page]) + line * _LINE)
+                self.prefetch_line(self.pages.values(self.next_keys[page]) + line * _LINE)
 
     def _each_pair(self, body: Callable[[Expr, Expr, Expr], None]) -> None:
         """Emits body(pair, where the values of the pair of tokens lie, where their copy does) for all of the block;
@@ -188,7 +188,7 @@ class MatrixTiles(Tiles):
         with T.serial(0, pairs) as pair:
             for page in range(_PAGES):
                 for line in range(lines):
-                    self.prefetch(self.next_keys[page] + (pair * lines + line) * _LINE)
+                    self.prefetch_line(self.next_keys[page] + (pair * lines + line) * _LINE)
             tile = T.shift_right(pair, T.int32(4)) * (self.value_vectors * _TILE)
             to = T.bind(tile + T.bitwise_and(pair, T.int32(TILE_ROWS - 1)) * LANES)
             body(pair, self.value_row(pair), to)

@@ -23,8 +23,8 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attention.amx import MatrixTiles
-from xllm_compiler.kernels.tir.attention.int8 import ByteTiles
+from xllm_compiler.kernels.tir.attention.amx import AmxTiles
+from xllm_compiler.kernels.tir.attention.int8 import Int8Tiles
 from xllm_compiler.kernels.tir.attention.kv_address import TABLE_SIZES, KvLayout
 from xllm_compiler.kernels.tir.attention.register_tiles import Tiles
 from xllm_compiler.kernels.tir.attention.state import BLOCK, CHUNK, QUERY_ROWS, Item
@@ -42,7 +42,7 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 )
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.codegen.vmath import exp_of_negative
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORK_QUEUES, steal_work
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 
 Expr = Any
@@ -94,7 +94,7 @@ class Attend(Kernel):
         out = Arg("out", dtype, f"rows, {heads}, {self.kv.v_dim}", written=True)
         parts = (Arg("parts", "f32", "room", written=True), Arg("barrier", "u8", "64")) if self.divide else ()
         sizes = (scalar("rows"), scalar("requests"), *TABLE_SIZES, *((scalar("room"),) if self.divide else ()))
-        return (*pointers, *sinks, out, *parts, TURNS, *sizes, *MEMBER_ARGS)
+        return (*pointers, *sinks, out, *parts, WORK_QUEUES, *sizes, *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         return build_function(self, isa, lambda **env: _Body(self, isa, env).emit())
@@ -107,11 +107,11 @@ class _Body:
         self.kernel = kernel
         self.env = env
         if kernel.kv.quantized:
-            self.tiles: Tiles = ByteTiles(kernel, isa, env)
+            self.tiles: Tiles = Int8Tiles(kernel, isa, env)
         elif kernel.kv.dtype == "bf16" and not isa.has_bf16_dot:
             self.tiles = WideTiles(kernel, isa, env)
-        elif kernel.kv.dtype == "bf16" and isa.has_tiles:
-            self.tiles = MatrixTiles(kernel, isa, env)
+        elif kernel.kv.dtype == "bf16" and isa.has_amx:
+            self.tiles = AmxTiles(kernel, isa, env)
         else:
             self.tiles = Tiles(kernel, isa, env)
         self.vectors = self.tiles.value_vectors
@@ -148,7 +148,7 @@ class _Body:
             self.piece = T.bind(T.Cast("int64", number))
             self._each_item(self._work)
 
-        by_turns(T.Cast("int32", self.pieces), self.env["turns"], self.env["member"], self.env["team"], piece)
+        steal_work(T.Cast("int32", self.pieces), self.env["turns"], self.env["member"], self.env["team"], piece)
         self.tiles.release()
         if self.kernel.divide:
             with T.If(largest[0] * self.team * _NOTABLE > self.total), T.Then():

@@ -1,4 +1,4 @@
-"""Attention's work on one KV block of an 8-bit cache, in integers: `ByteTiles`. What else there is to it
+"""Attention's work on one KV block of an 8-bit cache, in integers: `Int8Tiles`. What else there is to it
 is in register_tiles.py.
 
 Keys and values are multiplied as they are stored, four at a time, by the instruction for 8-bit integers, and what they
@@ -48,7 +48,7 @@ _TOP = 255.0
 _LEAST = 1e-30  # of weights; what is below it everywhere counts for nothing, and 255 / it is finite
 
 
-class ByteTiles(Tiles):
+class Int8Tiles(Tiles):
     """`Tiles` for a quantized cache, whatever it is made of."""
 
     def allocate(self) -> None:
@@ -87,7 +87,7 @@ class ByteTiles(Tiles):
 
             each_vector(dim, part)
 
-    def open_keys(self, pages: list[Expr]) -> None:
+    def prepare_keys(self, pages: list[Expr]) -> None:
         for i, page in enumerate(pages):
             T.buffer_store(self.key_scales, self.pages.key_scales(page), [i])
             T.buffer_store(self.value_scales, self.pages.value_scales(page), [i])
@@ -115,7 +115,7 @@ class ByteTiles(Tiles):
                 first = T.bind(place * (self.layout.k_steps * _QUAD))
                 starts = [first + i * (self.layout.k_steps * _QUAD) for i in range(count)]
                 part = Part(group // width, BLOCK_PAGES // width)
-                self._multiply_bytes(self.queries, starts, self.key_steps, keys, self.ask_keys, part, sums)
+                self._multiply_bytes(self.queries, starts, self.key_steps, keys, self.prefetch_keys, part, sums)
                 for i in range(count):
                     for j in range(width):
                         where = address(self.sums, i * BLOCK + (group + j) * LANES)
@@ -170,7 +170,7 @@ class ByteTiles(Tiles):
 
         first = T.bind(place * BLOCK)
         starts = [first + i * BLOCK for i in range(count)]
-        self._multiply_bytes(self.rounded_weights, starts, self.value_steps, values, self.ask_values, part, sums)
+        self._multiply_bytes(self.rounded_weights, starts, self.value_steps, values, self.prefetch_values, part, sums)
         for i in range(count):
             scale = T.bind(splat(self.p_scales[place + i]))
             lo, hi = self.seen_here(place + i)
@@ -190,14 +190,14 @@ class ByteTiles(Tiles):
         starts: list[Expr],
         steps: int,
         vectors: Callable[[Expr], list[Expr]],
-        ask: Callable[[Expr, int, Part], None],
+        prefetch: Callable[[Expr, int, Part], None],
         part: Part,
         sums: Vectors,
     ) -> None:
         """sums += left . vectors; row i's bytes begin at starts[i]."""
         with T.serial(0, steps) as step:
             right = vectors(step)
-            ask(step, steps, part)
+            prefetch(step, steps, part)
             for i, start in enumerate(starts):
                 four = T.call_extern("int32", "xllm_load_pair", address(left, start + step * _QUAD))
                 operand = T.bind(T.broadcast(four, LANES))

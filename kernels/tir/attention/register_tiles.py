@@ -128,9 +128,9 @@ class Tiles(Softmax):
         """Takes one KV block into the state at `shift` of all rows of a query block that see any of it."""
         self.turn_to(item, head, block, shift)
         pages = self.find_pages(block)
-        self.open_keys(pages)
+        self.prepare_keys(pages)
         self._each_tile(lambda place, here: self.weigh_tile(place, here, pages))
-        self.open_values()
+        self.prepare_values()
         self._each_tile(self.add_tile)
 
     def turn_to(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
@@ -139,11 +139,11 @@ class Tiles(Softmax):
         # whether a member may begin with this block, whose values nobody has asked for
         self.begins = T.bind(T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0))
 
-    def open_keys(self, pages: list[Expr]) -> None:
+    def prepare_keys(self, pages: list[Expr]) -> None:
         """Emitted before the tiles meet the keys; where they are multiplied as they are stored there is nothing to
         do."""
 
-    def open_values(self) -> None:
+    def prepare_values(self) -> None:
         """The same for values."""
 
     def _each_tile(self, body: Callable[[Expr, Expr], None]) -> None:
@@ -159,30 +159,30 @@ class Tiles(Softmax):
             with T.If(T.And(lowest < self.base + BLOCK, highest > self.base)), T.Then():
                 body(place, here)
 
-    def ask_keys(self, step: Expr, steps: int, part: Part) -> None:
+    def prefetch_keys(self, step: Expr, steps: int, part: Part) -> None:
         """In step `step` of `steps` of a walk over keys: asks for some lines of the next block's, and of this one's
         values where nobody has."""
         values = self.layout.v_steps * self.layout.v_row_bytes
         for page in part.pages:
-            self._ask(self.next_keys[page], self.layout.k_bytes, step, steps)
+            self._prefetch_lines(self.next_keys[page], self.layout.k_bytes, step, steps)
         with T.If(self.begins), T.Then():
             for page in part.pages:
-                self._ask(self.values[page], values, step, steps)
+                self._prefetch_lines(self.values[page], values, step, steps)
 
-    def ask_values(self, step: Expr, steps: int, part: Part) -> None:
+    def prefetch_values(self, step: Expr, steps: int, part: Part) -> None:
         """In step `step` of `steps` of a walk over the block's values: asks for some lines of the next block's, and
         for what lies behind them."""
         for page in part.pages:
             start = self.pages.values(self.next_keys[page])
-            self._ask(start, self.layout.head_bytes - self.layout.k_bytes, step, steps)
+            self._prefetch_lines(start, self.layout.head_bytes - self.layout.k_bytes, step, steps)
 
-    def _ask(self, start: Expr, size: int, step: Expr, steps: int) -> None:
+    def _prefetch_lines(self, start: Expr, size: int, step: Expr, steps: int) -> None:
         each, rest = divmod(-(-size // LINE), steps)
         for line in range(each):
-            self.prefetch(start + (step * each + line) * LINE)
+            self.prefetch_line(start + (step * each + line) * LINE)
         if rest:
             with T.If(step < rest), T.Then():
-                self.prefetch(start + (step + steps * each) * LINE)
+                self.prefetch_line(start + (step + steps * each) * LINE)
 
     def _token(self, request: Expr, row: Expr) -> Expr:
         """The token (row of q) of a row of the request."""
@@ -272,7 +272,7 @@ class Tiles(Softmax):
             totals[i] = splat(0.0)
         with T.serial(0, self.key_steps) as step:
             keys = [self.key(pages, number, step) for number in group]
-            self.ask_keys(step, self.key_steps, part)
+            self.prefetch_keys(step, self.key_steps, part)
             for i, query in enumerate(queries):
                 operand = self.query_element(query, step)
                 for j, key in enumerate(keys):
@@ -299,7 +299,7 @@ class Tiles(Softmax):
         with T.serial(0, self.value_steps) as step:
             at = self.value_row(step)
             values = [self.value(at, vector) for vector in vectors]
-            self.ask_values(step, self.value_steps, part)
+            self.prefetch_values(step, self.value_steps, part)
             for i in range(count):
                 operand = self.element(self.weights, weights + i * BLOCK, step)
                 for j, value in enumerate(values):
@@ -361,7 +361,7 @@ class Tiles(Softmax):
             return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
         return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
 
-    def prefetch(self, offset: Expr) -> None:
+    def prefetch_line(self, offset: Expr) -> None:
         T.evaluate(T.call_extern("int32", "xllm_prefetch", address(self.env["kv"], offset)))
 
     def value_row(self, step: Expr) -> Expr:

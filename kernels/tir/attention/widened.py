@@ -61,21 +61,21 @@ class WideTiles(Tiles):
 
             each_vector(self.layout.k_dim, part)
 
-    def open_keys(self, pages: list[Expr]) -> None:
+    def prepare_keys(self, pages: list[Expr]) -> None:
         steps = self.layout.k_steps
         with T.If(self._is_wide(self.item)), T.Then(), T.serial(0, steps) as step:
-            super().ask_keys(step, steps, _WHOLE)
+            super().prefetch_keys(step, steps, _WHOLE)
             for number, page in enumerate(pages):
                 even, odd = halves(self.words(page + step * self.layout.k_row_bytes))
                 at = T.bind(step * (2 * BLOCK) + number * LANES)
                 store(self.wide_keys, at, even, "f32")
                 store(self.wide_keys, at + BLOCK, odd, "f32")
 
-    def open_values(self) -> None:
+    def prepare_values(self) -> None:
         width = self.value_vectors * LANES
         steps = BLOCK_PAGES * self.layout.v_steps
         with T.If(self._is_wide(self.item)), T.Then(), T.serial(0, steps) as pair:
-            super().ask_values(pair, steps, _WHOLE)
+            super().prefetch_values(pair, steps, _WHOLE)
             row = super().value_row(pair)
             for vector in range(self.value_vectors):
                 even, odd = halves(super().value(row, vector))
@@ -83,10 +83,10 @@ class WideTiles(Tiles):
                 store(self.wide_values, at, even, "f32")
                 store(self.wide_values, at + width, odd, "f32")
 
-    def ask_keys(self, step: Expr, steps: int, part: Part) -> None:
+    def prefetch_keys(self, step: Expr, steps: int, part: Part) -> None:
         """Every tile would ask for the same; widening has."""
 
-    def ask_values(self, step: Expr, steps: int, part: Part) -> None:
+    def prefetch_values(self, step: Expr, steps: int, part: Part) -> None:
         """The same for values."""
 
     def score_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:

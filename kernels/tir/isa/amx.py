@@ -17,7 +17,7 @@ define linkonce_odr i32 @xllm_store_bytes_less(ptr %p, <16 x i32> %a, <16 x i32>
 """
 
 
-def tile_intrinsics() -> str:
+def amx_intrinsics() -> str:
     """The LLVM text to import into a kernel."""
     lines = [
         "declare void @llvm.x86.ldtilecfg(ptr)",

@@ -24,7 +24,7 @@ class Isa:
     vector_registers: int
     has_bf16_dot: bool
     has_int8_dot: bool
-    has_tiles: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
+    has_amx: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
     without_int8_dot: str = ""  # the level to which this one adds the 8-bit dot product and nothing else
     streamed_rows: int = 0  # so little work that the processor reads weights ahead by itself, and quicker when unasked
     slice_bytes: int = 0  # of 8-bit weights that rows meet in the first-level cache; 0: the second is quick enough
@@ -58,7 +58,7 @@ ISAS: dict[str, Isa] = {
         Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False, streamed_rows=2),
         Isa("avx512_vnni", "x86_64", "x86-64-v4", _VNNI, 16, 32, False, True, False, "avx512", 2, 1 << 14),
         Isa("avx512_bf16", "x86_64", "x86-64-v4", _DOTS, 16, 32, True, True),
-        Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_tiles=True),
+        Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_amx=True),
         Isa("neon", "aarch64", "generic", _ARM, 4, 32, False, True),
         Isa("neon_bf16", "aarch64", "generic", (*_ARM, "+bf16", "+i8mm"), 4, 32, True, True),
     )

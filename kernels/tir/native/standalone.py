@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORDS, WORK_QUEUES
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.linear.linear import NEXT, NEXT_BYTES, NEXT_PANELS
 from xllm_compiler.kernels.tir.native.module import NativeModule
@@ -79,13 +79,13 @@ def call_with(module: NativeModule, kernel: Kernel, args: Any, member: Any, team
     module.call(kernel, values, member, team)
 
 
-def completed(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) -> list[Any]:
+def completed(kernel: Kernel, values: Sequence[Any], queues: npt.NDArray[Any]) -> list[Any]:
     """All arguments but member and team: `values`, between them `turns` if members take turns, and that no layer
     follows a linear one. `TypeError` where their number is not the kernel's."""
     given = list(values)
     for index, arg in enumerate(kernel.args):
-        if arg in (TURNS, NEXT):
-            given.insert(index, turns)
+        if arg in (WORK_QUEUES, NEXT):
+            given.insert(index, queues)
         elif arg in (NEXT_PANELS, NEXT_BYTES):
             given.insert(index, 0)
     if len(given) != len(kernel.args) - 2:
@@ -110,12 +110,12 @@ class Standalone:
             self.code = ctypes.CDLL(str(path))
             self.object = path.read_bytes()
         self._barrier = aligned((BARRIER_BYTES,), np.uint8)
-        self._turns = aligned((_MOST_MEMBERS, WORDS), np.int64)
+        self._queues = aligned((_MOST_MEMBERS, WORDS), np.int64)
 
     def pack(self, *values: Any) -> Any:
         """The native argument array; it borrows the arrays' memory."""
         packed = (ctypes.c_int64 * (len(self._args) + 1))()
-        given = completed(self.kernel, values, self._turns)
+        given = completed(self.kernel, values, self._queues)
         for index, (value, arg) in enumerate(zip(given, self._args, strict=True)):
             if arg.pointer and not value.flags.c_contiguous:
                 raise TypeError(f"{arg.name} is not contiguous")

@@ -26,13 +26,13 @@ from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
 from xllm_compiler.lowering.barriers import barriers
-from xllm_compiler.lowering.cpu.calls import call_table
+from xllm_compiler.lowering.cpu.call_table import call_table
 from xllm_compiler.lowering.cpu.emit import emit_program
 from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
 from xllm_compiler.lowering.cpu.select_kernels import select
-from xllm_compiler.lowering.cpu.tiles import TileChoices
+from xllm_compiler.lowering.cpu.tile_search import TileChoices
 from xllm_compiler.lowering.kernel_registry import Call
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.step.abi import ArgumentBlock, symbol_of
 from xllm_compiler.step.interface import Function, Program, State
 
@@ -81,8 +81,8 @@ def lower_cpu(
         )
     table = WeightTable()
     selections = {name: select(func, table) for name, func in module.funcs.items()}
-    isas = [isa for isa in isas if not _spared(isa, isas, [c for s in selections.values() for c in s.calls])]
-    meets = {name: barriers(selection.calls, selection.storage) for name, selection in selections.items()}
+    isas = [isa for isa in isas if not _is_redundant(isa, isas, [c for s in selections.values() for c in s.calls])]
+    waits = {name: barriers(selection.calls, selection.storage) for name, selection in selections.items()}
     functions = {name: _function(func) for name, func in module.funcs.items()}
     blocks = {name: ArgumentBlock.of(function, module.scope.symbols) for name, function in functions.items()}
     tensors, size = plan_file(table)
@@ -108,14 +108,14 @@ def lower_cpu(
         for name, selection in selections.items():
             (program,) = functions[name].programs
             calls = [replace(call, kernel=chosen[isa].get(call.kernel, call.kernel)) for call in selection.calls]
-            emit_program(native, program.symbol, functions[name], blocks[name], calls, meets[name], offsets)
+            emit_program(native, program.symbol, functions[name], blocks[name], calls, waits[name], offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")
         files.append(f"cpu/{isa}.so")
     return CpuLowering(
         isas=tuple(isas),
         functions=functions,
         states=states_of(module, KV_LAYOUT),
-        calls=call_table({symbol_of(name): (s, meets[name]) for name, s in selections.items()}),
+        calls=call_table({symbol_of(name): (s, waits[name]) for name, s in selections.items()}),
         weights=tuple(tensors),
         weight_bytes=size,
         files=tuple(files),
@@ -128,7 +128,7 @@ def _function(func: Func) -> Function:
     return replace(interface_of(func), programs=(Program(symbol_of(func.name), (), arena),))
 
 
-def _spared(isa: str, isas: Sequence[str], calls: Sequence[Call]) -> bool:
+def _is_redundant(isa: str, isas: Sequence[str], calls: Sequence[Call]) -> bool:
     """Whether all code at a level would be that of another of `isas`, which runs wherever the level does."""
     other = ISAS[isa].without_int8_dot
     return other in isas and not any(call.kernel.int8_dots for call in calls)

@@ -26,10 +26,10 @@ def emit_program(
     function: Function,
     block: ArgumentBlock,
     calls: Sequence[Call],
-    meet: Sequence[bool],
+    waits: Sequence[bool],
     offsets: Mapping[int, int],
 ) -> None:
-    """Adds a program of `function` to a native module. `meet[i]`: a barrier stands before call i. `offsets`: byte
+    """Adds a program of `function` to a native module. `waits[i]`: a barrier stands before call i. `offsets`: byte
     offset of every weight request in the weight file.
 
     Where the word `profile` is not 0 it is an i64[team, calls, 2]: each member's counter at the beginning and end of
@@ -52,7 +52,7 @@ def emit_program(
             return base if ref.space in names else base + dim_expr(ref.offset, sizes)
 
         own = member * T.int32(2 * len(calls))
-        for i, (call, wait) in enumerate(zip(calls, meet, strict=True)):
+        for i, (call, wait) in enumerate(zip(calls, waits, strict=True)):
             if wait:
                 native.barrier(barrier, team)
             given = [pointer(a) if isinstance(a, Ref) else _size(a, sizes) for a in call.args]

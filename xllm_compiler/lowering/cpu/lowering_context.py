@@ -19,7 +19,7 @@ from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.kernel_registry import Call, Registry
 from xllm_compiler.lowering.storage import Ref, Storage, where
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 
 AnyLinear = Linear | LinearGlu | LinearBlockMax
 _WIDENS: Final = frozenset([("bf16", "f32"), ("f16", "f32")])
@@ -63,11 +63,11 @@ class Selection:
 
     def call_linear(self, op: Op, kernel: AnyLinear, places: list[Ref | Dim], rows: Dim) -> None:
         """Adds the call of a linear layer. `places`: of all that its kernel reads and writes but what calls of linear
-        layers have among themselves, whose turn it is and which is next (`name_what_follows`)."""
+        layers have among themselves, whose turn it is and which is next (`set_next_weights`)."""
         own = _weight_of(kernel, places)
-        self.call(op, kernel, [*places, own, self.storage.turns(), rows, as_dim(0), as_dim(0)])
+        self.call(op, kernel, [*places, own, self.storage.work_queues(), rows, as_dim(0), as_dim(0)])
 
-    def name_what_follows(self) -> None:
+    def set_next_weights(self) -> None:
         """Tells every linear layer where the weight of the next one is; the last one's is the first's, in the step
         that follows."""
         linears = [(index, call) for index, call in enumerate(self.calls) if NEXT in call.kernel.args]
@@ -76,18 +76,18 @@ class Selection:
             weight = _weight_of(after.kernel, after.args)
             named = {NEXT: weight, NEXT_PANELS: as_dim(panels), NEXT_BYTES: as_dim(size)}
             args = [named.get(arg, given) for arg, given in zip(call.kernel.args[:-2], call.args, strict=True)]
-            self.calls[index] = _made(call.op, call.kernel, args)
+            self.calls[index] = _make_call(call.op, call.kernel, args)
 
     def call(self, op: Op, kernel: Kernel, args: list[Ref | Dim]) -> None:
         """Adds a kernel call; what it reads and writes follows from the kernel's own declaration."""
-        self.calls.append(_made(op, kernel, args))
+        self.calls.append(_make_call(op, kernel, args))
 
 
 def _weight_of(kernel: AnyLinear, args: Sequence[Ref | Dim]) -> Ref | Dim:
     return args[next(i for i, arg in enumerate(kernel.args) if arg.name == "w")]
 
 
-def _made(op: Op, kernel: Kernel, args: Sequence[Ref | Dim]) -> Call:
+def _make_call(op: Op, kernel: Kernel, args: Sequence[Ref | Dim]) -> Call:
     declared = kernel.args[:-2]
     if len(args) != len(declared) or any(a.pointer != isinstance(x, Ref) for a, x in zip(declared, args, strict=True)):
         raise XllmError("internal", f"{kernel.describe()} called with {len(args)} arguments", where=where(op))

@@ -20,7 +20,7 @@ from xllm_compiler.interp import run_value, run_values
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS
 from xllm_compiler.kernels.layouts import pack
-from xllm_compiler.lowering.weights import WeightRequest, WeightTable
+from xllm_compiler.lowering.weight_requests import WeightRequest, WeightTable
 from xllm_compiler.weight_formats import Layout
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own

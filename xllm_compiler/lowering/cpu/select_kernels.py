@@ -28,7 +28,7 @@ from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.kernel_registry import Key
 from xllm_compiler.lowering.storage import Ref, Storage, where
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.weight_formats import PANEL
 
 _FLOATS: Final = ("f32", "bf16")
@@ -375,7 +375,7 @@ def _kv_attend(s: Selection, op: Op) -> None:
     if kernel.divide:
         places.append(s.storage.barrier)
         room = [op.results[1].tensor.elements]
-    places.append(s.storage.turns())
+    places.append(s.storage.work_queues())
     s.call(op, kernel, [*places, q.shape[0], _operand(op, "table").shape[0], *_table_sizes(s, op), *room])
 
 
@@ -417,5 +417,5 @@ def select(func: Func, weights: WeightTable) -> Selection:
                 lower_tensor_op(s, op)
         else:
             CPU.choose(_key(op), op)(s, op)
-    s.name_what_follows()
+    s.set_next_weights()
     return s

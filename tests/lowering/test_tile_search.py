@@ -20,11 +20,11 @@ from xllm_compiler.kernels.tir.native.objects import KernelObjects
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 from xllm_compiler.kernels.tir.rows.norms import RmsNorm
 from xllm_compiler.lowering.cpu import tiles
-from xllm_compiler.lowering.cpu.tiles import TileChoices, candidates, quickest
+from xllm_compiler.lowering.cpu.tile_search import TileChoices, candidates, quickest
 from xllm_compiler.weight_formats import parse_format
 
 WIDE = ISAS["avx512_bf16"]
-HERE = ISAS[[isa for isa in machine_isas() if not ISAS[isa].has_tiles][-1]]
+HERE = ISAS[[isa for isa in machine_isas() if not ISAS[isa].has_amx][-1]]
 LAYER = Linear(96, 80, "bf16", "bf16", weights="q4g32")
 
 

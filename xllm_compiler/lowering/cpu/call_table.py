@@ -22,7 +22,7 @@ def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> Call
     """For every program its selection and, for every call, whether a barrier stands before it."""
     kernels: dict[KernelCost, int] = {}
     tables: dict[str, ProgramCalls] = {}
-    for name, (selection, meet) in programs.items():
+    for name, (selection, waits) in programs.items():
         costs = Costs(selection.func)
         groups = computed_by(selection)
         rows: list[int] = []
@@ -42,7 +42,7 @@ def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> Call
             )
             rows.append(kernels.setdefault(row, len(kernels)))
         sources = tuple(call.op.loc.describe() for call in selection.calls)
-        tables[name] = ProgramCalls(tuple(rows), sources, tuple(int(wait) for wait in meet))
+        tables[name] = ProgramCalls(tuple(rows), sources, tuple(int(wait) for wait in waits))
     return CallTable(tuple(kernels), tables)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORDS, WORK_QUEUES
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.linear.linear import (
     NEXT,
@@ -97,7 +97,7 @@ class TileChoices:
         """For every linear layer of `kernels` the same with its tile, searched for now where nobody has. A level with
         matrix tiles, which have one size, has no choice. Raises XllmError("io")."""
         layers = [k for k in dict.fromkeys(kernels) if isinstance(k, Linear | LinearGlu | LinearBlockMax)]
-        if isa.has_tiles or not layers:
+        if isa.has_amx or not layers:
             return {}
         known = self.known(isa)
         new = [layer for layer in layers if layer.symbol not in known]
@@ -168,11 +168,11 @@ def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | N
     weights = [_filled(size) for _ in range(max(1, -(-_COLD_BYTES // size)))]
     rows_tried = [rows for rows in _ROWS if 2.0 * rows * k * panels * PANEL <= _MOST_OPERATIONS] or [1]
     found: dict[int | None, list[float]] = {most: [] for most in steps}
-    turns = aligned((team.size, WORDS), np.int64)
+    queues = aligned((team.size, WORDS), np.int64)
     for rows in rows_tried:
         args = layer.args[:-2]
         memory = {arg.name: _filled(rows * (max(k, 2 * columns) + PANEL) * 4) for arg in args if arg.name != "w"}
-        memory[TURNS.name] = turns
+        memory[WORK_QUEUES.name] = queues
         sizes = {"rows": rows, NEXT_PANELS.name: panels, NEXT_BYTES.name: each}
         calls = []
         for weight, after in zip(weights, weights[1:] + weights[:1], strict=True):
