@@ -1,9 +1,10 @@
-"""Attention's work on one KV block in bf16 where there is no dot product for it: `WideTiles`. Owns what differs from
-register_tiles.py.
+"""Attention over one KV block in bf16, where no instruction multiplies bf16: `WideTiles`. The rest is
+register_tiles.py's.
 
-q, a block's keys and its values are widened to f32 once for all rows of the query block, and not once for every
-product; weights are rounded to bf16 all the same. Products are added in the order of the elements, as pairs of them are
-by `Tiles`, to which query blocks of few rows are left: there memory is what takes time, and widening keeps it waiting.
+q, a block's keys and its values are widened to f32 once for all rows of the query block, and not for every product.
+Weights are rounded to bf16 all the same. Products are added in the order of the elements, which is that of `Tiles` too.
+
+`Tiles` computes query blocks of few rows. There memory takes most of the time, and widening would delay it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WideTiles(Tiles):
         self.key_steps, self.value_steps = self.layout.k_dim, BLOCK
         self.query_width = -(-self.layout.k_dim // LANES) * LANES
         self.narrow = Tiles(*args)
-        self.few = self.narrow.sizes[-1]  # rows, at most, of a query block that is left to `narrow`: one tile
+        self.few = self.narrow.sizes[-1]  # rows, at most, of a query block that `narrow` computes: one tile
         most = tile_rows(self.width, MAX_ROWS)
         self.sizes = tile_sizes(range(self.few + 1, QUERY_ROWS + 1), most)
 
@@ -84,10 +85,10 @@ class WideTiles(Tiles):
                 store(self.wide_values, at + width, odd, "f32")
 
     def prefetch_keys(self, step: Expr, steps: int, part: Part) -> None:
-        """Every tile would ask for the same; widening has."""
+        """Does nothing: `prepare_keys` has prefetched them, once for all tiles."""
 
     def prefetch_values(self, step: Expr, steps: int, part: Part) -> None:
-        """The same for values."""
+        """Does nothing: `prepare_values` has prefetched them."""
 
     def score_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
         with T.If(self._is_wide(self.item)):
