@@ -1,8 +1,6 @@
-"""`lower_cpu`: a planned module and its weights become shared libraries and a weight file. Owns the whole of that way.
+"""`lower_cpu`: a planned module and its weights become shared libraries and a weight file.
 
-All functions share one table of weights, and the kernels that are equal.
-
-Must not know the manifest: `targets/cpu.py` turns the returned facts into its part of one.
+All functions share one table of weights, and equal kernels. `targets/cpu.py` writes the returned facts to the manifest.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from xllm_compiler.step.interface import Function, Program, State
 
 Progress = Callable[[str, float], None]
 KV_LAYOUT: Final = f"tile{TILE_TOKENS}"
-"""How the bytes of a KV page lie: K and V of so many tokens in vectors (architecture, section 5)."""
+"""The name of the layout of KV pages: K and V of so many tokens in vectors (architecture, section 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +64,14 @@ def lower_cpu(
 ) -> CpuLowering:
     """Lowers all functions of a module at stage buf for the CPU: writes `cpu/<isa>.so`, `weights.bin` into `out_dir`.
 
-    `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
-    are missing, for the best level that this machine can run; None: the kernels' own rule. `objects` compiles kernels,
-    or has them. A level that would change nothing for this module is left out. `progress` gets what is being done and
-    how much of it is done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad
-    tensor, "io" where nothing can be written or linked.
+    `weights`: checkpoint tensors by name, read one at a time.
+    `tiles`: choices of register tiles for the best level that this machine can run. Missing ones are searched for now.
+    None: the kernels' own rule.
+    `objects`: compiles kernels, and keeps those that it has compiled.
+    `progress`: called with what is being done, and how much of it is done, 0 to 1.
+
+    A level whose code would be that of another level is left out. Raises XllmError: "unsupported" for an op without a
+    kernel, "checkpoint" for a bad tensor, "io" where nothing can be written or linked.
     """
     if module.stage != "buf":
         raise XllmError("internal", f"lower_cpu needs stage buf, the module is at {module.stage}")
@@ -99,7 +100,7 @@ def lower_cpu(
             chosen[isa] = tiles.apply(kernels, ISAS[isa], objects, progress)
     jobs = [(chosen[isa].get(kernel, kernel), ISAS[isa]) for isa in isas for kernel in kernels]
     with objects.compiling(jobs, len(os.sched_getaffinity(0))):
-        # Code generation does not wait for the weights, but ends with them: a damaged checkpoint is found in seconds.
+        # Kernels compile in other processes meanwhile. A bad tensor ends this at once, so it is found in seconds.
         write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
         progress("compiling", 0.0)
     for i, isa in enumerate(isas):
@@ -123,7 +124,7 @@ def lower_cpu(
 
 
 def _function(func: Func) -> Function:
-    """The interface of `func` with the one program that it has, which runs calls of any size."""
+    """The interface of `func`, with its one program, which runs calls of any size."""
     arena = str(func.arena if func.arena is not None else as_dim(0))
     return replace(interface_of(func), programs=(Program(symbol_of(func.name), (), arena),))
 
