@@ -1,4 +1,4 @@
-"""The LLVM text of Intel AMX's tile instructions: a function for each register, or choice of registers."""
+"""The LLVM text of Intel AMX's tile instructions: a function for each register, or combination of registers."""
 
 from __future__ import annotations
 

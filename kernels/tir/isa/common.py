@@ -1,8 +1,8 @@
-"""Small LLVM functions that TensorIR has no words for: the bf16 dot product, rounding, masked access, reductions.
+"""Intrinsics: small LLVM functions for what TensorIR cannot say, such as dot products, rounding and masked access.
 
-Owns the text that all architectures share; what depends on instructions is in `x86`, `arm` and,
-where there are none, `portable`. TVM inlines an imported function wherever it is called and drops it.
-All work on 16 lanes and name their result types as TVM does; `codegen/builder` wraps them for the kernels.
+This file has the text that all architectures share. `x86` and `arm` have what depends on instructions, `portable` what
+has no instruction. TVM inlines an imported function wherever it is called, and then drops it. All work on 16 lanes, and
+name their result types as TVM does. `codegen/builder` wraps them for kernels.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ _REGISTERS = {"x86_64": "xmm", "aarch64": "v"}
 
 
 def _forget_vectors(isa: Isa) -> str:
-    """A place that says it overwrites every vector register, and does nothing."""
+    """An intrinsic without instructions that declares every vector register overwritten; see `all_registers`."""
     names = ",".join(f"~{{{_REGISTERS[isa.machine]}{i}}}" for i in range(isa.vector_registers))
     return (
         "define linkonce_odr i32 @xllm_forget_vectors() alwaysinline {\n"

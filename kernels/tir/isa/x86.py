@@ -1,6 +1,6 @@
-"""The LLVM text of small functions that x86 has instructions for: masked access, bf16 and 8-bit dot products.
+"""The LLVM text of intrinsics that differ between the x86 levels: masked access, bf16 and 8-bit dot products.
 
-Owns what differs between the x86 levels; `common` has what all architectures share, `amx` AMX."""
+`common` has what all architectures share, `amx` has AMX."""
 
 from __future__ import annotations
 

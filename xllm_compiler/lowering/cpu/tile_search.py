@@ -47,9 +47,7 @@ _ROWS: Final = (8, 32, 128)
 _ROUNDS: Final = 5
 _GAIN: Final = 0.97  # of the time of the kernels' own rule: below this a candidate is clearly faster
 _MOST_OPERATIONS: Final = 4e9  # of one call
-_COLD_BYTES: Final = (
-    48 << 20
-)  # of weights, read in rotation so that they come from memory
+_COLD_BYTES: Final = 48 << 20  # of weights, read in rotation so that they come from memory
 _FILL: Final = 0x3C  # as f32, f16 or bf16, these bytes are numbers of common size
 
 
