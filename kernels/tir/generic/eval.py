@@ -1,8 +1,8 @@
 """Turns nodes into TensorIR expressions at one place of the output, for one element or for a vector of them.
 
-Owns the meaning of every pointwise and index op in code, and the conversions between storage and compute types. Loops
-and work splitting are loops.py's. Arithmetic of bf16 and f16 is done in f32 and rounded only where a value is
-stored or cast: a fused chain is more exact than one op at a time, never less.
+It has the meaning of every pointwise and index op, and the conversions between storage and compute types. bf16 and f16
+are computed in f32, and rounded only where a value is stored or cast. So a fused chain is at least as exact as one op
+at a time.
 """
 
 from __future__ import annotations
