@@ -1,4 +1,4 @@
-"""Work by turns: every piece is done once, whoever is quick does more, and words need no reset between runs."""
+"""Work stealing: every piece is done once, a fast member does more, and queues need no reset between runs."""
 
 from __future__ import annotations
 

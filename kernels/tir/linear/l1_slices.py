@@ -107,8 +107,8 @@ class _Sliced(BlockSums):
             store(sums, vector * LANES, splat(0.0), "f32")  # of integers too
         parts = T.bind(T.truncdiv(here + (self._height - 1), T.int32(self._height)))
         whole, rest = divmod(self._k, self._length)
-        times, length = self._walks(whole)
-        walks = times + (rest > 0)
+        times, length = self._loops(whole)
+        loops = times + (rest > 0)
         tile, tiles = place
 
         def multiply_slice(begin: Expr, number: Expr, length: Expr | int, shortest: int) -> None:
@@ -117,8 +117,8 @@ class _Sliced(BlockSums):
             with T.serial(0, parts) as part:
                 first = T.bind(T.truncdiv(here * part, parts))
                 count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
-                walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
-                add = partial(self._add, piece, first, walk, tiles == 1, sums)
+                loop = T.bind((tile * loops + number) * parts + part), tiles * loops * parts
+                add = partial(self._add, piece, first, loop, tiles == 1, sums)
                 choose(count, {n: partial(add, n) for n in self._sizes})
 
         with T.serial(0, times) as number:
@@ -126,15 +126,15 @@ class _Sliced(BlockSums):
         if rest:
             multiply_slice(T.int32(whole * self._length), times, rest, rest)
 
-    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+    def _loops(self, slices: int) -> tuple[Expr | int, Expr | int]:
         """How many times rows run along a panel of `slices` whole slices, and over how much of k each time."""
         return slices, self._length
 
-    def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
+    def _add(self, piece: _Piece, first: Expr, loop: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
         """Emits sums += `count` rows by a slice."""
         width = self._width(count)
         passes = _VECTORS // width
-        at, of = walk
+        at, of = loop
         dtype = {"i32": "int32", "f32": "float32"}[self.kind]
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
@@ -294,9 +294,9 @@ class SlicedGrids(SlicedBytes):
         start = T.bind(self._values(panel) + T.truncdiv(begin, T.int32(grids.grid)) * grids.run_bytes)
         unpack_runs(grids, self._env["w"], start, length, self._unpacked)
 
-    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+    def _loops(self, slices: int) -> tuple[Expr | int, Expr | int]:
         if not self._along or slices == 1:
-            return super()._walks(slices)
+            return super()._loops(slices)
         times = T.bind(T.if_then_else(self._once, T.int32(1), T.int32(slices)))
         return times, T.bind(T.if_then_else(self._once, T.int32(slices), T.int32(1)) * self._length)
 

@@ -357,18 +357,18 @@ class _Loop:
         streamed = count <= self.isa.streamed_rows and self.reader.streams(self.isa)
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
-            walk = tile * passes + number, tiles * passes
-            prefetch = _no_prefetch if streamed else self._prefetch(env, panel, walk, passes == 1 and tiles == 1)
+            loop = tile * passes + number, tiles * passes
+            prefetch = _no_prefetch if streamed else self._prefetch(env, panel, loop, passes == 1 and tiles == 1)
             totals = self.reader.tile(env, self.k, row, count, panel, vectors, prefetch)
             for i in range(count):
                 for j, vector in enumerate(vectors):
                     store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
 
-    def _prefetch(self, env: dict[str, Expr], panel: Expr, walk: tuple[Expr, Expr], along: Expr | bool) -> Prefetch:
+    def _prefetch(self, env: dict[str, Expr], panel: Expr, loop: tuple[Expr, Expr], along: Expr | bool) -> Prefetch:
         """What prefetches lines of weights while a panel is multiplied, a few lines before each block of steps.
 
         With more than a few rows, the arithmetic keeps the processor from reading far enough ahead by itself. All
-        register tiles that read this panel loop over k, and each loop prefetches an equal part of the lines. `walk`:
+        register tiles that read this panel loop over k, and each loop prefetches an equal part of the lines. `loop`:
         the number of this loop, and how many there are.
 
         `along`: the loops run along the panel together, each part of it being read for the first time. Then they
@@ -378,7 +378,7 @@ class _Loop:
         size = self.reader.panel_bytes(self.k)
         lines = -(-size // _LINE)
         near = min(_PREFETCH_DISTANCE // _LINE, lines)
-        number, of_all = walk
+        number, of_all = loop
 
         def prefetch(block: Expr, of: Expr | int) -> None:
             each = T.bind(T.truncdiv(lines + (of_all * of - 1), of_all * of))

@@ -33,7 +33,7 @@ _BLOCK = 8  # steps between two prefetches
 Prefetch = Callable[[Expr, Expr | int], None]
 """`prefetch(block, of)` emits the prefetches for block `block` of the `of` blocks of a register tile's loop over k."""
 PrefetchOf = Callable[[Expr, tuple[Expr, Expr], Expr], Prefetch]
-"""`prefetch(panel, walk, along)` says what a loop over k prefetches meanwhile; see `_Loop._prefetch` in linear.py."""
+"""`prefetch(panel, loop, along)` says what a loop over k prefetches meanwhile; see `_Loop._prefetch` in linear.py."""
 
 
 @dataclass(frozen=True)
