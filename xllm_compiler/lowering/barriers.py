@@ -1,8 +1,8 @@
 """Places barriers between kernels that touch the same bytes.
 
 Kernels between two barriers run in any order and interleaving, so no two of them may conflict. Inside one kernel,
-members write disjoint parts. A kernel needs a barrier before it in two cases: it reads or writes what a kernel since
-the last barrier wrote, or it writes what one of them read.
+members write disjoint parts. A barrier is needed before a kernel that reads or writes what a kernel since the last
+barrier wrote, or that writes what one of them read.
 """
 
 from __future__ import annotations

@@ -190,8 +190,8 @@ class Code:
 
 
 class Evaluator:
-    """Evaluates one body. `code` collects the bindings of intermediate values, which the caller puts before its use
-    of the result; make a new Evaluator for every loop body, since bindings are visible in theirs only."""
+    """Evaluates one body. `code` collects the bindings of intermediate values, which the caller puts before its use of
+    the result. Every loop body needs a new Evaluator, since bindings are visible in their own body only."""
 
     def __init__(self, body: Body, buffers: Sequence[Expr], env: dict[str, Expr], lanes: int, code: Code) -> None:
         self.body = body

@@ -222,8 +222,10 @@ def _rotate() -> str:
 
 
 def _grids() -> str:
-    """Runs of bytes on grids (grid_bytes.py). Of the heads of 64 columns their steps, and 128 - point * step; of these
-    for 16 columns the step in both halves of each 32-bit lane, and the other in all four bytes; and the bytes."""
+    """Intrinsics for runs of bytes on grids (grid_bytes.py).
+
+    From the heads of 64 columns they compute the steps and the bases, 128 - point * step. For 16 columns they spread
+    the steps to both halves of each 32-bit lane, and the bases to all four bytes. From these they compute the bytes."""
     lines = [
         "define linkonce_odr <16 x i32> @xllm_grid_steps(<16 x i32> %v) {",
         "  %r = and <16 x i32> %v, splat (i32 252645135)",

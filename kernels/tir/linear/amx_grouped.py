@@ -1,5 +1,5 @@
-"""The sums of a linear layer with AMX, for weights that AMX cannot multiply as they are stored: 4-bit weights in groups
-by 8-bit rows, and quantized weights by bf16 rows.
+"""The sums of a linear layer with AMX, for weights that AMX cannot multiply as they are stored. These are 4-bit weights
+in groups by 8-bit rows, and quantized weights by bf16 rows.
 
 A panel is unpacked once, to signed bytes or bf16, and then multiplied by all rows. The sums of one group become f32,
 are multiplied by the group's scales, and are added in the order of the groups. AMX works one group ahead of that
