@@ -1,7 +1,7 @@
-"""Bytes on grids: which 4-bit numbers, step and point stand for a run of bytes. Owns that arithmetic, in numpy.
+"""Bytes on grids, in numpy: the 4-bit numbers, step and point that stand for a run of bytes.
 
-A byte is 128 + (n - point) * step, with n in 0 .. 15, and a run of bytes shares a step of 1 .. 15 and a point of
-0 .. 15. Whatever the step, a run that holds 128 can say so; so 0 stays 0.
+A byte is 128 + (n - point) * step, with n in 0 .. 15. A run of bytes shares a step of 1 .. 15 and a point of 0 .. 15.
+128, which stands for 0, is on every grid.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SIZES: Final = np.abs(np.arange(256) - MIDDLE)
 _DIVISORS: Final[Array] = np.bitwise_or.reduce(
     [(_SIZES % step == 0).astype(np.uint16) << step for step in range(1, MOST + 1)]
 )
-"""Of each byte, the steps that its distance from the middle is a multiple of: bit `step` of a word."""
+"""For each byte a word: bit `step` says whether the byte's distance from the middle is a multiple of `step`."""
 
 
 def to_grids(values: Array, grid: int) -> tuple[Array, Array]:
-    """The n u8 [rows, k] and the heads step + 16 * point u8 [rows, k / grid] of bytes [rows, k], with the smallest step
-    that there is. Raises "internal" where a run is on no grid."""
+    """For bytes [rows, k], the numbers n u8 [rows, k] and the heads step + 16 * point u8 [rows, k / grid], with the
+    smallest step that fits. Raises "internal" if a run is on no grid."""
     rows, k = values.shape
     runs = np.ascontiguousarray(values.reshape(rows, -1, grid).transpose(2, 0, 1))  # side by side
     low = MIDDLE - np.minimum(runs.min(axis=0), MIDDLE).astype(np.int16)

@@ -1,6 +1,6 @@
-"""Weights packed as layouts say, and back, in numpy. Owns the order of elements; must not know kernels or files.
+"""Packs weights into layouts and unpacks them, in numpy.
 
-Layouts and weight formats, with their shapes, are `xllm_compiler.weight_formats`'s. A new format is packed here.
+`xllm_compiler.weight_formats` has the layouts and weight formats, with their shapes. A new format is packed here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Array = npt.NDArray[Any]
 
 
 def pack(layout: Layout, parts: Sequence[Array]) -> Array:
-    """The stored array of a weight: `parts` is the weight [out, in] alone, or of a quantized one its integers, scales
-    and zero points if any. Raises "internal" where the integers are none of the format's."""
+    """The stored array of a weight. `parts`: the weight [out, in]; or a quantized one's integers, scales, and zero
+    points if any. Raises "internal" if the integers are not of the format."""
     if not layout.panels:
         return parts[0]
     if layout.glu:
@@ -72,8 +72,8 @@ def unpack_panels(packed: Array, out: int, in_: int) -> Array:
 
 
 def interleave_glu(weight: Array, fill: int = 0) -> Array:
-    """[2*F, in], gate rows then up rows, to the row order of the `glu` layout, [glu_rows(F), in]; rows that are added
-    hold `fill`."""
+    """[2*F, in], gate rows then up rows, to the row order of the `glu` layout, [glu_rows(F), in]. Padding rows are
+    `fill`."""
     f = weight.shape[0] // 2
     blocks = -(-f // GLU_HALF)
     halves = np.full((2, blocks * GLU_HALF, weight.shape[1]), fill, weight.dtype)
@@ -83,7 +83,7 @@ def interleave_glu(weight: Array, fill: int = 0) -> Array:
 
 
 def _separate_glu(mixed: Array, out: int) -> Array:
-    """The inverse of `interleave_glu`: gate rows, then up rows, of which there are `out` together."""
+    """The inverse of `interleave_glu`: gate rows, then up rows, `out` rows together."""
     columns = mixed.shape[1]
     halves = mixed.reshape(-1, 2, GLU_HALF, columns).transpose(1, 0, 2, 3).reshape(2, -1, columns)
     return np.ascontiguousarray(halves[:, : out // 2].reshape(out, columns))
@@ -92,8 +92,8 @@ def _separate_glu(mixed: Array, out: int) -> Array:
 def pack_quantized(format: WeightFormat, values: Array, scales: Array, zeros: Array | None = None) -> Array:
     """`values` u8 [out, in], `scales` f32 or f16 [out, groups], `zeros` u8 [out, groups], to panels of bytes.
 
-    Rows and columns that fill up panels and groups have scale 0, so that whatever they hold counts for nothing. Raises
-    "internal" where a run of `GridFormat` is on no grid.
+    Rows and columns that pad panels and groups have scale 0, so that their values do not count. Raises "internal" if a
+    run of `GridFormat` is on no grid.
     """
     match format:
         case IntegerFormat():
@@ -166,7 +166,7 @@ def _scales(format: WeightFormat, scales: Array, panels: int, groups: int) -> Ar
 
 
 def _to_quads(values: Array, panels: int, groups: int, bits: int) -> Array:
-    """[panels * 64, k] to bytes [panels, groups, bytes]: quads along k for each of 64 rows; of 4 bits two quads."""
+    """[panels * 64, k] to bytes [panels, groups, bytes]: a quad along k for each of 64 rows; of 4 bits two quads."""
     quads = values.reshape(panels, PANEL, groups, -1, QUAD).transpose(0, 2, 3, 1, 4)
     if bits == 4:
         quads = quads[:, :, 0::2] | (quads[:, :, 1::2] << 4)
@@ -183,7 +183,7 @@ def _from_quads(stored: Array, bits: int) -> Array:
 
 
 def _turned(heads: Array) -> Array:
-    """[panels, runs, 64] of a grid, from the order of columns to that of its bytes, and back."""
+    """[panels, runs, 64] grid heads, from the order of columns to that of the stored bytes. It is its own inverse."""
     return heads.reshape(*heads.shape[:2], 4, 4, 4).swapaxes(2, 3).reshape(heads.shape)
 
 

@@ -1,4 +1,4 @@
-"""What watches a pipeline run: dumps, printing, history, repro files. Owns those; must not change the module.
+"""What watches a pipeline run: dumps, printing, history, repro files.
 
 An `Instrument` sees whole passes. Single rewrites are limited and watched by the listeners of passes/listeners.py.
 """

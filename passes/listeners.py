@@ -1,4 +1,4 @@
-"""What limits and watches single rewrites: fuel for bisecting, explanations of rules. Owns RewriteListeners only."""
+"""What limits and watches single rewrites: fuel for bisecting, explanations of rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Explain:
     """Writes to `stream` why a rule fired or did not at one op: the lines of the rule that ran, and its variables.
 
     `pattern` is RULE@VALUE: RULE is "pass/rule", "pass", "rule" or empty for any, VALUE a result of the op without %.
-    `tried_rules` are all rules met, `count` how often the pattern was met; 0 at the end means that no rule was tried.
+    `tried_rules`: all rules that were tried. `count`: how often the pattern was found; 0 at the end means that no rule
+    was tried.
     """
 
     def __init__(self, pattern: str, stream: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""Reading and running pipelines. Owns the pipeline text, checks around every pass and timing.
+"""Parses and runs pipelines, checks the module around every pass, and measures time.
 
     pipeline := item ("," item)*
     item     := name ["{" option "=" value ("," option "=" value)* "}"] | "fix(" pipeline ")" | "@" preset

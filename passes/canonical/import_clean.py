@@ -1,4 +1,4 @@
-"""import-clean: gives traced tensors the layout of the step function. Owns how each kind of op passes a layout on."""
+"""import-clean: gives traced tensors the layout of the step function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small questions that canonicalising rules ask of values. Owns no rule and changes nothing."""
+"""Small questions that canonicalising rules ask of values."""
 
 from __future__ import annotations
 

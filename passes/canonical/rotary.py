@@ -40,7 +40,7 @@ Plan = Callable[[Rewriter], Value]  # rules may build only once they know that t
 
 
 def _short(v: Value, n: Dim, half: int, style: Style) -> Plan | None:
-    """Builds f32 [N, half] of which v (any shape of N rows of 2 * half) is the doubling; None if that is not certain.
+    """Builds f32 [N, half] that doubled is v (any shape of N rows of 2 * half); None if that is not certain.
 
     A rounding of the table to 16 bits is left out: nn.rope takes f32 tables.
     """

@@ -1,4 +1,4 @@
-"""Tensors seen through a layout: the bookkeeping of `import-clean`. Owns no policy about single ops.
+"""Tensors seen through a layout: the bookkeeping of `import-clean`.
 
 A traced tensor [1, H, N, D] is a view of a compact value [N, H, D]: every axis of the traced tensor is an axis of the
 value, or (None) a unit axis that exists on paper only. Transposes and unit axes then cost nothing until an op really

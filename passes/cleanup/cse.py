@@ -1,4 +1,4 @@
-"""cse: computes equal things once. Owns the notion of "equal": same op, same operands, same attributes."""
+"""cse: computes equal things once. Equal means the same op, operands and attributes."""
 
 from __future__ import annotations
 

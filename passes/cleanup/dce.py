@@ -1,4 +1,4 @@
-"""dce: removes what nobody uses. Owns nothing else."""
+"""dce: removes what nobody uses."""
 
 from __future__ import annotations
 

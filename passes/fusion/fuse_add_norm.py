@@ -1,4 +1,4 @@
-"""fuse-add-norm: a sum and the RMS norm that reads it in one kernel. Owns that rule only."""
+"""fuse-add-norm: a sum and the RMS norm that reads it in one kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fuse-glu: gate, up, activation and product of a gated MLP in one kernel. Owns that rule only."""
+"""fuse-glu: gate, up, activation and product of a gated MLP in one kernel."""
 
 from __future__ import annotations
 

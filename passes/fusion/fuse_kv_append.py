@@ -1,4 +1,4 @@
-"""fuse-kv-append: from the stacked projection to the cache in one kernel. Owns that rule only."""
+"""fuse-kv-append: from the stacked projection to the cache in one kernel."""
 
 from __future__ import annotations
 

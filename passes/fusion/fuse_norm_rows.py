@@ -1,4 +1,4 @@
-"""fuse-norm-rows: a norm whose rows are only quantized does that too. Owns that rule only."""
+"""fuse-norm-rows: a norm whose rows are only quantized does that too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fuse-qkv: the query, key and value projections of one attention in one linear. Owns that rule only."""
+"""fuse-qkv: the query, key and value projections of one attention in one linear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fusion passes ask of the graph, and how they move weights about. Owns no rule."""
+"""What fusion passes ask of the graph, and how they move weights about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""return-block-max: a step says of its logits where the large ones are. Owns that rule only."""
+"""return-block-max: a step says of its logits where the large ones are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""plan-memory: gives every value that lives in a step its place. Owns offsets and the arena's size.
+"""plan-memory: gives every value that lives in a step an offset in the arena, and the arena its size.
 
 A value is placed by formulas, not numbers: offsets are Dims over the step's symbols, so one plan serves every step size
 and the arena is never sized by trial. See `plan` for the method.

@@ -1,5 +1,7 @@
-"""The forms of quantization that have a name, and what passes make them. Owns the spelling of `--quantize`, of which
-each weight format says its part (`weight_formats`); imports nothing slow, since option parsing asks it."""
+"""The named forms of quantization, as `--quantize` spells them, and the passes that make them.
+
+Each weight format defines its part of the spelling (`weight_formats`). This module imports nothing slow, since option
+parsing imports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quantize-kv: the cache holds keys and values as 8-bit integers. Owns the change of the cache's type."""
+"""quantize-kv: the cache holds keys and values as 8-bit integers."""
 
 from __future__ import annotations
 

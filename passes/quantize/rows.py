@@ -1,4 +1,4 @@
-"""quantize-rows: linear layers on quantized weights take quantized activations too. Owns that rule only."""
+"""quantize-rows: linear layers on quantized weights take quantized activations too."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class QuantizeRows(FuncPass):
              %y = quant.linear(%rows, %s, %t, %stored, %scales, format="q8") : bf16[N, 64]
 
     Layers that read the same input each get rows of their own; cse makes them one. Where the weight was rotated before
-    it was rounded, so is the row. Rows have a scale, or one for each group, as the weight's format asks for; where it
-    meets no integers, they stay as they are.
+    it was rounded, so is the row. The weight's format says whether a row has one scale or one for each group. Rows stay
+    as they are if the format is multiplied by no integers.
     """
 
     @property

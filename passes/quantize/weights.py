@@ -1,4 +1,4 @@
-"""quantize-weights: weights of linear layers become small integers with scales. Owns which ones; not how (ir/quant)."""
+"""quantize-weights: weights of linear layers become small integers with scales (ir/quant rounds them)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class QuantizeWeights(FuncPass):
 
     A weight that an embedding reads too stays one. `keep`: patterns of checkpoint names, separated by ":", whose layers
     stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are left alone.
-    `rotate`: weights that meet only what comes out of a gate or an activation, where single values are far larger than
-    the others, are rotated first (ir/quant.py has both).
+    `rotate`: rotates weights first (ir/quant.py) that are multiplied only by the results of gates or activations. There
+    single values are far larger than the others.
     """
 
     samples: ClassVar[tuple[str, ...]] = (

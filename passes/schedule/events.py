@@ -1,4 +1,4 @@
-"""Events that a given assignment of streams needs. Owns their insertion; must not decide which stream runs what."""
+"""Inserts the events that a given assignment of streams needs."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_linear(isa: str, dtype: str, k: int, n: int, bias: bool, residual: bool
     kernel = Standalone(Linear(k, n, dtype, dtype, bias, residual, act), level)
     w, b = normal(rng, (n, k), dtype, 0.3), normal(rng, (n,), dtype)
     packed = layouts.pack_panels(w)
-    in_blocks = level.has_tiles or (dtype == "bf16" and not level.has_bf16_dot)
+    in_blocks = level.has_amx or (dtype == "bf16" and not level.has_bf16_dot)
     most = 70 if in_blocks else 15  # blocks of up to 48 rows
     x, res = normal(rng, (most, k), dtype), normal(rng, (most, n), dtype)
 

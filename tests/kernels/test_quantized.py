@@ -131,7 +131,7 @@ def test_linear(isa: str, form: str, k: int, n: int) -> None:
     kernel = Standalone(Linear(k, n, "bf16", "f32", bias=True, residual=True, weights=form), level)
     packed = aligned(q.shape(n, k), np.uint8)
     packed[:] = pack_quantized(q, values, scales, zeros)
-    most = 70 if level.has_tiles or level.slice_bytes or isinstance(q, GridFormat) else 15  # blocks of up to 48 rows
+    most = 70 if level.has_amx or level.slice_bytes or isinstance(q, GridFormat) else 15  # blocks of up to 48 rows
     x, xs, xsum = rows_reference(rng.standard_normal((most, k)).astype(BF16), q)
     bias, residual = rng.standard_normal(n).astype(BF16), rng.standard_normal((most, n)).astype(BF16)
 

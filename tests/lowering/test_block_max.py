@@ -76,7 +76,7 @@ def test_maxima_are_those_of_the_logits(build: Callable[..., Any], name: str) ->
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_projection_finds_them_where_it_writes_the_logits(build: Callable[..., Any], name: str) -> None:
     from xllm_compiler.lowering.cpu.select_kernels import select
-    from xllm_compiler.lowering.weights import WeightTable
+    from xllm_compiler.lowering.weight_requests import WeightTable
 
     dtype, body = LAYERS[name]
     calls = select(build(text(dtype, body), params(dtype)).module.func("step"), WeightTable()).calls

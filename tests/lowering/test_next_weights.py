@@ -13,7 +13,7 @@ from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.lowering.cpu.pack import packed_shape
 from xllm_compiler.lowering.cpu.select_kernels import select
 from xllm_compiler.lowering.storage import Ref
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline

@@ -13,7 +13,7 @@ from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
 from xllm_compiler.lowering.cpu.select_kernels import select
 from xllm_compiler.lowering.kernel_registry import Call
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.passes.manager import run_pipeline
 
 # Columns of one projection and rows of the next, gate and up of both halves, and a weight that all ranks share.

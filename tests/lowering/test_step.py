@@ -170,9 +170,9 @@ def test_layers_share_kernels_and_barriers_are_few(build: Any) -> None:
     assert sum(calls.barriers) <= len(calls.kernels) - 3  # the three gathers at the start need none between them
 
 
-def test_kernels_that_share_a_word_of_turns_are_apart(build: Any) -> None:
+def test_kernels_that_share_queues_are_apart(build: Any) -> None:
     func = build(_text("bf16"), _params("bf16")).module.func("step")
     storage = Storage(func, DimScope())
-    words = [storage.turns() for _ in range(17)]
+    words = [storage.work_queues() for _ in range(17)]
     calls = [Call(None, (), (storage.barrier,), (word,), func.ops[0]) for word in words]
     assert barriers(calls, storage) == [False] * 8 + [True] + [False] * 7 + [True]

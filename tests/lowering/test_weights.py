@@ -17,7 +17,7 @@ from xllm_compiler.ir.parser import parse_module
 from xllm_compiler.kernels.layouts import unpack_panels
 from xllm_compiler.lowering.cpu.build import lower_cpu
 from xllm_compiler.lowering.cpu.pack import plan_file, write_weights
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.passes.manager import run_pipeline
 
 TEXT = """xir 1 stage=graph

@@ -1,1 +1,1 @@
-"""From planned IR to programs of a target. One folder per target; what they share stands here and knows no target."""
+"""From planned IR to programs of a target. Each target has a folder; what targets share is here and knows none."""

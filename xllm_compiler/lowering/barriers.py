@@ -1,8 +1,8 @@
-"""Where a team must meet: barriers between kernels that touch the same bytes. Owns the hazard rule, nothing else.
+"""Places barriers between kernels that touch the same bytes.
 
-Kernels between two barriers run in any order and interleaving, so no two of them may conflict; inside one kernel,
-members write disjoint parts. A barrier stands before the first kernel that reads or writes what one since the last
-barrier wrote, or writes what one of them read.
+Kernels between two barriers run in any order and interleaving, so no two of them may conflict. Inside one kernel,
+members write disjoint parts. A barrier is needed before a kernel that reads or writes what a kernel since the last
+barrier wrote, or that writes what one of them read.
 """
 
 from __future__ import annotations

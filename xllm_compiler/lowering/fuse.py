@@ -1,8 +1,9 @@
-"""Which tensor ops are computed inside their consumer. Owns the grouping; must not know kernels or targets.
+"""Fusion: which tensor ops are computed inside their consumer.
 
-An elementwise or indexing op whose only consumers belong to one group joins that group: its value is never written. The
-memory plan was made for one op at a time, so joining moves a read later than planned; where a place that is read might
-have been written in between, the reader stays on its own. "Might" is decided by the prover, and don't-know is might.
+An elementwise or indexing op joins a group if all its consumers belong to that group. Then its value is never written.
+
+The memory plan was made for one op at a time, and fusion moves a read to a later time. If something might write to that
+place in between, the reader is not fused. The prover decides this, and "don't know" counts as might.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def accepts(user: Op, index: int) -> bool:
 
 
 def is_literal(value: Value) -> bool:
-    """A constant or counter that code spells out where it is used, however often."""
+    """Whether code repeats this value wherever it is used: a constant or a counter, cast or expanded or not."""
     op = value.op
     if op is None:
         return False
@@ -65,7 +66,8 @@ class Fusion:
         return op in self.root
 
     def is_materialised(self, value: Value) -> bool:
-        """Whether a step writes this op result somewhere: not a weight, not inlined, not a literal of fused users."""
+        """Whether a step writes this op result to memory. It does not write weights, inlined values, and literals that
+        all their users repeat."""
         op = value.op
         if op is None or value in self.storage.weights or op in self.root:
             return False
@@ -93,7 +95,7 @@ class Fusion:
         return root
 
     def _worth(self, op: Op, home: Op) -> bool:
-        """False where computing `op` anew for every element of the group's domain would repeat costly work."""
+        """False where fusing `op` would repeat costly work for every element of the group's domain."""
         shape = op.result.shape
         if op.work is not Work.HEAVY or not shape or shape[-1] == 1:  # along a row a single value is computed once
             return True
@@ -102,7 +104,7 @@ class Fusion:
     # ---- the memory plan
 
     def _late_readers(self) -> set[Op]:
-        """Inlined ops that read a place which may be overwritten before their group's kernel runs."""
+        """Inlined ops that read a place that may be overwritten before their group's kernel runs."""
         storage = self.storage
         writes = [
             (storage.order[op], op, storage.ref(r))
@@ -145,5 +147,5 @@ class Fusion:
         return late
 
     def _same_element(self, x: Value, root: Op, members: list[Op]) -> bool:
-        """Whether the group reads of `x` only the element that it is about to write."""
+        """Whether each element of the group reads only the element of `x` at its own index."""
         return x.shape == root.results[0].shape and all(op.name in POINTWISE for op in [root, *members])

@@ -1,7 +1,6 @@
-"""Which kernel an op becomes: a registry keyed by (op, dtype, weight format). Owns the lookup; must not know a target.
+"""The registry of a target's choosers, the functions that choose a kernel for an op.
 
-A target fills a registry with choosers. A key names the op, the dtype it computes in and the format in which its weight
-is stored ("" where it has none); a new weight format is a new key beside the old ones.
+A key names the op, the dtype that it computes in, and the dtype of its weight ("" for an op without one).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Chooser = Callable[[C, Op], None]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel on some places: `args` has a Ref per pointer and a Dim per size, in the kernel's order."""
+    """One call of a kernel. `args`: a Ref for each pointer and a Dim for each size, in the kernel's order."""
 
     kernel: Any
     args: tuple[Ref | Dim, ...]
@@ -43,7 +42,8 @@ class Key:
 
 
 class Registry(Generic[C]):
-    """Choosers of one target. A chooser gets the target's selection state and the op, and adds calls to it."""
+    """The choosers of one target. A chooser gets the state of the target's selection and an op, and adds calls to the
+    state."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -62,7 +62,7 @@ class Registry(Generic[C]):
         return add
 
     def choose(self, key: Key, op: Op) -> Chooser[C]:
-        """The chooser for `key`; an error that names the op where there is none."""
+        """The chooser for `key`. Raises XllmError("unsupported"), which names the op, where there is none."""
         found = self._choosers.get(key)
         if found is None:
             offered = [f"{k.dtype}{'/' + k.weight if k.weight else ''}" for k in self._choosers if k.op == key.op]

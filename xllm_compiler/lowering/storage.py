@@ -1,7 +1,7 @@
-"""Where every value of a function lives: arena, weights, inputs, states, outputs. Owns places and their overlap.
+"""Where every value of a function lies in memory: arena, weights, inputs, states, outputs.
 
-Must not know kernels or targets. A place is a base and a byte range of Dims; whether two ranges may overlap is asked of
-the module's DimScope, and "don't know" counts as yes.
+A place is a base and a byte range, whose offset and size are Dims. The module's DimScope tells whether two ranges may
+overlap, and "don't know" counts as yes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _LINE, _WORDS = 64, 8
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """`nbytes` bytes at `offset` from the base of a space. `index`: which weight request, input, state or output."""
+    """A place: `nbytes` bytes at `offset` from the base of a space. `index`: the number of the weight request, input,
+    state or output."""
 
     space: Space
     index: int
@@ -35,14 +36,15 @@ class Ref:
 
 
 def where(op: Op) -> str:
-    """What an error about `op` points at: its source line, or the op itself."""
+    """The `where=` of an error about `op`: its source line, or the op itself."""
     return op.loc.describe() or repr(op)
 
 
 class Storage:
-    """Places of all values of `func` but the weights, which get theirs when a kernel asks for them.
+    """The places of all values of `func` but the weights. Those get a place when a kernel is chosen that reads them.
 
-    Inputs are numbered by the tensor arguments, states by the others, outputs by the tensors that are returned.
+    Inputs are the tensor arguments, states the other arguments, outputs the returned tensors; each is numbered in
+    order.
     """
 
     def __init__(self, func: Func, scope: DimScope) -> None:
@@ -54,7 +56,7 @@ class Storage:
         self.outputs: dict[Value, Ref] = {}
         """The returned tensors. Nothing else is ever put in their places."""
         self._refs: dict[Value, Ref] = {}
-        self._kernels_by_turns = 0
+        self._stealing_kernels = 0
         self._place_arguments()
         self._place_outputs()
         self._written_as = self._views_of_outputs()
@@ -78,13 +80,16 @@ class Storage:
 
     @property
     def barrier(self) -> Ref:
-        """Of kernels whose members meet in the middle; it needs no order, since all members call all kernels."""
+        """The barrier of kernels that wait for the team inside. All may use the same one, since all members call all
+        kernels in one order."""
         return Ref("barrier", 0, as_dim(0), as_dim(_LINE))
 
-    def turns(self) -> Ref:
-        """The words of a kernel whose members take turns, one in each member's line behind the barrier. There are few,
-        used by turns too: a kernel writes its word, so that a barrier stands before the next that has the same."""
-        word, self._kernels_by_turns = self._kernels_by_turns % _WORDS, self._kernels_by_turns + 1
+    def work_queues(self) -> Ref:
+        """The queues of a kernel with work stealing: one word in the cache line of each member, behind the barrier.
+
+        Each member has `_WORDS` words, and kernels use them in rotation. A kernel counts as a writer of its word, so
+        that a barrier is placed before the next kernel with the same word."""
+        word, self._stealing_kernels = self._stealing_kernels % _WORDS, self._stealing_kernels + 1
         return Ref("barrier", 1 + word, as_dim(_LINE + 8 * word), as_dim(8))
 
     def has_place(self, value: Value) -> bool:
@@ -134,7 +139,7 @@ class Storage:
         return found
 
     def _check_ranks(self, op: Op) -> None:
-        """XllmError where a step would have to know its rank: all ranks run the same program."""
+        """Raises XllmError if a step would have to know its rank. All ranks run the same program."""
         ranks = rank_symbols(self.func.module.groups)
         for symbol in (s for d in dims_in(op.attrs.values()) for s in d.symbols if s in ranks):
             raise XllmError(
@@ -166,7 +171,7 @@ class Storage:
                 self.copies.append(op)
 
     def _offsets(self, op: Op) -> dict[Value, Ref]:
-        """What `at` says: one offset per result that lives in the arena."""
+        """The places that the attribute `at` gives: one offset for each result that lies in the arena."""
         at = op.attrs.get("at")
         if not isinstance(at, tuple):
             return {}

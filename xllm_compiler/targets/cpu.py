@@ -108,7 +108,7 @@ class Cpu(Target):
         from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
         from xllm_compiler.kernels.tir.native.store import ObjectStore
         from xllm_compiler.lowering.cpu.build import lower_cpu
-        from xllm_compiler.lowering.cpu.tiles import TileChoices
+        from xllm_compiler.lowering.cpu.tile_search import TileChoices
 
         tiles = None
         if self.tune:

@@ -22,7 +22,7 @@ from xllm_compiler.ir.ops import Dequantize, Param, QuantLinear, QuantLinearGlu
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import Tensor
 from xllm_compiler.kernels import layouts
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.weight_formats import Layout
 
 Array = NDArray[Any]

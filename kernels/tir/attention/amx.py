@@ -1,19 +1,18 @@
-"""Attention's work on one KV block with an instruction that multiplies matrices (Intel AMX): `MatrixTiles`.
+"""Attention over one KV block with Intel AMX: `AmxTiles`. Scratch memory and addresses are register_tiles.py's.
 
-Owns what differs from register_tiles.py, whose scratch and addresses it uses. Rows are worked on in tiles
-of 16. A page of K is, 32 elements at a time, what the instruction takes for its second operand; its first is 16 rows of
-q, which `fresh` lays out. Values lie in pairs of tokens, 8 rows of a page at a time, and the instruction takes as long
-for 8 as for 16: so a block of V is copied once for all rows, two pages to a tile. acc is loaded into a tile, has p @ v
-added and is stored. Bits are the instruction's, which works on each row alone: one row or sixteen, all take this
-way.
+Rows are computed in AMX tiles of 16. The first operand of q @ k is 16 rows of q, which `fresh` lays out. The second is
+a page of K, 32 elements at a time, as it is stored. Values lie in pairs of tokens, 8 rows to a page, and AMX takes as
+long for 8 rows as for 16. So a block of V is copied once for all rows, two pages to a tile. acc is loaded into a tile,
+p @ v is added, and it is stored. AMX computes each row alone, so one row has the same bits as sixteen.
 
-A row may see less of a block than others. Its p is 0 for the rest, and the copy has zeros for what no row of the query
-block sees; but 0 times what a later token holds is not 0 where that is infinite or NaN. So a block that is seen in part
-is looked at while it is copied, and where it has such values each row gets a copy of its own, with zeros for all that
-it does not see. A row that sees nothing of the block keeps its acc untouched, as the instruction would flush denormals.
+A row may see less of a block than others do. Its p is 0 for the tokens that it does not see, and the copy has zeros for
+what no row of the query block sees. But 0 times infinity or NaN is not 0, and a later token may hold these. So a block
+that is seen in part is checked while it is copied. Where it has such values, each row gets a copy of its own, with
+zeros for all that it does not see. A row that sees nothing of the block keeps its acc untouched, because AMX would
+flush denormals to zero.
 
-While a block is multiplied the next one's values are asked for, and while it is copied the next one's keys: memory has
-work at all times.
+While a block is multiplied the next block's values are prefetched, and while it is copied the next block's keys. So
+memory is never idle.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ _SUMS = 4  # tile registers 0 to 3
 _A, _B, _TAIL_A, _TAIL_B = 4, 6, 5, 7
 
 
-class MatrixTiles(Tiles):
-    """`Tiles` for bf16 on an instruction set with tile registers."""
+class AmxTiles(Tiles):
+    """`Tiles` for bf16 with AMX."""
 
     def allocate(self) -> None:
         self.allocate_state()
@@ -59,7 +58,7 @@ class MatrixTiles(Tiles):
         self.shapes.release()
 
     def fresh(self, item: Item, head: Expr, shift: Expr) -> None:
-        """Lays out q, 16 rows by 32 elements at a time; what is missing of the last 32 is 0."""
+        """Lays out q, 16 rows by 32 elements at a time. The last 32 elements are filled up with zeros."""
         super().fresh(item, head, shift)
         rows = T.bind(T.min(item.rows, TILE_ROWS))
         shapes = [(rows, TILE_BYTES)] * 8
@@ -100,7 +99,7 @@ class MatrixTiles(Tiles):
                     self._partly_seen(tile, odd)
 
     def _partly_seen(self, tile: Expr, odd: Expr) -> None:
-        """The rows of one tile, of which some see nothing of the block, or not all of it."""
+        """The rows of one tile, some of which see nothing of the block, or not all of it."""
         first = T.bind(tile * TILE_ROWS)
         at = T.bind(self.shift + first)
 
@@ -131,7 +130,7 @@ class MatrixTiles(Tiles):
     # ---- products
 
     def _multiply_keys(self, tile: Expr, pages: list[Expr], first: Expr) -> None:
-        """scores = q . k for the rows of a tile; if `first`, the block's values are asked for meanwhile."""
+        """Emits scores = q . k for the rows of a tile; if `first`, it prefetches the block's values meanwhile."""
         lines = -(-TILE_TOKENS * self.layout.v_row_bytes // 2 // _LINE)
         each = -(-lines // self.all_steps)
         for i in range(_PAGES):
@@ -141,7 +140,7 @@ class MatrixTiles(Tiles):
             with T.If(first), T.Then():
                 for page in range(_PAGES):
                     for line in range(each):
-                        self.prefetch(self.values[page] + (step * each + line) * _LINE)
+                        self.prefetch_line(self.values[page] + (step * each + line) * _LINE)
             load_tile(a, address(self.queries, (tile * self.all_steps + step) * _TILE), TILE_BYTES)
             for i, page in enumerate(pages):
                 load_tile(b, address(self.env["kv"], page + step * (TILE_ROWS * self.layout.k_row_bytes)), TILE_BYTES)
@@ -156,7 +155,7 @@ class MatrixTiles(Tiles):
             store_tile(i, address(self.scores, tile * (TILE_ROWS * BLOCK) + i * LANES), BLOCK * 4)
 
     def _multiply_values(self, tile: Expr, row: Expr, to: Expr, at: Expr) -> None:
-        """to[at ..] = acc + p @ v for the rows of a tile; acc: from `row` of the state on."""
+        """Emits to[at ..] = acc + p @ v for the rows of a tile. acc begins at `row` of the state."""
         stride = self.value_vectors * LANES * 4
         for start in range(0, self.value_vectors, _SUMS):
             vectors = range(start, min(start + _SUMS, self.value_vectors))
@@ -164,7 +163,7 @@ class MatrixTiles(Tiles):
                 load_tile(i, address(self.state.totals, self.state.total(row, vector)), stride)
             for half in range(2):
                 with T.If(tile == 0), T.Then():
-                    self._ask_values(start // _SUMS * 2 + half)
+                    self._prefetch_next_values(start // _SUMS * 2 + half)
                 load_tile(_A, address(self.weights, tile * (TILE_ROWS * BLOCK) + half * _ELEMENTS), BLOCK * 2)
                 for i, vector in enumerate(vectors):
                     load_tile(_B, address(self.copied, (half * self.value_vectors + vector) * _TILE), TILE_BYTES)
@@ -172,23 +171,23 @@ class MatrixTiles(Tiles):
             for i, vector in enumerate(vectors):
                 store_tile(i, address(to, at + vector * LANES), stride)
 
-    def _ask_values(self, part: int) -> None:
-        """Asks for a part of the next block's values; there are two for every _SUMS vectors."""
+    def _prefetch_next_values(self, part: int) -> None:
+        """Prefetches one part of the next block's values. There are two parts for every _SUMS vectors."""
         lines = -(-TILE_TOKENS * self.layout.v_dim * 2 // _LINE)
         each = -(-lines // (2 * -(-self.value_vectors // _SUMS)))
         for page in range(_PAGES):
             for line in range(part * each, min((part + 1) * each, lines)):
-                self.prefetch(self.pages.values(self.next_keys[page]) + line * _LINE)
+                self.prefetch_line(self.pages.values(self.next_keys[page]) + line * _LINE)
 
     def _each_pair(self, body: Callable[[Expr, Expr, Expr], None]) -> None:
-        """Emits body(pair, where the values of the pair of tokens lie, where their copy does) for all of the block;
-        meanwhile the keys of the next block are on their way."""
+        """Emits body(pair, address of the values of the pair of tokens, index of their copy) for all pairs of the
+        block, and prefetches the keys of the next block meanwhile."""
         pairs = BLOCK // 2
         lines = -(-TILE_TOKENS * self.layout.k_dim * 2 // (_LINE * pairs))
         with T.serial(0, pairs) as pair:
             for page in range(_PAGES):
                 for line in range(lines):
-                    self.prefetch(self.next_keys[page] + (pair * lines + line) * _LINE)
+                    self.prefetch_line(self.next_keys[page] + (pair * lines + line) * _LINE)
             tile = T.shift_right(pair, T.int32(4)) * (self.value_vectors * _TILE)
             to = T.bind(tile + T.bitwise_and(pair, T.int32(TILE_ROWS - 1)) * LANES)
             body(pair, self.value_row(pair), to)
@@ -203,7 +202,7 @@ class MatrixTiles(Tiles):
         self._each_pair(copy)
 
     def _copy_seen_values(self, lo: Expr, hi: Expr) -> Expr:
-        """Copies the values of tokens lo .. hi-1 of the block, and zeros for the others. Returns 1 if any of them is
+        """Copies the values of tokens lo .. hi-1 of the block, and zeros for the others. Returns 1 if a copied value is
         not finite, else 0."""
         worst = Vectors(1, "int32")
         worst[0] = T.broadcast(T.int32(0), LANES)
@@ -214,7 +213,7 @@ class MatrixTiles(Tiles):
             second = T.Select(T.And(token + 1 >= lo, token + 1 < hi), T.int32(-0x10000), T.int32(0))
             kept = T.bind(T.bitwise_or(first, second))
             with T.If(kept == 0):
-                with T.Then():  # their page may not exist
+                with T.Then():  # no token is seen, and their page may not exist
                     for vector in range(self.value_vectors):
                         _put(self.copied, to + vector * _TILE, T.broadcast(T.int32(0), LANES))
                 with T.Else():

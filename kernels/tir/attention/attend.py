@@ -1,17 +1,19 @@
-"""Attention over the KV pages: `Attend`. Owns how the work is shared out and how parts of it are put together.
+"""Attention over the KV pages: `Attend`. It shares the work out to members and merges their results.
 
-A *row* is one query head of one token; the rows of a request that share a KV head are numbered token by token, head by
-head. They are worked on in query blocks of 48 rows, against *chunks* of 512 cached tokens that begin at multiples of
-512 (register_tiles.py computes one). Every chunk is a softmax of its own: it leaves a maximum m, sums of weights l by
-lane and a weighted sum of values acc, and these are merged into the row's in the order of the chunks:
+A *row* is one query head of one token. The rows of a request that share a KV head are numbered token by token, head by
+head. They are computed in query blocks of 48 rows, against *chunks* of 512 cached tokens that begin at multiples of 512
+(register_tiles.py). Every chunk is a softmax of its own. Its maximum mc, its sums of weights lc by lane, and its
+weighted sum of values accc are merged into the row's m, l and acc in the order of the chunks:
 
     m' = max(m, mc); a = exp(m - m'); b = exp(mc - m'); l = l*a + lc*b; acc = acc*a + accc*b
 
-So a chunk may be computed by anyone: a row's bits do not depend on the batch, on the tokens that it comes with, or on
-the team. Members begin with equal parts of the work and steal pieces from each other (work_stealing.py). A query block
-is one piece, unless it is a notable part of a member's share, of few rows and of many chunks, as in decoding one long
-request: then its chunks are pieces too ("Flash-Decoding", Dao et al., with a fixed order of adding). What the members
-find goes to memory of the step, `parts`, and is merged after a barrier. A block for which there is no room stays whole.
+So any member may compute a chunk: a row's bits do not depend on the batch, on the tokens that it comes with, or on the
+team. Members begin with equal parts of the work and steal pieces from each other (work_stealing.py).
+
+A query block is usually one piece. It is divided, with a piece for each chunk, if it has few rows, many chunks, and is
+a large part of a member's share, as when one long request is decoded. (Dao et al., "Flash-Decoding"; here the order of
+adding is fixed.) Members write their results for its chunks to `parts`, memory of the step, and merge them after a
+barrier. A query block for which `parts` has no room stays whole.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.attention.amx import MatrixTiles
-from xllm_compiler.kernels.tir.attention.int8 import ByteTiles
+from xllm_compiler.kernels.tir.attention.amx import AmxTiles
+from xllm_compiler.kernels.tir.attention.int8 import Int8Tiles
 from xllm_compiler.kernels.tir.attention.kv_address import TABLE_SIZES, KvLayout
 from xllm_compiler.kernels.tir.attention.register_tiles import Tiles
 from xllm_compiler.kernels.tir.attention.state import BLOCK, CHUNK, QUERY_ROWS, Item
@@ -42,15 +44,15 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 )
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.codegen.vmath import exp_of_negative
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORK_QUEUES, steal_work
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 
 Expr = Any
 _CHUNK_BLOCKS = CHUNK // BLOCK
-_DIVIDED_ROWS = 16  # query blocks of more rows are prompts, of which there are enough to share out whole
+_DIVIDED_ROWS = 16  # at most, of a divided query block: more rows are of a prompt, which has enough blocks to share out
 _PIECES = 8  # of the work for each member
-_WORTH_WALKING = 64  # rows times KV blocks of an average query block
-_NOTABLE = 8  # a query block is divided when it costs more than one in so many of a member's share
+_WORTH_STEALING = 64  # rows times KV blocks of an average query block, from which on work stealing pays
+_NOTABLE = 8  # a query block is divided if it costs more than a member's share divided by this
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Attend(Kernel):
     """out[rows, q_heads, v_dim] = softmax(q . k * scale) @ v over what each token sees.
 
     `window` > 0: the last `window` tokens only. `softcap` > 0: scores become softcap * tanh(score / softcap).
-    `sinks`: one more logit per query head that takes weight and has no value. `divide`: chunks may be shared out, with
-    `parts` as the place for what was found (f32 [room], any contents) and the step's barrier.
+    `sinks`: one more logit per query head that takes weight and has no value. `divide`: query blocks may be divided;
+    then `parts` (f32 [room], any contents) holds the results of chunks, and `barrier` is the step's.
     """
 
     kv: KvLayout
@@ -94,7 +96,7 @@ class Attend(Kernel):
         out = Arg("out", dtype, f"rows, {heads}, {self.kv.v_dim}", written=True)
         parts = (Arg("parts", "f32", "room", written=True), Arg("barrier", "u8", "64")) if self.divide else ()
         sizes = (scalar("rows"), scalar("requests"), *TABLE_SIZES, *((scalar("room"),) if self.divide else ()))
-        return (*pointers, *sinks, out, *parts, TURNS, *sizes, *MEMBER_ARGS)
+        return (*pointers, *sinks, out, *parts, WORK_QUEUES, *sizes, *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         return build_function(self, isa, lambda **env: _Body(self, isa, env).emit())
@@ -107,22 +109,23 @@ class _Body:
         self.kernel = kernel
         self.env = env
         if kernel.kv.quantized:
-            self.tiles: Tiles = ByteTiles(kernel, isa, env)
+            self.tiles: Tiles = Int8Tiles(kernel, isa, env)
         elif kernel.kv.dtype == "bf16" and not isa.has_bf16_dot:
             self.tiles = WideTiles(kernel, isa, env)
-        elif kernel.kv.dtype == "bf16" and isa.has_tiles:
-            self.tiles = MatrixTiles(kernel, isa, env)
+        elif kernel.kv.dtype == "bf16" and isa.has_amx:
+            self.tiles = AmxTiles(kernel, isa, env)
         else:
             self.tiles = Tiles(kernel, isa, env)
         self.vectors = self.tiles.value_vectors
         self.part = (2 + self.vectors) * LANES  # f32 of one row's part of one chunk: its maximum, sums and values
 
-    # ---- sharing out
+    # ---- sharing the work out
 
     def emit(self) -> None:
-        """Members take pieces of the total cost by turns: a walk over the query blocks of all heads finds those of one.
+        """Members steal pieces, equal parts of the total cost. For each piece a loop over the query blocks of all heads
+        finds those that belong to it.
 
-        The cost of a query block is its rows times the KV blocks they see, so that long contexts weigh what they take.
+        The cost of a query block is its rows times the KV blocks that they see, so that long contexts count fully.
         """
         self.tiles.allocate()
         self.state = self.tiles.state
@@ -141,14 +144,14 @@ class _Body:
         self._query_blocks(1, count)
         self.team = T.Cast("int64", self.env["team"])
         self.total = hold(T.max(cost[0], T.int64(1)) * self.kernel.kv.heads)
-        # where a query block is soon done, walking past all of them costs more than waiting for whoever is late
-        self.pieces = hold(self.team * T.Select(cost[0] >= items[0] * _WORTH_WALKING, T.int64(_PIECES), T.int64(1)))
+        # with short query blocks, looping past all of them for each piece costs more than waiting for a late member
+        self.pieces = hold(self.team * T.Select(cost[0] >= items[0] * _WORTH_STEALING, T.int64(_PIECES), T.int64(1)))
 
         def piece(number: Expr, onward: Expr) -> None:
             self.piece = T.bind(T.Cast("int64", number))
             self._each_item(self._work)
 
-        by_turns(T.Cast("int32", self.pieces), self.env["turns"], self.env["member"], self.env["team"], piece)
+        steal_work(T.Cast("int32", self.pieces), self.env["turns"], self.env["member"], self.env["team"], piece)
         self.tiles.release()
         if self.kernel.divide:
             with T.If(largest[0] * self.team * _NOTABLE > self.total), T.Then():
@@ -156,8 +159,8 @@ class _Body:
                 self._each_item(self._merge_parts)
 
     def _query_blocks(self, heads: int, body: Callable[[Item, Expr], None]) -> None:
-        """Emits body(item, head) for all query blocks of the first `heads` KV heads. A request's query blocks of one
-        head come one after the other: what they see is then in the second-level cache."""
+        """Emits body(item, head) for all query blocks of the first `heads` KV heads. The query blocks of one request
+        and head follow each other, so that the tokens they see are in the second-level cache."""
         start, group = self.env["start"], self.tiles.group
         with T.serial(0, self.env["requests"]) as request:
             begin = T.bind(start[request])
@@ -176,8 +179,8 @@ class _Body:
         return T.bind(T.Cast("int64", (last_block - first_block + 1) * item.rows))
 
     def _each_item(self, body: Callable[[Item, Expr, Expr, Expr], None]) -> None:
-        """Emits body(item, head, piece, at) for all query blocks of all KV heads. `piece`: the one that it is of as a
-        whole, or -1 where it is divided; then its parts begin at `at`."""
+        """Emits body(item, head, piece, at) for all query blocks of all KV heads. `piece`: the piece that the query
+        block belongs to, or -1 where it is divided; then its parts begin at `at`."""
         used = Scalars(1, "int32")
         used[0] = T.int32(0)
         self.passed[0] = T.int64(0)
@@ -203,7 +206,7 @@ class _Body:
         self._query_blocks(self.kernel.kv.heads, each)
 
     def _piece_of(self, passed: Expr, cost: Expr, pieces: Expr) -> Expr:
-        """In which of `pieces` equal parts of the total the middle of the cost `passed` .. `passed + cost` lies."""
+        """Which of `pieces` equal parts of the total cost has the middle of `passed` .. `passed + cost`."""
         return hold(T.truncdiv((passed * 2 + cost) * pieces, self.total * 2))
 
     @staticmethod
@@ -213,7 +216,7 @@ class _Body:
     # ---- one query block
 
     def _work(self, item: Item, head: Expr, piece: Expr, at: Expr) -> None:
-        """Computes the item's chunks of this piece: all of them, and the result, or its parts of a divided one."""
+        """Computes what belongs to this piece: the whole item and its result, or some chunks of a divided item."""
         whole = T.bind(piece == self.piece)
         divided = T.bind(piece < T.int64(0))
         with T.If(T.Or(whole, divided)), T.Then():
@@ -226,7 +229,7 @@ class _Body:
                 cost = self._cost(item, first, last)
                 mine = T.Or(whole, self._piece_of(at_chunk[0], cost, self.pieces) == self.piece)
                 at_chunk[0] = at_chunk[0] + cost
-                # Merging into nothing changes nothing: the first chunk is worked on where all are merged into.
+                # The first chunk is computed in place: merging it into an empty state would change no bit.
                 shift = T.bind(T.Select(T.And(whole, chunk == first_chunk), T.int32(0), T.int32(QUERY_ROWS)))
                 with T.If(mine), T.Then():
                     self.tiles.fresh(item, head, shift)
@@ -241,7 +244,7 @@ class _Body:
                 self._finish(item, row, head)
 
     def _merge_parts(self, item: Item, head: Expr, piece: Expr, at: Expr) -> None:
-        """Puts together the rows of a divided item, which members deal out."""
+        """Merges the parts of a divided item's rows. Members compute different rows."""
         first_chunk = T.bind(self._chunk(item.first_block))
         with T.If(piece < T.int64(0)), T.Then(), T.serial(0, item.rows) as row:
             turn = T.truncmod(head * item.rows + row, self.env["team"])
@@ -262,7 +265,7 @@ class _Body:
         return T.bind(at + (chunk * item.rows + row) * self.part)
 
     def _keep(self, row: Expr, part: Expr) -> None:
-        """Writes what was found for a row of the chunk to `parts`."""
+        """Writes a row's state of one chunk to `parts`."""
         parts = self.env["parts"]
         top, rest = self.state.reader(row)
         T.buffer_store(parts, top(), [part])
@@ -272,7 +275,7 @@ class _Body:
     def _merge_seen(
         self, item: Item, row: Expr, chunk: Expr, part: tuple[Callable[[], Expr], Callable[[int], Expr]]
     ) -> None:
-        """Merges a chunk into the row, if the row sees any of it."""
+        """Merges a chunk into the row's state, if the row sees any of it."""
         begin, end = self.tiles.sees(item.request, item.first + row)
         with T.If(T.And(begin < (chunk + 1) * CHUNK, end > chunk * CHUNK)), T.Then():
             top, rest = part
@@ -288,7 +291,7 @@ class _Body:
                 store(buffer, place, fma(load(buffer, place, "f32"), a, added), "f32")
 
     def _finish(self, item: Item, row: Expr, head: Expr) -> None:
-        """out = acc / l, where l counts the sink."""
+        """Writes out = acc / l. l includes the sink."""
         buffer, place = self.state.place(row, 0)
         total = T.bind(horizontal_sum(load(buffer, place, "f32")))
         if self.kernel.sinks:

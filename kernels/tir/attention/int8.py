@@ -1,17 +1,16 @@
-"""Attention's work on one KV block of an 8-bit cache, in integers: `ByteTiles`. What else there is to it
-is in register_tiles.py.
+"""Attention over one KV block of an 8-bit cache, in integers: `Int8Tiles`. The rest is in register_tiles.py.
 
-Keys and values are multiplied as they are stored, four at a time, by the instruction for 8-bit integers, and what they
-meet is rounded to 8 bits too, as in Zhang et al., "SageAttention":
+Keys and values are multiplied as they are stored, four at a time, by the dot product of 8-bit integers. So q and p are
+rounded to 8 bits too, as in Zhang et al., "SageAttention":
 
-    q       round(q / max |q| * 127) by row, and 128 more, since the instruction wants one side unsigned; the cache
-            keeps the sum of each key's integers, with which that is taken off again
+    q       round(q / max |q| * 127) by row, plus 128, since one operand of the instruction is unsigned. The cache has
+            the sum of each key's integers, with which the 128 is taken off again
     p       round(p * scale of the value / their maximum * 255) by row and block; never negative
 
-Sums of products are exact, and mean the same whatever else is in the tile.
+Sums of products are exact, so a row's bits do not depend on the other rows of its tile.
 
-A row that does not see a token has p = 0 for it, and 0 times any integer is 0: nothing that a value holds can leak. Its
-scale can, and is not looked at.
+A row that does not see a token has p = 0 for it, and 0 times any integer is 0. So no value can leak. A value's scale
+could, if it were NaN; so the scale of an unseen value is never used.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ from xllm_compiler.weight_formats import LARGEST
 Expr = Any
 _QUAD = 4
 _TOP = 255.0
-_LEAST = 1e-30  # of weights; what is below it everywhere counts for nothing, and 255 / it is finite
+_LEAST = 1e-30  # if all weights of a row are below this they become 0; 255 / _LEAST is finite
 
 
-class ByteTiles(Tiles):
-    """`Tiles` for a quantized cache, whatever it is made of."""
+class Int8Tiles(Tiles):
+    """`Tiles` for a quantized cache of either type."""
 
     def allocate(self) -> None:
         self.allocate_state()
@@ -71,7 +70,7 @@ class ByteTiles(Tiles):
         return 0
 
     def fresh(self, item: Item, head: Expr, shift: Expr) -> None:
-        """Rounds q."""
+        """Begins a chunk, and rounds q."""
         super().fresh(item, head, shift)
         dim, dtype, q = self.layout.k_dim, self.layout.dtype, self.env["q"]
         with T.serial(0, item.rows) as row:
@@ -87,7 +86,7 @@ class ByteTiles(Tiles):
 
             each_vector(dim, part)
 
-    def open_keys(self, pages: list[Expr]) -> None:
+    def prepare_keys(self, pages: list[Expr]) -> None:
         for i, page in enumerate(pages):
             T.buffer_store(self.key_scales, self.pages.key_scales(page), [i])
             T.buffer_store(self.value_scales, self.pages.value_scales(page), [i])
@@ -98,7 +97,7 @@ class ByteTiles(Tiles):
     # ---- scores
 
     def score(self, place: Expr, count: int, pages: list[Expr]) -> None:
-        """sums = q . k in integers."""
+        """Emits sums = q . k in integers."""
         width = self.width(count)
         for group in range(0, BLOCK_PAGES, width):
             some = pages[group : group + width]
@@ -115,7 +114,7 @@ class ByteTiles(Tiles):
                 first = T.bind(place * (self.layout.k_steps * _QUAD))
                 starts = [first + i * (self.layout.k_steps * _QUAD) for i in range(count)]
                 part = Part(group // width, BLOCK_PAGES // width)
-                self._multiply_bytes(self.queries, starts, self.key_steps, keys, self.ask_keys, part, sums)
+                self._multiply_bytes(self.queries, starts, self.key_steps, keys, self.prefetch_keys, part, sums)
                 for i in range(count):
                     for j in range(width):
                         where = address(self.sums, i * BLOCK + (group + j) * LANES)
@@ -138,11 +137,11 @@ class ByteTiles(Tiles):
         return [*super().parts_of_weighing(), self.round_weights]
 
     def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        """scores = weights by the values' scales, and tops = the largest of them."""
+        """Emits scores = weights times the values' scales, and tops = the largest of them."""
         sizes = []
         for i, weight in enumerate(weights):
             scale = T.call_extern("float32x16", "xllm_load_f32", address(self.env["kv"], self.value_scales[i]))
-            scaled = T.bind(only_seen(i, weight * scale, 0.0))  # what is not seen has any scale
+            scaled = T.bind(only_seen(i, weight * scale, 0.0))  # an unseen value's scale may be NaN
             store(self.scores, at * BLOCK + i * LANES, scaled, "f32")
             bits = T.reinterpret("int32x16", scaled)
             sizes.append(T.bind(T.bitwise_and(bits, T.broadcast(T.int32(0x7FFFFFFF), LANES))))
@@ -150,7 +149,7 @@ class ByteTiles(Tiles):
         T.buffer_store(self.tops, T.call_pure_extern("float32", "xllm_largest_size", top), [place])
 
     def round_weights(self, at: Expr, place: Expr, seen: Seen) -> None:
-        """From there to the integers that meet the values."""
+        """Rounds what `write_weights` left to the integers that the values are multiplied by."""
         largest = T.bind(self.tops[place])
         T.buffer_store(self.p_scales, largest * T.float32(1 / _TOP), [place])
         factor = T.bind(T.Select(largest > T.float32(_LEAST), T.float32(_TOP) / largest, T.float32(0)))
@@ -170,7 +169,7 @@ class ByteTiles(Tiles):
 
         first = T.bind(place * BLOCK)
         starts = [first + i * BLOCK for i in range(count)]
-        self._multiply_bytes(self.rounded_weights, starts, self.value_steps, values, self.ask_values, part, sums)
+        self._multiply_bytes(self.rounded_weights, starts, self.value_steps, values, self.prefetch_values, part, sums)
         for i in range(count):
             scale = T.bind(splat(self.p_scales[place + i]))
             lo, hi = self.seen_here(place + i)
@@ -179,7 +178,7 @@ class ByteTiles(Tiles):
                 at = T.bind(self.state.total(self.shift + place + i, vector))
                 before = T.bind(load(self.state.totals, at, "f32"))
                 after = fma(T.Cast("float32x16", sums[i * width + j]), scale, before)
-                # adding nothing would turn -0 into 0
+                # a row that sees nothing keeps its state: adding 0 would turn -0 into 0
                 store(self.state.totals, at, T.Select(sees, after, before), "f32")
 
     # ---- both
@@ -190,14 +189,14 @@ class ByteTiles(Tiles):
         starts: list[Expr],
         steps: int,
         vectors: Callable[[Expr], list[Expr]],
-        ask: Callable[[Expr, int, Part], None],
+        prefetch: Callable[[Expr, int, Part], None],
         part: Part,
         sums: Vectors,
     ) -> None:
-        """sums += left . vectors; row i's bytes begin at starts[i]."""
+        """Emits sums += left . vectors. Row i's bytes begin at starts[i]."""
         with T.serial(0, steps) as step:
             right = vectors(step)
-            ask(step, steps, part)
+            prefetch(step, steps, part)
             for i, start in enumerate(starts):
                 four = T.call_extern("int32", "xllm_load_pair", address(left, start + step * _QUAD))
                 operand = T.bind(T.broadcast(four, LANES))

@@ -1,8 +1,8 @@
-"""Where a token's keys and values lie. The one place that knows: `kv_append` writes and `attend` reads through it.
+"""Where a token's keys and values lie. Only this file knows: `kv_append` writes and `attend` reads through it.
 
-The pool is an array of blocks of `tiles` times 16 tokens, each with these tokens of all layers: one copy moves them. A
-block is `stride` bytes, and `kv` points at the layer's own bytes of block 0. There a tile of 16 tokens follows the
-other; `table[request, position // (16 * tiles)]` names the block. A tile holds, head by head,
+The pool is an array of blocks. A block holds `tiles` times 16 tokens of all layers, so that one copy moves them. It is
+`stride` bytes long, and `kv` points at the layer's own bytes of block 0. There one tile of 16 tokens follows the other.
+`table[request, position // (16 * tiles)]` is the number of the block. A tile holds, head by head,
 
     bf16    K [k_dim/2, 16, 2]   then V [8, v_dim, 2]      pairs of k along the dot product; pairs of tokens for p @ v
     f32     K [k_dim, 16]        then V [16, v_dim]
@@ -27,15 +27,15 @@ from xllm_compiler.kernels.tir.codegen.kernel import TILE_TOKENS, require, scala
 
 Expr = Any
 TABLE_SIZES = (scalar("width"), scalar("stride"))
-"""What finding a slot takes beside the table: blocks in a row of it, bytes of a block over all layers."""
+"""What is needed beside the table to find a slot: blocks in a row of the table, bytes of a block over all layers."""
 
 
 @dataclass(frozen=True)
 class KvLayout:
     """The KV cache of one layer: `heads` KV heads of k_dim and v_dim elements, both even.
 
-    `quantized`: each head of a key or value is stored as 8-bit integers times a scale; `dtype` is what they are made of
-    and computed with. `tiles`: of 16 tokens in a block.
+    `quantized`: each head of a key or value is stored as 8-bit integers times a scale, made from values in `dtype`.
+    `tiles`: how many tiles of 16 tokens a block has.
     """
 
     dtype: str
@@ -84,12 +84,12 @@ class KvLayout:
 
     @property
     def k_steps(self) -> int:
-        """Vectors of 16 tokens that the K of one page consists of, each 64 bytes."""
+        """How many vectors the K of one page has: 16 tokens each, 64 bytes."""
         return -(-self.k_dim // (4 if self.quantized else 4 // self.element_bytes))
 
     @property
     def k_row_bytes(self) -> int:
-        """Bytes of one vector's worth of K: 16 tokens of one k (f32), pair of k (bf16) or quad (8 bits)."""
+        """Bytes of one vector of K: 16 tokens of one k (f32), pair of k (bf16) or quad (8 bits)."""
         return TILE_TOKENS * 4
 
     @property
@@ -99,7 +99,7 @@ class KvLayout:
 
     @property
     def v_steps(self) -> int:
-        """Rows that the V of one page consists of."""
+        """How many rows the V of one page has."""
         return TILE_TOKENS * self.element_bytes // 4
 
 
@@ -139,7 +139,7 @@ class Pages:
 
     def k_element(self, page: Expr, slot: Expr, index: Expr) -> Expr:
         """Element `index` of the key in `slot`."""
-        many = 4 // self.layout.element_bytes  # that lie side by side
+        many = 4 // self.layout.element_bytes  # of k lie side by side
         return (
             page
             + T.truncdiv(index, T.int32(many)) * (TILE_TOKENS * 4)

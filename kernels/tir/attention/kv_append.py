@@ -1,8 +1,9 @@
-"""Kernels that write the KV cache: `KvAppend` (the fused form) and `KvWrite`. Owns the order of their steps.
+"""Kernels that write the KV cache: `KvAppend` (the fused form) and `KvWrite`.
 
-The unit of work is one head of one token, so that a decode step of one token still feeds a team. A token writes its own
-slot and nothing else: two tokens of one bf16 pair are two separate 2-byte stores. A quantized cache gets each head of a
-key or value as round(x / scale), to nearest, ties to even, with scale = max |x| / 127 (NaN if x is not all finite).
+The unit of work is one head of one token, so that a decode step of one token still gives every member work. A token
+writes its own slot only: two tokens of one bf16 pair are two separate 2-byte stores. In a quantized cache each head of
+a key or value is round(x / scale), to nearest, ties to even. Its scale is max |x| / 127, or NaN if not all x are
+finite.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ class KvWrite(Kernel):
 
 @dataclass(frozen=True)
 class KvAppend(Kernel):
-    """Splits qkv[rows, (q_heads + heads) * k_dim + heads * v_dim], norms each head of q and k if asked, rotates them by
-    cos and sin (rotary > 0), writes k and v to their slots and q to q[rows, q_heads, k_dim].
+    """Splits qkv[rows, (q_heads + heads) * k_dim + heads * v_dim] into q, k and v. Normalises each head of q (`q_norm`)
+    and k (`k_norm`), rotates both by cos and sin (`rotary` > 0), and writes k and v to their slots and q to
+    q[rows, q_heads, k_dim].
 
     Everything between qkv and what is written is f32, rounded once.
     """
@@ -165,7 +167,7 @@ class KvAppend(Kernel):
 
 
 class _Slots:
-    """Writes to the slot of a token, as `Pages` finds it."""
+    """Writes keys and values to the slots of tokens. `Pages` finds the slots."""
 
     def __init__(self, layout: KvLayout, env: dict[str, Expr]) -> None:
         self._layout = layout
@@ -179,7 +181,7 @@ class _Slots:
         return page, T.bind(T.truncmod(position, T.int32(TILE_TOKENS)))
 
     def write_key(self, source: Expr, base: Expr, row: Expr, head: Expr, dtype: str = "") -> None:
-        """K of `row`'s slot = source[base : base + k_dim], elements of the model's type (`dtype`: of another)."""
+        """Emits K of `row`'s slot = source[base : base + k_dim]. `dtype`: of the source; "": the model's type."""
         page, slot = self._slot(row, head)
         pages, layout = self._pages, self._layout
         if layout.quantized:
@@ -192,20 +194,20 @@ class _Slots:
             with T.serial(0, layout.k_dim) as i:
                 self._put(pages.k_element(page, slot, i), source[base + i])
             return
-        many = 4 // layout.element_bytes  # of k lie side by side, and are this token's alone
+        many = 4 // layout.element_bytes  # of k lie side by side; all are this token's
         with T.serial(0, layout.k_steps) as i:
             four = T.call_extern("int32", "xllm_load_pair", address(source, base + i * many))
             where = address(self._env["kv"], pages.k_element(page, slot, i * many))
             T.evaluate(T.call_extern("int32", "xllm_put_pair", where, four))
 
     def write_value(self, source: Expr, base: Expr, row: Expr, head: Expr) -> None:
-        """V of `row`'s slot = source[base : base + v_dim]."""
+        """Emits V of `row`'s slot = source[base : base + v_dim]."""
         page, slot = self._slot(row, head)
         if self._layout.quantized:
             scale = self._pages.value_scales(page) + slot * 4
             source, _ = self._quantize(source, base, self._layout.v_dim, "", scale)
             base = T.int64(0)
-        # of bf16 every other place is another token's, whom another member may be writing at this moment
+        # In bf16 every other element is another token's, and another member may be writing it at the same time.
         spread = self._layout.v_dim // LANES * LANES if self._layout.element_bytes == 2 else 0
         if spread:
             with T.serial(0, spread // LANES) as i:
@@ -216,7 +218,8 @@ class _Slots:
                 self._put(self._pages.v_element(page, slot, i), source[base + i])
 
     def _quantize(self, source: Expr, base: Expr, count: int, dtype: str, scale: Expr) -> tuple[Expr, Expr]:
-        """Writes the scale of `count` elements, and returns their integers, zeros behind them, and the sum of them."""
+        """Emits the rounding of `count` elements and the store of their scale. Returns their integers, followed by
+        zeros, and the sum of the integers."""
         dtype = dtype or self._layout.dtype
         largest = largest_size(source, base, count, dtype)
         where = address(self._env["kv"], scale)

@@ -1,9 +1,9 @@
-"""A softmax over some cached tokens for a block of queries, in register tiles: `Tiles`. Owns that arithmetic,
-but for what turns scores into weights (softmax.py).
+"""Attention of a query block over one KV block after the other, in register tiles: `Tiles`. From scores to weights it
+uses softmax.py.
 
-The rows of a query block (attend.py) are worked on in tiles of up to 6, against KV blocks of 64 tokens that begin at
-multiples of 64, in order. Every tile of the query block meets a KV block's keys before any meets its values, so either
-is read from memory once per query block and then lies in the first-level cache. This is Dao et al.,
+The rows of a query block (attend.py) are computed in tiles of up to 6, against KV blocks of 64 tokens that begin at
+multiples of 64, in order. First all tiles of the query block are multiplied by a KV block's keys, then all by its
+values. So each is read from memory once per query block, and then from the first-level cache. This is Dao et al.,
 "FlashAttention-2", with one thread per query block.
 
 For one row and one KV block (m, l, acc are the row's running maximum, sum of weights by lane, and weighted sum of
@@ -11,13 +11,12 @@ values):
 
     s = q.k * scale (capped); m' = max(m, s); a = exp(m - m'); p = exp(s - m'); l = l*a + p; acc = acc*a + p @ v
 
-with p rounded to bf16 for bf16 values. A row sees token t of the cache if pos - window < t <= pos. Scores of what a row
-does not see are masked, and values that it does not see are not looked at, so nothing that an unwritten slot or a later
-token holds can leak, not even NaN; pages that no row of a tile sees are not touched. Blocks and tiles change nothing
-about how one row's numbers are added.
+with p rounded to bf16 for bf16 values. A row sees token t of the cache if pos - window < t <= pos. The scores of other
+tokens are masked, and their values are not read. So nothing in an unwritten slot or a later token can leak, not even
+NaN. Pages that no row of a tile sees are not touched. Blocks and tiles do not change the order of one row's additions.
 
-Pages lie anywhere, and the processor's own prefetcher starts anew in each, so the loops ask ahead for the next block:
-half again the bandwidth of a decode step.
+Pages are not contiguous, and the processor's own prefetcher starts anew in each. So the loops prefetch the next block,
+which gives a decode step half as much bandwidth again.
 """
 
 from __future__ import annotations
@@ -59,21 +58,21 @@ LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True)
 class Part:
-    """Walk `number` of `of` that the work on a block's keys, or on its values, consists of. Each asks for some pages of
-    the next block: memory that gets all requests at once, and then none, is idle half of the time."""
+    """One of the `of` loops over a block's keys, or over its values: number `number`. Each loop prefetches some pages
+    of the next block. If one loop prefetched all of them, memory would be idle in the others."""
 
     number: int
     of: int
 
     @property
     def pages(self) -> range:
-        """Of the next block, those to ask for."""
+        """The pages of the next block that this loop prefetches."""
         return range(BLOCK_PAGES * self.number // self.of, BLOCK_PAGES * (self.number + 1) // self.of)
 
 
 class Tiles(Softmax):
-    """Emits the work on one KV block. Names: `token` is a row of q, `row` a row of the request and KV head at hand,
-    `place` a row of the query block."""
+    """Emits the work on one KV block. `token` is a row of q, `row` a row of the current request and KV head, `place` a
+    row of the query block."""
 
     def __init__(self, kernel: Attend, isa: Isa, env: dict[str, Expr]) -> None:
         self.kernel = kernel
@@ -84,66 +83,67 @@ class Tiles(Softmax):
         self.pages = Pages(kernel.kv, env["table"], env["width"], env["stride"])
         self.value_vectors = -(-kernel.kv.v_dim // LANES)
         self.pairs = kernel.kv.dtype == "bf16"  # whether two elements are multiplied at a time
-        self.key_steps = self.layout.k_steps  # of a walk over keys
-        self.value_steps = BLOCK_PAGES * self.layout.v_steps  # of a walk over a block's values
-        # the numbers of rows that a tile may have: up to that of the register tile with the most elements
+        self.key_steps = self.layout.k_steps  # of a loop over keys
+        self.value_steps = BLOCK_PAGES * self.layout.v_steps  # of a loop over a block's values
+        # the numbers of rows that a tile may have, up to those of the register tile with the most elements
         self.sizes = range(1, tile_rows(self.width, MAX_ROWS) + 1)
 
     def width(self, rows: int) -> int:
-        """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
+        """How many vectors wide a register tile of `rows` rows is: 4, 2 or 1; 0 where none fits."""
         return tile_width(self.isa, "bf16" if self.pairs else "f32", rows)
 
     def allocate(self) -> None:
-        """Emits the arrays that blocks are worked on with."""
+        """Emits the arrays that the work on blocks needs."""
         self.scores = stack_array(MAX_ROWS * BLOCK, "float32")
         self.allocate_weights()
         self.allocate_state()
 
     def allocate_weights(self) -> None:
-        """The array that weights are kept in."""
+        """Emits the array of weights."""
         self.weights = stack_array(QUERY_ROWS * BLOCK, "uint16" if self.pairs else "float32")
 
     def allocate_state(self) -> None:
-        """The arrays that all kinds of tiles have."""
+        """Emits the arrays that all kinds of tiles need."""
         self.state = State(self.value_vectors)
-        self.tops = stack_array(QUERY_ROWS, "float32")  # a row's largest score of the block at hand
-        self.values = stack_array(BLOCK_PAGES, "int64")  # where the values of the block's pages begin
-        self.next_keys = stack_array(BLOCK_PAGES, "int64")  # and the keys of the next block's
+        self.tops = stack_array(QUERY_ROWS, "float32")  # each row's largest score of the current block
+        self.values = stack_array(BLOCK_PAGES, "int64")  # addresses of the values of the block's pages
+        self.next_keys = stack_array(BLOCK_PAGES, "int64")  # addresses of the keys of the next block's pages
 
     def allocate_beside(self, other: Tiles) -> None:
-        """`allocate` where another kind of tiles shares the work, and what it leaves in memory."""
+        """`allocate` for tiles that share the arrays of `other`, which computes a part of the work."""
         self.scores, self.state = other.scores, other.state
         self.values, self.next_keys = other.values, other.next_keys
         self.allocate_weights()
 
     def release(self) -> None:
-        """Emits what must be done when all blocks are."""
+        """Emits what must be done after the last block."""
 
     def fresh(self, item: Item, head: Expr, shift: Expr) -> None:
-        """Begins a chunk: rows at `shift` that have seen nothing."""
+        """Emits the beginning of a chunk: the rows from `shift` on have seen nothing."""
         with T.serial(0, item.rows) as row:
             self.state.begin(shift + row)
 
     def block(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
-        """Takes one KV block into the state at `shift` of all rows of a query block that see any of it."""
+        """Emits the work on one KV block. It updates the state, from `shift` on, of all rows of the query block that
+        see any of the KV block."""
         self.turn_to(item, head, block, shift)
         pages = self.find_pages(block)
-        self.open_keys(pages)
+        self.prepare_keys(pages)
         self._each_tile(lambda place, here: self.weigh_tile(place, here, pages))
-        self.open_values()
+        self.prepare_values()
         self._each_tile(self.add_tile)
 
     def turn_to(self, item: Item, head: Expr, block: Expr, shift: Expr) -> None:
-        """Makes this block the one at hand."""
+        """Makes `block` the current block."""
         self.item, self.head, self.shift, self.base = item, head, shift, T.bind(block * BLOCK)
-        # whether a member may begin with this block, whose values nobody has asked for
+        # a member may begin with this block, and then nothing has prefetched its values
         self.begins = T.bind(T.Or(block == item.first_block, T.truncmod(block, T.int32(CHUNK // BLOCK)) == 0))
 
-    def open_keys(self, pages: list[Expr]) -> None:
-        """Emitted before the tiles meet the keys; where they are multiplied as they are stored there is nothing to
-        do."""
+    def prepare_keys(self, pages: list[Expr]) -> None:
+        """Emits what must be done before tiles are multiplied by the keys; nothing where keys are multiplied as they
+        are stored."""
 
-    def open_values(self) -> None:
+    def prepare_values(self) -> None:
         """The same for values."""
 
     def _each_tile(self, body: Callable[[Expr, Expr], None]) -> None:
@@ -153,36 +153,36 @@ class Tiles(Softmax):
         with T.serial(0, tiles) as tile:
             place = T.bind(T.truncdiv(rows * tile, tiles))
             here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - place)
-            # The first row of a tile sees no further than the last one, and from no later on.
+            # Rows are in the order of tokens: the first row's range begins first, the last row's ends last.
             lowest, _ = self.seen(place)
             _, highest = self.seen(place + here - 1)
             with T.If(T.And(lowest < self.base + BLOCK, highest > self.base)), T.Then():
                 body(place, here)
 
-    def ask_keys(self, step: Expr, steps: int, part: Part) -> None:
-        """In step `step` of `steps` of a walk over keys: asks for some lines of the next block's, and of this one's
-        values where nobody has."""
+    def prefetch_keys(self, step: Expr, steps: int, part: Part) -> None:
+        """In step `step` of `steps` of a loop over keys, prefetches lines of the next block's keys, and of this block's
+        values if nothing has prefetched them."""
         values = self.layout.v_steps * self.layout.v_row_bytes
         for page in part.pages:
-            self._ask(self.next_keys[page], self.layout.k_bytes, step, steps)
+            self._prefetch_lines(self.next_keys[page], self.layout.k_bytes, step, steps)
         with T.If(self.begins), T.Then():
             for page in part.pages:
-                self._ask(self.values[page], values, step, steps)
+                self._prefetch_lines(self.values[page], values, step, steps)
 
-    def ask_values(self, step: Expr, steps: int, part: Part) -> None:
-        """In step `step` of `steps` of a walk over the block's values: asks for some lines of the next block's, and
-        for what lies behind them."""
+    def prefetch_values(self, step: Expr, steps: int, part: Part) -> None:
+        """In step `step` of `steps` of a loop over the block's values, prefetches lines of the next block's values, and
+        of the scales that follow them."""
         for page in part.pages:
             start = self.pages.values(self.next_keys[page])
-            self._ask(start, self.layout.head_bytes - self.layout.k_bytes, step, steps)
+            self._prefetch_lines(start, self.layout.head_bytes - self.layout.k_bytes, step, steps)
 
-    def _ask(self, start: Expr, size: int, step: Expr, steps: int) -> None:
+    def _prefetch_lines(self, start: Expr, size: int, step: Expr, steps: int) -> None:
         each, rest = divmod(-(-size // LINE), steps)
         for line in range(each):
-            self.prefetch(start + (step * each + line) * LINE)
+            self.prefetch_line(start + (step * each + line) * LINE)
         if rest:
             with T.If(step < rest), T.Then():
-                self.prefetch(start + (step + steps * each) * LINE)
+                self.prefetch_line(start + (step + steps * each) * LINE)
 
     def _token(self, request: Expr, row: Expr) -> Expr:
         """The token (row of q) of a row of the request."""
@@ -195,11 +195,11 @@ class Tiles(Softmax):
         return first, T.bind(position + 1)
 
     def seen(self, place: Expr) -> tuple[Expr, Expr]:
-        """`sees` of a row of the query block at hand."""
+        """`sees` for a row of the current query block."""
         return self.sees(self.item.request, self.item.first + place)
 
     def seen_here(self, place: Expr) -> tuple[Expr, Expr]:
-        """[first, last) of the block's 64 tokens that a row sees; of no row that sees none is first < last."""
+        """[first, last) of the block's 64 tokens that a row sees. first >= last for a row that sees none."""
         begin, end = self.seen(place)
         return T.bind(T.max(begin - self.base, 0)), T.bind(T.min(end - self.base, BLOCK))
 
@@ -211,13 +211,13 @@ class Tiles(Softmax):
         return T.bind(index * width)
 
     def find_pages(self, block: Expr) -> list[Expr]:
-        """The keys of the pages of the block at hand; fills `values` and `next_keys`."""
+        """The addresses of the keys of the current block's pages. Fills `values` and `next_keys`."""
         request, head = self.item.request, self.head
         lowest, _ = self.seen(T.int32(0))
         _, end = self.seen(self.item.rows - 1)
         start = T.bind(T.truncdiv(T.max(lowest - self.base, 0), T.int32(TILE_TOKENS)))
         stop = T.bind(T.truncdiv(T.min(end - self.base, BLOCK) - 1, T.int32(TILE_TOKENS)))
-        # A page that no row sees may not exist: in its place one that exists is scored, and its scores are masked.
+        # A page that no row sees may not exist. A page that exists takes its place, and its scores are masked.
         numbers = [T.max(T.min(T.int32(i), stop), start) for i in range(BLOCK_PAGES)]
         pages = [self.pages.page(request, block * BLOCK_PAGES + number, head) for number in numbers]
         last = T.bind(T.truncdiv(end - 1, T.int32(TILE_TOKENS)))
@@ -234,16 +234,16 @@ class Tiles(Softmax):
     # ---- scores and values of one tile
 
     def weigh_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
-        """Scores and weights of `here` rows from `place` on."""
+        """Emits scores and weights of `here` rows from `place` on."""
         self.score_tile(place, here, pages)
         self.weigh_rows(place, here, T.int32(0))
 
     def score_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
-        """scores = q . k for `here` rows from `place` on."""
+        """Emits scores = q . k for `here` rows from `place` on."""
         choose(here, {count: partial(self.score, place, count, pages) for count in self.sizes})
 
     def add_tile(self, place: Expr, here: Expr) -> None:
-        """acc += p @ v for `here` rows from `place` on."""
+        """Emits acc += p @ v for `here` rows from `place` on."""
         with T.If(self.all_see_all(place, here)):
             with T.Then():
                 choose(here, {count: partial(self.add_values, place, count) for count in self.sizes})
@@ -254,7 +254,7 @@ class Tiles(Softmax):
                     self._add_seen_values(one, lo, hi)
 
     def score(self, place: Expr, count: int, pages: list[Expr]) -> None:
-        """scores = q . k for `count` rows from `place` on."""
+        """Emits scores = q . k for `count` rows from `place` on."""
         queries = self.queries_at(place, count)
         width = self.width(count)
         for group in range(0, BLOCK_PAGES, width):
@@ -272,7 +272,7 @@ class Tiles(Softmax):
             totals[i] = splat(0.0)
         with T.serial(0, self.key_steps) as step:
             keys = [self.key(pages, number, step) for number in group]
-            self.ask_keys(step, self.key_steps, part)
+            self.prefetch_keys(step, self.key_steps, part)
             for i, query in enumerate(queries):
                 operand = self.query_element(query, step)
                 for j, key in enumerate(keys):
@@ -280,7 +280,7 @@ class Tiles(Softmax):
         return totals
 
     def add_values(self, place: Expr, count: int) -> None:
-        """acc += p @ v for `count` rows that see the whole block."""
+        """Emits acc += p @ v for `count` rows that see the whole block."""
         width = self.width(count)
         for vector in range(0, self.value_vectors, width):
             part = Part(vector // width, -(-self.value_vectors // width))
@@ -288,18 +288,18 @@ class Tiles(Softmax):
                 self.add_to_vectors(place, count, range(vector, min(vector + width, self.value_vectors)), part)
 
     def add_to_vectors(self, place: Expr, count: int, vectors: range, part: Part) -> None:
-        """`add_values` for some vectors of the value's columns."""
+        """`add_values` for the vectors `vectors` of the values' columns."""
         row = T.bind(self.shift + place)
-        weights = T.bind(place * BLOCK)  # rows at fixed distances from one address: one register for all of them
+        weights = T.bind(place * BLOCK)  # rows lie at constant distances, so that one address register serves all
         sums = Vectors(count * len(vectors))
         for i in range(count):
             for j, vector in enumerate(vectors):
                 sums[i * len(vectors) + j] = load(self.state.totals, self.state.total(row + i, vector), "f32")
-        # One loop over the block and not one per page, which LLVM would unroll for every tile size.
+        # One loop over the block: LLVM would unroll one loop for each page, at every tile size.
         with T.serial(0, self.value_steps) as step:
             at = self.value_row(step)
             values = [self.value(at, vector) for vector in vectors]
-            self.ask_values(step, self.value_steps, part)
+            self.prefetch_values(step, self.value_steps, part)
             for i in range(count):
                 operand = self.element(self.weights, weights + i * BLOCK, step)
                 for j, value in enumerate(values):
@@ -309,7 +309,7 @@ class Tiles(Softmax):
                 store(self.state.totals, self.state.total(row + i, vector), sums[i * len(vectors) + j], "f32")
 
     def _add_seen_values(self, place: Expr, lo: Expr, hi: Expr) -> None:
-        """acc += p @ v for one row that sees tokens lo .. hi-1 of the block; other values are not looked at."""
+        """Emits acc += p @ v for one row that sees tokens lo .. hi-1 of the block. Other values are not read."""
         row = T.bind(self.shift + place)
         sums = Vectors(self.value_vectors)
         for vector in range(self.value_vectors):
@@ -317,7 +317,7 @@ class Tiles(Softmax):
         weights = T.bind(place * BLOCK)
         if self.pairs:
             with T.serial(T.truncdiv(lo, T.int32(2)), T.truncdiv(hi + 1, T.int32(2))) as pair:
-                # the half of a pair that is out of sight may hold anything
+                # the half of a pair that the row does not see may hold NaN
                 first_seen = T.Select(pair * 2 >= lo, T.int32(0xFFFF), T.int32(0))
                 second_seen = T.Select(pair * 2 + 1 < hi, T.int32(-0x10000), T.int32(0))
                 mask = T.bind(T.broadcast(T.bitwise_or(first_seen, second_seen), LANES))
@@ -336,36 +336,36 @@ class Tiles(Softmax):
             store(self.state.totals, self.state.total(row, vector), sums[vector], "f32")
 
     def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        """Keeps the weights of a row, whose scores nobody reads any more, for `add_tile`."""
+        """Emits the store of a row's weights for `add_tile`."""
         for i, weight in enumerate(weights):
             store(self.weights, place * BLOCK + i * LANES, weight, self.layout.dtype)
 
     # ---- memory
 
     def queries_at(self, place: Expr, count: int) -> list[Expr]:
-        """Where the elements of `count` rows of q begin, for `query_element`."""
+        """The indices at which `count` rows of q begin, for `query_element`."""
         return [self.query(self.item, place + i, head=self.head, width=self.layout.k_dim) for i in range(count)]
 
     def query_element(self, query: Expr, step: Expr) -> Expr:
-        """What a row multiplies in one step of a walk over keys."""
+        """What the keys are multiplied by in one step of a loop over them."""
         return self.element(self.env["q"], query, step)
 
     def key(self, pages: list[Expr], number: int, step: Expr) -> Expr:
-        """One vector of K: what 16 tokens multiply."""
+        """One vector of K, of 16 tokens."""
         return self.words(pages[number] + step * self.layout.k_row_bytes)
 
     def words(self, offset: Expr) -> Expr:
-        """A vector of the cache."""
+        """One vector of the cache."""
         where = address(self.env["kv"], offset)
         if self.layout.element_bytes < 4:
             return T.bind(T.call_extern("int32x16", "xllm_load_i32", where))
         return T.bind(T.call_extern("float32x16", "xllm_load_f32", where))
 
-    def prefetch(self, offset: Expr) -> None:
+    def prefetch_line(self, offset: Expr) -> None:
         T.evaluate(T.call_extern("int32", "xllm_prefetch", address(self.env["kv"], offset)))
 
     def value_row(self, step: Expr) -> Expr:
-        """The address of one row of V in the block."""
+        """The address of row `step` of V in the block."""
         rows = self.layout.v_steps
         base = self.values[T.shift_right(step, T.int32(int(math.log2(rows))))]
         return T.bind(base + T.bitwise_and(step, T.int32(rows - 1)) * self.layout.v_row_bytes)

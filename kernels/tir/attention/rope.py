@@ -1,4 +1,4 @@
-"""Rotary position embedding: the rotation of one head, and the kernel `Rope`. Owns the two styles.
+"""Rotary position embedding: the rotation of one head in either style, and the kernel `Rope`.
 
     half            pairs (i, i + R/2)      interleaved     pairs (2i, 2i + 1)      for i < R/2, R = rotary
 
@@ -37,8 +37,8 @@ def rotate(
     rotary: int,
     style: str,
 ) -> None:
-    """Emits the rotation of one head. `read(i)` and `write(i, value)` are its f32 elements, which must not be the same
-    memory unless pairs are; `at` is the row's offset in cos and sin."""
+    """Emits the rotation of one head. `read(i)` and `write(i, value)` read and write its f32 elements. An element may
+    be written where it was read, and nowhere else in the memory that is read. `at`: the row's offset in cos and sin."""
     half = rotary // 2
     with T.serial(0, half) as i:
         first, second = (i, i + half) if style == "half" else (i * 2, i * 2 + 1)

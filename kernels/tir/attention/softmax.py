@@ -1,4 +1,4 @@
-"""The softmax of attention over one KV block: from the scores of some rows to their weights. Owns `Softmax`."""
+"""`Softmax`: attention's softmax over one KV block, from the scores of some rows to their weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Seen = tuple[Expr, Expr] | None
 """The tokens lo .. hi-1 of a block that a row sees; None: all."""
 OnlySeen = Callable[[int, Expr, float], Expr]
 PartOfWeighing = Callable[[Expr, Expr, Seen], None]
-"""`part(at, place, seen)`, for the row whose scores are row `at` of `scores`."""
+"""`part(at, place, seen)` emits one part of a row's softmax. The row's scores are row `at` of `scores`."""
 
 
 class Softmax(ABC):
-    """What `Tiles` inherits. `at`: a row of `scores`; `place`: one of the query block."""
+    """The softmax part of `Tiles`. `at`: a row of `scores`; `place`: a row of the query block."""
 
     kernel: Attend
     state: State
@@ -33,11 +33,11 @@ class Softmax(ABC):
     """Where the places of the query block begin in the state."""
     scores: Expr
     tops: Expr
-    """A row's largest score of the block at hand."""
+    """Each row's largest score of the current block."""
 
     @abstractmethod
     def seen_here(self, place: Expr) -> tuple[Expr, Expr]:
-        """[first, last) of the block's 64 tokens that a row sees; of no row that sees none is first < last."""
+        """[first, last) of the block's 64 tokens that a row sees. first >= last for a row that sees none."""
 
     def all_see_all(self, place: Expr, here: Expr) -> Expr:
         """Whether `here` rows from `place` on see the whole block."""
@@ -47,14 +47,14 @@ class Softmax(ABC):
 
     @abstractmethod
     def write_weights(self, at: Expr, place: Expr, weights: list[Expr], only_seen: OnlySeen) -> None:
-        """Keeps the weights of a row, whose scores nobody reads any more, for the values."""
+        """Emits the store of a row's weights, with which values are multiplied. Its scores are not read any more."""
 
     def weigh_rows(self, place: Expr, here: Expr, at: Expr) -> None:
-        """Turns the scores of `here` rows from `place` on, 64 each from row `at` of `scores` on, into weights and
-        brings the rows' maxima, sums and accumulators up to date.
+        """Computes the weights of `here` rows from `place` on, and updates the rows' maxima, sums and accumulators. The
+        scores are 64 for each row, from row `at` of `scores` on.
 
-        A row's softmax is one long chain, in which each instruction waits for the one before. So all rows go through
-        one part of it before any goes through the next: parts are short enough for the processor to see some rows.
+        In a row's softmax each instruction waits for the one before. So it is cut into parts, and all rows go through
+        one part before any goes through the next. Parts are so short that the processor overlaps several rows.
         """
         whole = T.bind(self.all_see_all(place, here))
         for part in self.parts_of_weighing():
@@ -68,12 +68,12 @@ class Softmax(ABC):
                         part(T.bind(at + i), one, seen)
 
     def parts_of_weighing(self) -> list[PartOfWeighing]:
-        """What is done to the rows one after the other; what a part leaves for the next lies in `scores` and `tops`."""
+        """The parts of the softmax, in order. A part leaves its results for the next in `scores` and `tops`."""
         return [self.find_top, self.weigh]
 
     @staticmethod
     def only_seen(seen: Seen) -> OnlySeen:
-        """`only_seen(i, value, other)`: vector i of the block's tokens, with `other` where a row does not see one."""
+        """`only_seen(i, value, other)` is vector i of the block's tokens, with `other` for tokens that are not seen."""
 
         def only(i: int, value: Expr, other: float) -> Expr:
             if seen is None:
@@ -88,7 +88,7 @@ class Softmax(ABC):
         return splat(self.kernel.softcap or self.kernel.scale)
 
     def find_top(self, at: Expr, place: Expr, seen: Seen) -> None:
-        """tops = the largest score."""
+        """Emits tops = the row's largest score."""
         kernel, factor, only_seen = self.kernel, self.factor, self.only_seen(seen)
         scores = []
         for i, score in enumerate(self.read_scores(at, place)):
@@ -102,7 +102,7 @@ class Softmax(ABC):
         T.buffer_store(self.tops, horizontal_max(top), [place])
 
     def weigh(self, at: Expr, place: Expr, seen: Seen) -> None:
-        """The rest, from the largest score on."""
+        """Emits the rest of the softmax, once the largest score is known."""
         row, factor, only_seen = T.bind(self.shift + place), self.factor, self.only_seen(seen)
         before, highest = T.bind(self.state.maxima[row]), T.bind(self.tops[place])
         now = T.bind(T.Select(before < highest, highest, before))
@@ -123,5 +123,5 @@ class Softmax(ABC):
         store(self.state.sums, row * LANES, load(self.state.sums, row * LANES, "f32") + added, "f32")
 
     def read_scores(self, at: Expr, place: Expr) -> list[Expr]:
-        """The scores of a row before `scale`, which are in `scores` from now on."""
+        """A row's scores before `scale`. They are in `scores` afterwards."""
         return [load(self.scores, at * BLOCK + i * LANES, "f32") for i in range(BLOCK_PAGES)]

@@ -1,4 +1,4 @@
-"""What attention knows of the rows of a query block while it walks over the cache: `State`; and the sizes of both."""
+"""`State`: the running softmax of the rows of a query block; and the sizes of query blocks, KV blocks and chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xllm_compiler.kernels.tir.isa.levels import LANES
 
 Expr = Any
 BLOCK = 64
-CHUNK = 512  # tokens that are one softmax; the unit of sharing out a row
+CHUNK = 512  # tokens of one softmax, which one member computes
 QUERY_ROWS = 48
 BLOCK_PAGES = BLOCK // TILE_TOKENS
 
@@ -31,9 +31,9 @@ class Item:
 
 
 class State:
-    """What is known of the rows of a query block: maximum, sums by lane and weighted values.
+    """The maximum, sums by lane and weighted values of each row of a query block.
 
-    Twice QUERY_ROWS places: what all chunks so far have left, then what the chunk at hand does.
+    There are twice QUERY_ROWS rows: first the state after all chunks so far, then that of the current chunk.
     """
 
     def __init__(self, value_vectors: int) -> None:
@@ -43,8 +43,8 @@ class State:
         self.totals = stack_array(2 * QUERY_ROWS * value_vectors * LANES, "float32")
 
     def begin(self, row: Expr) -> None:
-        """Nothing seen yet. Values are -0, to which anything may be added without a change, so that merging a first
-        chunk into nothing gives that chunk."""
+        """Emits the state of a row that has seen nothing. Values are -0, which changes nothing that is added to it. So
+        merging the first chunk into it gives that chunk."""
         T.buffer_store(self.maxima, T.float32(float("-inf")), [row])
         store(self.sums, row * LANES, splat(0.0), "f32")
         for i in range(self.value_vectors):
@@ -59,5 +59,5 @@ class State:
         return (self.sums, row * LANES) if index == 0 else (self.totals, self.total(row, index - 1))
 
     def reader(self, row: Expr) -> tuple[Callable[[], Expr], Callable[[int], Expr]]:
-        """Functions that read a row's maximum and what `place` names."""
+        """Two functions: one reads a row's maximum, the other the vector that `place(row, index)` names."""
         return lambda: self.maxima[row], lambda i: load(*self.place(row, i), "f32")

@@ -1,9 +1,10 @@
-"""Attention's work on one KV block in bf16 where there is no dot product for it: `WideTiles`. Owns what differs from
-register_tiles.py.
+"""Attention over one KV block in bf16, where no instruction multiplies bf16: `WideTiles`. The rest is
+register_tiles.py's.
 
-q, a block's keys and its values are widened to f32 once for all rows of the query block, and not once for every
-product; weights are rounded to bf16 all the same. Products are added in the order of the elements, as pairs of them are
-by `Tiles`, to which query blocks of few rows are left: there memory is what takes time, and widening keeps it waiting.
+q, a block's keys and its values are widened to f32 once for all rows of the query block, and not for every product.
+Weights are rounded to bf16 all the same. Products are added in the order of the elements, which is that of `Tiles` too.
+
+`Tiles` computes query blocks of few rows. There memory takes most of the time, and widening would delay it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WideTiles(Tiles):
         self.key_steps, self.value_steps = self.layout.k_dim, BLOCK
         self.query_width = -(-self.layout.k_dim // LANES) * LANES
         self.narrow = Tiles(*args)
-        self.few = self.narrow.sizes[-1]  # rows, at most, of a query block that is left to `narrow`: one tile
+        self.few = self.narrow.sizes[-1]  # rows, at most, of a query block that `narrow` computes: one tile
         most = tile_rows(self.width, MAX_ROWS)
         self.sizes = tile_sizes(range(self.few + 1, QUERY_ROWS + 1), most)
 
@@ -61,21 +62,21 @@ class WideTiles(Tiles):
 
             each_vector(self.layout.k_dim, part)
 
-    def open_keys(self, pages: list[Expr]) -> None:
+    def prepare_keys(self, pages: list[Expr]) -> None:
         steps = self.layout.k_steps
         with T.If(self._is_wide(self.item)), T.Then(), T.serial(0, steps) as step:
-            super().ask_keys(step, steps, _WHOLE)
+            super().prefetch_keys(step, steps, _WHOLE)
             for number, page in enumerate(pages):
                 even, odd = halves(self.words(page + step * self.layout.k_row_bytes))
                 at = T.bind(step * (2 * BLOCK) + number * LANES)
                 store(self.wide_keys, at, even, "f32")
                 store(self.wide_keys, at + BLOCK, odd, "f32")
 
-    def open_values(self) -> None:
+    def prepare_values(self) -> None:
         width = self.value_vectors * LANES
         steps = BLOCK_PAGES * self.layout.v_steps
         with T.If(self._is_wide(self.item)), T.Then(), T.serial(0, steps) as pair:
-            super().ask_values(pair, steps, _WHOLE)
+            super().prefetch_values(pair, steps, _WHOLE)
             row = super().value_row(pair)
             for vector in range(self.value_vectors):
                 even, odd = halves(super().value(row, vector))
@@ -83,11 +84,11 @@ class WideTiles(Tiles):
                 store(self.wide_values, at, even, "f32")
                 store(self.wide_values, at + width, odd, "f32")
 
-    def ask_keys(self, step: Expr, steps: int, part: Part) -> None:
-        """Every tile would ask for the same; widening has."""
+    def prefetch_keys(self, step: Expr, steps: int, part: Part) -> None:
+        """Does nothing: `prepare_keys` has prefetched them, once for all tiles."""
 
-    def ask_values(self, step: Expr, steps: int, part: Part) -> None:
-        """The same for values."""
+    def prefetch_values(self, step: Expr, steps: int, part: Part) -> None:
+        """Does nothing: `prepare_values` has prefetched them."""
 
     def score_tile(self, place: Expr, here: Expr, pages: list[Expr]) -> None:
         with T.If(self._is_wide(self.item)):

@@ -1,1 +1,1 @@
-"""What kernels are written with: `Kernel`, vectors and memory, polynomials, work stealing, AMX tiles."""
+"""What kernels are written with: `Kernel`, vectors and memory, polynomials, work stealing, AMX."""

@@ -1,15 +1,12 @@
 """What a CPU kernel is: its arguments, and the `Kernel` that builds one private TensorIR function.
 
-It must not know any particular kernel, how functions become machine code (`native`) or how an address inside the arena
-is found (the lowering).
+A kernel is a frozen dataclass. Its fields are everything that the code is specialised to, so two equal kernels are one
+function, and `symbol` is derived from the fields. Its arguments are pointers, then sizes, and always at the end
+`member` and `team`. A member computes only its share, and reads nothing that another member of the same call writes.
+Every kernel accepts size 0 and any `team >= 1`, and gives the same bits for every team.
 
-A kernel is a frozen dataclass: its fields are everything the code is specialised to, so two equal kernels are one
-function and `symbol` is derived from the fields. Its arguments are, in order, pointers, then runtime sizes, then always
-`member` and `team`: a member computes only its own share, and reads nothing that another member of the same call
-writes. Every kernel tolerates size 0 and any `team >= 1`, and gives the same bits for every team.
-
-Activations are dense and row-major. No output may overlap an input, with two exceptions: `y` of a norm or of `Rope`,
-and `sum` of `AddRmsNorm`, may be the same memory as `x` or `res`; `y` of a linear layer the same as its `residual`.
+Activations are dense and row-major. No output may overlap an input, with two exceptions. `y` of a norm or of `Rope`,
+and `sum` of `AddRmsNorm`, may be the memory of `x` or `res`. `y` of a linear layer may be the memory of `residual`.
 
 How the lowering uses one:
 
@@ -80,7 +77,7 @@ MEMBER_ARGS = (scalar("member"), scalar("team"))
 
 
 class Kernel(ABC):
-    """A specialised kernel. Subclasses are frozen dataclasses, one per operation."""
+    """A specialised kernel. Subclasses are frozen dataclasses, one for each operation."""
 
     @property
     @abstractmethod
@@ -97,7 +94,8 @@ class Kernel(ABC):
         return False
 
     def level(self, isa: Isa) -> Isa:
-        """The level that its code at `isa` is made for: what multiplies no bytes is shared with one that cannot."""
+        """The level that its code at `isa` is compiled for. A kernel that multiplies no bytes shares the code of the
+        level without the 8-bit dot product."""
         return isa if self.int8_dots or not isa.without_int8_dot else ISAS[isa.without_int8_dot]
 
     @property
@@ -114,7 +112,7 @@ class Kernel(ABC):
 
 
 def require(condition: bool, message: str, kernel: object) -> None:
-    """Refuses a specialisation that no code is written for; raises XllmError("unsupported")."""
+    """Raises XllmError("unsupported") unless `condition`, for a specialisation that has no code."""
     if not condition:
         raise XllmError("unsupported", message, where=type(kernel).__name__)
 

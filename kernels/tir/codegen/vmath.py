@@ -1,7 +1,7 @@
-"""exp, tanh, sigmoid, erf and the activations on 16-lane vectors, as polynomials. Owns their arithmetic.
+"""exp, tanh, sigmoid, erf and the activations on 16-lane vectors, as polynomials.
 
-No call leaves the kernel, and every level computes the same bits. Errors are against the exact value, in units of the
-last place of f32, as measured by tests/kernels/test_vmath.py over the whole range.
+They call no library, and every level computes the same bits. Errors are against the exact value, in units of the last
+place of f32; tests/kernels/test_vmath.py measures them over the whole range.
 """
 
 from __future__ import annotations

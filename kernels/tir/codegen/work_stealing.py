@@ -1,18 +1,19 @@
-"""Work stealing between the members of a team, so that all finish together: `by_turns`; and the words that say what is
-left of the work.
+"""Work stealing between the members of a team, so that all finish together: `steal_work`.
 
-Every member begins with an equal, contiguous part and takes it piece by piece, front to back, as memory is read best;
-then it takes pieces of the others' parts, from their ends. So a member that was held up, by whoever else wants its core
-or its memory, keeps nobody waiting for longer than a piece lasts. (Blumofe and Leiserson, "Scheduling multithreaded
-computations by work stealing": the owner takes from one end and whoever has nothing left from the other.)
+Each member has a queue, which begins with an equal, contiguous part of the work. The member takes pieces from the front
+of its queue, since memory is read fastest front to back. When its queue is empty, it steals pieces from the ends of the
+others' queues. So a member whose core or memory is busy with something else delays the team by one piece at most.
+(Blumofe and Leiserson, "Scheduling multithreaded computations by work stealing".)
 
-A part is one 64-bit word, the first piece left in the low half and the end in the high one; who takes a piece compares
-and swaps. Only a part's owner fills it, at the beginning of the kernel, and no kernel ends before it is empty: so
-whoever comes early finds an empty part and not an old one. Words of a member are a cache line of their own. Two kernels
-between which members do not meet must not share a word: one might be filled for the second while somebody still takes
-from it for the first.
+A queue is one 64-bit word: the first piece that is left in the low half, the end in the high half. A piece is taken by
+compare and swap. Only its owner fills a queue, at the beginning of the kernel, and no kernel ends before all queues are
+empty. So a member that comes early finds an empty queue, not an old one. Each member's queues have a cache line of
+their own, lest members slow each other down.
 
-Which member does a piece must change no bit.
+Two kernels without a barrier between them must not use the same queues. A queue might be filled for the second kernel
+while another member still steals from it for the first.
+
+Which member computes a piece must change no bit.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from xllm_compiler.kernels.tir.codegen.kernel import Arg
 
 Expr = Any
 WORDS: Final = 8
-"""Of a member: 64 bytes."""
-TURNS: Final = Arg("turns", "i64", f"members, {WORDS}", written=True)
-"""A kernel's own word of each member's line, zero before the first run; it needs no reset between runs."""
+"""Queues of one member: 64 bytes, a cache line."""
+WORK_QUEUES: Final = Arg("turns", "i64", f"members, {WORDS}", written=True)
+"""The kernel's queue in the cache line of each member. Zero before the first run; no reset is needed between runs."""
 
 _WORDS = """
 define linkonce_odr i32 @xllm_turns_fill(ptr %word, i32 %first, i32 %last) {
@@ -71,17 +72,19 @@ none:
 """
 
 
-def by_turns(total: Expr, turns: Expr, member: Expr, team: Expr, body: Callable[[Expr, Expr], None]) -> None:
-    """Emits `body(piece, onward)` for each of `total` pieces, on one member each. `onward`: how far it is to the piece
-    that this member probably takes next, 1 or -1; 0 at the end of its share, where the others probably are too."""
+def steal_work(total: Expr, queues: Expr, member: Expr, team: Expr, body: Callable[[Expr, Expr], None]) -> None:
+    """Emits `body(piece, onward)` for each of `total` pieces, on one member each.
+
+    `onward`: the distance to the piece that this member probably takes next, 1 or -1. It is 0 for the last piece of its
+    own share, when the others have probably finished theirs too."""
     first, last = share(total, member, team)
     with T.attr("default", "pragma_import_llvm", _WORDS):
-        T.evaluate(T.call_extern("int32", "xllm_turns_fill", address(turns, member * WORDS), first, last))
+        T.evaluate(T.call_extern("int32", "xllm_turns_fill", address(queues, member * WORDS), first, last))
     with T.serial(0, team) as other:
         whose = T.bind(T.truncmod(member + other, team) * WORDS)
 
         def take() -> Expr:
-            return T.call_extern("int32", "xllm_turns_take", address(turns, whose), other)
+            return T.call_extern("int32", "xllm_turns_take", address(queues, whose), other)
 
         piece = Scalars(1, "int32")
         piece[0] = take()

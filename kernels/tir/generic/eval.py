@@ -1,8 +1,8 @@
 """Turns nodes into TensorIR expressions at one place of the output, for one element or for a vector of them.
 
-Owns the meaning of every pointwise and index op in code, and the conversions between storage and compute types. Loops
-and work splitting are loops.py's. Arithmetic of bf16 and f16 is done in f32 and rounded only where a value is
-stored or cast: a fused chain is more exact than one op at a time, never less.
+It has the meaning of every pointwise and index op, and the conversions between storage and compute types. bf16 and f16
+are computed in f32, and rounded only where a value is stored or cast. So a fused chain is at least as exact as one op
+at a time.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class Code:
 
 
 class Evaluator:
-    """Evaluates one body. `code` collects the bindings of intermediate values, which the caller puts before its use
-    of the result; make a new Evaluator for every loop body, since bindings are visible in theirs only."""
+    """Evaluates one body. `code` collects the bindings of intermediate values, which the caller puts before its use of
+    the result. Every loop body needs a new Evaluator, since bindings are visible in their own body only."""
 
     def __init__(self, body: Body, buffers: Sequence[Expr], env: dict[str, Expr], lanes: int, code: Code) -> None:
         self.body = body

@@ -1,7 +1,6 @@
 """The generic kernels: any pointwise tree, reduction, softmax, running sum or matrix product, correct for every shape.
 
-Owns one builder per description of nodes.py. They are what an op gets when nothing better fits; pointwise ones
-are fused and vectorised, matrix products are merely right.
+An op gets one when no special kernel fits. Pointwise ones are fused and vectorised; matrix products are slow.
 """
 
 from __future__ import annotations
@@ -119,8 +118,8 @@ def _store(frame: Frame, out: Any, value: Expr, at: Expr, dtype: str, lanes: int
 
 
 def _rows(frame: Frame, shape: tuple[Dim, ...], row: Any) -> Stmt:
-    """Splits rows (cut into blocks where long) over the team; `row(outer index, sweep)` makes the work of one unit,
-    where sweep(body) runs a body over the unit's part of the last dimension."""
+    """Splits rows over the team; long rows are cut into blocks. `row(outer index, sweep)` makes the work of one unit.
+    `sweep(body)` runs a body over the unit's part of the last dimension."""
     extent = shape[-1]
     pieces, fixed = blocks(extent)
     units = frame.product(shape[:-1]) * i64(pieces)

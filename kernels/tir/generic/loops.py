@@ -1,7 +1,7 @@
 """Loops of the generic kernels: function assembly, work splitting over a team, vector sweeps with scalar tails.
 
-Owns how work is cut. Every cut is by output element, and where an element falls (vector or tail) depends only on its
-place in its own row, never on the number of rows or members: so bits do not depend on batch or team.
+Work is split by output element. Whether an element is computed in a vector or in the tail depends only on its place in
+its row, never on the number of rows or members. So bits do not depend on batch or team.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def loop(start: Expr, stop: Expr, body: Callable[[Expr], Stmt]) -> Stmt:
 
 
 def split(frame: Frame, units: Expr, body: Callable[[Expr], Stmt]) -> Stmt:
-    """The member's share of `units` pieces of work, as near equal as possible."""
+    """A loop over the member's share of `units` pieces of work. Shares differ by one unit at most."""
     lo, hi = tirx.Var("lo", "int64"), tirx.Var("hi", "int64")
     m, t = frame.member.astype("int64"), frame.team.astype("int64")
     first = tirx.truncdiv(units * m, t)

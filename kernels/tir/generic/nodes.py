@@ -1,7 +1,7 @@
 """What a generic kernel computes, as plain data: a straight-line list of nodes over tensors, and the loop around it.
 
-Owns the description and its symbols. Must not know TVM (eval.py turns nodes into code) nor the IR (the lowering
-translates ops into nodes). Descriptions are hashable: equal ones are one kernel, compiled once and called many times.
+It knows neither TVM nor the IR: the lowering translates ops to nodes, and eval.py translates nodes to code.
+Descriptions are hashable: equal ones are one kernel, compiled once and called many times.
 """
 
 from __future__ import annotations

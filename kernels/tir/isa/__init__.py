@@ -1,1 +1,1 @@
-"""Instruction set levels, and the LLVM text of small functions that TensorIR has no words for."""
+"""Instruction set levels, and intrinsics: the LLVM text of small functions for what TensorIR cannot say."""

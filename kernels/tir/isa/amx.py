@@ -1,4 +1,4 @@
-"""The LLVM text of Intel AMX's tile instructions: a function for each register, or choice of registers."""
+"""The LLVM text of Intel AMX's tile instructions: a function for each register, or combination of registers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ define linkonce_odr i32 @xllm_store_bytes_less(ptr %p, <16 x i32> %a, <16 x i32>
 """
 
 
-def tile_intrinsics() -> str:
+def amx_intrinsics() -> str:
     """The LLVM text to import into a kernel."""
     lines = [
         "declare void @llvm.x86.ldtilecfg(ptr)",

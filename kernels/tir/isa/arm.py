@@ -1,9 +1,10 @@
-"""The LLVM text of small functions that 64-bit Arm has instructions for: bf16 and 8-bit dot products.
+"""The LLVM text of intrinsics that differ between the 64-bit Arm levels: bf16 and 8-bit dot products.
 
-Owns what differs between the Arm levels. A register holds 4 of the 16 lanes, so each function calls its instruction on
-four quarters. BFDOT adds the two products of a lane to each other before it adds them to the sum, rounds both to odd
-and takes denormals as zero (Arm Architecture Reference Manual, BFDOT without FEAT_EBF16): another order than that of
-x86's instruction, but one order for all rows."""
+A register holds 4 of the 16 lanes, so each function calls its instruction on four quarters.
+
+BFDOT adds the two products of a lane to each other, and then to the sum. It rounds both to odd and takes denormals as
+zero (Arm Architecture Reference Manual, BFDOT without FEAT_EBF16). This order differs from x86's, but is the same for
+all rows."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from xllm_compiler.kernels.tir.isa.portable import DOT_WITH_FMA, LOOPED_16, LOOP
 
 
 def _quarters(name: str, intrinsic: str, sums: str, of: str) -> str:
-    """A function `sums` + dot(a, b) on 16 lanes, which calls an instruction for 4 lanes on each quarter; `of` is the
-    type of its operands."""
+    """A function that computes `sums` + dot(a, b) on 16 lanes: it calls an instruction for 4 lanes on each quarter.
+    `of`: the type of the instruction's operands."""
     lines = [
         f"declare <4 x {sums}> @{intrinsic}(<4 x {sums}>, {of}, {of})",
         f"define linkonce_odr <16 x {sums}> @{name}(<16 x {sums}> %acc, <16 x i32> %a, <16 x i32> %b) {{",
@@ -44,7 +45,7 @@ _BF16 = _quarters("xllm_dot_bf16", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", "floa
 
 _U8_INSTRUCTION = _quarters("xllm_dot_u8i8", "llvm.aarch64.neon.usdot.v4i32.v16i8", "i32", "<16 x i8>")
 
-# a = (a - 128) + 128, where a - 128 is signed: flip the top bit, and take off the dot product of -128 and b
+# a = (a - 128) + 128, where a - 128 is signed: flips the top bit, and takes off the dot product of -128 and b
 _U8_WITH_SIGNED = """
 define linkonce_odr <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
   %s = xor <16 x i32> %a, splat (i32 -2139062144)
@@ -57,7 +58,7 @@ define linkonce_odr <16 x i32> @xllm_dot_u8i8(<16 x i32> %acc, <16 x i32> %a, <1
 
 _SIGNED = _quarters("xllm_dot_i8i8", "llvm.aarch64.neon.sdot.v4i32.v16i8", "i32", "<16 x i8>")
 
-# 4 bits are as good signed as not
+# as bytes, 4-bit values are the same signed and unsigned
 _U4 = """
 define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) {
   %r = call <16 x i32> @xllm_dot_i8i8(<16 x i32> %acc, <16 x i32> %a, <16 x i32> %b)
@@ -65,7 +66,7 @@ define linkonce_odr <16 x i32> @xllm_dot_u4i8(<16 x i32> %acc, <16 x i32> %a, <1
 }
 """
 
-# the conversion makes NaN 0 by itself
+# the conversion makes NaN 0
 _ROUND_I32 = """
 declare <16 x float> @llvm.rint.v16f32(<16 x float>)
 declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)

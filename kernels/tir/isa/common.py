@@ -1,8 +1,8 @@
-"""Small LLVM functions that TensorIR has no words for: the bf16 dot product, rounding, masked access, reductions.
+"""Intrinsics: small LLVM functions for what TensorIR cannot say, such as dot products, rounding and masked access.
 
-Owns the text that all architectures share; what depends on instructions is in `x86`, `arm` and,
-where there are none, `portable`. TVM inlines an imported function wherever it is called and drops it.
-All work on 16 lanes and name their result types as TVM does; `codegen/builder` wraps them for the kernels.
+This file has the text that all architectures share. `x86` and `arm` have what depends on instructions, `portable` what
+has no instruction. TVM inlines an imported function wherever it is called, and then drops it. All work on 16 lanes, and
+name their result types as TVM does. `codegen/builder` wraps them for kernels.
 """
 
 from __future__ import annotations
@@ -222,8 +222,10 @@ def _rotate() -> str:
 
 
 def _grids() -> str:
-    """Runs of bytes on grids (grid_bytes.py). Of the heads of 64 columns their steps, and 128 - point * step; of these
-    for 16 columns the step in both halves of each 32-bit lane, and the other in all four bytes; and the bytes."""
+    """Intrinsics for runs of bytes on grids (grid_bytes.py).
+
+    From the heads of 64 columns they compute the steps and the bases, 128 - point * step. For 16 columns they spread
+    the steps to both halves of each 32-bit lane, and the bases to all four bytes. From these they compute the bytes."""
     lines = [
         "define linkonce_odr <16 x i32> @xllm_grid_steps(<16 x i32> %v) {",
         "  %r = and <16 x i32> %v, splat (i32 252645135)",
@@ -269,7 +271,7 @@ _REGISTERS = {"x86_64": "xmm", "aarch64": "v"}
 
 
 def _forget_vectors(isa: Isa) -> str:
-    """A place that says it overwrites every vector register, and does nothing."""
+    """An intrinsic without instructions that declares every vector register overwritten; see `all_registers`."""
     names = ",".join(f"~{{{_REGISTERS[isa.machine]}{i}}}" for i in range(isa.vector_registers))
     return (
         "define linkonce_odr i32 @xllm_forget_vectors() alwaysinline {\n"

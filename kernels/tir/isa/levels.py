@@ -1,4 +1,4 @@
-"""Instruction set levels: what code is compiled for, and what the kernels need to know of a level."""
+"""Instruction set levels: what code is compiled for, and what kernels need to know of a level."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Isa:
     vector_registers: int
     has_bf16_dot: bool
     has_int8_dot: bool
-    has_tiles: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
+    has_amx: bool = False  # Intel AMX: eight registers of 16 rows of 64 bytes, and their dot products
     without_int8_dot: str = ""  # the level to which this one adds the 8-bit dot product and nothing else
-    streamed_rows: int = 0  # so little work that the processor reads weights ahead by itself, and quicker when unasked
-    slice_bytes: int = 0  # of 8-bit weights that rows meet in the first-level cache; 0: the second is quick enough
+    streamed_rows: int = 0  # up to so many rows, the processor's own prefetcher is faster than prefetch instructions
+    slice_bytes: int = 0  # of a slice of 8-bit weights in the first-level cache; 0: the second level is fast enough
 
     def target(self) -> dict[str, Any]:
         """The TVM target description: nothing in it depends on the machine that compiles."""
@@ -37,8 +37,8 @@ class Isa:
             "mcpu": self.mcpu,
             "mattr": list(self.features),
             "num-cores": 1,
-            # LLVM would keep the constants of an activation's polynomial in registers all through the dot products
-            # before it, and spill accumulators for them: half the speed of a gated linear layer.
+            # Else LLVM keeps the constants of an activation's polynomial in registers during the dot products before
+            # it, and spills accumulators for them. That halves the speed of a gated linear layer.
             "cl-opt": ["-disable-machine-licm:bool=true"],
         }
 
@@ -58,7 +58,7 @@ ISAS: dict[str, Isa] = {
         Isa("avx512", "x86_64", "x86-64-v4", (), 16, 32, False, False, streamed_rows=2),
         Isa("avx512_vnni", "x86_64", "x86-64-v4", _VNNI, 16, 32, False, True, False, "avx512", 2, 1 << 14),
         Isa("avx512_bf16", "x86_64", "x86-64-v4", _DOTS, 16, 32, True, True),
-        Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_tiles=True),
+        Isa("amx", "x86_64", "x86-64-v4", (*_DOTS, *_TILES), 16, 32, True, True, has_amx=True),
         Isa("neon", "aarch64", "generic", _ARM, 4, 32, False, True),
         Isa("neon_bf16", "aarch64", "generic", (*_ARM, "+bf16", "+i8mm"), 4, 32, True, True),
     )

@@ -1,10 +1,9 @@
-"""The LLVM text of small functions in plain operations, for levels that have no instruction for them.
-
-Owns masked access by short loops, the bf16 dot product by multiply and add, and rounding to bf16."""
+"""The LLVM text of intrinsics in plain operations, for levels that have no instruction for them: masked access by short
+loops, the bf16 dot product by multiply and add, rounding to bf16."""
 
 from __future__ import annotations
 
-# A vector's first elements by way of a buffer: without masked access LLVM makes sixteen branches of each.
+# A vector's first elements go through a buffer: without masked access LLVM would emit sixteen branches for each.
 _COPY = """
 define linkonce_odr i32 @xllm_copy_BITS(ptr %to, ptr %from, i32 %n) {
 entry:

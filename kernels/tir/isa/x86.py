@@ -1,10 +1,10 @@
-"""The LLVM text of small functions that x86 has instructions for: masked access, bf16 and 8-bit dot products.
+"""The LLVM text of intrinsics that differ between the x86 levels: masked access, bf16 and 8-bit dot products.
 
-Owns what differs between the x86 levels; `common` has what all architectures share, `amx` AMX."""
+`common` has what all architectures share, `amx` has AMX."""
 
 from __future__ import annotations
 
-from xllm_compiler.kernels.tir.isa.amx import tile_intrinsics
+from xllm_compiler.kernels.tir.isa.amx import amx_intrinsics
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.isa.portable import DOT_WITH_FMA, LOOPED_16, LOOPED_SPREAD, ROUND_BF16
 
@@ -222,4 +222,4 @@ def x86_intrinsics(isa: Isa) -> str:
         int8 = _INT8_INSTRUCTION + (_QUADS_512 if wide else _QUADS_256)
     else:
         int8 = _INT8_WITH_PAIRS + (_PAIRS_512 if wide else _PAIRS_256)
-    return masks + rounds + bf16 + int8 + (tile_intrinsics() if isa.has_tiles else "")
+    return masks + rounds + bf16 + int8 + (amx_intrinsics() if isa.has_amx else "")

@@ -1,9 +1,8 @@
-"""The sums of a linear layer by AMX tiles. Owns the loop over k and the registers' roles; what is done with the sums is
-linear.py's.
+"""The sums of a linear layer with AMX: the loop over k and the role of each tile register.
 
-Up to 32 rows by a panel of 64 columns at a time: up to 16 rows meet all four 16-column tiles of the panel at once; more
-meet half the panel at a time, two tiles of rows by two of columns. A row's sums are made by the same instructions in
-the same order in either case, and for every number of rows.
+A block is up to 32 rows by a panel of 64 columns. Up to 16 rows are multiplied by all four 16-column tiles of the panel
+at once. More rows are multiplied by half the panel at a time: two tiles of rows by two of columns. Either way a row's
+sums are made by the same instructions in the same order, for every number of rows. linear.py uses the sums.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from xllm_compiler.kernels.tir.codegen.amx import TILE_BYTES, TILE_ROWS, TileSha
 from xllm_compiler.kernels.tir.codegen.builder import address, load, splat, stack_array
 from xllm_compiler.kernels.tir.isa.levels import LANES
 from xllm_compiler.kernels.tir.linear.blocks import MOST_BYTES, BlockSums
-from xllm_compiler.kernels.tir.linear.grid_bytes import open_runs
+from xllm_compiler.kernels.tir.linear.grid_bytes import unpack_runs
 from xllm_compiler.weight_formats import PANEL, GridFormat, IntegerFormat, WeightFormat
 
 Expr = Any
@@ -39,7 +38,7 @@ def wide_shape(here: Expr, width: int) -> list[tuple[Expr, int]]:
     return [*both, (upper, width), (lower, width)] + [(T.int32(width // 4), TILE_BYTES)] * 2
 
 
-class WholeRows(BlockSums):
+class AmxWholeRows(BlockSums):
     """The sums over all of k in one go: bf16, and 8-bit weights with a scale per row."""
 
     def __init__(self, kind: str, row_bytes: int, env: dict[str, Expr]) -> None:
@@ -54,7 +53,7 @@ class WholeRows(BlockSums):
 
     @abstractmethod
     def values_at(self, panel: Expr) -> Expr:
-        """Where the values of a panel begin, in bytes."""
+        """The byte at which the values of a panel begin."""
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         rows = T.bind(T.Cast("int64", row) * self.row_bytes)
@@ -70,7 +69,7 @@ class WholeRows(BlockSums):
         self._shapes.release()
 
     def _narrow(self, rows: Expr, here: Expr, weights: Expr, sums: Expr) -> None:
-        """All columns by one tile of rows: sums in 0..3, rows in 4, columns in 5, 6 and 7 by turns."""
+        """All columns by one tile of rows: sums in 0..3, rows in 4, columns in 5, 6 and 7 in rotation."""
         columns = range(PANEL // TILE_ROWS)
 
         def add(step: Expr) -> None:
@@ -104,7 +103,8 @@ class WholeRows(BlockSums):
         places: list[tuple[int, Expr]],
         sums: Expr,
     ) -> None:
-        """The loop over k, then what does not fill a register: with shapes of its own, by way of memory."""
+        """The loop over k, then the rest that does not fill a register. The rest has tile shapes of its own, so the
+        sums go through memory in between."""
         if self._whole:
             self._shapes.set(key, shape(TILE_BYTES))
             for tile, _ in places:
@@ -132,8 +132,8 @@ class WholeRows(BlockSums):
         return address(self._w, T.truncdiv(at, T.int64(self._element)))
 
 
-class DenseTiles(WholeRows):
-    """bf16 by bf16."""
+class AmxDense(AmxWholeRows):
+    """bf16 rows by bf16 weights."""
 
     def __init__(self, k: int, env: dict[str, Expr]) -> None:
         super().__init__("bf16", 2 * k, env)
@@ -145,8 +145,8 @@ class DenseTiles(WholeRows):
         return sums
 
 
-class ByteTiles(WholeRows):
-    """8-bit rows by 8-bit weights, a scale and perhaps a zero point for each row of the weight."""
+class AmxBytes(AmxWholeRows):
+    """8-bit rows by 8-bit weights. Each row of the weight has a scale, and a zero point in some formats."""
 
     def __init__(self, format: IntegerFormat | GridFormat, k: int, env: dict[str, Expr]) -> None:
         super().__init__("i8u8", format.padded(k), env)
@@ -163,10 +163,10 @@ class ByteTiles(WholeRows):
         return T.Cast("int64", panel) * self._panel_bytes
 
 
-class GridTiles(ByteTiles):
-    """Weights on grids, which become a panel of bytes once for all rows that meet it."""
+class AmxGrids(AmxBytes):
+    """Weights on grids. A panel is unpacked to bytes once, for all rows that are multiplied by it."""
 
-    fewest = 13  # with fewer rows registers are quicker
+    fewest = 13  # with fewer rows vector registers are faster
 
     def __init__(self, format: GridFormat, k: int, env: dict[str, Expr]) -> None:
         super().__init__(format, k, env)
@@ -175,12 +175,12 @@ class GridTiles(ByteTiles):
 
     @staticmethod
     def can(format: GridFormat, k: int) -> bool:
-        """Whether a panel of bytes fits the stack."""
+        """Whether an unpacked panel fits the stack."""
         return PANEL * format.padded(k) <= MOST_BYTES
 
     def begin(self, panel: Expr) -> None:
         start = T.bind(self._start(panel) + self._format.header_bytes)
-        open_runs(self._grids, self._packed, start, self._padded, self._w)
+        unpack_runs(self._grids, self._packed, start, self._padded, self._w)
 
     def values_at(self, panel: Expr) -> Expr:
         return T.int64(0)
@@ -189,7 +189,8 @@ class GridTiles(ByteTiles):
 def byte_totals(
     format: WeightFormat, panel_bytes: int, env: dict[str, Expr], row: Expr, panel: Expr, sums: list[Expr]
 ) -> list[Expr]:
-    """A row's products with a panel of 8-bit weights, from sums of stored integers, read as f32."""
+    """A row's products with a panel of 8-bit weights. `sums` are sums of the stored integers, their bits read as
+    f32."""
     w = env["w"]
     start = T.bind(T.Cast("int64", panel) * panel_bytes)
     total = T.bind(env["xsum"][row])

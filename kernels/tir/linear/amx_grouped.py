@@ -1,9 +1,9 @@
-"""The sums of a linear layer with weights that tiles cannot take as they are stored, by AMX tiles: 4-bit weights in
-groups by 8-bit rows, and quantized weights by bf16 rows. Owns how groups meet tiles.
+"""The sums of a linear layer with AMX, for weights that AMX cannot multiply as they are stored. These are 4-bit weights
+in groups by 8-bit rows, and quantized weights by bf16 rows.
 
-A panel is taken apart once, into signed bytes or bf16, which then meet all rows. The tiles' sums of one group become
-f32, are multiplied by the group's scales and added up in the order of the groups. The tiles go one group ahead of that
-arithmetic, into the other half of a buffer.
+A panel is unpacked once, to signed bytes or bf16, and then multiplied by all rows. The sums of one group become f32,
+are multiplied by the group's scales, and are added in the order of the groups. AMX works one group ahead of that
+arithmetic, in the other half of a double buffer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xllm_compiler.kernels.tir.codegen.builder import address, fma, load, splat,
 from xllm_compiler.kernels.tir.isa.levels import LANES
 from xllm_compiler.kernels.tir.linear.amx import STEP_BYTES, narrow_shape, wide_shape
 from xllm_compiler.kernels.tir.linear.blocks import BLOCK_ROWS, MOST_BYTES, BlockSums
-from xllm_compiler.kernels.tir.linear.stored_values import open_group
+from xllm_compiler.kernels.tir.linear.stored_values import unpack_group
 from xllm_compiler.weight_formats import PANEL, QUAD, IntegerFormat, WeightFormat
 
 Expr = Any
@@ -26,7 +26,7 @@ _PART = BLOCK_ROWS * PANEL
 
 
 class _Groups(BlockSums):
-    """What both kinds of rows share. `row_bytes`: of a row of x; `length`: of those in one group."""
+    """What both kinds of rows share. `row_bytes`: bytes of a row of x. `length`: how many of them are in one group."""
 
     kind: str
     element_bytes: int
@@ -42,21 +42,21 @@ class _Groups(BlockSums):
         self._shapes = TileShapes()
 
     @abstractmethod
-    def take_apart(self, start: Expr, target: Expr) -> None:
-        """Writes the group that begins at byte `start` of the weight, less its zero points, as tiles read it: for each
-        4 bytes along k those of the 64 columns."""
+    def unpack(self, start: Expr, target: Expr) -> None:
+        """Emits: writes the group that begins at byte `start` of the weight, less its zero points, as AMX reads it.
+        For each 4 bytes along k come those of the 64 columns."""
 
     def totals(self, row: Expr, panel: Expr, sums: list[Expr]) -> list[Expr]:
         return sums
 
     @abstractmethod
     def as_float(self, part: Expr) -> Expr:
-        """16 sums of a tile, as f32."""
+        """16 sums of an AMX tile, as f32."""
 
     def begin(self, panel: Expr) -> None:
         with T.serial(0, self._groups) as group:
             start = T.bind(self._group_at(panel, group))
-            self.take_apart(start, T.bind(T.Cast("int64", group) * (self._length * PANEL)))
+            self.unpack(start, T.bind(T.Cast("int64", group) * (self._length * PANEL)))
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         rows = T.bind(T.Cast("int64", row) * self.row_bytes)
@@ -75,7 +75,7 @@ class _Groups(BlockSums):
         return T.Cast("int64", panel) * self._panel_bytes + T.Cast("int64", group) * self._group_bytes
 
     def _tiles(self, rows: Expr, here: Expr, group: Expr) -> None:
-        """The sums of one group into the half of the buffer that is its turn."""
+        """The sums of one group, into its half of the double buffer."""
         part = T.bind(T.bitwise_and(group, T.int32(1)) * _PART)
         width = min(self._length, TILE_BYTES)
         steps = self._length // width
@@ -132,27 +132,28 @@ class _Groups(BlockSums):
 
 
 def _fits(length: int, row_bytes: int) -> bool:
-    """Whether a group fits a tile or is whole tiles, rows are whole groups, and a panel taken apart fits the stack."""
+    """Whether a group is a part of a tile or whole tiles, rows are whole groups, and an unpacked panel fits the
+    stack."""
     tiles = length <= TILE_BYTES or length % TILE_BYTES == 0
     return tiles and row_bytes % length == 0 and PANEL * row_bytes <= MOST_BYTES
 
 
-class RoundedRows(_Groups):
-    """4-bit weights in groups by 8-bit rows: the tiles' sums are exact, and what follows is as without tiles."""
+class AmxRoundedRows(_Groups):
+    """4-bit weights in groups by 8-bit rows. AMX's sums are exact, and what follows is done as without AMX."""
 
     kind = "i8i8"
     element_bytes = 1
-    fewest = 13  # taking a panel apart pays with many rows only
+    fewest = 13  # with fewer rows, unpacking a panel costs more than it saves
 
     def __init__(self, format: IntegerFormat, k: int, env: dict[str, Expr]) -> None:
         super().__init__(format, k, env, format.padded(k), format.group)
 
     @staticmethod
     def can(format: IntegerFormat, k: int) -> bool:
-        """Whether weights are of 4 bits in groups that tiles can take."""
+        """Whether weights have 4 bits, in groups that AMX can take."""
         return format.bits == 4 and format.group > 0 and _fits(format.group, format.padded(k))
 
-    def take_apart(self, start: Expr, target: Expr) -> None:
+    def unpack(self, start: Expr, target: Expr) -> None:
         format, w = self._format, self._env["w"]
         zeros = [self._zeros(start, vector) for vector in range(PANEL // LANES)]
         values = T.bind(start + format.header_bytes)
@@ -180,7 +181,7 @@ class RoundedRows(_Groups):
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         super().emit(row, here, panel, place, sums)
-        # by way of memory, as without tiles: LLVM would fuse the product with a bias that is added to it
+        # The product goes through memory, as without AMX: else LLVM would fuse it with the bias that is added to it.
         with T.serial(0, here) as i:
             scale = T.bind(splat(self._env["xs"][row + i]))
             for vector in range(PANEL // LANES):
@@ -188,8 +189,8 @@ class RoundedRows(_Groups):
                 store(sums, at, load(sums, at, "f32") * scale, "f32")
 
 
-class FloatRows(_Groups):
-    """Weights in any format, by bf16 rows."""
+class AmxFloatRows(_Groups):
+    """Weights in any format by bf16 rows."""
 
     kind = "bf16"
     element_bytes = 2
@@ -199,11 +200,11 @@ class FloatRows(_Groups):
 
     @staticmethod
     def can(format: WeightFormat, k: int) -> bool:
-        """Whether rows are whole steps of stored values, in groups that tiles can take."""
+        """Whether rows are whole steps of stored values, in groups that AMX can take."""
         return k % (QUAD * 8 // format.bits) == 0 and _fits(2 * (format.group or k), 2 * k)
 
-    def take_apart(self, start: Expr, target: Expr) -> None:
-        open_group(self._format, self._env["w"], start, self._length // 2, self._bytes, target)
+    def unpack(self, start: Expr, target: Expr) -> None:
+        unpack_group(self._format, self._env["w"], start, self._length // 2, self._bytes, target)
 
     def as_float(self, part: Expr) -> Expr:
         return T.reinterpret("float32x16", part)

@@ -1,4 +1,4 @@
-"""Weights in the type of the activations: `Dense` and `Widened`. Owns their inner loops over k."""
+"""Weights in the type of the activations: `Dense` and `Widened`, with their inner loops over k."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 )
 from xllm_compiler.kernels.tir.codegen.kernel import Arg
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.amx import DenseTiles
+from xllm_compiler.kernels.tir.linear.amx import AmxDense
 from xllm_compiler.kernels.tir.linear.blocks import BlockSums
 from xllm_compiler.kernels.tir.linear.l1_slices import WIDEN_ROWS, SlicedFloats, SlicedPairs
-from xllm_compiler.kernels.tir.linear.reader import Ahead, Site, WeightReader, in_blocks
+from xllm_compiler.kernels.tir.linear.reader import Prefetch, Site, WeightReader, in_blocks
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
 from xllm_compiler.weight_formats import PANEL
 
@@ -32,7 +32,8 @@ Expr = Any
 
 @dataclass(frozen=True)
 class Dense(WeightReader):
-    """The weight in the type of x: f32, or bf16 in pairs along k. One f32 accumulator per element, k in order."""
+    """The weight has the type of x: f32, or bf16 in pairs along k. Each element has one f32 accumulator, and k is added
+    in order."""
 
     dtype: str
 
@@ -54,33 +55,33 @@ class Dense(WeightReader):
     def blocks(self, site: Site) -> BlockSums | None:
         if self.dtype != "bf16" or site.k % 2:
             return None
-        if site.isa.has_tiles:
-            return DenseTiles(site.k, site.env)
+        if site.isa.has_amx:
+            return AmxDense(site.k, site.env)
         if site.isa.has_bf16_dot:
             return self._few(site, 2 * self.height(site.isa, site.most_rows))
         return self._as_floats(site, None)
 
     def _few(self, site: Site, greatest: int) -> SlicedPairs:
         height = self.height(site.isa, site.most_rows)
-        return SlicedPairs(self, site.isa, site.k, height, greatest, site.env, site.ahead)
+        return SlicedPairs(self, site.isa, site.k, height, greatest, site.env, site.prefetch)
 
     def _as_floats(self, site: Site, few: SlicedPairs | None) -> SlicedFloats:
         width = partial(Dense("f32").width, site.isa)
-        return SlicedFloats(site.k, tile_rows(width, site.most_rows), width, site.env, site.ahead, few)
+        return SlicedFloats(site.k, tile_rows(width, site.most_rows), width, site.env, site.prefetch, few)
 
     def panel_bytes(self, k: int) -> int:
         return 4 * PANEL * (k if self.dtype == "f32" else -(-k // 2))
 
     def tile(
-        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, prefetch: Prefetch
     ) -> list[Expr]:
         totals = Vectors(count * len(at))
         for index in range(count * len(at)):
             totals[index] = splat(0.0)
         weights = self.begins(k, panel)
-        self.multiply(env, totals, weights, k, row, T.int32(0), count, at, k, ahead)
+        self.multiply(env, totals, weights, k, row, T.int32(0), count, at, k, prefetch)
         if self.dtype == "bf16" and k % 2:
-            # the last of an odd number: its partner in the pair is zero, not the next row's first
+            # k is odd: the last element's partner in the pair must be zero, not the next row's first element
             last = T.bind(T.Cast("int64", row) * k + (k - 1))
             single = [T.Cast("int32", env["x"][last + i * k]) for i in range(count)]
             operands = [T.bind(T.broadcast(value, LANES)) for value in single]
@@ -88,7 +89,7 @@ class Dense(WeightReader):
         return [totals[index] for index in range(count * len(at))]
 
     def begins(self, k: int, panel: Expr) -> Expr:
-        """Where a panel does: its number of f32, or of pairs."""
+        """The index at which a panel begins, in f32 or in pairs of bf16."""
         return T.bind(T.Cast("int64", panel) * (PANEL * (k if self.dtype == "f32" else -(-k // 2))))
 
     def multiply(
@@ -102,20 +103,20 @@ class Dense(WeightReader):
         count: int,
         at: range,
         length: int,
-        ahead: Ahead,
+        prefetch: Prefetch,
     ) -> None:
-        """totals += the weights from number `weights` on times `count` rows from k = `begin` on, over `length` k, of
-        which bf16 takes pairs."""
+        """Emits totals += `count` rows by the weights from index `weights` on, over `length` values of k from `begin`
+        on. bf16 is multiplied in pairs along k."""
         origin = T.bind(T.Cast("int64", row) * k + begin)
 
         def step(number: Expr) -> None:
             operands = [self._operand(env["x"], origin + i * k, number) for i in range(count)]
             self._add(env, totals, weights + number * PANEL, at, operands)
 
-        in_blocks(length if self.dtype == "f32" else length // 2, ahead, step)
+        in_blocks(length if self.dtype == "f32" else length // 2, prefetch, step)
 
     def _add(self, env: dict[str, Expr], totals: Vectors, weights: Expr, at: range, operands: list[Expr]) -> None:
-        """totals += one step."""
+        """Emits totals += the products of one step."""
         columns = [self._weight(env["w"], weights + vector * LANES) for vector in at]
         for i, operand in enumerate(operands):
             for j, column in enumerate(columns):
@@ -141,8 +142,8 @@ class Dense(WeightReader):
 
 @dataclass(frozen=True)
 class Widened(Dense):
-    """bf16 by bf16 in f32: `env["wide"]` has the rows of x (widened_rows.py), and a weight's pairs are taken apart in
-    registers. Products are added in the order of k, as pairs of them are elsewhere."""
+    """bf16 by bf16 in f32, where no instruction multiplies bf16. `env["wide"]` has the rows of x (widened_rows.py), and
+    the pairs of the weight are unpacked in registers. Products are added in the order of k."""
 
     def at(self, isa: Isa, k: int) -> WeightReader:
         return self
@@ -162,7 +163,7 @@ class Widened(Dense):
         count: int,
         at: range,
         length: int,
-        ahead: Ahead,
+        prefetch: Prefetch,
     ) -> None:
         operand = env["wide"].of(row, count)
 
@@ -176,4 +177,4 @@ class Widened(Dense):
                         index = i * len(at) + j
                         totals[index] = fma(single, column, totals[index])
 
-        in_blocks(length // 2, ahead, step)
+        in_blocks(length // 2, prefetch, step)

@@ -1,7 +1,4 @@
-"""`GridFormat` by 8-bit activations: `Grids`. Owns the loop over the runs of a row.
-
-Weights become bytes in registers, and are then those of 8 bits.
-"""
+"""`GridFormat` by 8-bit activations: `Grids`. Weights become bytes in registers, and are multiplied as 8-bit ones."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.codegen.builder import Vectors, address, stack_array
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.amx import GridTiles
+from xllm_compiler.kernels.tir.linear.amx import AmxGrids
 from xllm_compiler.kernels.tir.linear.blocks import BlockSums
 from xllm_compiler.kernels.tir.linear.grid_bytes import Run, each_run
 from xllm_compiler.kernels.tir.linear.integer import IntegerRows, Integers, quad_adder
 from xllm_compiler.kernels.tir.linear.l1_slices import SlicedGrids
-from xllm_compiler.kernels.tir.linear.reader import Ahead, Site
+from xllm_compiler.kernels.tir.linear.reader import Prefetch, Site
 from xllm_compiler.weight_formats import QUAD, STEP, GridFormat
 
 Expr = Any
@@ -28,9 +25,9 @@ Expr = Any
 class Grids(IntegerRows):
     """4-bit numbers on grids of bytes.
 
-    Where bytes are slow to multiply, the numbers are multiplied instead, and then by the step where pairs of products
-    are widened. Before each run the byte of n = 0 times the sum of a row's run is added: the same sums. The sums of
-    runs are in env["run_sums"].
+    Where bytes are slow to multiply, x is multiplied by the 4-bit numbers. The instruction that widens pairs of
+    products then multiplies them by the step. Before each run, the byte of n = 0 times the sum of x over the run is
+    added; so the sums are the same. env["run_sums"] has the sums of runs.
     """
 
     format: GridFormat
@@ -43,13 +40,13 @@ class Grids(IntegerRows):
 
     def blocks(self, site: Site) -> BlockSums | None:
         format, isa = self.format, site.isa
-        if isa.has_tiles:
-            return GridTiles(format, site.k, site.env) if GridTiles.can(format, site.k) else None
-        if not isa.has_int8_dot:  # else grids are worth becoming bytes
+        if isa.has_amx:
+            return AmxGrids(format, site.k, site.env) if AmxGrids.can(format, site.k) else None
+        if not isa.has_int8_dot:  # unpacking to bytes would not pay
             return None
         by_bytes, fewest = Integers(format.as_bytes), self.height(isa, site.most_rows) + 1
         height = by_bytes.height(isa, site.most_rows)
-        return SlicedGrids(format, by_bytes, isa, site.k, height, fewest, site.env, site.ahead)
+        return SlicedGrids(format, by_bytes, isa, site.k, height, fewest, site.env, site.prefetch)
 
     def multiply(
         self,
@@ -61,7 +58,7 @@ class Grids(IntegerRows):
         count: int,
         at: range,
         length: Expr | int,
-        ahead: Ahead | None,
+        prefetch: Prefetch | None,
     ) -> None:
         padded, by_numbers = self.format.padded(k), "run_sums" in env
         dot = "xllm_dot_u4i8_by" if by_numbers else "xllm_dot_u8i8"
@@ -75,8 +72,8 @@ class Grids(IntegerRows):
                     totals[index] = totals[index] + base * T.broadcast(whole, LANES)
 
         def one(number: Expr, valid: int) -> None:
-            if ahead is not None:
-                ahead(number, runs)
+            if prefetch is not None:
+                prefetch(number, runs)
             run = Run(env["w"], T.bind(weights + T.Cast("int64", number) * self.format.run_bytes))
             steps = [run.steps(vector) for vector in at] if by_numbers else []
             quads = [partial(run.numbers, vector) if by_numbers else run.columns(vector) for vector in at]
@@ -94,7 +91,7 @@ class Grids(IntegerRows):
         each_run(self.format, padded, one)
 
     def _sum_runs(self, k: int, env: dict[str, Expr], x_at: Expr, to: int) -> None:
-        """The sums of the runs of the row of x that begins at `x_at`, to env["run_sums"] from `to` on."""
+        """Emits: writes the sums of the runs of the row of x that begins at `x_at` to env["run_sums"], from `to` on."""
 
         def one(number: Expr, valid: int) -> None:
             starts = [x_at + number * self.format.grid + at for at in range(0, valid, STEP)]

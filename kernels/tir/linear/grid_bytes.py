@@ -1,4 +1,4 @@
-"""Weights of `GridFormat` as the bytes that they stand for. Owns that step, not what the bytes meet."""
+"""Unpacks weights of `GridFormat` to the bytes that they stand for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from xllm_compiler.weight_formats import PANEL, QUAD, STEP, GridFormat
 
 Expr = Any
 Quads = tuple[Expr, Expr]
-"""The bytes of 16 columns at two quads of k, one after the other."""
+"""The bytes of 16 columns at two quads of k that follow each other."""
 _BOTH = PANEL * QUAD  # bytes that hold two quads of each column of a panel
 
 
 class Run:
-    """A run of `q.grid` values of each column of a panel, whose steps and points are loaded where this is made."""
+    """A run of `q.grid` values of each column of a panel. The constructor loads its steps and points."""
 
     def __init__(self, w: Expr, start: Expr) -> None:
         """`start`: the byte of `w` at which the run begins."""
@@ -29,7 +29,7 @@ class Run:
         )
 
     def columns(self, vector: int) -> Callable[[Expr | int], Quads]:
-        """Of 16 columns: what gives their bytes at quads 2 * n of the run and the one after it, for any n."""
+        """For 16 columns, a function of n that gives their bytes at quads 2 * n and 2 * n + 1 of the run."""
         steps, bases = self.steps(vector), self.bases(vector)
 
         def quads(number: Expr | int) -> Quads:
@@ -42,7 +42,7 @@ class Run:
         return quads
 
     def numbers(self, vector: int, number: Expr | int) -> Quads:
-        """The same of what is stored, the n from 0 to 15."""
+        """The stored numbers, 0 to 15, at the same quads."""
         where = self._start + PANEL + number * _BOTH + vector * LANES * QUAD
         both = T.bind(T.call_extern("int32x16", "xllm_load_i32", address(self._w, where)))
         low = T.broadcast(T.int32(0x0F0F0F0F), LANES)
@@ -50,16 +50,17 @@ class Run:
         return T.bind(T.bitwise_and(both, low)), T.bind(T.bitwise_and(high, low))
 
     def steps(self, vector: int) -> Expr:
-        """Of 16 columns, in both halves of each 32 bits."""
+        """The steps of 16 columns, in both halves of each 32 bits."""
         return T.bind(T.call_pure_extern("int32x16", f"xllm_grid_steps_{vector}", self._steps))
 
     def bases(self, vector: int) -> Expr:
-        """The byte of n = 0, in all four bytes of each 32 bits."""
+        """The byte that n = 0 stands for, of 16 columns, in all four bytes of each 32 bits."""
         return T.bind(T.call_pure_extern("int32x16", f"xllm_grid_bases_{vector}", self._bases))
 
 
 def each_run(q: GridFormat, length: int, body: Callable[[Expr, int], None]) -> None:
-    """`body(run, values of it)` for the runs of `length` k, a multiple of 16, in order; the last may be half a one."""
+    """Emits `body(run, how many values)` for the runs of `length` values of k, a multiple of 16. The last run may be
+    half as long."""
     whole, rest = divmod(length, q.grid)
     if whole:
         with T.serial(0, whole) as run:
@@ -69,8 +70,9 @@ def each_run(q: GridFormat, length: int, body: Callable[[Expr, int], None]) -> N
         body(T.int32(whole), rest)
 
 
-def open_runs(q: GridFormat, w: Expr, start: Expr, length: int, to: Expr) -> None:
-    """Writes `length` k of a panel, whose runs begin at byte `start` of `w`, to `to` as a panel of 8 bits has them."""
+def unpack_runs(q: GridFormat, w: Expr, start: Expr, length: int, to: Expr) -> None:
+    """Emits: unpacks `length` values of k of a panel to `to`, in the order of a panel of 8 bits. Its runs begin at byte
+    `start` of `w`."""
 
     def one(number: Expr, valid: int) -> None:
         run = Run(w, T.bind(start + T.Cast("int64", number) * q.run_bytes))

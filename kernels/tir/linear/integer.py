@@ -1,10 +1,10 @@
-"""Integer weights by 8-bit activations: `IntegerRows`, and `Integers` for `IntegerFormat`. Owns the loop over groups
-and over the quads of one.
+"""Integer weights by 8-bit activations: `IntegerRows`, and `Integers` for `IntegerFormat`.
 
-Integer sums of a group of k are exact, and scaled sums of groups are added in order. Activations come quantized
-(rows/quantize.py): `x` [rows, padded k] in -127 .. 127, `xs` their scales, by row or by group, and `xsum`
-[rows, groups] the sums of a row's group. A stored weight is w / scale + zero, unsigned; so a group's sum starts at
--zero * xsum and is multiplied by the weight's scale, and it or the total by the row's.
+Activations come quantized (rows/quantize.py). `x` [rows, padded k] is in -127 .. 127, `xs` has its scales, by row or by
+group, and `xsum` [rows, groups] the sums of x over each group. A stored weight is w / scale + zero, unsigned. So a
+group's sum starts at -zero * xsum, and is multiplied by the scales of the weight and of the row.
+
+The integer sum of a group is exact. The scaled sums of groups are added in order.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.tir.codegen.builder import Vectors, address, fma, load, splat
 from xllm_compiler.kernels.tir.codegen.kernel import Arg
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.amx import ByteTiles
-from xllm_compiler.kernels.tir.linear.amx_grouped import RoundedRows
+from xllm_compiler.kernels.tir.linear.amx import AmxBytes
+from xllm_compiler.kernels.tir.linear.amx_grouped import AmxRoundedRows
 from xllm_compiler.kernels.tir.linear.blocks import BlockSums
 from xllm_compiler.kernels.tir.linear.l1_slices import SlicedBytes
-from xllm_compiler.kernels.tir.linear.reader import Ahead, Site, WeightReader, in_blocks
+from xllm_compiler.kernels.tir.linear.reader import Prefetch, Site, WeightReader, in_blocks
 from xllm_compiler.weight_formats import PANEL, QUAD, IntegerFormat, RowFormat, WeightFormat
 
 Expr = Any
 AddQuad = Callable[[Expr, Sequence[Expr], Sequence[Expr]], None]
-"""`add(quad, weights, steps)`: totals += rows of x at a quad of k times the four weights in each lane, of each vector.
-`steps` are a third operand of the product, or none."""
+"""`add(quad, weights, steps)` emits totals += rows of x at a quad of k times the four weights in each lane, for each
+vector. `steps` are the third operand of the product, or empty."""
 _BYTE_STEP = PANEL * QUAD  # bytes of one load step of a quantized panel
 
 
 class IntegerRows(WeightReader):
-    """What formats share whose integers are multiplied by those of activations."""
+    """What all formats share whose integers are multiplied by integer activations."""
 
     int8_dots = True
     format: WeightFormat
@@ -42,7 +42,7 @@ class IntegerRows(WeightReader):
     @property
     def rows(self) -> RowFormat:
         rows = self.format.rows
-        assert rows is not None, f"{self.format} meets no rows of 8 bits"
+        assert rows is not None, f"{self.format} is multiplied by no 8-bit rows"
         return rows
 
     def args(self, k: int, rows_of: str) -> tuple[Arg, ...]:
@@ -65,14 +65,14 @@ class IntegerRows(WeightReader):
 
     @abstractmethod
     def held(self, isa: Isa) -> int:
-        """Registers for each vector of weights beside the sums; those so far stay on the stack while a group is added
-        up."""
+        """How many registers each vector of weights takes beside the group's sums. The sums of earlier groups stay on
+        the stack meanwhile."""
 
     def panel_bytes(self, k: int) -> int:
         return self.format.panel_bytes(k)
 
     def tile(
-        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, prefetch: Prefetch
     ) -> list[Expr]:
         groups, padded, by_group = self.format.groups(k), self.format.padded(k), self.rows.by_group
         base = T.bind(T.Cast("int64", panel) * self.format.panel_bytes(k))
@@ -80,14 +80,14 @@ class IntegerRows(WeightReader):
         sums = T.bind(T.Cast("int64", row) * groups)
         each = [(i, j) for i in range(count) for j in range(len(at))]
         if groups == 1:
-            parts, scales = self._group(env, base, origin, sums, k, count, at, padded, ahead)
+            parts, scales = self._group(env, base, origin, sums, k, count, at, padded, prefetch)
             totals = [part * scales[j] for (_, j), part in zip(each, parts, strict=True)]
         else:
             slots = Vectors(len(each))
             for index in range(len(each)):
                 slots[index] = splat(0.0)
             with T.serial(0, groups) as group:
-                ahead(group, groups)
+                prefetch(group, groups)
                 start = T.bind(base + T.Cast("int64", group) * self.format.group_bytes(k))
                 row_at = T.bind(origin + T.Cast("int64", group) * self.format.group)
                 parts, scales = self._group(env, start, row_at, sums + group, k, count, at, self.format.group, None)
@@ -111,16 +111,16 @@ class IntegerRows(WeightReader):
         count: int,
         at: range,
         length: int,
-        ahead: Ahead | None,
+        prefetch: Prefetch | None,
     ) -> tuple[list[Expr], list[Expr]]:
-        """Sums over one group of `length` k, whose bytes begin at `start`, and the scales of its columns."""
+        """The sums over one group of `length` values of k, whose bytes begin at `start`, and its columns' scales."""
         w, groups = env["w"], self.format.groups(k)
         totals = Vectors(count * len(at), "int32")
         for i in range(count):
             total = T.bind(env["xsum"][sum_at + i * groups])
             for j, vector in enumerate(at):
                 totals[i * len(at) + j] = self._beginning(w, start, vector, total)
-        self.multiply(env, totals, T.bind(start + self.format.header_bytes), x_at, k, count, at, length, ahead)
+        self.multiply(env, totals, T.bind(start + self.format.header_bytes), x_at, k, count, at, length, prefetch)
         scales = [
             T.bind(load(w, start + vector * LANES * self.format.scale_bytes, self.format.scale_dtype)) for vector in at
         ]
@@ -137,12 +137,13 @@ class IntegerRows(WeightReader):
         count: int,
         at: range,
         length: Expr | int,
-        ahead: Ahead | None,
+        prefetch: Prefetch | None,
     ) -> None:
-        """totals += the stored weights at byte `weights` times `count` rows of x from `x_at` on, over `length` k."""
+        """Emits totals += `count` rows of x from `x_at` on times the stored weights at byte `weights`, over `length`
+        values of k."""
 
     def _beginning(self, w: Expr, start: Expr, vector: int, total: Expr) -> Expr:
-        """-zero * the row's sum."""
+        """What a column's sum starts at: -zero * the sum of the row's group."""
         if not self.format.zeros:
             return T.bind(T.broadcast(total * T.int32(-self.format.zero), LANES))
         where = start + PANEL * self.format.scale_bytes + vector * LANES
@@ -153,11 +154,12 @@ class IntegerRows(WeightReader):
 def quad_adder(
     dot: str, env: dict[str, Expr], totals: Vectors, x_at: Expr, padded: int, count: int, at: range
 ) -> AddQuad:
-    """`dot` of `count` rows, of `padded` values each, from `x_at` on, by the weights of the vectors `at`."""
+    """An `AddQuad` that multiplies with the intrinsic `dot`: `count` rows of `padded` values each, from `x_at` on, by
+    the weights of the vectors `at`."""
 
     def add(quad: Expr, weights: Sequence[Expr], steps: Sequence[Expr]) -> None:
         for i in range(count):
-            # rows at fixed distances from one address: one register for all of them
+            # rows lie at constant distances, so that one address register serves all of them
             four = T.call_extern("int32", "xllm_load_pair", address(env["x"], x_at + quad * QUAD + i * padded))
             operand = T.bind(T.broadcast(four, LANES))
             for j, weight in enumerate(weights):
@@ -181,14 +183,14 @@ class Integers(IntegerRows):
 
     def blocks(self, site: Site) -> BlockSums | None:
         format, isa = self.format, site.isa
-        if isa.has_tiles:
+        if isa.has_amx:
             if format.bits == 8 and format.group == 0:
-                return ByteTiles(format, site.k, site.env)
-            return RoundedRows(format, site.k, site.env) if RoundedRows.can(format, site.k) else None
+                return AmxBytes(format, site.k, site.env)
+            return AmxRoundedRows(format, site.k, site.env) if AmxRoundedRows.can(format, site.k) else None
         if format.bits == 4 or format.group or not SlicedBytes.pays(format, isa, site.k):
             return None
         height = self.height(isa, site.most_rows)
-        return SlicedBytes(format, self, isa, site.k, height, height + 1, site.env, site.ahead)
+        return SlicedBytes(format, self, isa, site.k, height, height + 1, site.env, site.prefetch)
 
     def multiply(
         self,
@@ -200,7 +202,7 @@ class Integers(IntegerRows):
         count: int,
         at: range,
         length: Expr | int,
-        ahead: Ahead | None,
+        prefetch: Prefetch | None,
     ) -> None:
         dot = "xllm_dot_u8i8" if self.format.bits == 8 else "xllm_dot_u4i8"
         add = quad_adder(dot, env, totals, x_at, self.format.padded(k), count, at)
@@ -217,8 +219,8 @@ class Integers(IntegerRows):
             add(number * 2 + 1, [T.bind(T.bitwise_and(T.shift_right(v, four), low)) for v in loaded], ())
 
         steps = length // (QUAD if self.format.bits == 8 else 2 * QUAD)
-        if ahead is None:
+        if prefetch is None:
             with T.serial(0, steps) as number:
                 step(number)
         else:
-            in_blocks(steps, ahead, step)
+            in_blocks(steps, prefetch, step)

@@ -1,17 +1,17 @@
-"""The sums of a linear layer for some rows by vectors, a slice of a panel at a time. Owns the slices.
+"""The sums of a linear layer in vector registers, one slice of a panel at a time.
 
-A piece of the panel that the first-level cache holds meets all of a block of rows before the next piece does, and what
-is summed up so far waits in memory.
+A slice is a part of a panel that the first-level cache holds. All rows of a block are multiplied by it before the next
+slice is read. Meanwhile the partial sums lie in memory.
 
     SlicedBytes   8-bit weights by 8-bit rows, where bytes are multiplied faster than the second-level cache gives them,
-                  or rows are few more than a register tile has: what tiles read again comes from the first-level cache,
-                  while memory is read front to back
-    SlicedGrids   4-bit weights on grids, which become bytes on the way
-    SlicedPairs   bf16 by bf16 for few rows, as bytes
-    SlicedFloats  bf16 by bf16 where there is no dot product for it, and more rows: a slice is widened to f32 once for
-                  all rows of the block, and a row once for all columns, and not both once for every product
+                  or where there are few more rows than a register tile has. Tiles read a slice again from the
+                  first-level cache, while memory is read front to back
+    SlicedGrids   4-bit weights on grids, which are unpacked to bytes
+    SlicedPairs   bf16 by bf16 for few rows, for the same reason
+    SlicedFloats  bf16 by bf16 for more rows, where no instruction multiplies bf16. A slice is widened to f32 once for
+                  all rows of the block, and a row once for all columns, and not both for every product
 
-Each sum is made by the same operations in the same order as without slices, so that no bit depends on them.
+Each sum is made by the same operations in the same order as without slices, so no bit depends on slices.
 """
 
 from __future__ import annotations
@@ -40,96 +40,101 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.linear.amx import byte_totals
 from xllm_compiler.kernels.tir.linear.blocks import MOST_BYTES, BlockSums
-from xllm_compiler.kernels.tir.linear.grid_bytes import open_runs
-from xllm_compiler.kernels.tir.linear.reader import Ahead, AheadOf, in_blocks
+from xllm_compiler.kernels.tir.linear.grid_bytes import unpack_runs
+from xllm_compiler.kernels.tir.linear.reader import Prefetch, PrefetchOf, in_blocks
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
 from xllm_compiler.weight_formats import PANEL, GridFormat, IntegerFormat
 
 Expr = Any
 _VECTORS = PANEL // LANES
-_SLICE_BYTES = 1 << 14  # of a slice of bytes where many rows need none
-WIDEN_ROWS = 12  # at least, where widening a panel of bf16 for them pays
-_NEVER = 0x7FFFFFFF  # rows
-_BLOCK_ROWS = 48  # at most: what they are multiplied with, they and their sums are some 40 KiB
+_SLICE_BYTES = 1 << 14  # of a slice of bytes, at levels where only few rows use slices
+WIDEN_ROWS = 12  # at least, for widening a panel of bf16 to pay
+_NEVER = 0x7FFFFFFF  # more rows than there can be
+_BLOCK_ROWS = 48  # at most: a slice, the rows' part of it and their sums are then some 40 KiB
 
 
 def _slice_bytes(isa: Isa) -> int:
-    """Of a slice of bytes."""
+    """Bytes of a slice of 8-bit weights."""
     return isa.slice_bytes or _SLICE_BYTES
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows from `row` on meet `length` k of a panel, from `begin` on."""
+    """A slice, and the rows that are multiplied by it: `length` values of k of a panel from `begin` on, and the rows of
+    x from `row` on."""
 
     row: Expr
     panel: Expr
     begin: Expr
     length: Expr | int
-    shortest: int  # of the lengths that it can have
+    shortest: int  # the least that `length` can be
 
 
 class _Sliced(BlockSums):
-    """`height`: rows of a register tile, of which a block has some; `width(rows)`: its vectors."""
+    """`height`: rows of a register tile; a block has several. `width(rows)`: vectors of a register tile of `rows`
+    rows."""
 
     kind: str  # of the sums: i32 or f32
     row_bytes: int
 
     def __init__(
-        self, env: dict[str, Expr], k: int, length: int, height: int, width: Callable[[int], int], ahead: AheadOf
+        self, env: dict[str, Expr], k: int, length: int, height: int, width: Callable[[int], int], prefetch: PrefetchOf
     ) -> None:
-        """`k` of a row, padding included, of which `length` at a time."""
-        self._env, self._k, self._length, self._ahead = env, k, min(length, k), ahead
+        """`k`: of a row, padding included. `length`: values of k in one slice."""
+        self._env, self._k, self._length, self._prefetch = env, k, min(length, k), prefetch
         self._height, self._width = height, width
         self.block_rows = _BLOCK_ROWS // height * height
         self._sizes = range(1, height + 1)  # of the register tiles that rows come in
 
     def _take_few(self, fewest: int, greatest: int) -> None:
-        """Of any block there are from `fewest` to `greatest` rows."""
+        """Limits blocks to `fewest` .. `greatest` rows, which saves the code of other register tiles."""
         self.fewest, self.greatest = fewest, greatest
         self._sizes = tile_sizes(range(fewest, greatest + 1), self._height)
 
-    def open(self, piece: _Piece, here: Expr) -> None:
-        """Emitted before `here` rows meet a slice; where it is multiplied as it is stored there is nothing to do."""
+    def prepare_slice(self, piece: _Piece, here: Expr) -> None:
+        """Emits what must be done before `here` rows are multiplied by a slice; nothing where it is multiplied as it is
+        stored."""
         return
 
     @abstractmethod
-    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
-        """totals += the slice that is open times `count` rows, of which `first` is the number in the block."""
+    def multiply(
+        self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, prefetch: Prefetch
+    ) -> None:
+        """Emits totals += `count` rows by the prepared slice. `first`: the number of the first row in the block."""
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         with T.serial(0, here * _VECTORS) as vector:
             store(sums, vector * LANES, splat(0.0), "f32")  # of integers too
         parts = T.bind(T.truncdiv(here + (self._height - 1), T.int32(self._height)))
         whole, rest = divmod(self._k, self._length)
-        times, length = self._walks(whole)
-        walks = times + (rest > 0)
+        times, length = self._loops(whole)
+        loops = times + (rest > 0)
         tile, tiles = place
 
-        def meet(begin: Expr, number: Expr, length: Expr | int, shortest: int) -> None:
+        def multiply_slice(begin: Expr, number: Expr, length: Expr | int, shortest: int) -> None:
             piece = _Piece(row, panel, T.bind(begin), length, shortest)
-            self.open(piece, here)
+            self.prepare_slice(piece, here)
             with T.serial(0, parts) as part:
                 first = T.bind(T.truncdiv(here * part, parts))
                 count = T.bind(T.truncdiv(here * (part + 1), parts) - first)
-                walk = T.bind((tile * walks + number) * parts + part), tiles * walks * parts
-                add = partial(self._add, piece, first, walk, tiles == 1, sums)
+                loop = T.bind((tile * loops + number) * parts + part), tiles * loops * parts
+                add = partial(self._add, piece, first, loop, tiles == 1, sums)
                 choose(count, {n: partial(add, n) for n in self._sizes})
 
         with T.serial(0, times) as number:
-            meet(number * length, number, length, self._length)
+            multiply_slice(number * length, number, length, self._length)
         if rest:
-            meet(T.int32(whole * self._length), times, rest, rest)
+            multiply_slice(T.int32(whole * self._length), times, rest, rest)
 
-    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
-        """How many times rows walk along a panel of so many slices, and how long: one after the other, or all."""
+    def _loops(self, slices: int) -> tuple[Expr | int, Expr | int]:
+        """How many times rows run along a panel of `slices` whole slices, and over how much of k each time."""
         return slices, self._length
 
-    def _add(self, piece: _Piece, first: Expr, walk: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
-        """What a slice adds to the sums of `count` rows."""
+    def _add(self, piece: _Piece, first: Expr, loop: tuple[Expr, Expr], along: Expr, sums: Expr, count: int) -> None:
+        """Emits sums += `count` rows by a slice."""
         width = self._width(count)
         passes = _VECTORS // width
-        at, of = walk
+        at, of = loop
         dtype = {"i32": "int32", "f32": "float32"}[self.kind]
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
@@ -137,8 +142,8 @@ class _Sliced(BlockSums):
             places = [address(sums, (first + i) * PANEL + vector * LANES) for i in range(count) for vector in vectors]
             for index, where in enumerate(places):
                 totals[index] = T.call_extern(f"{dtype}x16", f"xllm_load_{self.kind}", where)
-            ahead = self._ahead(piece.panel, (at * passes + number, of * passes), along)
-            self.multiply(totals, piece, first, count, vectors, ahead)
+            prefetch = self._prefetch(piece.panel, (at * passes + number, of * passes), along)
+            self.multiply(totals, piece, first, count, vectors, prefetch)
             for index, where in enumerate(places):
                 T.evaluate(T.call_extern("int32", f"xllm_store_{self.kind}", where, totals[index]))
 
@@ -161,12 +166,12 @@ class ByBytes(Protocol):
         count: int,
         at: range,
         length: Expr | int,
-        ahead: Ahead | None,
+        prefetch: Prefetch | None,
     ) -> None: ...
 
 
 class ByPairs(Protocol):
-    """The same of bf16 weights (dense.py)."""
+    """The reader of bf16 weights: the same (dense.py)."""
 
     def width(self, isa: Isa, rows: int) -> int: ...
 
@@ -183,13 +188,13 @@ class ByPairs(Protocol):
         count: int,
         at: range,
         length: int,
-        ahead: Ahead,
+        prefetch: Prefetch,
     ) -> None: ...
 
 
 class SlicedBytes(_Sliced):
-    """8-bit rows by 8-bit weights with a scale per row: sums of stored integers, exact. Where the second-level
-    cache is quick enough, for few rows only, as `SlicedPairs`."""
+    """8-bit rows by 8-bit weights with a scale per row. The sums of stored integers are exact. Where the second-level
+    cache is fast enough, slices are for few rows only."""
 
     kind = "i32"
 
@@ -202,43 +207,46 @@ class SlicedBytes(_Sliced):
         height: int,
         fewest: int,
         env: dict[str, Expr],
-        ahead: AheadOf,
+        prefetch: PrefetchOf,
     ) -> None:
-        """`height`: of a tile of bytes; `fewest`: more rows than a tile of stored weights has."""
+        """`height`: rows of a register tile for bytes. `fewest`: more rows than a register tile for the weights as they
+        are stored has."""
         self._format, self._bytes, self._in = format, by_bytes, k
         padded, length = format.padded(k), _slice_bytes(isa) // PANEL
-        super().__init__(env, padded, length, height, partial(by_bytes.width, isa), ahead)
+        super().__init__(env, padded, length, height, partial(by_bytes.width, isa), prefetch)
         self.row_bytes, self.fewest = padded, fewest
         if not isa.slice_bytes:
             self._limit_rows(2 * height)
 
     def _limit_rows(self, greatest: int) -> None:
-        """Where the second-level cache is quick, more rows than `greatest` gain nothing by slices."""
+        """Limits slices to `greatest` rows. Where the second-level cache is fast, more rows gain nothing by them."""
         self._take_few(self.fewest, greatest)
 
     @staticmethod
     def pays(format: IntegerFormat, isa: Isa, k: int) -> bool:
-        """Whether bytes are multiplied in one instruction, and a panel is more than a slice, else it stays in the
-        first-level cache by itself."""
+        """Whether slices make SlicedBytes faster than register tiles: one instruction multiplies bytes, and a panel is
+        more than one slice. A smaller panel stays in the first-level cache by itself."""
         return isa.has_int8_dot and PANEL * format.padded(k) > _slice_bytes(isa)
 
-    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
-        env, weights = self._met(piece)
+    def multiply(
+        self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, prefetch: Prefetch
+    ) -> None:
+        env, weights = self._stored_bytes(piece)
         x_at = T.bind(T.Cast("int64", piece.row + first) * self.row_bytes + piece.begin)
-        self._bytes.multiply(env, totals, T.bind(weights), x_at, self._in, count, vectors, piece.length, ahead)
+        self._bytes.multiply(env, totals, T.bind(weights), x_at, self._in, count, vectors, piece.length, prefetch)
 
-    def _met(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
-        """What has the bytes, and where they begin in it."""
+    def _stored_bytes(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
+        """An environment whose "w" has the bytes of a slice, and where they begin in it."""
         return self._env, self._values(piece.panel) + T.Cast("int64", piece.begin) * PANEL
 
     def _values(self, panel: Expr) -> Expr:
-        """Where a panel's values begin."""
+        """The byte at which a panel's values begin."""
         return T.Cast("int64", panel) * self._format.panel_bytes(self._in) + self._format.header_bytes
 
     def emit(self, row: Expr, here: Expr, panel: Expr, place: tuple[Expr, Expr], sums: Expr) -> None:
         super().emit(row, here, panel, place, sums)
         format = self._format
-        # by way of memory, as without slices: LLVM would fuse the product with a bias that is added to it
+        # The product goes through memory, as without slices: else LLVM would fuse it with the bias that is added to it.
         with T.serial(0, here) as i:
             places = [T.bind(i * PANEL + vector) for vector in range(0, PANEL, LANES)]
             stored = [load(sums, at, "f32") for at in places]
@@ -248,9 +256,9 @@ class SlicedBytes(_Sliced):
 
 
 class SlicedGrids(SlicedBytes):
-    """The same for weights on grids. A block of rows that is the only one meets slices, each of which becomes bytes in
-    the first-level cache before; for more blocks the panel becomes bytes once, and they meet slices of it only where
-    the second-level cache is too slow."""
+    """The same for weights on grids. Where there is one block of rows, each slice is unpacked to bytes in the
+    first-level cache. With more blocks the panel is unpacked once for all of them. They then use slices of it only
+    where the second-level cache is too slow."""
 
     def __init__(
         self,
@@ -261,64 +269,76 @@ class SlicedGrids(SlicedBytes):
         height: int,
         fewest: int,
         env: dict[str, Expr],
-        ahead: AheadOf,
+        prefetch: PrefetchOf,
     ) -> None:
-        super().__init__(format, by_bytes, isa, k, height, fewest, env, ahead)
+        super().__init__(format, by_bytes, isa, k, height, fewest, env, prefetch)
         self._grids = format
         whole = PANEL * self._k <= MOST_BYTES
-        self._opened = stack_array(PANEL * (self._k if whole else self._length), "uint8")
+        self._unpacked = stack_array(PANEL * (self._k if whole else self._length), "uint8")
         self._once = T.bind(env["rows"] > (self.block_rows if whole else _NEVER))
         self._along = not isa.slice_bytes
 
     def _limit_rows(self, greatest: int) -> None:
-        """Any number of rows gains: grids become bytes once for all of them."""
+        """No limit: unpacking grids once for all rows pays for any number of them."""
 
     def begin(self, panel: Expr) -> None:
         with T.If(self._once), T.Then():
-            self._open(panel, T.int32(0), self._k)
+            self._unpack(panel, T.int32(0), self._k)
 
-    def open(self, piece: _Piece, here: Expr) -> None:
+    def prepare_slice(self, piece: _Piece, here: Expr) -> None:
         with T.If(T.Not(self._once)), T.Then():
-            self._open(piece.panel, piece.begin, piece.shortest)
+            self._unpack(piece.panel, piece.begin, piece.shortest)
 
-    def _open(self, panel: Expr, begin: Expr, length: int) -> None:
+    def _unpack(self, panel: Expr, begin: Expr, length: int) -> None:
         grids = self._grids
         start = T.bind(self._values(panel) + T.truncdiv(begin, T.int32(grids.grid)) * grids.run_bytes)
-        open_runs(grids, self._env["w"], start, length, self._opened)
+        unpack_runs(grids, self._env["w"], start, length, self._unpacked)
 
-    def _walks(self, slices: int) -> tuple[Expr | int, Expr | int]:
+    def _loops(self, slices: int) -> tuple[Expr | int, Expr | int]:
         if not self._along or slices == 1:
-            return super()._walks(slices)
+            return super()._loops(slices)
         times = T.bind(T.if_then_else(self._once, T.int32(1), T.int32(slices)))
         return times, T.bind(T.if_then_else(self._once, T.int32(slices), T.int32(1)) * self._length)
 
-    def _met(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
-        opened = T.if_then_else(self._once, T.Cast("int64", piece.begin) * PANEL, T.int64(0))
-        return {**self._env, "w": self._opened}, opened
+    def _stored_bytes(self, piece: _Piece) -> tuple[dict[str, Expr], Expr]:
+        unpacked = T.if_then_else(self._once, T.Cast("int64", piece.begin) * PANEL, T.int64(0))
+        return {**self._env, "w": self._unpacked}, unpacked
 
 
 class SlicedPairs(_Sliced):
-    """bf16 by bf16, for a few more rows than a register tile has: each takes a slice's pairs as they are stored."""
+    """bf16 by bf16, for a few more rows than a register tile has. The pairs of a slice are multiplied as they are
+    stored."""
 
     kind = "f32"
     _DEEP = 128  # k of a slice: 16 KiB
 
     def __init__(
-        self, by_pairs: ByPairs, isa: Isa, k: int, height: int, greatest: int, env: dict[str, Expr], ahead: AheadOf
+        self,
+        by_pairs: ByPairs,
+        isa: Isa,
+        k: int,
+        height: int,
+        greatest: int,
+        env: dict[str, Expr],
+        prefetch: PrefetchOf,
     ) -> None:
-        """`height`: of a tile; blocks have more rows, up to `greatest`."""
-        super().__init__(env, k, self._DEEP, height, partial(by_pairs.width, isa), ahead)
+        """`height`: rows of a register tile. Blocks have more rows than that, up to `greatest`."""
+        super().__init__(env, k, self._DEEP, height, partial(by_pairs.width, isa), prefetch)
         self._pairs, self.row_bytes = by_pairs, 2 * k
         self._take_few(height + 1, greatest)
 
-    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+    def multiply(
+        self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, prefetch: Prefetch
+    ) -> None:
         weights = T.bind(self._pairs.begins(self._k, piece.panel) + piece.begin * (PANEL // 2))
         row = T.bind(piece.row + first)
-        self._pairs.multiply(self._env, totals, weights, self._k, row, piece.begin, count, vectors, piece.length, ahead)
+        self._pairs.multiply(
+            self._env, totals, weights, self._k, row, piece.begin, count, vectors, piece.length, prefetch
+        )
 
 
 class SlicedFloats(_Sliced):
-    """bf16 by bf16 in f32: products are added in the order of k, as pairs of them are elsewhere."""
+    """bf16 by bf16 in f32. Products are added in the order of k."""
 
     kind = "f32"
     _DEEP = 64  # k of a slice: 16 KiB of weights, 12 of rows
@@ -329,15 +349,15 @@ class SlicedFloats(_Sliced):
         height: int,
         width: Callable[[int], int],
         env: dict[str, Expr],
-        ahead: AheadOf,
+        prefetch: PrefetchOf,
         few: SlicedPairs | None,
     ) -> None:
-        """`few`: what makes the sums of few rows."""
-        super().__init__(env, k, self._DEEP, height, width, ahead)
+        """`few`: what computes blocks of few rows; None where all are computed here."""
+        super().__init__(env, k, self._DEEP, height, width, prefetch)
         self._few, self.fewest = few, few.fewest if few else WIDEN_ROWS
         self.row_bytes = 2 * k
         self._weights = stack_array(self._DEEP * PANEL, "float32")
-        # where all of a block's rows fit, they are there already
+        # `wide` is used where it holds all rows of a block: they are widened already
         self._wide = env["wide"] if "wide" in env and WideRows.most(k) >= self.block_rows else None
         self._rows = stack_array(0 if self._wide else self._DEEP * self.block_rows, "float32")
 
@@ -361,7 +381,7 @@ class SlicedFloats(_Sliced):
             with T.Else():
                 super().emit(row, here, panel, place, sums)
 
-    def open(self, piece: _Piece, here: Expr) -> None:
+    def prepare_slice(self, piece: _Piece, here: Expr) -> None:
         panel, begin, length = piece.panel, piece.begin, piece.length
         pairs = T.bind(T.Cast("int64", panel) * (self._k * PANEL) + begin * PANEL)
         with T.serial(0, length // 2 * _VECTORS) as vector:
@@ -381,7 +401,9 @@ class SlicedFloats(_Sliced):
                 part = load_part(self._env["x"], source + offset, min(LANES, length - offset), "bf16")
                 store(self._rows, i * self._DEEP + offset, part, "f32")
 
-    def multiply(self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, ahead: Ahead) -> None:
+    def multiply(
+        self, totals: Vectors, piece: _Piece, first: Expr, count: int, vectors: range, prefetch: Prefetch
+    ) -> None:
         wide = self._wide.of(piece.row + first, count) if self._wide else None
 
         def step(number: Expr) -> None:
@@ -395,4 +417,4 @@ class SlicedFloats(_Sliced):
                     index = i * len(weights) + j
                     totals[index] = fma(operand, weight, totals[index])
 
-        in_blocks(piece.length, ahead, step)
+        in_blocks(piece.length, prefetch, step)

@@ -1,13 +1,13 @@
-"""Linear layers over packed panels: `Linear` and `LinearGlu`. Owns the register tiles and the loop over them.
+"""Linear layers over packed panels: `Linear` and `LinearGlu`, and the loop over register tiles that they share.
 
 One loop serves decode and prefill. A tile is up to 8 rows by one 64-column panel. A piece of work is all tiles of a
-panel, or some of them where panels are few and rows many; pieces are numbered panel by panel, and members steal them
-from each other (work_stealing.py). So with few rows each weight panel is read once, front to back, by one member; with
-many rows a panel stays in the second-level cache while all rows are multiplied by it. Rows are cut into equal tiles,
-and the lines that are needed next are prefetched meanwhile.
+panel, or some of them where there are few panels and many rows. Pieces are numbered panel by panel, and members steal
+them from each other (work_stealing.py). So with few rows one member reads each panel once, front to back. With many
+rows a panel stays in the second-level cache while all rows are multiplied by it. Rows are cut into equal tiles, and the
+lines that are needed next are prefetched meanwhile.
 
-Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them),
-whatever the tile: a row's bits do not depend on the other rows, on the tile or on the team.
+Each output element is one f32 accumulator over k in order (for bf16, pairs of k as the dot instruction adds them). So a
+row's bits do not depend on the other rows, on the tile or on the team.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from xllm_compiler.kernels.tir.codegen.builder import (
 )
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.codegen.vmath import ACTIVATIONS
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORK_QUEUES, steal_work
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
 from xllm_compiler.kernels.tir.linear.blocks import BlockSums
-from xllm_compiler.kernels.tir.linear.reader import Ahead, Site, WeightReader
+from xllm_compiler.kernels.tir.linear.reader import Prefetch, Site, WeightReader
 from xllm_compiler.kernels.tir.linear.readers import reader
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
 from xllm_compiler.weight_formats import PANEL
@@ -45,26 +45,26 @@ from xllm_compiler.weight_formats import PANEL
 Expr = Any
 _DTYPES = ("bf16", "f32")
 MOST_ROWS = 8  # of a register tile, unless a kernel says otherwise
-_OPENED_BYTES = 1 << 19  # of a panel that is taken apart for all rows, which lies on the stack
-_OPENED_ROWS = 32  # fewer are quicker with the panel as it is stored
-_LINE = 64  # bytes that memory gives at once
-_NEAR = 1 << 14  # bytes from where weights are met to where they are asked for: some 2 us of memory's time
-_PIECES = 32  # for each member, where there are rows enough to cut a panel's work: the last to finish is late by one
+_UNPACKED_BYTES = 1 << 19  # at most, of a panel that is unpacked for all rows: it lies on the stack
+_UNPACKED_ROWS = 32  # at least, for a panel to be unpacked: fewer are faster with the panel as it is stored
+_LINE = 64  # bytes of a cache line
+_PREFETCH_DISTANCE = 1 << 14  # bytes from what is multiplied to what is prefetched: memory takes some 2 us for them
+_PIECES = 32  # of work for each member, where there are enough rows: a member is late by one piece at most
 _UNBOUNDED = 1 << 30  # rows
 NEXT = Arg("next", "u8", "the weight of the linear layer that is called next")
 NEXT_PANELS, NEXT_BYTES = scalar("next_panels"), scalar("next_bytes")
-"""Its panels, and the bytes of one; 0 where none follows. It is only asked for, at the end of a member's share: so it
-comes while the others finish, and while what is between the layers is computed."""
-_TAIL = (NEXT, TURNS, scalar("rows"), NEXT_PANELS, NEXT_BYTES, *MEMBER_ARGS)
+"""How many panels that weight has, and the bytes of one; 0 where no layer follows. A member prefetches its part at the
+end of its share. So it arrives while the others finish and while the ops between the layers run."""
+_TAIL = (NEXT, WORK_QUEUES, scalar("rows"), NEXT_PANELS, NEXT_BYTES, *MEMBER_ARGS)
 
 
 @dataclass(frozen=True)
 class Linear(Kernel):
     """y[rows, n] = act(x[rows, k] @ w.T + bias) + residual, rounded once to `out`.
 
-    `dtype` is the type of bias and residual, and of x and w where `weights` names no weight format; w is in `panel`
-    layout, or in that format's. "q8", "q4g32" ..: x is quantized too; "wq8" ..: it is not (readers.py).
-    `most_rows`: of a register tile; None: MOST_ROWS. It changes no bit.
+    `weights` names the weight format: "q8", "q4g32" .. where x is quantized too, "wq8" .. where it is not (readers.py).
+    Where it is "", w is in `panel` layout, and x and w are in `dtype`. Bias and residual are always in `dtype`.
+    `most_rows`: rows of a register tile at most; None: MOST_ROWS. It changes no bit.
     """
 
     k: int
@@ -123,8 +123,8 @@ class Linear(Kernel):
 class LinearGlu(Kernel):
     """y[rows, f] = act(g) * u, where g and u are the first and second f columns of x[rows, k] @ w.T + bias.
 
-    w lies in `glu` layout; bias is [2*f], gate then up, as in the checkpoint. `dtype`, `weights` and `most_rows` as in
-    `Linear`.
+    w is in `glu` layout. bias is [2*f], gate then up, as in the checkpoint. `dtype`, `weights` and `most_rows` are
+    those of `Linear`.
     """
 
     k: int
@@ -177,20 +177,21 @@ class LinearGlu(Kernel):
         return build_function(self, isa, loop.emit)
 
 
-def _nothing(block: Expr, of: Expr | int) -> None:
-    """Asks for nothing ahead."""
+def _no_prefetch(block: Expr, of: Expr | int) -> None:
+    """A `Prefetch` that emits nothing."""
 
 
 Finish = Callable[[dict[str, Expr], Expr, Expr, Sequence[Expr], int], None]
 
 
 def panel_loop(kernel: Linear, isa: Isa, finish: Finish) -> Callable[..., None]:
-    """The body of a kernel that computes `kernel`'s sums, panel by panel, and leaves them to `finish` (see `_Loop`)."""
+    """The body of a kernel that computes the sums of `kernel`, panel by panel, and gives them to `finish` (see
+    `_Loop`)."""
     return _Loop(isa, kernel.k, kernel.n, _reader(kernel, isa), PANEL, finish, kernel.most_rows or MOST_ROWS).emit
 
 
 def tile_height(kernel: Linear | LinearGlu, isa: Isa) -> int:
-    """Rows of the register tile that a kernel uses where it has rows enough."""
+    """Rows of the register tile that a kernel uses where it has enough rows."""
     return _reader(kernel, isa).height(isa, kernel.most_rows or MOST_ROWS)
 
 
@@ -201,10 +202,10 @@ def _reader(kernel: Linear | LinearGlu, isa: Isa) -> WeightReader:
 
 @dataclass(frozen=True)
 class _Loop:
-    """The loop over tiles that both kernels share.
+    """The loop over tiles that all linear kernels share.
 
-    `columns` of y per panel, n of them in all; `finish(env, row, panel, sums of the row's four vectors, columns that
-    exist)` turns sums into y.
+    `n` columns of y, `columns` of them for each panel. `finish(env, row, panel, totals, columns)` turns the sums of a
+    row's four vectors into y; there `columns` is how many of the panel exist.
     """
 
     isa: Isa
@@ -216,10 +217,10 @@ class _Loop:
     most_rows: int
 
     def emit(self, **env: Expr) -> None:
-        env["ahead"] = Scalars(1, "int64")  # the address of the panel that this member probably meets next
+        env["prefetched"] = Scalars(1, "int64")  # the address of the panel to prefetch
         if self.reader.widens(self.isa, self.k):
             env["wide"] = WideRows(env["x"], self.k)
-        by_blocks = self.reader.blocks(Site(self.isa, self.k, self.most_rows, env, partial(self._ahead, env)))
+        by_blocks = self.reader.blocks(Site(self.isa, self.k, self.most_rows, env, partial(self._prefetch, env)))
         most = by_blocks.block_rows if by_blocks else self._height
         sums = stack_array(most * PANEL, "float32")
         if by_blocks is None:
@@ -238,22 +239,22 @@ class _Loop:
 
     def _by_vectors(self, env: dict[str, Expr], sums: Expr) -> None:
         env = {**env, **self.reader.scratch(self.isa, self.k, self._height)}
-        opened = self.reader.opened_bytes(self.k)
-        if self.isa.has_tiles or not 0 < opened <= _OPENED_BYTES:
+        unpacked = self.reader.unpacked_bytes(self.k)
+        if self.isa.has_amx or not 0 < unpacked <= _UNPACKED_BYTES:
             self._pieces(env, sums, None)
             return
-        with T.If(env["rows"] < _OPENED_ROWS):
+        with T.If(env["rows"] < _UNPACKED_ROWS):
             with T.Then():
                 self._pieces(env, sums, None)
             with T.Else():
-                self._pieces({**env, "opened": stack_array(opened, "uint8")}, sums, None)
+                self._pieces({**env, "unpacked": stack_array(unpacked, "uint8")}, sums, None)
 
     def _by_blocks(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums) -> None:
         self._pieces(env, sums, by_blocks)
         by_blocks.release()
 
     def _pieces(self, env: dict[str, Expr], sums: Expr, by_blocks: BlockSums | None) -> None:
-        """The pieces of y that this member gets: some tiles of rows by a panel each."""
+        """Computes the pieces of y that this member gets. A piece is some tiles of rows by one panel."""
         rows, panels = env["rows"], -(-self.n // self.columns)
         height = by_blocks.block_rows if by_blocks else self._height
         if by_blocks:
@@ -263,8 +264,8 @@ class _Loop:
         rounds = hold(T.truncdiv(rows + (most - 1), T.int32(most)))
         parts = hold(T.truncdiv(env["team"] * _PIECES + (panels - 1), T.max(rounds, 1) * panels))
         parts = hold(T.max(T.min(parts, T.truncdiv(T.min(rows, most) + (height - 1), T.int32(height))), 1))
-        opened = Scalars(1, "int32")
-        opened[0] = T.int32(-1)
+        unpacked = Scalars(1, "int32")
+        unpacked[0] = T.int32(-1)
 
         def piece(number: Expr, onward: Expr) -> None:
             panel_at = hold(T.truncdiv(number, parts))
@@ -274,23 +275,23 @@ class _Loop:
             top = hold(round_of * most)
             here = hold(T.min(rows - top, most))
             tiles = hold(T.truncdiv(here + (height - 1), T.int32(height)))
-            env["ahead"][0] = self._address_ahead(env, panel, onward)
+            env["prefetched"][0] = self._address_to_prefetch(env, panel, onward)
             if by_blocks:
                 by_blocks.take(top, here)
             elif "wide" in env:
                 env["wide"].take(top, here)
             lo, hi = hold(T.truncdiv(tiles * part, parts)), hold(T.truncdiv(tiles * (part + 1), parts))
-            if by_blocks or "opened" in env:
-                with T.If(panel != opened[0]), T.Then():
+            if by_blocks or "unpacked" in env:
+                with T.If(panel != unpacked[0]), T.Then():
                     if by_blocks:
                         by_blocks.begin(panel)
                     else:
-                        self.reader.open(env, self.k, panel)
-                    opened[0] = panel
+                        self.reader.unpack(env, self.k, panel)
+                    unpacked[0] = panel
             with T.serial(lo, hi) as tile:
                 self._tile(env, top, here, panel, (tile, tiles), sums, by_blocks)
 
-        by_turns(rounds * panels * parts, env["turns"], env["member"], env["team"], piece)
+        steal_work(rounds * panels * parts, env["turns"], env["member"], env["team"], piece)
 
     def _tile(
         self,
@@ -302,19 +303,20 @@ class _Loop:
         sums: Expr,
         by_blocks: BlockSums | None,
     ) -> None:
-        """Tile `place` of `rows` rows from row `top` on, by a panel."""
+        """Computes one tile of `rows` rows from row `top` on, by a panel. `place`: the tile's number, and how many
+        tiles there are."""
         tile, tiles = place
         if by_blocks:
             row = T.bind(top + tile * by_blocks.block_rows)
             here = T.bind(T.min(rows - tile * by_blocks.block_rows, by_blocks.block_rows))
             by_blocks.emit(row, here, panel, place, sums)
         else:
-            # rows in equal parts: of 8 rows, 4 and 4 keep the arithmetic busier than 6 and 2
+            # rows in equal parts: of 8 rows, tiles of 4 and 4 keep the arithmetic units busier than 6 and 2
             row = T.bind(top + T.truncdiv(rows * tile, tiles))
             here = T.bind(T.truncdiv(rows * (tile + 1), tiles) - (row - top))
             sizes = range(1, self._height + 1)
             choose(here, {n: partial(self._accumulate, env, row, n, panel, place, sums) for n in sizes})
-        # After the tile and not in it: the code of an activation once, and not once per row and tile size.
+        # Here and not in each tile size, so that the code of an activation exists once.
         with T.serial(0, here) as i:
             self._finish(env, T.bind(row + i), panel, sums, T.bind(i * PANEL), by_blocks)
 
@@ -348,39 +350,41 @@ class _Loop:
     def _accumulate(
         self, env: dict[str, Expr], row: Expr, count: int, panel: Expr, place: tuple[Expr, Expr], sums: Expr
     ) -> None:
-        """sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
+        """Emits sums[i, vector] = x[row + i] @ the panel, for `count` rows, one register tile after the other."""
         width = self.reader.width(self.isa, count)
         passes = PANEL // LANES // width
         tile, tiles = place
         streamed = count <= self.isa.streamed_rows and self.reader.streams(self.isa)
         for number in range(passes):
             vectors = range(number * width, (number + 1) * width)
-            walk = tile * passes + number, tiles * passes
-            ahead = _nothing if streamed else self._ahead(env, panel, walk, passes == 1 and tiles == 1)
-            totals = self.reader.tile(env, self.k, row, count, panel, vectors, ahead)
+            loop = tile * passes + number, tiles * passes
+            prefetch = _no_prefetch if streamed else self._prefetch(env, panel, loop, passes == 1 and tiles == 1)
+            totals = self.reader.tile(env, self.k, row, count, panel, vectors, prefetch)
             for i in range(count):
                 for j, vector in enumerate(vectors):
                     store(sums, T.int32(i * PANEL + vector * LANES), totals[i * len(vectors) + j], "f32")
 
-    def _ahead(self, env: dict[str, Expr], panel: Expr, walk: tuple[Expr, Expr], along: Expr | bool) -> Ahead:
-        """While a panel is multiplied, lines of weights are asked for, a few with each block of steps.
+    def _prefetch(self, env: dict[str, Expr], panel: Expr, loop: tuple[Expr, Expr], along: Expr | bool) -> Prefetch:
+        """What prefetches lines of weights while a panel is multiplied, a few lines before each block of steps.
 
-        The arithmetic of some rows keeps the machine from running far enough ahead to do so by itself. The walks over
-        k of all register tiles that read this panel share the lines out: this one is `walk` = (its number, of how
-        many). Where they go `along` the panel together, so that none comes to what none has met before, they ask for
-        what lies `_NEAR` further on: a deep panel and all of the next one are more than a second-level cache that
-        neighbours use too. Else they ask for the next panel.
+        With more than a few rows, the arithmetic keeps the processor from reading far enough ahead by itself. All
+        register tiles that read this panel loop over k, and each loop prefetches an equal part of the lines. `loop`:
+        the number of this loop, and how many there are.
+
+        `along`: the loops run along the panel together, each part of it being read for the first time. Then they
+        prefetch what lies `_PREFETCH_DISTANCE` further on. The rest of a deep panel and the next panel together would
+        not fit a second-level cache that is shared. Otherwise they prefetch the next panel.
         """
         size = self.reader.panel_bytes(self.k)
         lines = -(-size // _LINE)
-        near = min(_NEAR // _LINE, lines)
-        number, of_all = walk
+        near = min(_PREFETCH_DISTANCE // _LINE, lines)
+        number, of_all = loop
 
-        def ahead(block: Expr, of: Expr | int) -> None:
+        def prefetch(block: Expr, of: Expr | int) -> None:
             each = T.bind(T.truncdiv(lines + (of_all * of - 1), of_all * of))
             first = T.bind(T.min((number * of + block) * each, lines))
             last = T.bind(T.min(first + each, lines))
-            start = T.bind(env["ahead"][0])
+            start = T.bind(env["prefetched"][0])
             if along is not False:
                 distance = T.bind(T.if_then_else(along, T.int32(near), T.int32(lines)))
                 onward = start + T.Cast("int64", distance - lines) * _LINE
@@ -389,11 +393,11 @@ class _Loop:
             with T.serial(first, last) as line:
                 T.evaluate(T.call_extern("int32", "xllm_prefetch_at", start + T.Cast("int64", line) * _LINE))
 
-        return ahead
+        return prefetch
 
-    def _address_ahead(self, env: dict[str, Expr], panel: Expr, onward: Expr) -> Expr:
-        """Of the panel to ask for while this one is multiplied: `onward` from it, or at 0 where this member's share of
-        the next layer begins."""
+    def _address_to_prefetch(self, env: dict[str, Expr], panel: Expr, onward: Expr) -> Expr:
+        """The address of the panel to prefetch while `panel` is multiplied: the panel `onward` from it. Where `onward`
+        is 0, it is where this member's share of the next layer begins."""
         first, _ = share(env["next_panels"], env["member"], env["team"])
         following = address_of(env["next"]) + T.Cast("int64", first) * T.Cast("int64", env["next_bytes"])
         beside = T.Cast("int64", panel) + T.Cast("int64", onward)

@@ -1,8 +1,8 @@
-"""How a linear kernel reads its weight: `WeightReader`, one class for each way. Owns what the walk over tiles asks for.
+"""How a linear kernel reads its weight: `WeightReader`, with one class for each way.
 
-A reader says which arguments hold activations and weight, how large a tile its registers allow, and emits the sums
-x[row + i] @ w.T of one tile as f32. What is done with the sums, and the walk over tiles, is linear.py's. Whatever the
-tile, one output element is computed by the same operations in the same order.
+A reader says which arguments hold activations and weight, and how large a register tile may be. It emits the sums
+x[row + i] @ w.T of one tile, as f32. linear.py loops over the tiles and uses the sums. One output element is computed
+by the same operations in the same order, whatever the tile.
 
     dense.py        weights in the type of the activations
     integer.py      `IntegerFormat` by 8-bit activations
@@ -28,28 +28,28 @@ from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.linear.blocks import BlockSums
 
 Expr = Any
-_BLOCK = 8  # steps between two requests for weights that will be needed later
+_BLOCK = 8  # steps between two prefetches
 
-Ahead = Callable[[Expr, Expr | int], None]
-"""`ahead(block, of)`: block number `block` of the `of` that a register tile's walk over k has begins."""
-AheadOf = Callable[[Expr, tuple[Expr, Expr], Expr], Ahead]
-"""`ahead(panel, walk, along)`: what a walk over k prefetches meanwhile; see linear.py."""
+Prefetch = Callable[[Expr, Expr | int], None]
+"""`prefetch(block, of)` emits the prefetches for block `block` of the `of` blocks of a register tile's loop over k."""
+PrefetchOf = Callable[[Expr, tuple[Expr, Expr], Expr], Prefetch]
+"""`prefetch(panel, loop, along)` says what a loop over k prefetches meanwhile; see `_Loop._prefetch` in linear.py."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a kernel is built: its level and k, the rows of its register tiles at most, its arguments by name, and what
-    it prefetches."""
+    """What a kernel is built for: its level, k, the most rows of a register tile, its arguments by name, and what it
+    prefetches."""
 
     isa: Isa
     k: int
     most_rows: int
     env: dict[str, Expr]
-    ahead: AheadOf
+    prefetch: PrefetchOf
 
 
 class WeightReader(ABC):
-    """What a linear kernel asks of its weight."""
+    """What a linear kernel must know of its weight."""
 
     int8_dots: bool = False
     """Whether it multiplies bytes."""
@@ -64,14 +64,14 @@ class WeightReader(ABC):
 
     @abstractmethod
     def width(self, isa: Isa, rows: int) -> int:
-        """Vectors, 4, 2, 1 or none, of a register tile of `rows` rows."""
+        """How many vectors wide a register tile of `rows` rows is: 4, 2 or 1; 0 where none fits."""
 
     def height(self, isa: Isa, most: int) -> int:
-        """Rows, at most `most`, of the register tile that is used where there are rows enough."""
+        """Rows, at most `most`, of the register tile that is used where there are enough rows."""
         return tile_rows(partial(self.width, isa), most)
 
     def widens(self, isa: Isa, k: int) -> bool:
-        """Whether tiles want the rows of x in env["wide"]."""
+        """Whether tiles read the rows of x from env["wide"], widened to f32."""
         return False
 
     @abstractmethod
@@ -80,30 +80,32 @@ class WeightReader(ABC):
 
     @abstractmethod
     def tile(
-        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, prefetch: Prefetch
     ) -> list[Expr]:
-        """Sums of `count` rows by the vectors `at` of a panel, row by row, as f32. Where `env` has "opened", that is
-        the panel as `open` left it; it has what `scratch` made, too."""
+        """Emits the sums of `count` rows by the vectors `at` of a panel; returns them row by row, as f32.
+
+        `env` has what `scratch` made. Where it has "unpacked", that is the panel as `unpack` left it."""
 
     def scratch(self, isa: Isa, k: int, height: int) -> dict[str, Expr]:
-        """Emits: memory that tiles of up to `height` rows work in, by name."""
+        """Emits the memory that tiles of up to `height` rows work in; returns it by name."""
         return {}
 
     def streams(self, isa: Isa) -> bool:
-        """Whether a row is an instruction or two for each vector of weights."""
+        """Whether each row takes only one or two instructions for a vector of weights."""
         return False
 
     def blocks(self, site: Site) -> BlockSums | None:
-        """What makes the sums of blocks of rows instead of tiles; None where tiles are for all rows."""
+        """What computes blocks of rows instead of register tiles; None where register tiles compute all rows."""
         return None
 
-    def opened_bytes(self, k: int) -> int:
-        """Bytes of a panel that is taken apart once, where it meets many rows; 0: it is always met as it is stored."""
+    def unpacked_bytes(self, k: int) -> int:
+        """Bytes of an unpacked panel, which is unpacked once where many rows are multiplied by it. 0: panels are always
+        multiplied as they are stored."""
         return 0
 
-    def open(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
-        """Emits: takes a panel apart, into env["opened"]: the same values in the form in which they are multiplied."""
-        raise AssertionError("opened_bytes says 0")
+    def unpack(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
+        """Emits: unpacks a panel to env["unpacked"], the same values in the form in which they are multiplied."""
+        raise AssertionError("unpacked_bytes says 0")
 
 
 _WEIGHT_ONLY = "w"
@@ -119,17 +121,17 @@ def parse_weights(weights: str) -> tuple[str, bool]:
     return weights.removeprefix(_WEIGHT_ONLY), not weights.startswith(_WEIGHT_ONLY)
 
 
-def in_blocks(steps: Expr | int, ahead: Ahead, body: Callable[[Expr], None]) -> None:
-    """`body(step)` for all steps in order, telling `ahead` about every block of them. Where their number is known at
-    run time only, it is one of whole blocks."""
+def in_blocks(steps: Expr | int, prefetch: Prefetch, body: Callable[[Expr], None]) -> None:
+    """Emits `body(step)` for all steps in order, with `prefetch` before each block of them. A number of steps that is
+    known at run time only must be a multiple of the block."""
     whole, rest = divmod(steps, _BLOCK) if isinstance(steps, int) else (T.truncdiv(steps, T.int32(_BLOCK)), 0)
     blocks = whole + (rest > 0)
     if not isinstance(whole, int) or whole:
         with T.serial(0, whole) as block:
-            ahead(block, blocks)
+            prefetch(block, blocks)
             with T.serial(0, _BLOCK) as step:
                 body(T.bind(block * _BLOCK + step))
     if rest:
-        ahead(T.int32(whole), blocks)
+        prefetch(T.int32(whole), blocks)
         with T.serial(whole * _BLOCK, steps) as step:
             body(step)

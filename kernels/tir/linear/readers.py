@@ -1,5 +1,7 @@
-"""Which reader a linear kernel uses for its weight: `reader`. A new weight format is one more entry here where 8-bit
-activations are multiplied by it, and one more in stored_values.py for others."""
+"""Which reader a linear kernel uses for its weight: `reader`.
+
+A new weight format needs an entry here if 8-bit activations are multiplied by it, and one in stored_values.py if others
+are."""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ _BY_BYTES: Final[dict[type[WeightFormat], Callable[[Any], WeightReader]]] = {
 
 
 def reader(dtype: str, weights: str) -> WeightReader:
-    """The reader of a kernel in `dtype` whose weight is stored as `weights` says: "" as `dtype`; "q8" in that format,
-    by 8-bit activations; "wq8" in that format, by activations in `dtype`. Raises kind "unsupported"."""
+    """The reader of a kernel in `dtype` whose weight is stored as `weights` says.
+
+    "": in `dtype`. "q8": in that format, with 8-bit activations. "wq8": in that format, with activations in `dtype`.
+    Raises kind "unsupported"."""
     if not weights:
         return Dense(dtype)
     name, by_bytes = parse_weights(weights)

@@ -1,5 +1,4 @@
-"""Stored weights as floats, in registers: `stored_values`. Owns that step for each format, not what they are multiplied
-by."""
+"""`stored_values`: loads stored weights of each format and widens them to floats, in registers."""
 
 from __future__ import annotations
 
@@ -16,20 +15,20 @@ from xllm_compiler.weight_formats import PANEL, QUAD, GridFormat, IntegerFormat,
 
 Expr = Any
 Value = Callable[[int, int], Expr]
-"""`value(j, element)`: an element of a step, of the 16 columns of the j-th vector, less their zero points, as f32."""
+"""`value(j, element)`: one element of a step for the 16 columns of the j-th vector, less their zero points, as f32."""
 _STEP_BYTES = PANEL * QUAD
-_LARGE = 1 << 23  # f32 at and above it are whole numbers: the bits of 2^23 + n are those of 2^23 plus n
+_LARGE = 1 << 23  # f32 from here on are whole numbers: the bits of 2^23 + n are those of 2^23, plus n
 
 
 class StoredValues(ABC):
-    """The values of the group at byte `start` of `w`, of the columns of the vectors `at`."""
+    """The values of the group at byte `start` of `w`, for the columns of the vectors `at`."""
 
     elements: int
-    """Values along k that a step has, of each column."""
+    """How many values along k a step has for each column."""
 
     @abstractmethod
     def step(self, number: Expr) -> Value:
-        """Loads step `number`."""
+        """Emits the loads of step `number`."""
 
 
 class _Integers(StoredValues):
@@ -58,8 +57,8 @@ class _Grids(StoredValues):
     def step(self, number: Expr) -> Value:
         steps = self._format.grid // (2 * QUAD)
         run = T.truncdiv(number, T.int32(steps))
-        opened = Run(self._w, T.bind(self._values + T.Cast("int64", run) * self._format.run_bytes))
-        quads = [opened.columns(vector)(number - run * steps) for vector in self._at]
+        unpacked = Run(self._w, T.bind(self._values + T.Cast("int64", run) * self._format.run_bytes))
+        quads = [unpacked.columns(vector)(number - run * steps) for vector in self._at]
         bits = self._format.as_bytes.bits
         return lambda j, element: _widened(bits, quads[j][element // QUAD], element % QUAD, self._points[j])
 
@@ -71,13 +70,13 @@ _OF: Final[dict[type[WeightFormat], Callable[[Any, Expr, Expr, range], StoredVal
 
 
 def stored_values(format: WeightFormat, w: Expr, start: Expr, at: range) -> StoredValues:
-    """The values of the group of a panel that begins at byte `start` of `w`, of the columns of the vectors `at`."""
+    """The values of the group of a panel that begins at byte `start` of `w`, for the columns of the vectors `at`."""
     return _OF[type(format)](format, w, start, at)
 
 
-def open_group(format: WeightFormat, w: Expr, start: Expr, length: int, to: Expr, at: Expr) -> None:
-    """Writes the `length` values of the group of a panel that begins at byte `start` of `w`, less their zero points, as
-    pairs of bf16 along k for each of the 64 columns, to `to` from byte `at` on."""
+def unpack_group(format: WeightFormat, w: Expr, start: Expr, length: int, to: Expr, at: Expr) -> None:
+    """Emits: unpacks one group of a panel to `to`, from byte `at` on, as pairs of bf16 along k for each of the 64
+    columns. The group has `length` values and begins at byte `start` of `w`; its zero points are taken off."""
     vectors = range(PANEL // LANES)
     stored = stored_values(format, w, start, vectors)
     elements = stored.elements
@@ -100,7 +99,7 @@ def _zero_point(format: WeightFormat, w: Expr, start: Expr, vector: int) -> Expr
 
 
 def _widened(bits: int, loaded: Expr, element: int, point: Expr) -> Expr:
-    """Value `element` of each lane's quad, or pair of quads, less its zero point, as f32."""
+    """Value `element` of each lane's quad, or pair of quads, less the zero point, as f32."""
     shift = 8 * (element % QUAD) + 4 * (element // QUAD)
     shifted = T.shift_right(loaded, T.broadcast(T.int32(shift), LANES)) if shift else loaded
     stored = T.bitwise_and(shifted, T.broadcast(T.int32((1 << bits) - 1), LANES))
@@ -109,7 +108,7 @@ def _widened(bits: int, loaded: Expr, element: int, point: Expr) -> Expr:
 
 
 def as_pair(values: list[Expr]) -> Expr:
-    """One or two f32 that bf16 holds exactly, as a pair of bf16: their upper halves, the first one below."""
+    """One or two f32 that bf16 can hold exactly, as a pair of bf16. The first is in the lower half."""
     bits = [T.reinterpret("int32x16", value) for value in values]
     low = T.bitwise_and(T.shift_right(bits[0], T.broadcast(T.int32(16), LANES)), T.broadcast(T.int32(0xFFFF), LANES))
     return T.bind(low if len(bits) == 1 else T.bitwise_or(low, bits[1]))

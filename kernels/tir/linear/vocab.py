@@ -1,8 +1,8 @@
-"""The vocabulary projection and what a sampler wants beside it: `LinearBlockMax` and `BlockMax`. Owns that reduction.
+"""The vocabulary projection with block maxima: `LinearBlockMax`; and block maxima alone: `BlockMax`.
 
-The largest of every 64 logits is found while the projection still has them in registers; so whoever looks for the
-largest of a vocabulary reads one value in 64, and then one block. NaN in a block is its largest value, as for numpy.
-The walk over tiles, and the sums, are linear.py's.
+The largest of every 64 logits is found while the projection still has them in registers. So a sampler that looks for
+the largest logit reads one value in 64, and then one block. A block that holds NaN has NaN for its maximum, as in
+numpy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _lanes(first: int, last: int) -> str:
 
 
 def _larger(name: str, width: int, a: str, b: str) -> str:
-    # as a comparison and a choice: one instruction, where one that honours NaN takes five
+    # a comparison and a select: one instruction, where a maximum that handles NaN takes five
     return (
         f"  %{name}m = fcmp ogt <{width} x float> {a}, {b}\n"
         f"  %{name} = select <{width} x i1> %{name}m, <{width} x float> {a}, <{width} x float> {b}\n"
@@ -68,11 +68,11 @@ _LARGEST = (
     + _halving()
     + "  %y = select i1 %nan, float 0x7FF8000000000000, float %r\n  ret float %y\n}\n"
 )
-"""The largest of 64 values, NaN where one of them is. Where none is, the comparisons may be in any order."""
+"""The largest of 64 values, NaN if one of them is NaN. Without NaN the comparisons may be in any order."""
 
 
 def _put_largest(values: Sequence[Expr], columns: int, into: Expr, at: Expr) -> None:
-    """into[at] = the largest of the first `columns` of 64 values."""
+    """Emits into[at] = the largest of the first `columns` of 64 values."""
     padded = []
     for vector, value in enumerate(values):
         count = min(columns - vector * LANES, LANES)
@@ -89,7 +89,7 @@ def _put_largest(values: Sequence[Expr], columns: int, into: Expr, at: Expr) -> 
 class LinearBlockMax(Kernel):
     """y[rows, n] = x[rows, k] @ w.T + bias in f32, and block[rows, n / 64], the largest of every 64 columns.
 
-    Arguments as of `Linear`, whose fields these are; no activation and no residual.
+    Fields and arguments are those of `Linear`; there is no activation and no residual.
     """
 
     k: int
@@ -139,8 +139,8 @@ class LinearBlockMax(Kernel):
 
 @dataclass(frozen=True)
 class BlockMax(Kernel):
-    """block[rows, n / 64]: the largest of every 64 of x[rows, n], NaN where one of them is. Members share out rows'
-    blocks."""
+    """block[rows, n / 64]: the largest of every 64 of x[rows, n], NaN where one of them is. The blocks of all rows are
+    shared out to members."""
 
     n: int
 

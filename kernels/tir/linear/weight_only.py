@@ -1,8 +1,8 @@
-"""Quantized weights by float activations: `WeightOnly`, for every weight format. Owns its inner loops over k.
+"""Quantized weights by float activations: `WeightOnly`, for every weight format.
 
 A stored value less its zero point is exact in bf16 and f32. So weights are widened in registers (stored_values.py) and
-multiplied as those of `Dense` are: one f32 sum over each group of k in order (pairs of k for bf16). The groups' sums,
-each times its scale, are added in order. Nothing is rounded that the dequantized matrix would not round as well.
+multiplied as in `Dense`: one f32 sum over each group of k, in order (pairs of k for bf16). Each group's sum is
+multiplied by its scale, and these products are added in order. Only what the dequantized matrix would round is rounded.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.kernels.tir.codegen.builder import Vectors, address, fma, halves, load, splat
 from xllm_compiler.kernels.tir.codegen.kernel import Arg
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
-from xllm_compiler.kernels.tir.linear.amx_grouped import FloatRows
+from xllm_compiler.kernels.tir.linear.amx_grouped import AmxFloatRows
 from xllm_compiler.kernels.tir.linear.blocks import BlockSums
-from xllm_compiler.kernels.tir.linear.reader import Ahead, Site, WeightReader, in_blocks
-from xllm_compiler.kernels.tir.linear.stored_values import as_pair, open_group, stored_values
+from xllm_compiler.kernels.tir.linear.reader import Prefetch, Site, WeightReader, in_blocks
+from xllm_compiler.kernels.tir.linear.stored_values import as_pair, stored_values, unpack_group
 from xllm_compiler.kernels.tir.linear.widened_rows import WideRows
 from xllm_compiler.weight_formats import PANEL, WeightFormat
 
@@ -43,68 +43,68 @@ class WeightOnly(WeightReader):
 
     def width(self, isa: Isa, rows: int) -> int:
         each = LANES // isa.register_lanes
-        for width in (4, 2, 1):  # beside the sums: what was loaded, its zero points, and two values of each
+        for width in (4, 2, 1):  # each vector needs, beside the sums, what was loaded, zero points, and two values
             if each * (rows * width + 3 * width + 2) <= isa.vector_registers:
                 return width
         return 0
 
     def tile(
-        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, ahead: Ahead
+        self, env: dict[str, Expr], k: int, row: Expr, count: int, panel: Expr, at: range, prefetch: Prefetch
     ) -> list[Expr]:
         length = self.format.group or self.format.padded(k)
         base = T.bind(T.Cast("int64", panel) * self.format.panel_bytes(k))
         rows = _Rows(env, self.dtype, row, k, count)
         totals = rows.sums(at)
 
-        def group(number: Expr, valid: int, ahead: Ahead | None) -> None:
+        def group(number: Expr, valid: int, prefetch: Prefetch | None) -> None:
             start = T.bind(base + T.Cast("int64", number) * self.format.group_bytes(k))
             begin = T.bind(number * length)
-            if "opened" in env:
-                parts = self._opened_group(env, T.bind(number * (length // 2)), rows, begin, at, valid)
+            if "unpacked" in env:
+                parts = self._unpacked_group(env, T.bind(number * (length // 2)), rows, begin, at, valid)
             else:
-                parts = self._group(env, start, rows, begin, at, valid, ahead)
+                parts = self._group(env, start, rows, begin, at, valid, prefetch)
             scales = [self._header(env["w"], start, vector) for vector in at]
             for index, part in enumerate(parts):
                 totals[index] = fma(part, scales[index % len(at)], totals[index])
 
         whole, rest = divmod(k, length)
         if self.format.group == 0:
-            group(T.int32(0), k, ahead)
+            group(T.int32(0), k, prefetch)
             return [totals[index] for index in range(count * len(at))]
         if whole:
             with T.serial(0, whole) as number:
-                ahead(number, whole)
+                prefetch(number, whole)
                 group(number, length, None)
         if rest:
             group(T.int32(whole), rest, None)
         return [totals[index] for index in range(count * len(at))]
 
     def blocks(self, site: Site) -> BlockSums | None:
-        if site.isa.has_tiles and self.dtype == "bf16" and FloatRows.can(self.format, site.k):
-            return FloatRows(self.format, site.k, site.env)
+        if site.isa.has_amx and self.dtype == "bf16" and AmxFloatRows.can(self.format, site.k):
+            return AmxFloatRows(self.format, site.k, site.env)
         return None
 
-    def opened_bytes(self, k: int) -> int:
+    def unpacked_bytes(self, k: int) -> int:
         return 2 * PANEL * self.format.padded(k) if self.dtype == "bf16" else 0
 
-    def open(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
-        """Values less their zero points, in pairs of bf16 along k."""
+    def unpack(self, env: dict[str, Expr], k: int, panel: Expr) -> None:
+        """Emits: unpacks a panel to values less their zero points, in pairs of bf16 along k."""
         base = T.bind(T.Cast("int64", panel) * self.format.panel_bytes(k))
         length = self.format.group or self.format.padded(k)
         with T.serial(0, self.format.groups(k)) as group:
             start = T.bind(base + T.Cast("int64", group) * self.format.group_bytes(k))
             to = T.bind(group * (2 * PANEL * length))
-            open_group(self.format, env["w"], start, length, env["opened"], to)
+            unpack_group(self.format, env["w"], start, length, env["unpacked"], to)
 
-    def _opened_group(
+    def _unpacked_group(
         self, env: dict[str, Expr], pairs_at: Expr, rows: _Rows, begin: Expr, at: range, valid: int
     ) -> list[Expr]:
-        """`_group` of an opened panel, whose pairs of the group begin with number `pairs_at`."""
+        """`_group` for an unpacked panel. The pairs of the group begin at index `pairs_at`."""
         parts = rows.sums(at)
 
         def add(pair: Expr, size: int) -> None:
             where = [((pairs_at + pair) * PANEL + vector * LANES) * 4 for vector in at]
-            weights = [T.bind(T.call_extern("int32x16", "xllm_load_i32", address(env["opened"], w))) for w in where]
+            weights = [T.bind(T.call_extern("int32x16", "xllm_load_i32", address(env["unpacked"], w))) for w in where]
             if rows.in_pairs:
                 rows.add_pairs(parts, T.bind(begin + pair * 2), weights, size)
             else:
@@ -121,9 +121,9 @@ class WeightOnly(WeightReader):
         return T.bind(load(w, start + vector * LANES * self.format.scale_bytes, self.format.scale_dtype))
 
     def _group(
-        self, env: dict[str, Expr], start: Expr, rows: _Rows, begin: Expr, at: range, valid: int, ahead: Any
+        self, env: dict[str, Expr], start: Expr, rows: _Rows, begin: Expr, at: range, valid: int, prefetch: Any
     ) -> list[Expr]:
-        """Sums over the first `valid` values of a group, not scaled; x has nothing beyond them that may be read."""
+        """Sums over the first `valid` values of a group, not scaled. x must not be read beyond them."""
         parts, stored = rows.sums(at), stored_values(self.format, env["w"], start, at)
         each = stored.elements
 
@@ -139,8 +139,8 @@ class WeightOnly(WeightReader):
                     rows.add(parts, element, wide)
 
         steps, rest = divmod(valid, each)
-        if steps and ahead is not None:
-            in_blocks(steps, ahead, lambda number: step(number, each))
+        if steps and prefetch is not None:
+            in_blocks(steps, prefetch, lambda number: step(number, each))
         elif steps:
             with T.serial(0, steps) as number:
                 step(number, each)
@@ -150,7 +150,7 @@ class WeightOnly(WeightReader):
 
 
 class _Rows:
-    """`count` rows of x from row `row` on, which are multiplied one element of k at a time, or in pairs of bf16."""
+    """`count` rows of x from row `row` on. They are multiplied one element of k at a time, or in pairs of bf16."""
 
     def __init__(self, env: dict[str, Expr], dtype: str, row: Expr, k: int, count: int) -> None:
         self._x, self._k, self.count = env["x"], k, count
@@ -166,7 +166,7 @@ class _Rows:
         return parts
 
     def add(self, parts: Vectors, element: Expr, weights: list[list[Expr]]) -> None:
-        """parts += x[:, element + p] * weights[j][p] for each vector j and then p."""
+        """Emits parts += x[:, element + p] * weights[j][p] for each vector j, p in order."""
         for i in range(self.count):
             for p in range(len(weights[0])):
                 if self._wide:
@@ -178,7 +178,7 @@ class _Rows:
                     parts[index] = fma(single, weight[p], parts[index])
 
     def add_pairs(self, parts: Vectors, element: Expr, weights: list[Expr], size: int) -> None:
-        """The same for `size` elements, 1 or 2, of weights in pairs."""
+        """Emits the same for `size` elements, 1 or 2, of weights in pairs."""
         for i in range(self.count):
             at = self._origin + element + i * self._k
             if size == 2:

@@ -1,7 +1,7 @@
-"""Rows of bf16 widened to f32 once for all panels that they meet, where no instruction multiplies bf16: `WideRows`.
+"""`WideRows`: rows of bf16 that are widened to f32 once for all panels, where no instruction multiplies bf16.
 
-Owns the copy. Each member has its own, on its stack, of as many rows as half a second-level cache holds: widening every
-operand of every product takes as many instructions as a third of the products, and a row meets hundreds of panels.
+Each member has a copy on its stack, of as many rows as half a second-level cache holds. Widening every operand of every
+product would take a third as many instructions as the products, and a row is multiplied by hundreds of panels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEAST = 16  # rows: with room for fewer it is not done
 
 
 class WideRows:
-    """The rows of x [rows, k] that `take` named last."""
+    """The rows of x [rows, k] that `take` widened last."""
 
     def __init__(self, x: Expr, k: int) -> None:
         self._x, self._k, self._stride = x, k, _stride(k)
@@ -30,7 +30,7 @@ class WideRows:
 
     @staticmethod
     def can(isa: Isa, dtype: str, k: int) -> bool:
-        """Whether rows of `dtype` are to be widened at this level, and there is room for them."""
+        """Whether rows of `dtype` should be widened at this level, and there is room for them."""
         return dtype == "bf16" and not isa.has_bf16_dot and WideRows.most(k) >= _LEAST
 
     @staticmethod
@@ -39,7 +39,7 @@ class WideRows:
         return _BYTES // (4 * _stride(k))
 
     def take(self, top: Expr, here: Expr) -> None:
-        """Emits: `here` rows from row `top` on are widened, unless the last that were taken began there too."""
+        """Emits: widens `here` rows from row `top` on, unless the rows that it holds already begin there."""
         with T.If(self._top[0] != top), T.Then():
             self._top[0] = top
             with T.serial(0, here) as i:
@@ -58,6 +58,6 @@ class WideRows:
 
 
 def _stride(k: int) -> int:
-    """f32 from row to row: whole lines, and an odd number of them, lest the rows of a tile fall on the same few lines
-    of the first-level cache."""
+    """The distance of two rows, in f32: an odd number of cache lines. With an even number the rows of a tile would
+    share few sets of the first-level cache."""
     return (-(-k // LANES) | 1) * LANES

@@ -1,4 +1,4 @@
-"""Which program links for an architecture. Owns the search and what to install where there is none."""
+"""Finds the program that links for an architecture."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from xllm_compiler.errors import XllmError
 
 
 def find_linker(machine: str) -> list[str]:
-    """The command that links for `machine`, an architecture as `platform.machine()` names it: this machine's `cc`; for
-    another the C compiler of the package ziglang, else GNU's cross compiler. Raises XllmError("io") without any."""
+    """The command that links for `machine`, an architecture as `platform.machine()` names it.
+
+    It is `cc` for this machine's architecture. For another it is the C compiler of the package ziglang, else GNU's
+    cross compiler. Raises XllmError("io") if there is none."""
     here = platform.machine()
     if machine == here:
         if shutil.which("cc"):

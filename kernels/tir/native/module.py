@@ -1,9 +1,7 @@
-"""From TensorIR functions to a shared library with a plain C interface: `NativeModule`.
+"""`NativeModule`: entry functions and kernels, linked into a shared library with a plain C interface.
 
-Owns entry functions and linking; kernels become machine code in `objects`. Must not know any kernel or the IR.
-
-TVM's own pipeline would wrap every function in its packed calling convention and route allocations through its runtime.
-Ours keeps plain functions: no TVM runtime is needed to load the result, and allocations are plain stack slots.
+TVM's own pipeline would give every function its packed calling convention, and allocate through its runtime. Here
+functions stay plain and allocations are stack slots, so the library needs no TVM runtime. objects.py compiles kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class NativeModule:
     """Collects kernels and entry functions for one instruction set level and writes them as one shared library."""
 
     def __init__(self, isa: Isa, objects: KernelObjects = OBJECTS) -> None:
-        """`objects` compiles kernels, or has them."""
+        """`objects`: compiles kernels, and keeps those that it has compiled."""
         self.isa = isa
         self._objects = objects
         self._kernels: dict[str, Kernel] = {}
@@ -45,7 +43,7 @@ class NativeModule:
     def call(self, kernel: Kernel, args: Sequence[Any], member: Any, team: Any) -> None:
         """Emits a call of `kernel` at the builder's current place.
 
-        `args` has one expression per argument of `kernel.args` but the last two: a handle or an int64 address for a
+        `args`: one expression for each argument of `kernel.args` but the last two: a handle or an int64 address for a
         pointer, an int32 for a size.
         """
         declared = kernel.args[:-2]
@@ -60,17 +58,17 @@ class NativeModule:
         T.evaluate(T.call_extern("void", kernel.symbol, *values, member, team))
 
     def barrier(self, pointer: Any, team: Any) -> None:
-        """Emits the team's barrier: no member goes on before all have come here. `pointer`: 64 zeroed bytes."""
+        """Emits the team's barrier: no member continues before all have arrived. `pointer`: 64 zeroed bytes."""
         T.evaluate(T.call_extern("int32", "xllm_team_barrier", _as_argument(pointer, True), team))
 
     def stamp(self, pointer: Any, index: Any) -> None:
-        """Emits a time stamp: the counter goes to the int64 `pointer[index]`; nothing happens where `pointer` is 0."""
+        """Emits a time stamp: writes the counter to the int64 `pointer[index]`, or nothing where `pointer` is 0."""
         T.evaluate(T.call_extern("int32", "xllm_team_stamp", _as_argument(pointer, True), index))
 
     @contextmanager
     def entry(self, symbol: str) -> Iterator[tuple[Any, Any, Any]]:
-        """Defines `int32_t symbol(const int64_t *args, int32_t member, int32_t team)`; the body is what is emitted
-        inside, and then it returns 0. Yields (args as an int64 buffer, member, team)."""
+        """Defines `int32_t symbol(const int64_t *args, int32_t member, int32_t team)`. What is emitted in the context
+        is its body; then it returns 0. Yields (args as an int64 buffer, member, team)."""
         with IRBuilder() as builder, T.prim_func():
             T.func_name(symbol)
             pointer = T.arg("args", T.handle("int64"))
@@ -84,9 +82,9 @@ class NativeModule:
         self._functions[tvm.ir.GlobalVar(symbol)] = builder.get()
 
     def write_shared(self, path: Path) -> None:
-        """Writes a stripped shared library that needs no other library but libm, the team runtime included.
+        """Writes a stripped shared library, the team runtime included. It needs no library but libm.
 
-        Raises XllmError("io") without a linker for the level's architecture.
+        Raises XllmError("io") if there is no linker for the level's architecture.
         """
         linker = find_linker(self.isa.machine)
         with tempfile.TemporaryDirectory() as name:
@@ -107,9 +105,9 @@ class NativeModule:
                 "-Wl,-z,defs",
                 "-s",
             ]
-            # Relative names in a fixed order: nothing of this machine or this run goes into the library.
+            # Relative names in a fixed order, so that nothing of this machine or this run gets into the library.
             command += ["-Wl,--version-script=exports", "-o", os.fspath(path.resolve()), *objects]
-            # For rare functions only (pow, sin, ...): the kernels of the spine need none.
+            # For rare functions only (pow, sin, ...): most models need none of them.
             command += ["-Wl,--as-needed", "-lm"]
             english = {**os.environ, "LC_ALL": "C"}
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=english)

@@ -1,11 +1,11 @@
-"""Kernels as object files, one each: compiled alone, several at a time, and once per process, or once for all
-processes that share a store on disk (`store`). Owns code generation and who does it; must not know any kernel, or what
-is linked with what.
+"""Compiles each kernel to an object file of its own, once for a process, or once for all that share a store on disk.
 
-A kernel by itself: inlined into a step of hundreds of calls, small kernels make that one function so long that LLVM's
-register allocation takes ten times as long as all kernels together; and what is compiled alone can be compiled at the
-same time as others and used again. TVM's code generator sets LLVM's options for as long as it runs, for the whole
-process, so that threads would change each other's code: the workers are forked processes.
+Kernels are not inlined into the step, a function with hundreds of calls. It would get so long that LLVM's register
+allocation takes ten times as long as all kernels together. And a kernel of its own is compiled in parallel with others,
+and used again.
+
+The workers are forked processes, not threads: TVM's code generator sets LLVM's options for the whole process while it
+runs, so threads would change each other's code.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ _PIPE_JOBS: Final = 65536 // _JOB.size
 
 def make_object(functions: dict[Any, Any], isa: Isa) -> bytes:
     """TensorIR functions (by `tvm.ir.GlobalVar`) as one ELF object."""
-    # here and below: whoever only says where objects are kept does not wait for TVM
+    # Imported here and below, so that a process that only names the store does not wait for TVM.
     import tvm
     from tvm import tirx
     from tvm.tirx.build import codegen_build
 
     target = tvm.target.Target(isa.target())
     module = tvm.IRModule(functions)
-    # Kernels use flat buffers only, and LLVM simplifies. TVM's simplifier takes minutes over an unrolled tile; its
-    # FlattenBuffer leaves vector indices as sums, which the code generator then takes apart lane by lane.
+    # Only what code generation needs: kernels use flat buffers, and LLVM simplifies. TVM's simplifier takes minutes
+    # over an unrolled tile. Its FlattenBuffer makes vector indices sums, which are then computed lane by lane.
     for transform in (tirx.transform.BindTarget(target.with_host(target)), tirx.transform.LowerIntrin()):
         module = transform(module)
     return object_of(codegen_build(module, target))
 
 
 def object_of(module: Any) -> bytes:
-    """The ELF object of a module of TVM's, which can only write files. The file is in memory: LLVM ends the process
-    when a disk is full."""
+    """The ELF object of a TVM module. TVM can only write files, and LLVM ends the process when a disk is full; so the
+    file is in memory."""
     fd = os.memfd_create("kernel.o")
     try:
         module.write_to_file(f"/proc/self/fd/{fd}", "o")
@@ -75,7 +75,7 @@ def compile_kernel(kernel: Kernel, isa: Isa) -> bytes:
 
 
 class KernelObjects:
-    """Objects of kernels, kept for as long as this lives, and in `store`, where there is one, for other processes."""
+    """Objects of kernels. They are kept in memory, and in `store`, if there is one, for other processes."""
 
     def __init__(self, store: ObjectStore | None = None) -> None:
         self.store = store
@@ -105,8 +105,9 @@ class KernelObjects:
 
     @contextmanager
     def compiling(self, jobs: Sequence[Job], workers: int) -> Iterator[None]:
-        """Compiles what is missing of `jobs` in `workers` other processes, meanwhile the body runs here; all are there
-        when it has ended. Raises what compiling one of them raised; the workers end when the body raises."""
+        """Compiles those of `jobs` that are missing, in `workers` other processes, while the body of the context runs
+        here. All are compiled when the context ends. Raises what compiling one of them raised. The workers end if the
+        body raises."""
         wanted = dict.fromkeys((kernel, kernel.level(isa)) for kernel, isa in jobs)
         missing = [job for job in wanted if self._find(job) is None][:_PIPE_JOBS]
         if not missing:
@@ -141,12 +142,12 @@ class KernelObjects:
 
 
 OBJECTS: Final = KernelObjects()
-"""What this process compiles: the next artifact has many of the same kernels."""
+"""The objects of this process: the next artifact has many of the same kernels."""
 
 
 def _fork(jobs: Sequence[Job], workers: int, folder: Path) -> list[int]:
-    """Starts `workers` processes that share `jobs` out among them. Each takes the next number from one pipe, leaves
-    `<number>.o` or `<number>.error` in `folder`, and ends when the pipe is empty, or with us."""
+    """Starts `workers` processes. Each takes the next job's number from one pipe, and writes `<number>.o` or
+    `<number>.error` to `folder`. It ends when the pipe is empty, or when this process ends."""
     source, sink = os.pipe()
     parent = os.getpid()
     children: list[int] = []
@@ -164,12 +165,12 @@ def _fork(jobs: Sequence[Job], workers: int, folder: Path) -> list[int]:
 
 
 def _work(jobs: Sequence[Job], source: int, folder: Path, parent: int) -> NoReturn:
-    """A worker's life. It leaves by `_exit`, so that nothing that its parent has open or registered is touched. If the
-    parent is killed the kernel ends it too: it has inherited the locks that the parent held."""
+    """Runs a worker. It ends with `_exit`, which touches nothing that its parent has open or registered. It has
+    inherited the parent's locks; so if the parent is killed, the system must end the worker too."""
     status = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before that
+        if os.getppid() != parent:  # the parent was killed before prctl took effect
             os._exit(status)
         while number := os.read(source, _JOB.size):
             (i,) = _JOB.unpack(number)
@@ -180,7 +181,7 @@ def _work(jobs: Sequence[Job], source: int, folder: Path, parent: int) -> NoRetu
             except Exception as error:
                 (folder / f"{i}.error").write_text(json.dumps(_told(error, jobs[i])))
         status = 0
-    except OSError as error:  # a full disk, which has no room for a message either
+    except OSError as error:  # perhaps a full disk, where a message could not be written either
         status = _OS_ERROR + (error.errno or errno.EIO)
     finally:
         os._exit(status)
@@ -193,7 +194,8 @@ def _told(error: Exception, job: Job) -> tuple[str, str, str, str]:
 
 
 def _wait(children: list[int]) -> int:
-    """Waits for one of `children`, which it removes from the list; its exit status, negative for a signal."""
+    """Waits for the first of `children`, and removes it from the list. Returns its exit status, negative for a
+    signal."""
     child = children[0]
     status = 0
     with suppress(ChildProcessError):

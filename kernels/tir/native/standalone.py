@@ -1,7 +1,4 @@
-"""Runs one kernel by itself on numpy arrays, with a team of any size: for tests, benchmarks and the search for tiles.
-
-Owns no part of an artifact: the lowering compiles whole programs with the same `NativeModule`.
-"""
+"""Runs one kernel by itself on numpy arrays, with a team of any size: for tests, benchmarks and the tile search."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ import numpy.typing as npt
 from tvm.tirx.script.builder import ir as T
 
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORDS, WORK_QUEUES
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.linear.linear import NEXT, NEXT_BYTES, NEXT_PANELS
 from xllm_compiler.kernels.tir.native.module import NativeModule
@@ -39,7 +36,7 @@ def aligned(shape: tuple[int, ...], dtype: Any, alignment: int = 64) -> npt.NDAr
 
 
 class Team:
-    """Threads 1 .. size-1 that stay inside the native team runtime of `library` until `close`."""
+    """Threads 1 .. size-1, which stay in the native team runtime of `library` until `close`."""
 
     def __init__(self, library: ctypes.CDLL, size: int) -> None:
         self._library, self.size = library, size
@@ -59,7 +56,7 @@ class Team:
         return int(self._library.xllm_team_run(self._pointer, ctypes.cast(step, ctypes.c_void_p), args))
 
     def close(self) -> None:
-        """Sends the threads home."""
+        """Ends the threads."""
         self._library.xllm_team_stop(self._pointer)
         for thread in self._threads:
             thread.join()
@@ -74,18 +71,18 @@ class Team:
 
 
 def call_with(module: NativeModule, kernel: Kernel, args: Any, member: Any, team: Any) -> None:
-    """Emits, inside an entry of `module`, a call of `kernel` with the entry's own arguments, which are in its order."""
+    """Emits, inside an entry of `module`, a call of `kernel` with the arguments of the entry, in the same order."""
     values = [args[i] if arg.pointer else T.Cast("int32", args[i]) for i, arg in enumerate(kernel.args[:-2])]
     module.call(kernel, values, member, team)
 
 
-def completed(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) -> list[Any]:
-    """All arguments but member and team: `values`, between them `turns` if members take turns, and that no layer
-    follows a linear one. `TypeError` where their number is not the kernel's."""
+def completed(kernel: Kernel, values: Sequence[Any], queues: npt.NDArray[Any]) -> list[Any]:
+    """All arguments but member and team: `values`, with `queues` where the kernel steals work, and no next layer where
+    it is a linear one. Raises TypeError if their number is not the kernel's."""
     given = list(values)
     for index, arg in enumerate(kernel.args):
-        if arg in (TURNS, NEXT):
-            given.insert(index, turns)
+        if arg in (WORK_QUEUES, NEXT):
+            given.insert(index, queues)
         elif arg in (NEXT_PANELS, NEXT_BYTES):
             given.insert(index, 0)
     if len(given) != len(kernel.args) - 2:
@@ -94,8 +91,8 @@ def completed(kernel: Kernel, values: Sequence[Any], turns: npt.NDArray[Any]) ->
 
 
 class Standalone:
-    """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)` with arrays in argument order, without the
-    words by which members take turns, and what follows."""
+    """One compiled kernel: `Standalone(kernel, isa)(x, w, y, rows, team=2)`. The arrays are in the order of arguments;
+    work queues and the next layer's weight are left out."""
 
     def __init__(self, kernel: Kernel, isa: Isa) -> None:
         self.kernel = kernel
@@ -110,12 +107,12 @@ class Standalone:
             self.code = ctypes.CDLL(str(path))
             self.object = path.read_bytes()
         self._barrier = aligned((BARRIER_BYTES,), np.uint8)
-        self._turns = aligned((_MOST_MEMBERS, WORDS), np.int64)
+        self._queues = aligned((_MOST_MEMBERS, WORDS), np.int64)
 
     def pack(self, *values: Any) -> Any:
-        """The native argument array; it borrows the arrays' memory."""
+        """The native argument array. It points at the arrays' memory, which must outlive it."""
         packed = (ctypes.c_int64 * (len(self._args) + 1))()
-        given = completed(self.kernel, values, self._turns)
+        given = completed(self.kernel, values, self._queues)
         for index, (value, arg) in enumerate(zip(given, self._args, strict=True)):
             if arg.pointer and not value.flags.c_contiguous:
                 raise TypeError(f"{arg.name} is not contiguous")
@@ -129,7 +126,7 @@ class Standalone:
         return self.code[_STEP]
 
     def __call__(self, *values: Any, team: int = 1) -> None:
-        """Runs the kernel once; `values` are arrays and sizes in the order of `kernel.args`."""
+        """Runs the kernel once. `values`: arrays and sizes in the order of `kernel.args`."""
         with Team(self.code, team) as threads:
             status = threads.run(self.step, self.pack(*values))
         if status != 0:

@@ -1,10 +1,11 @@
-"""Kernel objects on disk, shared by processes and by compiles: `ObjectStore`. Must not know how a kernel is compiled.
+"""`ObjectStore`: kernel objects on disk, shared by processes and by compiles.
 
-An object is found by everything that decides its bytes: the kernel's fields, the level, the sources of ours that its
-class reaches by imports, and TVM's version. So nothing is ever out of date; what no longer matches is only never found.
+The key of an object is everything that decides its bytes: the kernel's fields, the level, TVM's version, and those of
+our sources that the kernel's class imports, directly or not. So an object is never out of date: if a source changes, it
+is not found.
 
-Layout: `<root>/<first two digits>/<digest of the key>.o`, which is a SHA-256 of the object, then the object. The digest
-is against torn and damaged files, not against an attacker: whoever can write here decides what code is linked.
+Layout: `<root>/<first two digits>/<digest of the key>.o` is a SHA-256 of the object, then the object. The digest
+protects against torn and damaged files, not against an attacker. Whoever can write here decides what code is linked.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _FOLDER: Final = Path(xllm_compiler.__file__).parent
 _GENERATOR: Final = "xllm_compiler.kernels.tir.native.objects"
 _DIGEST_BYTES: Final = 32
 _UNUSED_SECONDS: Final = 30 * 86_400
-"""An object that nobody has asked for so long is removed: kernels change, and their old objects would pile up."""
+"""An object that was not used for so long is removed: kernels change, and their old objects would pile up."""
 
 
 class ObjectStore:
-    """The store at `root`, which is made when first written to. Any number of processes may use it at once.
+    """The store at `root`, a directory that the first write makes. Any number of processes may use it at once.
 
-    A store that cannot be read or written costs time and nothing else, so its errors are counted, not raised:
-    `hits`, `misses` and `failures` tell, and `last_failure` says why."""
+    A store that cannot be read or written costs time only. So its errors are counted in `failures`, not raised, and
+    `last_failure` is the last one. `hits` and `misses` count what `get` found and did not find."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -45,7 +46,7 @@ class ObjectStore:
         self._swept = False
 
     def get(self, kernel: Kernel, isa: Isa) -> bytes | None:
-        """The object of `kernel` at the level that its code is made for, or None."""
+        """The object of `kernel` for level `isa`, or None."""
         path = self._path(kernel, isa)
         if path is None:
             return None
@@ -53,7 +54,7 @@ class ObjectStore:
             with path.open("rb") as file:
                 data = file.read()
                 if time.time() - os.fstat(file.fileno()).st_mtime > _UNUSED_SECONDS / 4:
-                    with suppress(OSError):  # a store that may only be read
+                    with suppress(OSError):  # the store may be read-only
                         os.utime(path)
         except FileNotFoundError:
             self.misses += 1
@@ -69,7 +70,7 @@ class ObjectStore:
         return found
 
     def put(self, kernel: Kernel, isa: Isa, data: bytes) -> None:
-        """Keep an object. Readers see nothing of it or all."""
+        """Stores an object. Readers see all of it or nothing."""
         path = self._path(kernel, isa)
         if path is None:
             return
@@ -91,7 +92,7 @@ class ObjectStore:
             self._failed(error)
 
     def _path(self, kernel: Kernel, isa: Isa) -> Path | None:
-        """None for a kernel whose sources are not ours, of which we would not notice a change."""
+        """The path of a kernel's object; None for a kernel of another package, whose changes would not be noticed."""
         kind = type(kernel)
         if not kind.__module__.startswith(_OURS):
             return None
@@ -104,7 +105,7 @@ class ObjectStore:
         self.last_failure = str(error)
 
     def _sweep(self) -> None:
-        """Remove what has not been asked for in a long time, and drafts of killed writers."""
+        """Removes objects that were not used for a long time, and drafts of killed writers."""
         oldest = time.time() - _UNUSED_SECONDS
         for path in self.root.glob("??/*"):
             with suppress(OSError):
@@ -119,7 +120,7 @@ def _tvm_version() -> str:
 
 @cache
 def _sources(module: str) -> str:
-    """A digest of the sources of `module` and of the code generator, and of all that they import of ours."""
+    """A digest of the sources of `module`, of the code generator, and of all modules of ours that they import."""
     reached: dict[str, bytes] = {}
     waiting = [module, _GENERATOR]
     while waiting:
@@ -139,7 +140,7 @@ def _sources(module: str) -> str:
 
 
 def _imports(text: bytes) -> list[str]:
-    """Modules that a source names in imports, at the top or inside functions; `from a import b` also as `a.b`."""
+    """The modules that a source imports, at the top or inside functions. `from a import b` counts as `a` and `a.b`."""
     found: list[str] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):

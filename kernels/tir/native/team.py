@@ -1,13 +1,13 @@
-"""The native team of threads: one call runs one step on all members, which meet at barriers. Owns the LLVM text of it,
-but for the handful of functions that are instructions of one architecture (`team_machine`).
+"""The LLVM text of the native team of threads: one call runs one step on all members, and barriers synchronise them.
+`team_machine` has the few functions that differ between architectures.
 
-It must not know steps or kernels: it runs any `int32_t step(const int64_t *args, int32_t member, int32_t team)`. Every
-library built by `NativeModule` with an entry function exports, with the C calling convention:
+It runs any `int32_t step(const int64_t *args, int32_t member, int32_t team)`. Every library that `NativeModule` builds
+with an entry function exports, with the C calling convention:
 
     int32_t xllm_team_join(void *ctx, int32_t member)       member 1 .. team-1; returns 0 after xllm_team_stop
     int32_t xllm_team_run(void *ctx, void *step, const int64_t *args)    called by member 0; returns the first non-zero
                                                             status of any member, else 0, after all have finished
-    int32_t xllm_team_stop(void *ctx)                       sends all joined members home; not during a run
+    int32_t xllm_team_stop(void *ctx)                       makes all members leave xllm_team_join; not during a run
     int64_t xllm_team_ticks(void)                           the counter that time stamps are taken from
 
 `ctx` is 192 zeroed bytes, aligned to 64, that outlive every joined member. The caller sets `team` and nothing else:
@@ -18,9 +18,9 @@ library built by `NativeModule` with an entry function exports, with the C calli
 
 A barrier is 64 zeroed bytes: i32 arrived, i32 generation, i32 sleepers. It needs no reset between runs.
 
-`xllm_team_stamp(stamps, index)`, for steps only, writes the counter to the i64 `stamps[index]`; `stamps` is null unless
-somebody profiles, and then it costs a call and a comparison. The counter is not serialising: up to some ten ns of one
-kernel's last stores are charged to what comes next. `xllm_team_ticks` is the one place that says which counter it is.
+`xllm_team_stamp(stamps, index)`, for steps only, writes the counter to the i64 `stamps[index]`. `stamps` is null unless
+the step is profiled, and then it costs a call and a comparison. Reading the counter does not serialise: up to some ten
+ns of one kernel's last stores count as the next kernel's time. `xllm_team_ticks` defines which counter it is.
 
 From Python (the GIL is released inside a `ctypes.CDLL` call, so a `threading.Thread` per member is enough):
 
@@ -32,11 +32,12 @@ From Python (the GIL is released inside a `ctypes.CDLL` call, so a `threading.Th
     status = library.xllm_team_run(ctypes.c_void_p(ctx), step, (ctypes.c_int64 * n)(...))
     library.xllm_team_stop(ctypes.c_void_p(ctx)); join the threads; only then free the memory
 
-A run may start before all members have joined: it waits for them. `team` 1 calls the step directly.
+A run may start before all members have joined: it waits for them. With `team` 1 it calls the step directly.
 
-Waiting: some 10 us of the processor's pause, then sched_yield up to some 80 us, so that a team larger than the free
-cores still moves, then a futex. (Drepper, "Futexes Are Tricky": the sleeper announces itself before the kernel
-compares the word; the waker changes the word before it looks for sleepers; so no wake-up is lost.)
+A member waits with the processor's pause for some 10 us, then with sched_yield up to some 80 us, then on a futex.
+sched_yield lets a team that has more members than there are free cores make progress. (Drepper, "Futexes Are Tricky":
+the sleeper counts itself before the system compares the word, and the waker changes the word before it reads the count.
+So no wake-up is lost.)
 """
 
 from __future__ import annotations

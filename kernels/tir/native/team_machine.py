@@ -1,9 +1,7 @@
-"""What the team of threads is made of on each architecture: instructions and system calls, as LLVM text.
-
-Owns, for each machine, these functions and nothing else:
+"""The functions of the team of threads that differ between architectures, as LLVM text:
 
     i64 @xllm_team_ticks()          a counter that runs at one rate on all cores
-    i64 @xllm_pause_ticks()         how far it comes in some 10 us
+    i64 @xllm_pause_ticks()         by how much it grows in some 10 us
     void @xllm_pause()              waits for about as long as a cache line takes from another core
     i64 @xllm_yield()               sched_yield
     i64 @xllm_futex(i64 address, i64 operation, i64 value)      without a timeout

@@ -1,6 +1,6 @@
-"""Row gather: `Embedding`, from plain rows or from the panels that a tied output layer uses, quantized ones too.
+"""`Embedding` gathers rows: from plain rows, or from the panels of a tied output layer, quantized or not.
 
-An id is trusted to be in range: the runtime checks token ids when a request arrives.
+Ids are not checked here: the runtime checks token ids when a request arrives.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ Put = Callable[[Expr, Expr], None]
 
 
 def _integers(format: IntegerFormat, w: Expr, start: Expr, group: Expr, column: Expr, dim: int, put: Put) -> None:
-    """`put(i, stored)` for the values of a column of the group at byte `start` of a panel, of `dim` in all groups."""
+    """Emits `put(i, stored)` for the values of one column of a group, which begins at byte `start` of `w`. All groups
+    together have `dim` values."""
     length = format.group or format.padded(dim)
     values = T.bind(start + format.header_bytes + column * QUAD)
     with T.serial(0, T.min(length, dim - group * length)) as i:
@@ -105,7 +106,7 @@ def _integers(format: IntegerFormat, w: Expr, start: Expr, group: Expr, column: 
 
 
 def _on_grids(format: GridFormat, w: Expr, start: Expr, group: Expr, column: Expr, dim: int, put: Put) -> None:
-    """The same of the bytes of a column that is on grids; the panel is one group."""
+    """The same for the bytes of a column on grids. The panel is one group."""
     a, rest = T.truncdiv(column, T.int64(LANES)), T.truncmod(column, T.int64(LANES))
     b, c = T.truncdiv(rest, T.int64(4)), T.truncmod(rest, T.int64(4))
     head_at = T.bind(LANES * b + 4 * a + c)
@@ -124,7 +125,7 @@ _VALUES: Final[dict[type[WeightFormat], Callable[..., None]]] = {IntegerFormat: 
 
 
 def _copy(y: Expr, to: Expr, w: Expr, source: Expr, count: int) -> None:
-    """y[to : to + count] = w[source : source + count], untouched by any conversion."""
+    """Emits y[to : to + count] = w[source : source + count], without any conversion."""
     if count >= LANES:
         with T.serial(0, count // LANES) as i:
             T.buffer_store(y, w[T.ramp(source + i * LANES, 1, LANES)], [T.ramp(to + i * LANES, 1, LANES)])

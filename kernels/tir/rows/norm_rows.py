@@ -1,7 +1,7 @@
-"""`NormRows`: a row is normalised and quantized at once. Owns what lies between the two, and no arithmetic.
+"""`NormRows`: normalises and quantizes a row in one kernel.
 
-The normalised row, rounded to the model's type, stays in the member's own cache: one kernel and one barrier less than
-`RmsNorm` or `LayerNorm` with `QuantizeRows` behind it, and the same bits. Members share out rows.
+The normalised row, rounded to the model's type, stays in the member's cache. That is one kernel and one barrier less
+than `RmsNorm` or `LayerNorm` and then `QuantizeRows`, with the same bits. Rows are shared out to members.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MOST_BYTES = 1 << 20  # of a normalised row, which lies on the stack
 class NormRows(Kernel):
     """The norm of x[rows, n] (`kind`: rms or layer) to q i8 [rows, padded n], scale f32 [rows], sum i32 [rows, groups].
 
-    `group`: that of the weights that the rows will meet; `by_group`: scale is [rows, groups]. `offset` is of rms,
-    `bias` of layer."""
+    `group`: that of the weights that the rows will be multiplied by. `by_group`: scale is [rows, groups]. Only rms has
+    `offset`, only layer has `bias`."""
 
     kind: str
     n: int

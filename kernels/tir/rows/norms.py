@@ -1,8 +1,8 @@
-"""Normalisation kernels: `RmsNorm`, `AddRmsNorm`, `LayerNorm`. Owns their arithmetic and the sums over a row.
+"""Normalisation kernels: `RmsNorm`, `AddRmsNorm`, `LayerNorm`.
 
-Members share out rows. Statistics are f32: 16 lanes (four vectors at a time, then the rest in order), then a fixed
-tree, so a row's bits depend on the row alone. The sum of `AddRmsNorm` is rounded to the model's type before it is
-normalised, as it would be if the two were separate ops.
+Rows are shared out to members. Statistics are f32: 16 lanes (four vectors at a time, then the rest in order), then a
+fixed tree. So a row's bits depend on the row alone. `AddRmsNorm` rounds the sum to the model's type before it is
+normalised, as two separate ops would.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UNROLL = 4
 
 
 def each_vector(n: int, body: Callable[[Expr, int], None]) -> None:
-    """Emits `body(offset, valid)` for the vectors of n elements; valid is 16 but for the last."""
+    """Emits `body(offset, valid)` for the vectors of n elements. `valid`: 16, or fewer in the last vector."""
     if n >= LANES:
         with T.serial(0, n // LANES) as i:
             body(i * LANES, LANES)
@@ -41,8 +41,8 @@ def each_vector(n: int, body: Callable[[Expr, int], None]) -> None:
 
 
 def row_sum(n: int, term: Callable[[Expr, int, Expr], Expr]) -> Expr:
-    """The sum over n elements, as a scalar. `term(offset, valid, total)` is total plus one vector's share; lanes past
-    `valid` must add 0."""
+    """The sum over n elements, as a scalar. `term(offset, valid, total)` is `total` plus one vector's terms. Lanes from
+    `valid` on must add 0."""
     totals = Vectors(_UNROLL)
     for i in range(_UNROLL):
         totals[i] = splat(0.0)

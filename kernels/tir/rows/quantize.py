@@ -1,9 +1,9 @@
-"""`QuantizeRows`: activations to 8 bits, by row or by group, rotated or as they are. Owns that arithmetic.
+"""`QuantizeRows`: quantizes activations to 8 bits, by row or by group, rotated or not.
 
-scale = max |x| / 127 over the row; stored = round(x / scale), to nearest, ties to even; and the sums of the stored
-values over each group of k, with which the zero points of weights are taken off. Members share out rows.
-A row that holds NaN or infinity gets the scale NaN, so that what is computed from it says so. With a scale for each
-group, a group is a row in all this.
+scale = max |x| / 127 over the row, and stored = round(x / scale), to nearest, ties to even. It also stores the sums of
+the stored values over each group of k, with which the zero points of weights are taken off. A row that holds NaN or
+infinity gets the scale NaN, so that all that is computed from it is NaN. With a scale for each group, each group is
+quantized like a row. Rows are shared out to members.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xllm_compiler.kernels.tir.rows.norms import each_vector
 from xllm_compiler.weight_formats import LARGEST, ROTATIONS, RowFormat
 
 Expr = Any
-_MOST_BYTES = 1 << 20  # of a rotated row, which lies on the stack
+_MOST_BYTES = 1 << 20  # of a rotated row: it lies on the stack
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class QuantizeRows(Kernel):
     """x[rows, k] to q i8 [rows, padded k], scale f32 [rows], sum i32 [rows, groups]; `group`: that of the weights.
     `by_group`: scale is [rows, groups].
 
-    `rotate`: 64 or 16, blocks of a row that go through the orthonormal Walsh-Hadamard transform first, in f32."""
+    `rotate`: 64 or 16, the length of the blocks of a row to which the orthonormal Walsh-Hadamard transform is applied
+    first, in f32."""
 
     k: int
     dtype: str
@@ -82,7 +83,8 @@ class QuantizeRows(Kernel):
         return build_function(self, isa, body)
 
     def _rotate(self, x: Expr, source: Expr, turned: Expr) -> None:
-        """The row of x at `source`, block by block; partners 1, 2, 4 and 8 apart are lanes of one vector."""
+        """Emits: rotates the row of x at `source`, block by block, to `turned`. Partners 1, 2, 4 and 8 apart are lanes
+        of one vector."""
         with T.serial(0, self.k // self.rotate) as block:
             at = T.bind(block * self.rotate)
             offsets = range(0, self.rotate, LANES)
@@ -108,13 +110,13 @@ def quantize_row(
     scale: Expr,
     sum: Expr,
 ) -> None:
-    """Row `row` of q, scale and sum (laid out as those of `QuantizeRows`) from the k elements of x at `source`."""
+    """Emits row `row` of q, scale and sum, as in `QuantizeRows`, from the k elements of x at `source`."""
     padded, groups = form.padded(k), form.groups(k)
     length = form.group or padded
     target = T.bind(T.Cast("int64", row) * padded)
 
     def factor_of(start: Expr, count: int, index: Expr) -> Expr:
-        """What `count` elements are multiplied by; their scale goes to scale[index]."""
+        """What `count` elements are multiplied by. Emits the store of their scale to scale[index]."""
         largest = largest_size(x, start, count, dtype)
         T.buffer_store(scale, largest * T.float32(1 / LARGEST), [index])
         return inverse_scale(largest)
@@ -122,7 +124,7 @@ def quantize_row(
     whole_row = None if form.by_group else factor_of(source, k, row)
 
     def quantize(group: Expr, valid: int) -> None:
-        """One group, of which only the first `valid` values exist."""
+        """Emits one group, of which the first `valid` values exist."""
         start = T.bind(group * length)
         factor = factor_of(source + start, valid, row * groups + group) if whole_row is None else whole_row
         total = Vectors(1, "int32")
@@ -154,12 +156,12 @@ def rounded(value: Expr) -> Expr:
 
 
 def store_integers(buffer: Expr, index: Expr, value: Expr) -> None:
-    """Writes 16 integers as 8-bit ones."""
+    """Emits the store of 16 integers as 8-bit ones."""
     T.evaluate(T.call_extern("int32", "xllm_store_i8", address(buffer, index), value))
 
 
 def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:
-    """The largest |x| of `count` elements from `source` on, NaN where not all are finite."""
+    """The largest |x| of `count` elements from `source` on; NaN if not all are finite."""
     top = Vectors(1, "int32")
     top[0] = T.broadcast(T.int32(0), LANES)
 
@@ -172,5 +174,5 @@ def largest_size(x: Expr, source: Expr, count: int, dtype: str) -> Expr:
 
 
 def inverse_scale(largest: Expr) -> Expr:
-    """What values of this largest size are multiplied by to be rounded; 0 for a row of zeros, or one not all finite."""
+    """127 / largest, by which values are multiplied before they are rounded; 0 for a row of zeros or with NaN."""
     return T.bind(T.Select(largest > T.float32(0), T.float32(float(LARGEST)) / largest, T.float32(0)))

@@ -1,8 +1,6 @@
-"""`lower_cpu`: a planned module and its weights become shared libraries and a weight file. Owns the whole of that way.
+"""`lower_cpu`: a planned module and its weights become shared libraries and a weight file.
 
-All functions share one table of weights, and the kernels that are equal.
-
-Must not know the manifest: `targets/cpu.py` turns the returned facts into its part of one.
+All functions share one table of weights, and equal kernels. `targets/cpu.py` writes the returned facts to the manifest.
 """
 
 from __future__ import annotations
@@ -26,19 +24,19 @@ from xllm_compiler.kernels.tir.isa.levels import ISAS
 from xllm_compiler.kernels.tir.native.module import NativeModule
 from xllm_compiler.kernels.tir.native.objects import OBJECTS, KernelObjects
 from xllm_compiler.lowering.barriers import barriers
-from xllm_compiler.lowering.cpu.calls import call_table
+from xllm_compiler.lowering.cpu.call_table import call_table
 from xllm_compiler.lowering.cpu.emit import emit_program
 from xllm_compiler.lowering.cpu.pack import PackedTensor, plan_file, write_weights
 from xllm_compiler.lowering.cpu.select_kernels import select
-from xllm_compiler.lowering.cpu.tiles import TileChoices
+from xllm_compiler.lowering.cpu.tile_search import TileChoices
 from xllm_compiler.lowering.kernel_registry import Call
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.step.abi import ArgumentBlock, symbol_of
 from xllm_compiler.step.interface import Function, Program, State
 
 Progress = Callable[[str, float], None]
 KV_LAYOUT: Final = f"tile{TILE_TOKENS}"
-"""How the bytes of a KV page lie: K and V of so many tokens in vectors (docs/cpu-program.md)."""
+"""The name of the layout of KV pages: K and V of so many tokens in vectors (docs/cpu-program.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +64,14 @@ def lower_cpu(
 ) -> CpuLowering:
     """Lowers all functions of a module at stage buf for the CPU: writes `cpu/<isa>.so`, `weights.bin` into `out_dir`.
 
-    `weights`: checkpoint tensors by name, read one at a time. `tiles`: choices of register tiles, made now where they
-    are missing, for the best level that this machine can run; None: the kernels' own rule. `objects` compiles kernels,
-    or has them. A level that would change nothing for this module is left out. `progress` gets what is being done and
-    how much of it is done, 0 to 1. Raises XllmError: "unsupported" for an op without a kernel, "checkpoint" for a bad
-    tensor, "io" where nothing can be written or linked.
+    `weights`: checkpoint tensors by name, read one at a time.
+    `tiles`: choices of register tiles for the best level that this machine can run. Missing ones are searched for now.
+    None: the kernels' own rule.
+    `objects`: compiles kernels, and keeps those that it has compiled.
+    `progress`: called with what is being done, and how much of it is done, 0 to 1.
+
+    A level whose code would be that of another level is left out. Raises XllmError: "unsupported" for an op without a
+    kernel, "checkpoint" for a bad tensor, "io" where nothing can be written or linked.
     """
     if module.stage != "buf":
         raise XllmError("internal", f"lower_cpu needs stage buf, the module is at {module.stage}")
@@ -82,8 +83,8 @@ def lower_cpu(
     states = states_of(module, KV_LAYOUT)
     table = WeightTable()
     selections = {name: select(func, table) for name, func in module.funcs.items()}
-    isas = [isa for isa in isas if not _spared(isa, isas, [c for s in selections.values() for c in s.calls])]
-    meets = {name: barriers(selection.calls, selection.storage) for name, selection in selections.items()}
+    isas = [isa for isa in isas if not _is_redundant(isa, isas, [c for s in selections.values() for c in s.calls])]
+    waits = {name: barriers(selection.calls, selection.storage) for name, selection in selections.items()}
     functions = {name: _function(func) for name, func in module.funcs.items()}
     blocks = {name: ArgumentBlock.of(function, module.scope.symbols) for name, function in functions.items()}
     tensors, size = plan_file(table)
@@ -100,7 +101,7 @@ def lower_cpu(
             chosen[isa] = tiles.apply(kernels, ISAS[isa], objects, progress)
     jobs = [(chosen[isa].get(kernel, kernel), ISAS[isa]) for isa in isas for kernel in kernels]
     with objects.compiling(jobs, len(os.sched_getaffinity(0))):
-        # Code generation does not wait for the weights, but ends with them: a damaged checkpoint is found in seconds.
+        # Kernels compile in other processes meanwhile. A bad tensor ends this at once, so it is found in seconds.
         write_weights(table, tensors, size, weights, out_dir / "weights.bin", progress)
         progress("compiling", 0.0)
     for i, isa in enumerate(isas):
@@ -109,14 +110,14 @@ def lower_cpu(
         for name, selection in selections.items():
             (program,) = functions[name].programs
             calls = [replace(call, kernel=chosen[isa].get(call.kernel, call.kernel)) for call in selection.calls]
-            emit_program(native, program.symbol, functions[name], blocks[name], calls, meets[name], offsets)
+            emit_program(native, program.symbol, functions[name], blocks[name], calls, waits[name], offsets)
         native.write_shared(out_dir / "cpu" / f"{isa}.so")
         files.append(f"cpu/{isa}.so")
     return CpuLowering(
         isas=tuple(isas),
         functions=functions,
         states=states,
-        calls=call_table({symbol_of(name): (s, meets[name]) for name, s in selections.items()}),
+        calls=call_table({symbol_of(name): (s, waits[name]) for name, s in selections.items()}),
         weights=tuple(tensors),
         weight_bytes=size,
         files=tuple(files),
@@ -124,12 +125,12 @@ def lower_cpu(
 
 
 def _function(func: Func) -> Function:
-    """The interface of `func` with the one program that it has, which runs calls of any size."""
+    """The interface of `func`, with its one program, which runs calls of any size."""
     arena = str(func.arena if func.arena is not None else as_dim(0))
     return replace(interface_of(func), programs=(Program(symbol_of(func.name), (), arena),))
 
 
-def _spared(isa: str, isas: Sequence[str], calls: Sequence[Call]) -> bool:
+def _is_redundant(isa: str, isas: Sequence[str], calls: Sequence[Call]) -> bool:
     """Whether all code at a level would be that of another of `isas`, which runs wherever the level does."""
     other = ISAS[isa].without_int8_dot
     return other in isas and not any(call.kernel.int8_dots for call in calls)

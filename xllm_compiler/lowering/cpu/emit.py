@@ -1,7 +1,6 @@
-"""A program: one kernel call after the other, with addresses that are formulas of the sizes. Owns how a place becomes
-an address; the order of the words it reads is `step.abi`'s.
+"""Emits a program: one kernel call after the other, with addresses that are formulas of the sizes.
 
-Must not choose kernels or know ops.
+`step.abi` defines the order of the words that a program reads.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ def emit_program(
     function: Function,
     block: ArgumentBlock,
     calls: Sequence[Call],
-    meet: Sequence[bool],
+    waits: Sequence[bool],
     offsets: Mapping[int, int],
 ) -> None:
-    """Adds a program of `function` to a native module. `meet[i]`: a barrier stands before call i. `offsets`: byte
+    """Adds a program of `function` to a native module. `waits[i]`: a barrier stands before call i. `offsets`: byte
     offset of every weight request in the weight file.
 
-    Where the word `profile` is not 0 it is an i64[team, calls, 2]: each member's counter at the beginning and end of
-    every call. What lies between the end of one call and the beginning of the next is waiting at the barrier."""
+    Where the word `profile` is not 0 it points at an i64[team, calls, 2], to which each member writes its counter at
+    the beginning and end of every call. The time between the end of one call and the beginning of the next is spent
+    waiting at the barrier."""
     with native.entry(symbol) as (args, member, team):
         word = [T.bind(args[i]) for i in range(len(block))]
         sizes = {name: word[i] for name, i in block.dims().items()}
@@ -52,7 +52,7 @@ def emit_program(
             return base if ref.space in names else base + dim_expr(ref.offset, sizes)
 
         own = member * T.int32(2 * len(calls))
-        for i, (call, wait) in enumerate(zip(calls, meet, strict=True)):
+        for i, (call, wait) in enumerate(zip(calls, waits, strict=True)):
             if wait:
                 native.barrier(barrier, team)
             given = [pointer(a) if isinstance(a, Ref) else _size(a, sizes) for a in call.args]

@@ -1,6 +1,6 @@
-"""The state of kernel selection for the CPU: calls made so far, weights asked for. Owns how a value becomes a place.
+"""The state of kernel selection for the CPU: the calls made so far, the weights requested, the places of values.
 
-Must not know any op: select_kernels.py and tensor_ops.py do.
+It knows no op: select_kernels.py and tensor_ops.py do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.kernel_registry import Call, Registry
 from xllm_compiler.lowering.storage import Ref, Storage, where
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 
 AnyLinear = Linear | LinearGlu | LinearBlockMax
 _WIDENS: Final = frozenset([("bf16", "f32"), ("f16", "f32")])
@@ -32,11 +32,12 @@ class Selection:
         self.func, self.storage, self.fusion, self.weights = func, storage, fusion, weights
         self.calls: list[Call] = []
         self.done: set[Op] = set()
-        """Ops that an earlier op's kernel has computed as well."""
+        """Ops that the kernel of an earlier op computes too."""
         self.panels = _panel_keys(func.module, weights)
 
     def ref(self, value: Value, dtype: str | None = None) -> Ref:
-        """Where a kernel reads `value`. A weight of another dtype is stored as the kernel's, widened, never rounded."""
+        """The place where a kernel reads `value`. A weight in another dtype is stored in the kernel's dtype if that is
+        wider; it is never rounded."""
         if not isinstance(value.type, Tensor):
             return self.storage.ref(value)
         wanted = dtype or value.dtype
@@ -62,32 +63,32 @@ class Selection:
         return Ref("weight", self.weights.request(values, layout, rest=rest), as_dim(0), values.tensor.elements)
 
     def call_linear(self, op: Op, kernel: AnyLinear, places: list[Ref | Dim], rows: Dim) -> None:
-        """Adds the call of a linear layer. `places`: of all that its kernel reads and writes but what calls of linear
-        layers have among themselves, whose turn it is and which is next (`name_what_follows`)."""
+        """Adds the call of a linear layer. `places`: the kernel's arguments up to the next layer's weight. The queues
+        are added here; `set_next_weights` sets the next layer's weight."""
         own = _weight_of(kernel, places)
-        self.call(op, kernel, [*places, own, self.storage.turns(), rows, as_dim(0), as_dim(0)])
+        self.call(op, kernel, [*places, own, self.storage.work_queues(), rows, as_dim(0), as_dim(0)])
 
-    def name_what_follows(self) -> None:
-        """Tells every linear layer where the weight of the next one is; the last one's is the first's, in the step
-        that follows."""
+    def set_next_weights(self) -> None:
+        """Gives every linear layer the weight of the next one, which it prefetches. The last layer prefetches the
+        first layer's, for the following step."""
         linears = [(index, call) for index, call in enumerate(self.calls) if NEXT in call.kernel.args]
         for (index, call), (_, after) in zip(linears, linears[1:] + linears[:1], strict=True):
             panels, size = after.kernel.panels
             weight = _weight_of(after.kernel, after.args)
             named = {NEXT: weight, NEXT_PANELS: as_dim(panels), NEXT_BYTES: as_dim(size)}
             args = [named.get(arg, given) for arg, given in zip(call.kernel.args[:-2], call.args, strict=True)]
-            self.calls[index] = _made(call.op, call.kernel, args)
+            self.calls[index] = _make_call(call.op, call.kernel, args)
 
     def call(self, op: Op, kernel: Kernel, args: list[Ref | Dim]) -> None:
-        """Adds a kernel call; what it reads and writes follows from the kernel's own declaration."""
-        self.calls.append(_made(op, kernel, args))
+        """Adds a kernel call. The kernel's arguments declare what it reads and writes."""
+        self.calls.append(_make_call(op, kernel, args))
 
 
 def _weight_of(kernel: AnyLinear, args: Sequence[Ref | Dim]) -> Ref | Dim:
     return args[next(i for i, arg in enumerate(kernel.args) if arg.name == "w")]
 
 
-def _made(op: Op, kernel: Kernel, args: Sequence[Ref | Dim]) -> Call:
+def _make_call(op: Op, kernel: Kernel, args: Sequence[Ref | Dim]) -> Call:
     declared = kernel.args[:-2]
     if len(args) != len(declared) or any(a.pointer != isinstance(x, Ref) for a, x in zip(declared, args, strict=True)):
         raise XllmError("internal", f"{kernel.describe()} called with {len(args)} arguments", where=where(op))
@@ -106,14 +107,14 @@ def rows(value: Value) -> Dim:
 
 
 def const_dim(d: Dim, op: Op, what: str) -> int:
-    """A dimension that must be a number for code to be specialised to it."""
+    """The value of a dimension that code is specialised to. Raises XllmError("unsupported") if it is symbolic."""
     if not d.is_const:
         raise XllmError("unsupported", f"{op.name}: {what} is {d}, which is not constant", where=where(op))
     return d.value
 
 
 def _panel_keys(module: Module, weights: WeightTable) -> frozenset[str]:
-    """Structures of the weights that some linear of any function reads as panels: all share one file."""
+    """Keys of the weights that any linear layer of any function reads as panels. All functions share one file."""
     found: set[str] = set()
     for func in module.funcs.values():
         fixed = weight_exprs(func)

@@ -1,4 +1,4 @@
-"""The weight file: evaluates one weight expression at a time, packs it, appends it. Owns offsets and layouts on disk.
+"""Writes the weight file: evaluates one weight expression at a time, packs it, and appends it.
 
 Peak memory is about twice the largest tensor: the evaluated expression and its packed form.
 """
@@ -20,12 +20,12 @@ from xllm_compiler.interp import run_value, run_values
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS
 from xllm_compiler.kernels.layouts import pack
-from xllm_compiler.lowering.weights import WeightRequest, WeightTable
+from xllm_compiler.lowering.weight_requests import WeightRequest, WeightTable
 from xllm_compiler.weight_formats import Layout
 
 ALIGN: Final = 4096  # a page, so that a tensor can be mapped, advised or copied on its own
 _SMALL: Final = 1 << 16  # smaller tensors share pages
-_CHECK: Final = 1 << 22  # elements looked at in one go for NaN
+_CHECK: Final = 1 << 22  # elements that are checked for NaN at once
 
 Array = npt.NDArray[Any]
 
@@ -48,7 +48,7 @@ def packed_shape(request: WeightRequest) -> tuple[int, ...]:
 
 
 def plan_file(table: WeightTable) -> tuple[list[PackedTensor], int]:
-    """Where every request lies in the file, and the file's size; needs no weights."""
+    """Where every requested tensor lies in the file, and the file's size in bytes. Needs no weights."""
     out: list[PackedTensor] = []
     end = 0
     for request in table.requests:
@@ -70,9 +70,10 @@ def write_weights(
     progress: Callable[[str, float], None],
     ranks: Mapping[str, int] | None = None,
 ) -> None:
-    """Writes the weight file of `plan`. `ranks`: for which rank, as its place in each group that weights depend on; the
-    plan is the same for all. Raises XllmError("checkpoint") for a missing or non-finite tensor, "option" for `ranks`
-    that do not fit."""
+    """Writes the weight file of `plan`.
+
+    `ranks`: the rank to write for, as its place in each group that weights depend on. The plan is the same for all
+    ranks. Raises XllmError("checkpoint") for a missing or non-finite tensor, "option" for `ranks` that do not fit."""
     places = _rank_sizes(table, ranks or {})
     total = sum(t.bytes for t in plan) or 1
     done = 0
@@ -94,8 +95,8 @@ def write_weights(
 
 
 def _write(file: BinaryIO, data: memoryview) -> None:
-    """In parts of which none goes beyond the end of one of `file`'s buffers of `HUGE_PAGE` bytes: so the system gets
-    one whole aligned block after the other, and keeps each in a huge page, which a reader of the file then maps."""
+    """Writes `data` in parts, none of which crosses the end of one of `file`'s buffers of `HUGE_PAGE` bytes. So the
+    system gets whole aligned blocks and keeps each in a huge page, which a reader of the file then maps."""
     at = 0
     while at < len(data):
         end = at + HUGE_PAGE - file.tell() % HUGE_PAGE
@@ -104,7 +105,7 @@ def _write(file: BinaryIO, data: memoryview) -> None:
 
 
 def _rank_sizes(table: WeightTable, ranks: Mapping[str, int]) -> dict[str, int]:
-    """The rank dims on the rank that has the places `ranks` in its groups."""
+    """The values of the rank dims on the rank whose places in its groups are `ranks`."""
     op = table.requests[0].value.op if table.requests else None
     groups = op.func.module.groups if op is not None else {}
     for name, place in ranks.items():
@@ -128,7 +129,7 @@ def _pack(request: WeightRequest, params: Mapping[str, Array], places: Mapping[s
         raise XllmError("checkpoint", f"the checkpoint has no tensor {missing[0]}", where=request.name)
     if request.rest:
         return _pack_quantized(request, params, sources, places)
-    shape = [d.value for d in request.value.shape]  # said again, since numpy makes a contiguous rank 0 a rank 1
+    shape = [d.value for d in request.value.shape]  # numpy makes a contiguous rank 0 a rank 1
     value = run_value(request.value, params, ranks=places).reshape(shape)
     if sources and request.value.dtype in FLOATS:
         _check_finite(value, request.name, sources, params)
@@ -146,7 +147,7 @@ def _pack_quantized(
 
 
 def _check_finite(value: Array, name: str, sources: Sequence[str], params: Mapping[str, Array]) -> None:
-    """Refuses NaN and infinities in what comes from the checkpoint, naming the tensor they come from."""
+    """Raises XllmError("checkpoint"), which names the tensor, if NaN or infinities come from the checkpoint."""
     if _finite(value):
         return
     for source in sources:
@@ -163,7 +164,7 @@ def _check_finite(value: Array, name: str, sources: Sequence[str], params: Mappi
 
 
 def _finite(value: Array) -> bool:
-    """Whether all elements are finite; looked at in pieces, since bf16 has to be widened."""
+    """Whether all elements are finite. They are checked in pieces, since bf16 is widened for it."""
     flat = value.reshape(-1)
     return all(
         bool(np.isfinite(flat[i : i + _CHECK].astype(np.float32)).all())

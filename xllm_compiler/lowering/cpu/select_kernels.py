@@ -1,7 +1,4 @@
-"""Kernels for nn.* and kv.* ops on the CPU, and the walk over a step that selects all of them.
-
-Owns the choice of kernels. Of weight formats it knows the name alone, which it hands on.
-"""
+"""Chooses a kernel for every op of a step on the CPU. Weight formats are names here, which kernels parse."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from xllm_compiler.lowering.cpu.tensor_ops import copy_view, lower_tensor_op
 from xllm_compiler.lowering.fuse import Fusion
 from xllm_compiler.lowering.kernel_registry import Key
 from xllm_compiler.lowering.storage import Ref, Storage, where
-from xllm_compiler.lowering.weights import WeightTable
+from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.weight_formats import PANEL
 
 _FLOATS: Final = ("f32", "bf16")
@@ -75,9 +72,9 @@ def _operand(op: Op, name: str) -> Value:
 
 
 def _packed(s: Selection, op: Op, layout: str) -> tuple[Value, Ref, str]:
-    """The weight, its place and the name of the kernel's weight format: "" where it is stored in its own dtype.
+    """The weight, its place, and the kernel's `weights`: "" for a weight that is stored in its own dtype.
 
-    A quantized weight stays as it is stored, and the kernel widens it.
+    A quantized weight stays in its format, and the kernel widens it.
     """
     w = _operand(op, "w")
     if w not in s.storage.weights:
@@ -115,7 +112,8 @@ def _linear(s: Selection, op: Op) -> None:
 
 
 def _call_linear(s: Selection, op: Op, kernel: Linear, places: list[Ref | Dim], out: Value) -> None:
-    """Calls a linear that writes `out`. Where that is returned with its block maxima, it finds them on the way."""
+    """Calls a linear layer that writes `out`. Where `out` is returned with its block maxima, the same kernel finds
+    them."""
     block_max = next((u for u in out.users if u.name == "nn.block_max" and u.result in s.storage.outputs), None)
     plain = kernel.out == "f32" and not kernel.residual and kernel.act == "none"
     if block_max is None or out not in s.storage.outputs or not plain:
@@ -128,9 +126,9 @@ def _call_linear(s: Selection, op: Op, kernel: Linear, places: list[Ref | Dim], 
 
 
 def _widened(s: Selection, op: Op) -> Value:
-    """The value that a linear writes: its result, or an output in f32 where casting is all that is left to do.
+    """The value that a linear layer writes: its result, or the f32 output that its result is only cast to.
 
-    Only outputs have a place that the memory plan cannot have given to anything else in between.
+    The cast's result must be an output. Any other place may hold another value until the cast.
     """
     out = op.result
     if out.dtype == "bf16" and out.has_one_use:
@@ -276,7 +274,7 @@ def _embedding(s: Selection, op: Op) -> None:
         kernel = Embedding(dim=dim, dtype=w.dtype, layout=format)
         s.call(op, kernel, [s.ref(ids, "i32"), _quantized(s, w.op, format), s.ref(op.result), count])
         return
-    # a table that a linear reads too is stored once, the way the linear wants it
+    # a table that a linear layer reads too is stored once, in the layout that the linear layer needs
     tied = w in s.storage.weights and s.weights.key(w) in s.panels
     table = s.weight(w, "panel") if tied else s.ref(w)
     kernel = Embedding(dim=dim, dtype=w.dtype, layout="panel" if tied else "row")
@@ -297,7 +295,7 @@ def _kv(op: Op) -> KvLayout:
 
 
 def _table_sizes(s: Selection, op: Op) -> list[Dim]:
-    """What `TABLE_SIZES` asks for: blocks in a row of the table, bytes of a block over all layers."""
+    """The arguments `TABLE_SIZES`: blocks in a row of the table, bytes of a block over all layers."""
     block = s.storage.kv_block_bytes
     if block >= 1 << 31:
         raise XllmError("unsupported", f"a KV block of {block} bytes over all layers", where=where(op))
@@ -305,7 +303,7 @@ def _table_sizes(s: Selection, op: Op) -> list[Dim]:
 
 
 def _rotary(s: Selection, op: Op, n: Dim) -> tuple[int, list[Ref]]:
-    """The rotated part of a head and where cos and sin lie; 0 and nothing where there are none."""
+    """How many elements of a head are rotated, and the places of cos and sin; 0 and none without rotation."""
     cos, sin = _one(op, "cos"), _one(op, "sin")
     if cos is None or sin is None:
         return 0, []
@@ -375,11 +373,11 @@ def _kv_attend(s: Selection, op: Op) -> None:
     if kernel.divide:
         places.append(s.storage.barrier)
         room = [op.results[1].tensor.elements]
-    places.append(s.storage.turns())
+    places.append(s.storage.work_queues())
     s.call(op, kernel, [*places, q.shape[0], _operand(op, "table").shape[0], *_table_sizes(s, op), *room])
 
 
-# ------------------------------------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------------------------------------- select
 
 
 def _key(op: Op) -> Key:
@@ -391,7 +389,7 @@ def _key(op: Op) -> Key:
 
 
 def select(func: Func, weights: WeightTable) -> Selection:
-    """Kernel calls of a planned step function, in order. Asks `weights` for every weight it reads."""
+    """The kernel calls of a planned step function, in order. Requests from `weights` every weight that it reads."""
     for op in func.ops:
         if op.stream or op.name.startswith("sched."):
             what = f"{op.name} on stream {op.stream}" if op.stream else op.name
@@ -417,5 +415,5 @@ def select(func: Func, weights: WeightTable) -> Selection:
                 lower_tensor_op(s, op)
         else:
             CPU.choose(_key(op), op)(s, op)
-    s.name_what_follows()
+    s.set_next_weights()
     return s

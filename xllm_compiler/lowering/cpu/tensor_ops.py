@@ -1,6 +1,6 @@
-"""t.* ops on the CPU: translates ops, with what is fused into them, to the generic kernels' descriptions.
+"""t.* ops on the CPU: translates each op, with the ops fused into it, to a description of a generic kernel.
 
-Owns the translation; what the descriptions mean in code is kernels/tir/generic.
+kernels/tir/generic makes code of the descriptions.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class _Bodies:
         self.inputs: list[Ref] = []
 
     def build(self, value: Value, top: bool = False) -> Body:
-        """The nodes of `value`; `top`: it is the op being lowered, computed here whatever the fusion says."""
+        """The nodes of `value`. `top`: it is the result of the op being lowered, which is computed here even if it is
+        not fused."""
         nodes: list[Node] = []
         known: dict[Value, int] = {}
         self._visit(value, top, nodes, known)
         return tuple(nodes)
 
     def read(self, value: Value, shape: tuple[Dim, ...] | None = None) -> Node:
-        """A load of `value` from memory, seen with another shape where one is given."""
+        """A load of `value` from memory, with another shape if one is given."""
         place = self.s.ref(value)
         if place not in self.inputs:
             self.inputs.append(place)
@@ -112,7 +113,7 @@ def _emit(s: Selection, op: Op, spec: GenericSpec, inputs: Sequence[Ref], out: R
 
 
 def copy_view(s: Selection, op: Op) -> None:
-    """A reshape whose result the plan put somewhere else."""
+    """Lowers a view to a copy: the memory plan gave its result another place."""
     bodies = _Bodies(s)
     out = op.result
     body = (bodies.read(op.operands[0], out.shape),)
@@ -120,7 +121,7 @@ def copy_view(s: Selection, op: Op) -> None:
 
 
 def lower_tensor_op(s: Selection, op: Op) -> None:
-    """One materialised t.* op and everything fused into it."""
+    """Lowers one materialised t.* op and everything fused into it."""
     bodies = _Bodies(s)
     out = op.result
     spec: GenericSpec

@@ -1,4 +1,4 @@
-"""Work by turns: every piece is done once, whoever is quick does more, and words need no reset between runs."""
+"""Work stealing: every piece is done once, a fast member does more, and queues need no reset between runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from xllm_compiler.artifact.cpu_isa import machine_isas
 from xllm_compiler.kernels.tir.codegen.builder import build_function
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, scalar
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, by_turns
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORK_QUEUES, steal_work
 from xllm_compiler.kernels.tir.isa.levels import ISAS, Isa
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 
@@ -26,7 +26,7 @@ class Pieces(Kernel):
     @property
     def args(self) -> tuple[Arg, ...]:
         counts, who = Arg("counts", "i32", "total", written=True), Arg("who", "i32", "total", written=True)
-        return (counts, who, Arg("slow", "i64", "team"), TURNS, scalar("total"), *MEMBER_ARGS)
+        return (counts, who, Arg("slow", "i64", "team"), WORK_QUEUES, scalar("total"), *MEMBER_ARGS)
 
     def build(self, isa: Isa) -> Any:
         def ticks() -> Any:
@@ -40,7 +40,7 @@ class Pieces(Kernel):
                 with T.While(ticks() < until):
                     T.evaluate(T.int32(0))
 
-            by_turns(total, turns, member, team, piece)
+            steal_work(total, turns, member, team, piece)
 
         return build_function(self, isa, body)
 

@@ -1,10 +1,11 @@
-"""The register tiles of linear layers, chosen by trying: `TileChoices`. Owns the search and the file that remembers it.
+"""`TileChoices`: the register tiles of linear layers, chosen by measurement, and the file that stores the choices.
 
-How many rows a tile should have depends on the processor more than on anything that could be reasoned about here: on
-its loads in flight, on how it likes sums that are spilled. No choice changes a bit of an answer, so the quickest of a
-few is taken: every candidate runs on as many threads as there are cores, at several numbers of rows, in turns; the best
-of its rounds counts, and the kernels' own rule stays unless another is clearly quicker. What was once chosen for a
-processor and a version of the kernels stays, so that two compiles make the same bytes.
+The best number of rows of a tile depends on the processor: on its loads in flight, and on what spilled sums cost. No
+choice changes a bit of an answer, so the fastest of a few candidates is taken. All candidates run in alternation, on as
+many threads as there are cores, at several numbers of rows, and the best round of each counts. The kernels' own rule
+stays unless another candidate is clearly faster.
+
+A choice for a processor and a version of the kernels is kept, so that two compiles make the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 from xllm_compiler.errors import XllmError
 from xllm_compiler.kernels.tir.codegen.kernel import Kernel
-from xllm_compiler.kernels.tir.codegen.work_stealing import TURNS, WORDS
+from xllm_compiler.kernels.tir.codegen.work_stealing import WORDS, WORK_QUEUES
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.linear.linear import (
     NEXT,
@@ -44,25 +45,25 @@ from xllm_compiler.weight_formats import PANEL
 CANDIDATES: Final = (4, 6, 8, 12, 16)
 _ROWS: Final = (8, 32, 128)
 _ROUNDS: Final = 5
-_GAIN: Final = 0.97  # of the time that the kernels' own rule takes: below it another is clearly quicker
+_GAIN: Final = 0.97  # of the time of the kernels' own rule: below this a candidate is clearly faster
 _MOST_OPERATIONS: Final = 4e9  # of one call
-_COLD_BYTES: Final = 48 << 20  # of weights that take turns, so that they come from memory
-_FILL: Final = 0x3C  # makes f32, f16 and bf16 of common sizes, whichever way it is read
+_COLD_BYTES: Final = 48 << 20  # of weights, read in rotation so that they come from memory
+_FILL: Final = 0x3C  # as f32, f16 or bf16, these bytes are numbers of common size
 
 
 class TileChoices:
-    """What was chosen for one processor and one version of the kernels, in a JSON file that others write too."""
+    """The choices for one processor and one version of the kernels, in a JSON file that other processes write too."""
 
     def __init__(self, path: Path, machine: str) -> None:
-        """`machine` names both."""
+        """`machine` names the processor and the version of the kernels."""
         self.path, self._machine = path, machine
 
     def known(self, isa: Isa) -> dict[str, int | None]:
-        """`most_rows` by the symbol of the kernel that leaves it open. A file that cannot be read knows nothing."""
+        """The chosen `most_rows` by the symbol of the kernel without one. Empty if the file cannot be read."""
         return self._read().get(self._machine, {}).get(isa.name, {})
 
     def _read(self) -> dict[str, dict[str, dict[str, int | None]]]:
-        """By machine, level and symbol; what has another form is left out."""
+        """All choices of the file, by machine, level and symbol. Entries of another form are left out."""
         try:
             found = json.loads(self.path.read_text())
             return {
@@ -76,7 +77,8 @@ class TileChoices:
             return {}
 
     def add(self, isa: Isa, chosen: dict[str, int | None]) -> dict[str, int | None]:
-        """Remembers choices, and returns them with those that somebody else made first. Raises XllmError("io")."""
+        """Stores choices, and returns all of them. A choice that another process made first wins. Raises
+        XllmError("io")."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.with_suffix(".lock").open("w") as lock:
@@ -94,10 +96,10 @@ class TileChoices:
     def apply(
         self, kernels: Iterable[Kernel], isa: Isa, objects: KernelObjects, progress: Callable[[str, float], None]
     ) -> dict[Kernel, Kernel]:
-        """For every linear layer of `kernels` the same with its tile, searched for now where nobody has. A level with
-        matrix tiles, which have one size, has no choice. Raises XllmError("io")."""
+        """For every linear layer of `kernels`, the same layer with its chosen tile. Missing choices are searched for
+        now. AMX tiles have one size, so a level with AMX has no choice. Raises XllmError("io")."""
         layers = [k for k in dict.fromkeys(kernels) if isinstance(k, Linear | LinearGlu | LinearBlockMax)]
-        if isa.has_tiles or not layers:
+        if isa.has_amx or not layers:
             return {}
         known = self.known(isa)
         new = [layer for layer in layers if layer.symbol not in known]
@@ -107,7 +109,7 @@ class TileChoices:
 
 
 def candidates(layer: Linear | LinearGlu | LinearBlockMax, isa: Isa) -> dict[int | None, Any]:
-    """The layer with each tile that differs from all others, by `most_rows`; first the kernels' own rule, as None."""
+    """The layer with each different tile, by `most_rows`. The first is the kernels' own rule, as None."""
     found: dict[int, Any] = {}
     for rows in (None, *CANDIDATES):
         one = dataclasses.replace(layer, most_rows=rows)
@@ -120,7 +122,7 @@ def candidates(layer: Linear | LinearGlu | LinearBlockMax, isa: Isa) -> dict[int
 def search(
     layers: Sequence[Any], isa: Isa, objects: KernelObjects, progress: Callable[[str, float], None]
 ) -> dict[str, int | None]:
-    """The `most_rows` of each layer that is quickest on this machine, by the layer's symbol."""
+    """The `most_rows` of each layer that is fastest on this machine, by the layer's symbol."""
     options = [candidates(layer, isa) for layer in layers]
     cores = len(os.sched_getaffinity(0))
     progress("trying tiles", 0.0)
@@ -145,8 +147,8 @@ def search(
 
 
 def quickest(times: dict[int | None, list[float]]) -> int | None:
-    """The candidate whose times, one for each number of rows, are shortest against those of None, on geometric average;
-    None unless that is clearly less."""
+    """The candidate with the least geometric mean of its times relative to those of None; None unless it is clearly
+    less. A candidate has one time for each number of rows."""
     share = {
         rows: math.exp(sum(math.log(t / own) for t, own in zip(found, times[None], strict=True)) / len(found))
         for rows, found in times.items()
@@ -160,7 +162,7 @@ def _plain(layer: Linear | LinearGlu | LinearBlockMax) -> Linear | LinearGlu:
 
 
 def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | None, list[float]]:
-    """For every candidate the best of its rounds at each number of rows."""
+    """The best round, in seconds, of every candidate at each number of rows."""
     plain = _plain(layer)
     k, columns = plain.k, plain.f if isinstance(plain, LinearGlu) else plain.n
     panels, each = plain.panels
@@ -168,11 +170,11 @@ def _times(layer: Any, steps: dict[int | None, Any], team: Team) -> dict[int | N
     weights = [_filled(size) for _ in range(max(1, -(-_COLD_BYTES // size)))]
     rows_tried = [rows for rows in _ROWS if 2.0 * rows * k * panels * PANEL <= _MOST_OPERATIONS] or [1]
     found: dict[int | None, list[float]] = {most: [] for most in steps}
-    turns = aligned((team.size, WORDS), np.int64)
+    queues = aligned((team.size, WORDS), np.int64)
     for rows in rows_tried:
         args = layer.args[:-2]
         memory = {arg.name: _filled(rows * (max(k, 2 * columns) + PANEL) * 4) for arg in args if arg.name != "w"}
-        memory[TURNS.name] = turns
+        memory[WORK_QUEUES.name] = queues
         sizes = {"rows": rows, NEXT_PANELS.name: panels, NEXT_BYTES.name: each}
         calls = []
         for weight, after in zip(weights, weights[1:] + weights[:1], strict=True):

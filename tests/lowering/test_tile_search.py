@@ -1,4 +1,4 @@
-"""Register tiles chosen by trying: what is tried, what is taken, what is remembered, and that no bit depends on it."""
+"""Register tiles chosen by measurement: the candidates, the choice, the file of choices; and no bit depends on it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from xllm_compiler.kernels.tir.linear.vocab import LinearBlockMax
 from xllm_compiler.kernels.tir.native.objects import KernelObjects
 from xllm_compiler.kernels.tir.native.standalone import Standalone
 from xllm_compiler.kernels.tir.rows.norms import RmsNorm
-from xllm_compiler.lowering.cpu import tiles
-from xllm_compiler.lowering.cpu.tiles import TileChoices, candidates, quickest
+from xllm_compiler.lowering.cpu import tile_search
+from xllm_compiler.lowering.cpu.tile_search import TileChoices, candidates, quickest
 from xllm_compiler.weight_formats import parse_format
 
 WIDE = ISAS["avx512_bf16"]
-HERE = ISAS[[isa for isa in machine_isas() if not ISAS[isa].has_tiles][-1]]
+HERE = ISAS[[isa for isa in machine_isas() if not ISAS[isa].has_amx][-1]]
 LAYER = Linear(96, 80, "bf16", "bf16", weights="q4g32")
 
 
@@ -86,7 +86,7 @@ def test_no_bit_depends_on_the_tile(form: str, isa: str) -> None:
 
 def test_what_was_chosen_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real search, on a layer of each kind; afterwards nothing is tried again, by us or by another process."""
-    monkeypatch.setattr(tiles, "CANDIDATES", (4, 12))
+    monkeypatch.setattr(tile_search, "CANDIDATES", (4, 12))
     layers = [LAYER, LinearGlu(64, 32, "bf16"), LinearBlockMax(64, 70, "bf16", weights="wq8")]
     kernels = [*layers, RmsNorm(64, "bf16", 1e-6), LAYER]
     path = tmp_path / "deep" / "tiles.json"
@@ -99,7 +99,7 @@ def test_what_was_chosen_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def never(*args: Any) -> Any:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(tiles, "search", never)
+    monkeypatch.setattr(tile_search, "search", never)
     assert TileChoices(path, "this machine").apply(kernels, HERE, KernelObjects(), lambda what, done: None) == first
     with pytest.raises(AssertionError, match="searched again"):
         TileChoices(path, "another machine").apply(kernels, HERE, KernelObjects(), lambda what, done: None)

@@ -1,7 +1,4 @@
-"""The table of a program's kernel calls with their costs, for profiles. Owns which ops a call stands for.
-
-Must not choose or emit anything: it reads a finished selection.
-"""
+"""The table of a program's kernel calls with their costs, for profiles. It reads a finished selection."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ from xllm_compiler.lowering.kernel_registry import Call
 
 
 def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> CallTable:
-    """For every program its selection and, for every call, whether a barrier stands before it."""
+    """The table of `programs`: for each its selection and, for each call, whether a barrier stands before it."""
     kernels: dict[KernelCost, int] = {}
     tables: dict[str, ProgramCalls] = {}
-    for name, (selection, meet) in programs.items():
+    for name, (selection, waits) in programs.items():
         costs = Costs(selection.func)
         groups = computed_by(selection)
         rows: list[int] = []
@@ -42,18 +39,18 @@ def call_table(programs: Mapping[str, tuple[Selection, Sequence[bool]]]) -> Call
             )
             rows.append(kernels.setdefault(row, len(kernels)))
         sources = tuple(call.op.loc.describe() for call in selection.calls)
-        tables[name] = ProgramCalls(tuple(rows), sources, tuple(int(wait) for wait in meet))
+        tables[name] = ProgramCalls(tuple(rows), sources, tuple(int(wait) for wait in waits))
     return CallTable(tuple(kernels), tables)
 
 
 def computed_by(selection: Selection) -> dict[Op, list[Op]]:
-    """For every op with a call, the ops that its kernel computes, in the function's order, itself among them."""
+    """For every op with a call, the ops that its kernel computes, itself included, in the function's order."""
     groups: dict[Op, list[Op]] = {call.op: [] for call in selection.calls}
     home: dict[Op, Op] = {}
     for op in selection.func.ops:
         root = selection.fusion.root.get(op, op)
         if root not in groups and op in selection.done:
-            # An op that the kernel of its operand has computed as well, or that of its operand's operand.
+            # The kernel that computes one of its operands computes this op too.
             root = next((home[v.op] for v in op.operands if v.op is not None and v.op in home), root)
         if root in groups:
             groups[root].append(op)
@@ -62,8 +59,8 @@ def computed_by(selection: Selection) -> dict[Op, list[Op]]:
 
 
 def _arithmetic(call: Call) -> str:
-    """What the kernel multiplies in: operands as they are where it sums products of them, f32 otherwise."""
-    if call.op.work is not Work.DOT or isinstance(call.kernel, Generic):  # generic kernels widen all they read
+    """The dtype in which the kernel multiplies: its operands' where it computes dot products, else f32."""
+    if call.op.work is not Work.DOT or isinstance(call.kernel, Generic):  # generic kernels widen what they read
         return "f32"
     first = call.op.operands[0]
     dtype = first.kv.dtype if isinstance(first.type, Kv) else first.dtype

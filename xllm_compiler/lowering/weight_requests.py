@@ -1,7 +1,7 @@
-"""Which weight expressions a step reads, and in which layout. Owns their identity and evaluation; must not know files.
+"""Which weight expressions a step reads, and in which layout: `WeightTable`.
 
-A weight expression depends on parameters and constants only. Two with the same structure are one tensor, so that a tied
-embedding, or a constant that every layer spells out again, is stored once.
+A weight expression depends on parameters and constants only. Two expressions with the same structure are one tensor. So
+a tied embedding, or a constant that every layer repeats, is stored once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xllm_compiler.ir.core import Value
 class WeightRequest:
     """One tensor of the weight file: an expression, the layout in which kernels read it, and its stored dtype.
 
-    A quantized weight is one tensor too: `value` are its stored integers, `rest` its scales, and zero points if any.
+    A quantized weight is one tensor too. `value` is its stored integers; `rest` is its scales, and zero points if any.
     """
 
     value: Value
@@ -38,7 +38,7 @@ class WeightTable:
         self._taken: set[str] = set()
 
     def request(self, value: Value, layout: str, dtype: str | None = None, rest: tuple[Value, ...] = ()) -> int:
-        """The index of the request for `value` in `layout`; a new one where none has been made."""
+        """The index of the request for `value` in `layout`, which is made if there is none yet."""
         stored = dtype or value.dtype
         key = ("\0".join(map(self.key, (value, *rest))), layout, stored)
         found = self._index.get(key)
@@ -63,9 +63,9 @@ class WeightTable:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def name(self, value: Value) -> str:
-        """The checkpoint name of a parameter; for an expression its op, its parameters and its structure's hash.
+        """The checkpoint name of a parameter; for an expression its op, its parameters and the hash of its structure.
 
-        Nothing of value names, so that an expression has the same name in a module that was printed and parsed."""
+        It uses no value names, so an expression has the same name in a module that was printed and parsed."""
         names = list(dict.fromkeys(param_names(value)))
         assert value.op is not None
         if value.op.name == "param":
@@ -73,7 +73,7 @@ class WeightTable:
         return f"{value.op.name}({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})#{self.key(value)[:8]}"
 
     def _unique_name(self, value: Value, layout: str, dtype: str) -> str:
-        """The name of a stored tensor: its value's, with layout and dtype where another form of it is stored too."""
+        """The name of a stored tensor: its value's name, with layout and dtype if the same value is stored twice."""
         base = self.name(value)
         for name in (base, f"{base}:{layout}", f"{base}:{layout}:{dtype}"):
             if name not in self._taken:
