@@ -21,8 +21,8 @@ from xllm_compiler.runtime import host
 from xllm_compiler.runtime.cpu.team import Team, native_function
 from xllm_compiler.runtime.executor import Outputs
 from xllm_compiler.step.abi import ArgumentBlock
-from xllm_compiler.step.inputs import StepBatch
-from xllm_compiler.step.interface import ARRAY_DTYPE, STEP, Function, TensorSpec
+from xllm_compiler.step.inputs import ARRAY_DTYPE, StepBatch
+from xllm_compiler.step.interface import STEP, Function, TensorSpec
 
 _ALIGN = 64
 _PAGE = 4096

@@ -56,7 +56,7 @@ def trace(path: Path, **options: Any) -> SimpleNamespace:
         tokens=options["max_num_batched_tokens"], seqs=options["max_num_seqs"], rows=options["max_num_logits"]
     )
     info = SimpleNamespace(
-        architecture="Toy", vocab_size=8, hidden_size=8, layers=1, eos_token_ids=(2,), bos_token_id=None
+        architecture="Toy", vocab_size=8, hidden_size=8, layers=1, eos_token_ids=(2,), bos_token_id=None, pooling=None
     )
     return SimpleNamespace(
         module=parse_module(text, "toy.xir"), info=info, weights={"w": np.ones((8, 8), np.float32)}, notes=()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from xllm_compiler.runtime.server.metrics import Metrics
 from xllm_compiler.runtime.server.sockets import bind, doors
 from xllm_compiler.runtime.tokenizer import Tokenizer
 from xllm_compiler.step.inputs import StepBatch, step_inputs
-from xllm_compiler.step.interface import LOGITS, STEP, Function
+from xllm_compiler.step.interface import EMBED, HIDDEN, LOGITS, STEP, Function, Pooling
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -80,7 +80,7 @@ class NextByte:
         self.steps = 0
 
     def new_batch(self, function: str = STEP) -> StepBatch:
-        return StepBatch(STEP, Function(step_inputs(512, 16), (), (), ()), {"N": 64, "B": 8, "S": 64})
+        return StepBatch(function, Function(step_inputs(512, 16), (), (), ()), {"N": 64, "B": 8, "S": 64})
 
     def execute(self, batch: StepBatch) -> Outputs:
         self.open.wait(20)
@@ -94,7 +94,7 @@ class NextByte:
             token = int(batch["ids"][at])
             rows[row, EOS if token == ord("z") else (token + 1) % 256] = 5.0
             rows[row, (token + 2) % 256] = 3.0
-        return {LOGITS: rows}
+        return {HIDDEN if batch.function == EMBED else LOGITS: rows}
 
     def close(self) -> None:
         self.open.set()
@@ -149,9 +149,13 @@ def make() -> Iterator[Maker]:
         budget_bytes: int = 128 * 2**20,
         hosts: Hosts = ANY_HOST,
         cors: Cors | None = None,
+        embeds: bool = False,
         **fields: Any,
     ) -> Served:
         model_info = ModelInfo("made-up", "Fake", "a" * 64, "f32", VOCAB, max_model_len, (EOS,), None, 8, 64, 64, 16)
+        if embeds:
+            pooling = Pooling("mean", True, None)
+            model_info = replace(model_info, functions=(STEP, EMBED), pooling=pooling, embedding_size=VOCAB)
         executor = NextByte(pages)
         tokenizer = byte_tokenizer()
         engine = Engine(executor, model_info, tokenizer=tokenizer)

@@ -131,6 +131,26 @@ def test_a_chat_model_makes_no_embeddings(fake: Any) -> None:
     assert "makes no embeddings: it answers chats" in answer.json()["error"]["message"]
 
 
+def test_what_answers_hold_is_counted_and_given_back(make: Any) -> None:
+    served = make(embeds=True)
+    held = served.ctx.engine_client.held
+    whole = served.post("/v1/embeddings", input=["ab", "cd"] * 6)
+    assert whole.status_code == 200 and len(whole.json()["data"]) == 12 and held.used == 0
+    held.limit = 60_000  # a vector of 260 numbers may take 17 KiB on its way
+    assert served.post("/v1/embeddings", input=["ab"] * 2).status_code == 200
+    full = served.post("/v1/embeddings", input=["ab"] * 12)
+    assert full.status_code == 429 and full.json()["error"]["code"] == "server_overloaded"
+    assert held.used == 0 and served.ctx.engine_client.open == 0
+
+
+def test_a_failure_is_one_error(make: Any) -> None:
+    served = make(embeds=True)
+    served.executor.fail = True
+    answer = served.post("/v1/embeddings", input=["ab", "cd"])
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
+    assert served.ctx.engine_client.held.used == 0
+
+
 def test_an_embedding_model_does_not_chat(checkpoint: Path, start_server: Any) -> None:
     artifact = checkpoint.parent / "alone"
     options = CompileOptions(name="alone", functions=("embed",), max_num_seqs=8, max_num_batched_tokens=64)

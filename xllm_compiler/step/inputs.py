@@ -21,10 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.step.interface import ARRAY_DTYPE, Function, TensorSpec, ValueRange
+from xllm_compiler.step.interface import Function, TensorSpec, ValueRange
 
 Array = NDArray[Any]
 I32 = NDArray[np.int32]
+
+ARRAY_DTYPE: Final = {
+    **{"f32": np.float32, "f16": np.float16, "f64": np.float64, "bf16": np.uint16},
+    **{"i64": np.int64, "i32": np.int32, "i8": np.int8, "u8": np.uint8, "bool": np.bool_},
+}
+"""numpy's dtype of a buffer; bf16, which numpy lacks, as the 16 bits that it is stored in."""
 
 UNMAPPED: Final = -1
 WRITTEN: Final[Mapping[str, tuple[str, ...]]] = {

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from xllm_compiler.dims import Dim, as_dim, parse_dim
 
 STEP: Final = "step"
@@ -34,11 +32,6 @@ KV: Final = "kv"
 
 ITEM_BYTES: Final = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
 DTYPES: Final = tuple(ITEM_BYTES)
-ARRAY_DTYPE: Final = {
-    **{"f32": np.float32, "f16": np.float16, "f64": np.float64, "bf16": np.uint16},
-    **{"i64": np.int64, "i32": np.int32, "i8": np.int8, "u8": np.uint8, "bool": np.bool_},
-}
-"""numpy's dtype of a buffer; bf16, which numpy lacks, as the 16 bits that it is stored in."""
 
 
 @dataclass(frozen=True, slots=True)
