@@ -18,7 +18,6 @@ from xllm_compiler.analysis.machine import Machine
 from xllm_compiler.artifact import Weight
 from xllm_compiler.errors import XllmError
 from xllm_compiler.ir.core import Module
-from xllm_compiler.ir.ops import Collective
 from xllm_compiler.passes.base import Capabilities
 from xllm_compiler.passes.pipelines import Halves
 from xllm_compiler.passes.presets import HasPresets
@@ -124,6 +123,8 @@ class Target(HasPresets, ABC):
 
 def check_capabilities(module: Module, target: Target) -> None:
     """Raises kind "unsupported" where the module starts a collective or uses a stream that the target does not have."""
+    from xllm_compiler.ir.ops import Collective  # with numpy, which `--help` should not wait for
+
     can = target.capabilities
     for func in module.funcs.values():
         for op in func.ops:
