@@ -1,5 +1,5 @@
 /* Runs a kernel's step on a machine without Python: for each line "TEAM FILE" on stdin, all members of a team run
-   `xllm_step_kernel` of the library argv[1] on the arguments that FILE holds, in place; a line with the status follows.
+   `xllm_fn_kernel` of the library argv[1] on the arguments that FILE holds, in place; a line with the status follows.
 
    FILE: i64 count, then for each argument i64 pointer (0 or 1) and i64 value, of a pointer the offset from the file's
    begin; then the arrays. */
@@ -36,7 +36,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s\n", argc == 2 ? dlerror() : "one argument: a library");
     return 2;
   }
-  void *step = symbol(library, "xllm_step_kernel");
+  void *step = symbol(library, "xllm_fn_kernel");
   int32_t (*run)(void *, void *, const int64_t *) = symbol(library, "xllm_team_run");
   int32_t (*stop)(void *) = symbol(library, "xllm_team_stop");
   join_team = symbol(library, "xllm_team_join");

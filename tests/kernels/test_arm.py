@@ -131,9 +131,9 @@ def test_float_kernels(isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("team", [1, 3])
-def test_turns(team: int) -> None:
-    turns = load("test_turns")
-    turns.test_every_piece_is_done_once(standalone(turns.Pieces(), ISAS[LEVELS[0]]), team)
+def test_work_stealing(team: int) -> None:
+    tests = load("test_work_stealing")
+    tests.test_every_piece_is_done_once(standalone(tests.Pieces(), ISAS[LEVELS[0]]), team)
 
 
 @pytest.mark.slow
