@@ -23,7 +23,7 @@ class CpuCode:
 
     def __init__(self, library: ctypes.CDLL, manifest: Manifest) -> None:
         """Raises kind "artifact" where the library lacks the function of a program."""
-        self.library = library
+        self.shared_library = library
         self._manifest = manifest
         for function in manifest.functions.values():
             for program in function.programs:
@@ -31,7 +31,7 @@ class CpuCode:
 
     def executor(self, weights: NDArray[np.uint8], *, pages: int, threads: int) -> CpuExecutor:
         """The programs on a team of `threads` threads."""
-        return CpuExecutor(self._manifest, self.library, weights, pages=pages, threads=threads)
+        return CpuExecutor(self._manifest, self.shared_library, weights, pages=pages, threads=threads)
 
 
 class CpuRuntime(RuntimeTarget):

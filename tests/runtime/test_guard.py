@@ -228,7 +228,7 @@ def test_loaded_code_is_a_copy(toy: Path) -> None:
     (toy / "cpu" / f"{isa}.so").unlink()
     other = build_toy_artifact(toy.parent / "second")
     second = prepare_engine(other, OPTIONS, Phases())
-    assert first.artifact.code.library._name != second.artifact.code.library._name
+    assert first.artifact.code.shared_library._name != second.artifact.code.shared_library._name
     for started in (first, second):
         with LLM.from_engine(started.engine) as llm:
             assert list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == toy_answer(PROMPT, 20)

@@ -193,7 +193,7 @@ def test_a_library_without_the_functions_is_refused(toy: Path) -> None:
         load_library(toy / "weights.bin")
     assert caught.value.kind == "artifact"
     with pytest.raises(XllmError) as caught:
-        Team(loaded.code.library, 0)
+        Team(loaded.code.shared_library, 0)
     assert caught.value.kind == "option"
 
 

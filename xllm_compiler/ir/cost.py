@@ -10,6 +10,7 @@ that each request had before this step. The step's N tokens are taken to be shar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -129,13 +130,13 @@ class CostContext:
         return cost if made is None else replace(cost, weights=cost.weights - w.tensor.nbytes + made.stored_bytes())
 
 
-class NarrowWeight(Op):
+class NarrowWeight(Op, ABC):
     """An op whose result, a weight, is stored in fewer bytes than its type says."""
 
+    @abstractmethod
     def stored_bytes(self) -> Dim:
         """Bytes of all of it as stored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored_row_bytes(self) -> Dim:
         """Bytes of one row of it as stored."""
-        raise NotImplementedError

@@ -5,6 +5,7 @@ A `Collective` says what each rank of one group gets. Everything else treats all
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Literal
 
@@ -25,7 +26,7 @@ from xllm_compiler.ir.types import Future, Tensor, Type
 Reduction = Literal["sum", "max"]
 
 
-class Collective(Op):
+class Collective(Op, ABC):
     """Starts an exchange of x among the ranks of `group`; yields the promise of what this rank gets from it.
 
     A subclass has `promised` (the type of that), `ranks` (its meaning) and `traffic`. One whose `kind` is "sum"
@@ -52,9 +53,9 @@ class Collective(Op):
             raise IrError(f"{self.name} is arithmetic, %{self.x.name} is bool", help="insert t.cast")
         return (Future(self.promised(Tensor(x.dtype, x.shape), group)),)
 
+    @abstractmethod
     def promised(self, x: Tensor, group: RankGroup) -> Tensor:
         """What a rank gets, where each brings a tensor of type `x`; may put attributes into canonical form."""
-        raise NotImplementedError
 
     def traffic(self, ranks: int, nbytes: Dim) -> tuple[Dim, int]:
         """Bytes that one rank sends, and in how many hops, where each brings `nbytes`.
@@ -71,10 +72,10 @@ class Collective(Op):
         comm, hops = self.traffic(ranks, x.nbytes)
         return replace(ctx.count(self, flops), written=self.result.future.of.nbytes, comm=comm, hops=hops)
 
+    @abstractmethod
     def ranks(self, ctx: EvalContext, xs: list[Array]) -> list[Array]:
         """What each rank of a group gets, where `xs` is what each brings: of equal shapes, in the order of the group.
         Not yet rounded to the result type."""
-        raise NotImplementedError
 
     def interp(self, ctx: EvalContext, x: Array) -> Array:
         """On a group of one rank; run_ranks asks `ranks`."""
