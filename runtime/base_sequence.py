@@ -66,7 +66,7 @@ class BaseSequence(ABC):
         return self.group.prompt[low:high]
 
     @abstractmethod
-    def take(self, first: int, outputs: Outputs, rows: slice, draft: list[int], events: list[Output]) -> int:
+    def take(self, first: int, outputs: Outputs, rows: range, draft: list[int], events: list[Output]) -> int:
         """Use the `rows` of a step's outputs, of the positions from `first` on; `events` gets what there is to tell.
         How many tokens of `draft`, which the step was run with, turned out right. Raises XllmError."""
 

@@ -246,12 +246,12 @@ class EngineLoop:
             low, high = sequence.computed, sequence.computed + count
             sequence.computed = high
             first = max(low, sequence.first_row)
-            wanted = slice(s, s + max(0, high - first))
-            s = wanted.stop
+            rows = range(s, s + max(0, high - first))
+            s = rows.stop
             draft, sequence.draft = sequence.draft[: high - sequence.known], []
             events: list[Output] = []
             try:
-                self.stats.accepted_draft_tokens += sequence.take(first, outputs, wanted, draft, events)
+                self.stats.accepted_draft_tokens += sequence.take(first, outputs, rows, draft, events)
                 self.stats.draft_tokens += len(draft)
             except XllmError as error:
                 events.append(sequence.end("error", error))

@@ -3,8 +3,6 @@ runtime needs of an artifact's functions; must not know requests, pages or polic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,29 +14,18 @@ from xllm_compiler.step.inputs import StepBatch, check_written
 from xllm_compiler.step.interface import BLOCK, BLOCK_MAX, EMBED, HIDDEN, LOGITS, STEP, Function, ValueRange
 
 F32 = NDArray[np.float32]
-Outputs = Mapping[str, NDArray[Any]]
+Outputs = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """The logits of a step: `rows` [s, vocabulary], and `maxima` [s, ceil(vocabulary / BLOCK)].
-
-    A maximum is the largest value of a block of BLOCK columns, NaN where one of them is. The last block may be short.
-    """
-
-    rows: F32
-    maxima: F32
-
-    @classmethod
-    def of(cls, outputs: Outputs, some: slice = slice(None)) -> Logits:
-        """Those of `some` rows; the maxima are found here where the step did not return them."""
-        rows: F32 = outputs[LOGITS][some]
-        found = outputs.get(BLOCK_MAX)
-        if found is not None:
-            return cls(rows, found[some])
-        if not len(rows):
-            return cls(rows, np.zeros((0, -(-rows.shape[1] // BLOCK)), np.float32))
-        return cls(rows, np.maximum.reduceat(rows, range(0, rows.shape[1], BLOCK), axis=1))
+def block_maxima(outputs: Outputs) -> F32:
+    """Of a step's logits [s, vocabulary]: the largest value of each block of BLOCK columns, NaN where one of them is,
+    [s, ceil(vocabulary / BLOCK)]. The last block may be short. Found here, once a step, where the step did not return
+    them."""
+    found = outputs.get(BLOCK_MAX)
+    if found is None:
+        rows = outputs[LOGITS]
+        found = outputs[BLOCK_MAX] = np.maximum.reduceat(rows, range(0, rows.shape[1], BLOCK), axis=1)
+    return found
 
 
 class Executor(Protocol):

@@ -27,8 +27,8 @@ class PooledSequence(BaseSequence):
     def known(self) -> int:
         return self._known
 
-    def take(self, first: int, outputs: Outputs, rows: slice, draft: list[int], events: list[Output]) -> int:
-        hidden = outputs[HIDDEN][rows]
+    def take(self, first: int, outputs: Outputs, rows: range, draft: list[int], events: list[Output]) -> int:
+        hidden = outputs[HIDDEN][rows.start : rows.stop]
         self._pooler.add(hidden)
         self.first_row = min(max(self.first_row, first + len(hidden)), self._known - 1)
         if self.computed == self._known:

@@ -12,12 +12,13 @@ are admitted in the order of arrival, whoever's turn it is: they then wait in th
 their own.
 
 The policy. Each running request of the step's function that needs one token (a decode) gets a token and a row first.
-The step's other tokens and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. A
-draft fills only the page of its decode, so a rejected one leaves nothing behind. A running request that finds no page
-takes those of the youngest, which goes back to the head of the queue and will be computed again. The youngest itself
-skips the step: keeping its pages costs nothing until an older one asks. A new request needs free pages for its whole
-prompt, beyond what running prompts still need, plus one for each running request. Admitting on the first chunk alone
-causes preemption storms.
+The step's other tokens and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. While
+anybody decodes, of whichever function, a step has few tokens of prompts: it is the gap that every stream sees. A draft
+fills only the page of its decode, so a rejected one leaves nothing behind. A running request that finds no page takes
+those of the youngest, which goes back to the head of the queue and will be computed again. The youngest itself skips
+the step: keeping its pages costs nothing until an older one asks. A new request needs free pages for its whole prompt,
+beyond what running prompts still need, plus one for each running request. Admitting on the first chunk alone causes
+preemption storms.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Job(Protocol):
     def pages(self) -> int:
         """Pages held."""
         ...
+
+
+# The most prompt tokens in a step while somebody decodes. 2,048 would make prompts 6 % faster, and every stream's gap
+# six times as long (bench/RESULTS.md).
+PROMPT_TOKENS_BESIDE_DECODES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +112,21 @@ def plan(running: Sequence[J], waiting: Sequence[J], free: int, limits: Limits, 
 class _Planner(Generic[J]):
     """The counters of one try at a plan."""
 
-    __slots__ = ("end", "free", "function", "limits", "out", "promised", "rows", "running", "tokens")
+    __slots__ = ("end", "free", "function", "limits", "out", "promised", "prompt_tokens", "rows", "running", "tokens")
 
     def __init__(self, running: Sequence[J], free: int, limits: Limits, function: str) -> None:
-        decodes = 0
+        decodes = others = 0
         for job in running:
-            decodes += job.known - job.computed == 1 and job.function == function
+            if job.known - job.computed == 1:
+                decodes += job.function == function
+                others += job.function != function
         self.running = running
         self.end = len(running)  # those from here on were preempted
         self.free = free
         self.limits = limits
         self.function = function
-        self.tokens = limits.max_tokens - decodes  # left for prompts
+        self.tokens = limits.max_tokens - decodes  # left for prompts and drafts
+        self.prompt_tokens = PROMPT_TOKENS_BESIDE_DECODES if decodes + others else limits.max_tokens  # left for prompts
         self.rows = limits.max_rows - decodes
         self.promised = 0  # pages that running prompts will need after this step
         self.out: Plan[J] = Plan(function)
@@ -177,7 +186,7 @@ class _Planner(Generic[J]):
     def _prompt_chunk(self, job: J) -> int:
         """How many of the prompt's tokens the step's tokens and rows allow."""
         rowless = max(0, job.first_row - job.computed)
-        return max(0, min(job.known - job.computed, self.tokens, rowless + self.rows))
+        return max(0, min(job.known - job.computed, self.tokens, self.prompt_tokens, rowless + self.rows))
 
     def _take(self, job: J, count: int) -> None:
         new = -(-(job.computed + count) // self.limits.page_tokens) - job.pages
@@ -186,6 +195,7 @@ class _Planner(Generic[J]):
 
     def _spend(self, job: J, count: int) -> None:
         self.tokens -= count
+        self.prompt_tokens -= count
         self.rows -= max(0, job.computed + count - max(job.first_row, job.computed))
 
     def _admit(self, waiting: Iterable[J]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.runtime.base_sequence import BaseSequence
-from xllm_compiler.runtime.executor import F32, Logits, Outputs
+from xllm_compiler.runtime.executor import F32, Outputs, block_maxima
 from xllm_compiler.runtime.kv import BlockTable
 from xllm_compiler.runtime.model_info import ModelInfo
 from xllm_compiler.runtime.outputs import Logprob, LogprobDict, Output
@@ -19,6 +19,7 @@ from xllm_compiler.runtime.sampling_params import SamplingParams
 from xllm_compiler.runtime.text import CONTEXT, TextStream
 from xllm_compiler.runtime.token_text import TokenNames, append_rest, name_prompt
 from xllm_compiler.runtime.tokenizer import Tokenizer
+from xllm_compiler.step.interface import LOGITS
 
 
 class Sequence(BaseSequence):
@@ -111,27 +112,23 @@ class Sequence(BaseSequence):
         expected = np.array(self.draft[: max(0, high - self.known)], np.int32)
         return np.concatenate([self.group.prompt[low:end], rest, expected])
 
-    def take(self, first: int, outputs: Outputs, rows: slice, draft: list[int], events: list[Output]) -> int:
+    def take(self, first: int, outputs: Outputs, rows: range, draft: list[int], events: list[Output]) -> int:
         """The rows from the last known position on each give a token, as long as the tokens before were those of
         `draft`."""
-        logits = Logits.of(outputs, rows)
-        count, last = len(logits.rows), self.known - 1
-        for offset in range(count):
-            position = first + offset
-            if position < last:
-                self.score_prompt(logits.rows[offset], position)
-                self.first_row = position + 1
-        if first + count <= last or not count:
-            return 0
-        if self.known >= self.limit:
-            events.append(self.end("length"))  # max_tokens is 0: only the prompt's logprobs were wanted
-            return 0
+        logits, maxima = outputs[LOGITS], block_maxima(outputs)
         accepted = 0
-        for row, expected in zip(range(last - first, count), [*draft, None], strict=True):
-            event = self.sample(logits.rows[row], logits.maxima[row])
+        for position, row in enumerate(rows, first):
+            if position < self.known - 1:
+                self.score_prompt(logits[row], position)
+                self.first_row = position + 1
+                continue
+            if self.known >= self.limit:
+                events.append(self.end("length"))  # max_tokens is 0: only the prompt's logprobs were wanted
+                break
+            event = self.sample(logits[row], maxima[row])
             events.append(event)
             self.computed = self.known - 1  # what was computed behind it is not part of the text
-            if event.finish_reason is not None or event.token_ids[0] != expected:
+            if event.finish_reason is not None or accepted == len(draft) or event.token_ids[0] != draft[accepted]:
                 break
             accepted += 1
         return accepted

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.executor import Logits
+from xllm_compiler.runtime.executor import block_maxima
 from xllm_compiler.runtime.request import Request, SequenceGroup
 from xllm_compiler.runtime.sampler import RowSampler, Scratch, prompt_ids
 from xllm_compiler.runtime.sampling_params import SamplingParams
@@ -113,7 +113,7 @@ def test_penalties_of_a_shared_prompt_give_the_same_bits(seed: int, repeat: floa
     drawn: list[int] = []
     for step in range(30):
         row = source.normal(0, 1, vocab).astype(np.float32)
-        token, _ = sampler.sample(row, Logits.of({"logits": row[None]}).maxima[0], step, step)
+        token, _ = sampler.sample(row, block_maxima({"logits": row[None]})[0], step, step)
         assert token == int(plain_penalties(row, params, prompt.tolist(), drawn).argmax())
         drawn.append(token)
 

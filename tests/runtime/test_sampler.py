@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from xllm_compiler.errors import XllmError
-from xllm_compiler.runtime.executor import Logits
+from xllm_compiler.runtime.executor import block_maxima
 from xllm_compiler.runtime.sampler import (
     RawLogprobs,
     RowSampler,
@@ -42,7 +42,7 @@ def sampler(params: SamplingParams, **changes: Any) -> RowSampler:
 
 def sample(s: RowSampler, row: Row, position: int, generated: int) -> tuple[int, RawLogprobs | None]:
     """As the engine asks, with the maxima of the row's blocks."""
-    return s.sample(row, Logits.of({"logits": row[None]}).maxima[0], position, generated)
+    return s.sample(row, block_maxima({"logits": row[None]})[0], position, generated)
 
 
 def draws(params: SamplingParams, row: Row, count: int) -> list[int]:

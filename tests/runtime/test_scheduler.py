@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm_compiler.runtime.scheduler import Limits, Plan, plan
+from xllm_compiler.runtime.scheduler import PROMPT_TOKENS_BESIDE_DECODES, Limits, Plan, plan
 
 
 @dataclass(eq=False)
@@ -186,6 +186,17 @@ def test_decodes_run_first_and_prompts_share_the_rest() -> None:
     newcomer = FakeJob(known=3)
     p = plan([prompt, decode], [newcomer], 50, limits)
     assert p.work == [(prompt, 7), (decode, 1)] and not p.admit
+
+
+def test_prompts_are_cut_short_while_anybody_decodes() -> None:
+    """A step of a long prompt is a gap in every stream, whichever function the stream is of."""
+    limits = Limits(max_tokens=2048, max_seqs=8, max_rows=8, page_tokens=4, total_pages=5000)
+    decode, prompt, newcomer = FakeJob(known=6, computed=5, pages=2), FakeJob(known=200), FakeJob(known=1000)
+    few = PROMPT_TOKENS_BESIDE_DECODES
+    assert plan([decode, prompt], [newcomer], 4000, limits).work == [(decode, 1), (prompt, 200), (newcomer, few - 200)]
+    text = FakeJob(known=1000, function="embed")
+    assert plan([decode, text], [], 4000, limits, "step").work == [(text, few)]
+    assert plan([text], [], 4000, limits).work == [(text, 1000)]
 
 
 def test_the_oldest_takes_the_pages_of_the_youngest() -> None:
