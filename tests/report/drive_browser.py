@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 os.environ["QT_QPA_PLATFORM"] = "offscreen"
@@ -86,12 +87,25 @@ class Driver:
         """Lets the page draw."""
         self.wait(lambda done: QTimer.singleShot(int(seconds * 1000), done))
 
+    def script(self, text: str) -> Any:
+        return self.wait(lambda done: self.page.runJavaScript(text, 0, done))
+
+    def resize(self, width: int, height: int) -> None:
+        """The page that is open learns of it before the next one is loaded: on a busy machine it would be late, and
+        move what that one has drawn."""
+        self.view.resize(width, height)
+        self.view.show()
+        end = time.monotonic() + 30
+        while self.script("innerWidth") != width:
+            if time.monotonic() > end:
+                raise TimeoutError(f"the page is not {width} pixels wide within 30 s")
+            self.settle(0.02)
+
     def run(self, command: dict[str, Any]) -> dict[str, Any]:
         target = self.view.focusProxy()
         match command:
             case {"open": str(path)}:
-                self.view.resize(*command.get("size", (1280, 900)))
-                self.view.show()
+                self.resize(*command.get("size", (1280, 900)))
 
                 def start(done: Any) -> None:
                     self.page.loadFinished.connect(done, Qt.ConnectionType.SingleShotConnection)
@@ -105,7 +119,7 @@ class Driver:
                     f"(() => {{ try {{ return JSON.stringify({{value: ({text})}}) }}"
                     " catch (e) { return JSON.stringify({error: String(e)}) } })()"
                 )
-                answer: dict[str, Any] = json.loads(self.wait(lambda done: self.page.runJavaScript(script, 0, done)))
+                answer: dict[str, Any] = json.loads(self.script(script))
                 return answer
             case {"click": [x, y]}:
                 QTest.mouseClick(target, Qt.MouseButton.LeftButton, pos=QPoint(round(x), round(y)))

@@ -291,13 +291,14 @@ def test_nothing_moves_by_itself(page: Page) -> None:
     """Chromium's own measure of layout shifts, on load and when other sizes are chosen."""
     browser, _ = page
     browser.js(
-        "(() => { window.moved = 0; new PerformanceObserver((list) => { for (const e of list.getEntries())"
-        " window.moved += e.value }).observe({type: 'layout-shift', buffered: true}) })()"
+        "(() => { window.moved = []; new PerformanceObserver((list) => { for (const e of list.getEntries())"
+        " window.moved.push(...e.sources.map(({node, previousRect: a, currentRect: b}) => `${node?.id || node}"
+        " from ${a.x},${a.y} to ${b.x},${b.y}`)) }).observe({type: 'layout-shift', buffered: true}) })()"
     )
     browser.click("#steps label:nth-of-type(2)")
     browser.click("#steps label:nth-of-type(1)")
     assert browser.js("PerformanceObserver.supportedEntryTypes.includes('layout-shift')") is True
-    assert browser.js("window.moved") == 0
+    assert browser.js("window.moved") == []
 
 
 def test_labels_can_be_read(browser: Browser, tmp_path: Path) -> None:
