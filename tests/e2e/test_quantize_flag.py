@@ -38,7 +38,11 @@ def test_the_report_is_the_same_twice_and_is_shown(
     found = compiled(tmp_path / "a", "int8")
     assert found["form"] == "w8a8" and found["text"] == "held-out text" and found["max_kl"] == 0.01
     total, layers = found["total"], found["layers"]
-    assert 0 < total["kl"] < 0.002 and total["top1"] > 0.95 and total["positions"] == 2048  # type: ignore[index]
+    assert 0 < total["kl"] < 0.002 and total["top1"] > 0.95 and total["positions"] == 5248  # type: ignore[index]
+    kinds: dict[str, dict[str, float]] = found["kinds"]  # type: ignore[assignment]
+    assert len(kinds) == 10 and sum(each["positions"] for each in kinds.values()) == 5248
+    assert all(0.98 < each["perplexity"] / each["reference_perplexity"] < 1.02 for each in kinds.values())
+    assert kinds["code"]["perplexity"] < 100 < kinds["german"]["perplexity"]  # it was trained on code alone
     assert len(layers) == 25 and all(0 < layer["kl"] < 0.002 for layer in layers)  # type: ignore[arg-type,attr-defined,union-attr]
     forget_kernels()
     compiled(tmp_path / "b", "int8")

@@ -22,10 +22,10 @@ from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.passes.pipelines import BEFORE
 from xllm_compiler.passes.quantize.forms import NARROW, WIDE, parse_form
 from xllm_compiler.quant_eval import mixed_precision
-from xllm_compiler.quant_eval.compare import compare
+from xllm_compiler.quant_eval.compare import compare, compare_on
 from xllm_compiler.quant_eval.measure import Reference
 from xllm_compiler.quant_eval.replay import replay
-from xllm_compiler.quant_eval.text import pieces, take, windows
+from xllm_compiler.quant_eval.text import HELD_OUT, Window, pieces, take, windows
 
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
 
@@ -61,13 +61,21 @@ def test_figures_against_torch() -> None:
     got = compare(p, q)
     assert got.kl == pytest.approx(want, rel=1e-9) and got.positions == 40
     assert got.top1 == (p.argmax(1) == q.argmax(1)).mean() < 1
+    following = np.concatenate([draw.integers(0, 100, 39), [-1]])
+    text = compare_on(p, q, following)
+    want = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(x[:-1]).double(), torch.from_numpy(following[:-1]))
+        for x in (p, q)
+    ]
+    assert text.loss == got
+    assert [text.reference_perplexity, text.perplexity] == pytest.approx([each.exp().item() for each in want], rel=1e-6)
     assert compare(p, p).kl == 0 and compare(p, np.full_like(p, np.nan)).kl == np.inf
 
 
 @pytest.mark.parametrize("form", ["w8a8", "w8a16", "w4a16-g64-asym", "int4"])
 def test_a_variant_is_what_the_passes_make(model: Traced, form: str) -> None:
     """All requests in one step of the interpreter, over the module that quantize-weights and quantize-rows changed."""
-    bench = Reference(model.module, model.weights, IDS, "")
+    bench = Reference(model.module, model.weights, [Window("text", ids) for ids in IDS], "")
     kind = parse_form(form)
     for chosen in (bench.weights, bench.weights[3:4], bench.weights[-1:]):
         plain, got = replay(model.module, model.weights, IDS, [dict.fromkeys(chosen, kind)])
@@ -100,7 +108,7 @@ def whole(module: object, model: Traced) -> np.ndarray:
 
 
 def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
-    bench = Reference(model.module, model.weights, IDS, "")
+    bench = Reference(model.module, model.weights, [Window("text", ids) for ids in IDS], "")
     narrow = bench.losses(IDS, [dict.fromkeys(bench.weights, NARROW)])[0].kl
     wide = bench.losses(IDS, [dict.fromkeys(bench.weights, WIDE)])[0].kl
     assert wide < narrow / 10
@@ -122,19 +130,22 @@ def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
 
 
 def test_windows() -> None:
-    ids, text = windows(BUNDLED / "tokenizer.json", 4096, 2048)
-    assert text == "held-out text" and [len(each) for each in ids] == [128] * 16
-    cut = take(ids, 200)
-    assert [len(each) for each in cut] == [128, 72] and np.array_equal(cut[1], ids[1][:72])
+    found, text = windows(BUNDLED / "tokenizer.json", 4096, 2048)
+    kinds = {file.stem for file in HELD_OUT.glob("*.txt")}
+    assert text == "held-out text" and {len(each.ids) for each in found} == {128} and len(found) == len(pieces())
+    assert len(kinds) == 10 and [{each.kind for each in found[i : i + 10]} for i in (0, 10)] == [kinds, kinds]
+    cut = take(found, 200)
+    assert [len(each.ids) for each in cut] == [128, 72] and np.array_equal(cut[1].ids, found[1].ids[:72])
+    assert [len(each.ids) for each in take(found, 256)] == [128, 128]
     for broken, vocab in ((None, 50), (BUNDLED / "tokenizer.json", 20)):
-        ids, text = windows(broken, vocab, 30)
-        assert text.startswith("random ids") and all(len(each) == 30 and each.max() < vocab for each in ids)
-        assert np.array_equal(ids[3], windows(broken, vocab, 30)[0][3])
+        found, text = windows(broken, vocab, 30)
+        assert text.startswith("random ids") and all(len(each.ids) == 30 and each.ids.max() < vocab for each in found)
+        assert np.array_equal(found[3].ids, windows(broken, vocab, 30)[0][3].ids)
 
 
 @pytest.mark.skipif(python_version() != "3.11.7", reason="the text is of the Python that the model was trained with")
 def test_the_text_was_held_out() -> None:
     files = source_files()
-    for piece in pieces():
+    for piece in (text for kind, text in pieces() if kind == "code"):
         assert sum(piece in file.text for file in files if file.held_out) == 1
         assert not any(piece in file.text for file in files if not file.held_out)

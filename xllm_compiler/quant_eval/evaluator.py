@@ -18,7 +18,7 @@ from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
 from xllm_compiler.passes.quantize.forms import MIXED, NARROW, QuantForm, parse_form
 from xllm_compiler.quant_eval import mixed_precision
 from xllm_compiler.quant_eval.compare import Loss
-from xllm_compiler.quant_eval.measure import Reference, layer_losses, total_loss
+from xllm_compiler.quant_eval.measure import Reference, layer_losses, whole_loss
 from xllm_compiler.quant_eval.report import LayerLoss, LossReport
 from xllm_compiler.targets import Target
 
@@ -55,14 +55,14 @@ class QuantizationEvaluator:
 
     def report(self, folder: Path, manifest: Manifest) -> LossReport:
         """The losses of the artifact in `folder`. Raises kind "option" when they are over the limit."""
-        total, level = total_loss(self._bench, folder, manifest)
+        total, kinds, level = whole_loss(self._bench, folder, manifest)
         if self._limit is not None and not total.kl <= self._limit:
             raise self._refusal(total)
         if self._layers is None:
             form = replace(parse_form(self._form), kv=16)  # a layer has no cache
             every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
             self._layers = layer_losses(self._bench, every, form) if form.weights is not None else ()
-        return LossReport(self._form, self._pipeline, self._bench.text, level, self._limit, total, self._layers)
+        return LossReport(self._form, self._pipeline, self._bench.text, level, self._limit, total, kinds, self._layers)
 
     def _refusal(self, total: Loss) -> XllmError:
         return XllmError(

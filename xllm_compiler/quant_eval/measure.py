@@ -21,10 +21,10 @@ from xllm_compiler.artifact import WEIGHTS, Manifest
 from xllm_compiler.ir.core import Module, Value
 from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import layer_weights
-from xllm_compiler.quant_eval.compare import Loss, compare
+from xllm_compiler.quant_eval.compare import Loss, TextLoss, compare, compare_on, merge
 from xllm_compiler.quant_eval.replay import Variant, replay
 from xllm_compiler.quant_eval.report import LayerLoss
-from xllm_compiler.quant_eval.text import take, windows
+from xllm_compiler.quant_eval.text import Window, take, windows
 from xllm_compiler.runtime.targets import choose_level, runtime_target
 from xllm_compiler.step.inputs import UNMAPPED, StepWriter
 from xllm_compiler.step.interface import LOGITS, STEP
@@ -38,18 +38,23 @@ Params = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Reference:
-    """A module without quantization and the text for it: `text` says what that is."""
+    """A module without quantization and the windows of text for it: `text` says what they are."""
 
     module: Module
     params: Params
-    ids: list[NDArray[np.int32]]
+    windows: list[Window]
     text: str
 
     @classmethod
     def of(cls, module: Module, params: Params, tokenizer: Path | None, vocab: int, longest: int) -> Reference:
         """With as many positions as the model affords. `tokenizer`: a tokenizer.json, None where there is none."""
-        ids, text = windows(tokenizer, vocab, longest)
-        return cls(module, params, take(ids, max(128, _WHOLE // _size(module))), text)
+        found, text = windows(tokenizer, vocab, longest)
+        return cls(module, params, take(found, max(128, _WHOLE // _size(module))), text)
+
+    @property
+    def ids(self) -> list[NDArray[np.int32]]:
+        """The tokens of each window."""
+        return [window.ids for window in self.windows]
 
     @property
     def weights(self) -> list[Value]:
@@ -60,7 +65,7 @@ class Reference:
     def few(self) -> list[NDArray[np.int32]]:
         """The text for layers' turns, which are many: a multiple of 16 tokens."""
         positions = _ALONE // (_size(self.module) * max(1, len(self.weights)))
-        return take(self.ids, min(256, max(_LEAST, positions // 16 * 16)))
+        return [window.ids for window in take(self.windows, min(256, max(_LEAST, positions // 16 * 16)))]
 
     def reference(self) -> NDArray[np.float32]:
         """Logits [positions, vocab] of the module as it is."""
@@ -83,10 +88,18 @@ def layer_losses(bench: Reference, forms: Mapping[Value, QuantForm], alone: Quan
     )
 
 
-def total_loss(bench: Reference, folder: Path, manifest: Manifest) -> tuple[Loss, str]:
-    """The loss of the programs and weights in `folder`, and the level that they were run at."""
+def whole_loss(bench: Reference, folder: Path, manifest: Manifest) -> tuple[Loss, dict[str, TextLoss], str]:
+    """The loss of the programs and weights in `folder`; that on each kind of text; the level that they were run at."""
     level = choose_level(runtime_target(manifest), manifest)
-    return compare(bench.reference(), served_logits(folder, manifest, level, bench.ids)), level
+    reference, logits = bench.reference(), served_logits(folder, manifest, level, bench.ids)
+    kinds = np.concatenate([[window.kind] * len(window.ids) for window in bench.windows])
+    following = np.concatenate([[*ids[1:], -1] for ids in bench.ids])
+    losses = {
+        kind: compare_on(reference[rows], logits[rows], following[rows])
+        for kind in sorted(set(kinds))
+        for rows in [np.flatnonzero(kinds == kind)]
+    }
+    return merge([each.loss for each in losses.values()]), losses, level
 
 
 def served_logits(

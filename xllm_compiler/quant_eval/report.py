@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from xllm_compiler.artifact import Contents, Manifest
 from xllm_compiler.artifact.strict_json import parse_json
 from xllm_compiler.errors import XllmError
-from xllm_compiler.quant_eval.compare import Loss
+from xllm_compiler.quant_eval.compare import Loss, TextLoss
 
 FILE: Final = "quantization.json"
 _SHOWN: Final = 12
@@ -28,8 +29,8 @@ class LayerLoss:
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """Losses against the unquantized form: of the compiled programs (`total`, run at `level` of the target), and of
-    each layer. `limit` is what was allowed of the total; None where anything was."""
+    """Losses against the unquantized form: of the compiled programs (`total`, run at `level` of the target), on each
+    kind of text, and of each layer. `limit` is what was allowed of the total; None where anything was."""
 
     form: str
     pipeline: str
@@ -37,6 +38,7 @@ class LossReport:
     level: str
     limit: float | None
     total: Loss
+    kinds: dict[str, TextLoss]
     layers: tuple[LayerLoss, ...]
 
     def to_json(self) -> str:
@@ -48,6 +50,14 @@ class LossReport:
             "level": self.level,
             "max_kl": self.limit,
             "total": _figures(self.total),
+            "kinds": {
+                kind: {
+                    **_figures(each.loss),
+                    "reference_perplexity": _digits(each.reference_perplexity),
+                    "perplexity": _digits(each.perplexity),
+                }
+                for kind, each in self.kinds.items()
+            },
             "layers": [
                 {"weights": list(layer.names), "form": layer.form, "alone": layer.alone, **_figures(layer.loss)}
                 for layer in self.layers
@@ -72,14 +82,17 @@ def report_text(path: Path, manifest: Manifest) -> str | None:
 
 def table_text(found: dict[str, object]) -> str:
     """What `LossReport.to_json` wrote, for people: the total, then the layers that lose most."""
-    total, layers = found["total"], found["layers"]
-    assert isinstance(total, dict) and isinstance(layers, list)
+    total, layers, kinds = found["total"], found["layers"], found["kinds"]
+    assert isinstance(total, dict) and isinstance(layers, list) and isinstance(kinds, dict)
     limit = "none" if found["max_kl"] is None else f"{found['max_kl']:g}"
     lines = [
         f"loss of {found['form']} against the unquantized model, {found['text']}",
         f"  {'total':<46} KL {_kl(total):>9}  top-1 {total['top1']:7.2%}  "
         f"({total['positions']} positions on {found['level']}, limit {limit})",
     ]
+    for kind, each in kinds.items():
+        was, is_ = (_digits_text(each[name]) for name in ("reference_perplexity", "perplexity"))
+        lines.append(f"  {kind:<46} KL {_kl(each):>9}  top-1 {each['top1']:7.2%}  perplexity {is_}, unquantized {was}")
     worst = sorted(layers, key=lambda layer: -(layer["kl"] if layer["kl"] is not None else float("inf")))[:_SHOWN]
     if worst:
         count = f"the {len(worst)} of {len(layers)} that lose most" if len(layers) > len(worst) else "the worst first"
@@ -93,12 +106,19 @@ def table_text(found: dict[str, object]) -> str:
 
 
 def _figures(loss: Loss) -> dict[str, object]:
-    kl = float(f"{loss.kl:.3g}") if loss.kl != float("inf") else None
-    return {"kl": kl, "top1": round(loss.top1, 4), "positions": loss.positions}
+    return {"kl": _digits(loss.kl), "top1": round(loss.top1, 4), "positions": loss.positions}
 
 
-def _kl(figures: dict[str, object]) -> str:
-    return "infinite" if figures["kl"] is None else f"{figures['kl']:.3g}"
+def _digits(value: float) -> float | None:
+    return float(f"{value:.3g}") if math.isfinite(value) else None
+
+
+def _digits_text(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
+
+
+def _kl(figures: dict[str, Any]) -> str:
+    return _digits_text(figures["kl"])
 
 
 def _short(names: list[str]) -> str:

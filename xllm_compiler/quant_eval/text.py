@@ -1,50 +1,66 @@
-"""The tokens on which loss is measured: held_out.txt, cut into windows.
+"""The tokens on which loss is measured: the files of held_out/, one for each kind of text, cut into windows.
 
-held_out.txt holds files of Python 3.11's standard library that the bundled model never saw (`models/corpus.py`),
-divided by form feeds. They are under Python's licence, (c) Python Software Foundation.
+code.txt holds files of Python 3.11's standard library that the bundled model never saw (`models/corpus.py`); they are
+under Python's licence, (c) Python Software Foundation. The others were written for this purpose. Form feeds divide a
+file into pieces.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-HELD_OUT: Final = Path(__file__).parent / "held_out.txt"
+HELD_OUT: Final = Path(__file__).parent / "held_out"
 WINDOW: Final = 128
 """Most tokens of a window; each is a request of its own, from position 0."""
 
 
-def pieces() -> list[str]:
-    """The held-out text in the order in which it is used."""
-    return HELD_OUT.read_text(encoding="utf-8").split("\f")
+@dataclass(frozen=True)
+class Window:
+    """The `ids` of some text of a `kind`, i32."""
+
+    kind: str
+    ids: NDArray[np.int32]
 
 
-def windows(tokenizer: Path | None, vocab: int, longest: int) -> tuple[list[NDArray[np.int32]], str]:
-    """Token ids of the beginning of every piece, and what they are, for the report.
+def pieces() -> list[tuple[str, str]]:
+    """Kind and text of every piece, in the order in which they are used: the kinds by turns."""
+    files = sorted(HELD_OUT.glob("*.txt"))
+    texts = [[(file.stem, text) for text in file.read_text(encoding="utf-8").split("\f")] for file in files]
+    return [piece for turn in zip_longest(*texts) for piece in turn if piece is not None]
+
+
+def windows(tokenizer: Path | None, vocab: int, longest: int) -> tuple[list[Window], str]:
+    """The beginning of every piece, and what the windows are, for the report.
 
     Each has the special tokens that the model's tokenizer puts around a text, and at most `longest` tokens. Without a
     tokenizer, or where it makes ids that the model does not have, they are random ids, the same every time.
     """
     most = min(WINDOW, longest)
+    found = pieces()
     if tokenizer is not None:
         from tokenizers import Tokenizer
 
-        made = Tokenizer.from_file(str(tokenizer))
-        ids = [np.array(item.ids[:most], np.int32) for item in made.encode_batch(pieces())]
+        made = Tokenizer.from_file(str(tokenizer)).encode_batch([text for _, text in found])
+        ids = [np.array(item.ids[:most], np.int32) for item in made]
         if all(len(each) and each.max() < vocab for each in ids):
-            return ids, "held-out text"
+            return [Window(kind, each) for (kind, _), each in zip(found, ids, strict=True)], "held-out text"
     draw = np.random.Generator(np.random.Philox(0))
-    return [draw.integers(0, vocab, most).astype(np.int32) for _ in pieces()], "random ids: no tokenizer"
+    random = [Window("random", draw.integers(0, vocab, most).astype(np.int32)) for _ in found]
+    return random, "random ids: no tokenizer"
 
 
-def take(ids: list[NDArray[np.int32]], positions: int) -> list[NDArray[np.int32]]:
+def take(given: list[Window], positions: int) -> list[Window]:
     """The first windows that hold `positions` tokens in all, the last one cut."""
-    out: list[NDArray[np.int32]] = []
-    for each in ids:
-        part = each[: positions - sum(map(len, out))]
+    out: list[Window] = []
+    for each in given:
+        part = each.ids[:positions]
+        positions -= len(part)
         if len(part):
-            out.append(part)
+            out.append(Window(each.kind, part))
     return out
