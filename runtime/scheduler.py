@@ -13,12 +13,12 @@ their own.
 
 The policy. Each running request of the step's function that needs one token (a decode) gets a token and a row first.
 The step's other tokens and rows go, oldest first, to the drafts of decodes and to unfinished prompts, in chunks. While
-anybody decodes, of whichever function, a step has few tokens of prompts: it is the gap that every stream sees. A draft
-fills only the page of its decode, so a rejected one leaves nothing behind. A running request that finds no page takes
-those of the youngest, which goes back to the head of the queue and will be computed again. The youngest itself skips
-the step: keeping its pages costs nothing until an older one asks. A new request needs free pages for its whole prompt,
-beyond what running prompts still need, plus one for each running request. Admitting on the first chunk alone causes
-preemption storms.
+anybody decodes, of whichever function, a step has few tokens and rows of prompts: it is the gap that every stream sees.
+A draft fills only the page of its decode, so a rejected one leaves nothing behind. A running request that finds no page
+takes those of the youngest, which goes back to the head of the queue and will be computed again. The youngest itself
+skips the step: keeping its pages costs nothing until an older one asks. A new request needs free pages for its whole
+prompt, beyond what running prompts still need, plus one for each running request. Admitting on the first chunk alone
+causes preemption storms.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Job(Protocol):
 # The most prompt tokens in a step while somebody decodes. 2,048 would make prompts 6 % faster, and every stream's gap
 # six times as long (bench/RESULTS.md).
 PROMPT_TOKENS_BESIDE_DECODES = 256
+# The same of rows, each of which is judged or drawn from on one thread: of log-probabilities of a prompt.
+PROMPT_ROWS_BESIDE_DECODES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,19 @@ def plan(running: Sequence[J], waiting: Sequence[J], free: int, limits: Limits, 
 class _Planner(Generic[J]):
     """The counters of one try at a plan."""
 
-    __slots__ = ("end", "free", "function", "limits", "out", "promised", "prompt_tokens", "rows", "running", "tokens")
+    __slots__ = (
+        "end",
+        "free",
+        "function",
+        "limits",
+        "out",
+        "promised",
+        "prompt_rows",
+        "prompt_tokens",
+        "rows",
+        "running",
+        "tokens",
+    )
 
     def __init__(self, running: Sequence[J], free: int, limits: Limits, function: str) -> None:
         decodes = others = 0
@@ -126,8 +140,10 @@ class _Planner(Generic[J]):
         self.limits = limits
         self.function = function
         self.tokens = limits.max_tokens - decodes  # left for prompts and drafts
-        self.prompt_tokens = PROMPT_TOKENS_BESIDE_DECODES if decodes + others else limits.max_tokens  # left for prompts
         self.rows = limits.max_rows - decodes
+        # of those, left for prompts
+        self.prompt_tokens = PROMPT_TOKENS_BESIDE_DECODES if decodes + others else limits.max_tokens
+        self.prompt_rows = PROMPT_ROWS_BESIDE_DECODES if decodes + others else limits.max_rows
         self.promised = 0  # pages that running prompts will need after this step
         self.out: Plan[J] = Plan(function)
 
@@ -185,8 +201,9 @@ class _Planner(Generic[J]):
 
     def _prompt_chunk(self, job: J) -> int:
         """How many of the prompt's tokens the step's tokens and rows allow."""
+        tokens, rows = min(self.tokens, self.prompt_tokens), min(self.rows, self.prompt_rows)
         rowless = max(0, job.first_row - job.computed)
-        return max(0, min(job.known - job.computed, self.tokens, self.prompt_tokens, rowless + self.rows))
+        return max(0, min(job.known - job.computed, tokens, rowless + rows))
 
     def _take(self, job: J, count: int) -> None:
         new = -(-(job.computed + count) // self.limits.page_tokens) - job.pages
@@ -196,7 +213,9 @@ class _Planner(Generic[J]):
     def _spend(self, job: J, count: int) -> None:
         self.tokens -= count
         self.prompt_tokens -= count
-        self.rows -= max(0, job.computed + count - max(job.first_row, job.computed))
+        rows = max(0, job.computed + count - max(job.first_row, job.computed))
+        self.rows -= rows
+        self.prompt_rows -= rows
 
     def _admit(self, waiting: Iterable[J]) -> None:
         page = self.limits.page_tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm_compiler.runtime.scheduler import PROMPT_TOKENS_BESIDE_DECODES, Limits, Plan, plan
+from xllm_compiler.runtime.scheduler import PROMPT_ROWS_BESIDE_DECODES, PROMPT_TOKENS_BESIDE_DECODES, Limits, Plan, plan
 
 
 @dataclass(eq=False)
@@ -197,6 +197,10 @@ def test_prompts_are_cut_short_while_anybody_decodes() -> None:
     text = FakeJob(known=1000, function="embed")
     assert plan([decode, text], [], 4000, limits, "step").work == [(text, few)]
     assert plan([text], [], 4000, limits).work == [(text, 1000)]
+    wide = Limits(max_tokens=2048, max_seqs=8, max_rows=512, page_tokens=4, total_pages=5000)
+    scored = FakeJob(known=300, scored=True, prompt=300)
+    assert plan([decode], [scored], 4000, wide).work == [(decode, 1), (scored, PROMPT_ROWS_BESIDE_DECODES)]
+    assert plan([], [scored], 4000, wide).work == [(scored, 300)]
 
 
 def test_the_oldest_takes_the_pages_of_the_youngest() -> None:
