@@ -139,6 +139,13 @@ def _refuse_other_kinds(root: Path, names: list[str]) -> None:
             root,
             "merge it into its base model (in PEFT: merge_and_unload, then save_pretrained) and compile the result",
         )
+    own = [name for name in names if name.endswith(".gguf")]
+    if "config.json" not in names and own:
+        raise damaged(
+            f"config.json is missing, but there is {own[0]}",
+            root,
+            f"compile the file itself: {root / own[0]}",
+        )
     if "config.json" not in names and ("params.json" in names or any(n.startswith("consolidated.") for n in names)):
         raise damaged(
             "config.json is missing: this is the format of Meta or Mistral (params.json, consolidated.*)",

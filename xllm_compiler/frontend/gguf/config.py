@@ -42,7 +42,7 @@ def config_of(file: GgufFile, architecture: Architecture) -> tuple[dict[str, Any
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        **{f"{name}_token_id": _id(file, key) for name, key in _NAMED.items()},
+        **{f"{name}_token_id": _id(file, key) for name, key in _NAMED.items()},  # null, not the class's own default
     }
     if architecture.paired and window:
         architecture = MISTRAL
@@ -61,7 +61,7 @@ def config_of(file: GgufFile, architecture: Architecture) -> tuple[dict[str, Any
     return {
         "architectures": [architecture.model_class],
         "model_type": architecture.model_type,
-        **{key: value for key, value in config.items() if value is not None},
+        **config,
     }, architecture
 
 

@@ -56,8 +56,8 @@ def resolve_gguf_tokenizer(file: GgufFile) -> ResolvedTokenizer | None:
 def _of(file: GgufFile, key: str, kind: type, inner: type | None = None) -> Any:
     """The value of tokenizer.ggml.`key`, None where there is none."""
     value: Any = file.metadata.get(f"tokenizer.ggml.{key}")
-    sound = type(value) is kind and (inner is None or all(type(item) is inner for item in value))
-    if value is not None and not sound:
+    kinds = {type(item) for item in (value if isinstance(value, list) else ())}
+    if value is not None and (type(value) is not kind or not kinds <= {inner}):
         raise damaged(f"tokenizer.ggml.{key} is {str(value)[:80]}, not what it should be", file.path)
     return value
 
