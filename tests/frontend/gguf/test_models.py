@@ -1,4 +1,4 @@
-"""Models in GGUF files: what transformers makes of the same file, and blocks as llama.cpp's own package unpacks them."""
+"""Models in GGUF files, as transformers reads the same file, and blocks as llama.cpp's own package unpacks them."""
 
 from __future__ import annotations
 
