@@ -25,6 +25,7 @@ from xllm_compiler.ir.quant import dequantize_weight
 
 PROMPTS = [[5, 17, 99, 200, 3], [11, 12, 13, 14, 15, 16, 17, 18, 19], [201]]
 KINDS = [Kind(number) for number in TYPES]
+ROWS: dict[str, Any] = {"dtype": "f32", "max_num_seqs": 8, "max_num_batched_tokens": 128, "max_num_logits": 64}
 KEPT = (Kind.Q8_0, Kind.Q4_0, Kind.Q5_0)
 
 
@@ -116,16 +117,17 @@ def test_softcaps_and_windows_of_gemma(tmp_path: Path) -> None:
     assert [found[k] for k in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")] == [20, 10, 64]
 
 
-def with_table(path: Path, factors: Any, name: str = "rope_freqs.weight") -> None:
-    """Adds a table of factors to a file."""
+def with_tables(path: Path, **tables: Any) -> None:
+    """Adds tables of factors to a file."""
     reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
             writer.add_key_value(key, field.contents(), field.types[0])
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor(name, np.asarray(factors, np.float32))
+    for name, factors in tables.items():
+        writer.add_tensor(f"{name}.weight", np.asarray(factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -144,13 +146,37 @@ def test_the_rope_of_llama_3_is_found_by_its_table(tmp_path: Path) -> None:
     setting = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config.rope_parameters = {**setting, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    with_table(path, plain / scaled)
+    with_tables(path, rope_freqs=plain / scaled)
     found = Checkpoint.open(path).config["rope_parameters"]
     assert {**found, "factor": round(found["factor"], 4)} == config.rope_parameters
-    with_table(other := random_gguf("llama", tmp_path / "other", [Kind.Q8_0]), np.linspace(1, 9, 32))
+    other = random_gguf("llama", tmp_path / "other", [Kind.Q8_0])
+    with_tables(other, rope_freqs=np.linspace(1, 9, 32))
     with pytest.raises(XllmError, match="rope_freqs") as e:
         Checkpoint.open(other)
     assert e.value.kind == "unsupported"
+
+
+def test_the_rope_of_phi_is_in_two_tables(tmp_path: Path) -> None:
+    keys = {"context_length": 4096, "rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.2}
+    path = random_gguf("phi3", tmp_path, [Kind.Q8_0], **keys, **{"rope.dimension_count": 48})
+    with_tables(path, rope_factors_long=np.linspace(1, 9, 24), rope_factors_short=np.linspace(1, 2, 24))
+    found = Checkpoint.open(path).config["rope_parameters"]
+    assert found["rope_type"] == "longrope" and len(found["long_factor"]) == len(found["short_factor"]) == 24
+    assert found["original_max_position_embeddings"] == 128 and found["partial_rotary_factor"] == 0.75
+    assert found["factor"] == 32 and found["attention_factor"] == pytest.approx(1.2)
+    with pytest.raises(XllmError, match="changes its frequencies"):
+        trace_checkpoint(Checkpoint.open(path), **ROWS, max_model_len=4096)
+    traced = trace_checkpoint(Checkpoint.open(path), **ROWS, max_model_len=64)
+    ours = stepped_logits(traced.module, traced.weights, PROMPTS[:1])[0]
+    np.testing.assert_allclose(ours, reference_logits(load_reference(path), PROMPTS[0]), atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaling_by_a_factor(kind: str, tmp_path: Path) -> None:
+    path = random_gguf("llama", tmp_path, [Kind.F32], **{"rope.scaling.type": kind, "rope.scaling.factor": 4.0})
+    found = Checkpoint.open(path).config["rope_parameters"]
+    assert (found["rope_type"], found["factor"]) == (kind, 4.0)
+    assert found.get("original_max_position_embeddings") == (128 if kind == "yarn" else None)
 
 
 @pytest.mark.parametrize(

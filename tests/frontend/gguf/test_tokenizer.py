@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def test_digits_stand_alone_where_the_vocabulary_was_learned_so(tmp_path: Path) 
         assert found is not None and not found.notes
         cut[words] = Tokenizer.from_str(found.tokenizer).encode("10 a12").tokens
     assert cut == {"gpt-2": ["10", "\u0120a", "12"], "smollm": ["1", "0", "\u0120a", "1", "2"]}
+
+
+def test_the_gguf_package_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, described, _ = CASES["gemma"]
+    path = write(tmp_path / "m.gguf", architecture, described)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert resolve_gguf_tokenizer(GgufFile.open(path)) is not None
 
 
 def test_a_file_without_a_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:

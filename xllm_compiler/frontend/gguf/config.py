@@ -114,6 +114,9 @@ def _gemma3(config: dict[str, Any], keys: Keys, window: int) -> None:
 
 def _phi3(config: dict[str, Any], keys: Keys, window: int) -> None:
     config["sliding_window"] = window or None
+    original = config["rope_parameters"].get("original_max_position_embeddings")
+    if original is not None:  # the class has a default for it, which would win
+        config["original_max_position_embeddings"] = original
     del config["head_dim"]  # the class computes it
 
 
