@@ -63,7 +63,8 @@ def write(path: Path, architecture: str, described: dict[str, Any]) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_uint32(f"{architecture}.block_count", 1)
     for key, value in described.items():
-        name = "tokenizer.chat_template" if key == "template" else f"tokenizer.ggml.{key}"
+        own = key.startswith("template")
+        name = f"tokenizer.chat_{key}" if own else f"tokenizer.ggml.{key}"
         add = {list: writer.add_array, bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
         add[type(value)](name, value)
     writer.write_header_to_file()
@@ -118,6 +119,15 @@ def test_digits_stand_alone_where_the_vocabulary_was_learned_so(tmp_path: Path) 
         assert found is not None and not found.notes
         cut[words] = Tokenizer.from_str(found.tokenizer).encode("10 a12").tokens
     assert cut == {"gpt-2": ["10", "\u0120a", "12"], "smollm": ["1", "0", "\u0120a", "1", "2"]}
+
+
+def test_chat_templates_may_have_names(tmp_path: Path) -> None:
+    described = {**byte_level(), "pre": "gpt-2", "template": TEMPLATE, "template.tool_use": "{{ messages }}"}
+    found = resolve_gguf_tokenizer(GgufFile.open(write(tmp_path / "m.gguf", "llama", described)))
+    assert found is not None and json.loads(found.config)["chat_template"] == [
+        {"name": "default", "template": TEMPLATE},
+        {"name": "tool_use", "template": "{{ messages }}"},
+    ]
 
 
 def test_the_gguf_package_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

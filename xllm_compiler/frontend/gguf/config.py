@@ -98,8 +98,8 @@ def _qwen3(config: dict[str, Any], keys: Keys, window: int) -> None:
 
 def _gemma2(config: dict[str, Any], keys: Keys, window: int) -> None:
     config["sliding_window"] = window or 4096
-    config["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
-    config["final_logit_softcapping"] = keys.number("final_logit_softcapping", 30.0)
+    config["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0) or None
+    config["final_logit_softcapping"] = keys.number("final_logit_softcapping", 30.0) or None
     config["query_pre_attn_scalar"] = _query_scalar(config, "gemma2")
 
 
@@ -147,8 +147,8 @@ def _no_window(keys: Keys, window: int) -> None:
 
 
 def generation_of(file: GgufFile) -> dict[str, Any]:
-    """The tokens that begin and end a text. Files say up to three ends; many of chat models say the base model's alone.
-    So a control token that the chat template writes, and that is called as ends of a turn are, is one too."""
+    """The tokens that begin and end a text. A file names up to three ends, and many of chat models name the base model's
+    alone. So a control token that the chat template writes, with the name of an end of a turn, is one too."""
     ends = [number for number in (_id(file, key) for key in _ENDS) if number is not None]
     template = file.metadata.get("tokenizer.chat_template")
     tokens, kinds = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))

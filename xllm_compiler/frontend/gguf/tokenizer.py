@@ -99,12 +99,20 @@ def _settings(file: GgufFile, kind: str, tokens: list[str]) -> dict[str, Any]:
     for name in _ADDED:
         value = _of(file, name, bool)
         settings[name] = value if value is not None else name == _ADDED[0] and kind != _BYTE_LEVEL
-    template = file.metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise damaged("tokenizer.chat_template is no text", file.path)
-    if template:
-        settings["chat_template"] = template
+    templates = _templates(file)
+    if templates:
+        settings["chat_template"] = templates["default"] if list(templates) == ["default"] else templates
     return settings
+
+
+def _templates(file: GgufFile) -> dict[str, str]:
+    """Chat templates by name: the file's own is "default"."""
+    start = "tokenizer.chat_template"
+    found = {key: text for key, text in file.metadata.items() if key == start or key.startswith(f"{start}.")}
+    for key, text in found.items():
+        if not isinstance(text, str):
+            raise damaged(f"{key} is no text", file.path)
+    return {key.removeprefix(start).removeprefix(".") or "default": text for key, text in found.items() if text}
 
 
 def _split(backend: Any, described: dict[str, Any], kind: str) -> list[str]:
