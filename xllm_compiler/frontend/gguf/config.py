@@ -147,8 +147,8 @@ def _no_window(keys: Keys, window: int) -> None:
 
 
 def generation_of(file: GgufFile) -> dict[str, Any]:
-    """The tokens that begin and end a text. A file names up to three ends, and many of chat models name the base model's
-    alone. So a control token that the chat template writes, with the name of an end of a turn, is one too."""
+    """The tokens that begin and end a text. A file names up to three ends. Many of chat models name the base model's
+    alone: a control token that the chat template writes, with the name of an end of a turn, is one too."""
     ends = [number for number in (_id(file, key) for key in _ENDS) if number is not None]
     template = file.metadata.get("tokenizer.chat_template")
     tokens, kinds = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
