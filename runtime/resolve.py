@@ -31,14 +31,14 @@ def resolve_artifact(
     """
     if is_artifact(path):
         return path
-    if not os.path.isfile(path / "config.json"):
+    if not (os.path.isfile(path / "config.json") or (path.suffix == ".gguf" and os.path.isfile(path))):
         what = "has neither manifest.json nor config.json" if os.path.isdir(path) else "is not a directory"
         if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
             raise XllmError("io", f"{path} cannot be read by this user", help="give it read and search permission")
         raise XllmError(
             "option",
             f"{path} {what}",
-            help="name an artifact that xllm-compile wrote, or a Hugging Face checkpoint directory",
+            help="name an artifact that xllm-compile wrote, a Hugging Face checkpoint directory, or a GGUF file",
         )
     if tell is not None:
         tell(f"{path} is a checkpoint: compiling it into the cache, unless it is there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal[
-    "checkpoint",  # the Hugging Face directory is not what it says it is
+    "checkpoint",  # the Hugging Face directory or GGUF file is not what it says it is
     "unsupported",  # a sound model that this compiler cannot translate yet
     "ir",  # an IR text or module breaks a rule
     "option",  # a flag or a setting

@@ -13,6 +13,7 @@ from typing import Any
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.embedding import default_functions
+from xllm_compiler.frontend.gguf.tensors import GgufEntry
 from xllm_compiler.frontend.lengths import lengths_of
 from xllm_compiler.frontend.quantized_config import quantized_config, side_notes
 from xllm_compiler.passes.quantize.forms import MIXED, MIXED_MAX_KL, NARROW, parse_form
@@ -104,7 +105,8 @@ def resolve(options: CompileOptions, checkpoint: Checkpoint) -> Resolved:
         )
     name = options.name
     if name is None:  # a directory's name may be any bytes
-        name = os.fsencode(checkpoint.path.resolve().name).decode("utf-8", "replace")
+        path = checkpoint.path.resolve()
+        name = os.fsencode(path.name if checkpoint.gguf is None else path.stem).decode("utf-8", "replace")
     if not name or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) or len(name) > 256:
         raise XllmError("option", f"--name {name!r} is not a model name", help="up to 256 printable characters")
     pipeline, form = _pipeline(options, target, checkpoint, notes)
@@ -152,11 +154,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _default_dtype(checkpoint: Checkpoint, notes: list[str]) -> str:
-    """bfloat16 when most bytes of the float weights are 16-bit already, float32 otherwise. A config that says another
+    """bfloat16 when most bytes of the float weights are of 16 bits, or of blocks of fewer. A config that says another
     width is told of: loaders that go by it compute with other numbers."""
     narrow = wide = 0
     for entry in checkpoint.tensors.values():
-        if entry.dtype in ("BF16", "F16"):
+        if entry.dtype in ("BF16", "F16") or (isinstance(entry, GgufEntry) and entry.in_blocks):
             narrow += entry.nbytes
         elif entry.is_float:
             wide += entry.nbytes
@@ -180,7 +182,7 @@ def _model_len(given: int | None, checkpoint: Checkpoint, notes: list[str]) -> i
             raise XllmError(
                 "option",
                 f"--max-model-len {value} is more than the {most} positions that the model was made for",
-                where=str(checkpoint.path / "config.json"),
+                where=str(checkpoint.config_file),
                 help=f"ask for {most} or less",
             )
         return value

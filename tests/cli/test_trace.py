@@ -59,10 +59,10 @@ def test_a_pipeline_and_locs(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere"], "error[checkpoint]: there is no such checkpoint directory\n  at nowhere\n"),
+        (["nowhere"], "error[checkpoint]: there is no such checkpoint\n  at nowhere\n"),
         (["."], "error[checkpoint]: config.json is missing\n  at config.json\n"),
-        (["cfg/other.json"], "error[checkpoint]: there is no such checkpoint directory\n"),
-        (["file.txt"], "error[checkpoint]: file.txt is a file\n  help: give a checkpoint directory, or its"),
+        (["cfg/other.json"], "error[checkpoint]: there is no such checkpoint\n"),
+        (["file.txt"], "error[checkpoint]: file.txt is no GGUF file\n  at file.txt\n  help: give a Hugging Face"),
         (["bad"], "error[checkpoint]: config.json is not valid JSON: "),
         (["pickled"], "error[checkpoint]: the weights are not safetensors but pytorch_model.bin\n"),
         (["cfg", "--dtype", "f8"], "error[option]: --dtype 'f8' is not known\n  help: choose from float32, bfloat16"),

@@ -268,6 +268,8 @@ def test_resolving_what_is_no_artifact(tmp_path: Path, toy: Path, monkeypatch: p
     told: list[str] = []
     monkeypatch.setattr(resolve, "_COMPILE", ("-c", f"print('progress'); print({str(toy)!r})"))
     assert resolve.resolve_artifact(tmp_path, tell=told.append) == toy and len(told) == 1
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert resolve.resolve_artifact(tmp_path / "m.gguf", tell=told.append) == toy and len(told) == 2
     for silent in (
         "raise SystemExit(2)",
         "print('not json'); raise SystemExit(1)",

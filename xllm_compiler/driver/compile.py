@@ -63,7 +63,8 @@ def compile_checkpoint(
     instruments: Sequence[Instrument] = (),
     listeners: Sequence[RewriteListener] = (),
 ) -> CompileReport:
-    """Compile a Hugging Face checkpoint directory into the artifact directory `out`, or into `cache` when that is None.
+    """Compile a checkpoint, a Hugging Face directory or a GGUF file, into the artifact directory `out`, or into `cache`
+    when that is None.
 
     `instruments` watch the passes, `listeners` single rewrites; they see nothing where the cache has the artifact.
     `store`: a directory for what the next compile can use again: compiled kernels, and the register tiles that were

@@ -98,7 +98,7 @@ class Request:
                 raise XllmError(
                     "checkpoint",
                     f"{name} changed while it was compiled",
-                    where=str(self.checkpoint.path / name),
+                    where=str(_read_files(self.checkpoint).get(name, self.checkpoint.path)),
                     help="compile again when nothing writes to the checkpoint",
                 )
 
@@ -153,13 +153,14 @@ def recorded(value: T, note: Callable[[str], object]) -> T:
     return copy
 
 
-def _read_names(checkpoint: Checkpoint) -> list[str]:
+def _read_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """By its name, each file that a compile reads, or would read if it were there."""
+    if checkpoint.gguf is not None:
+        return {checkpoint.path.name: checkpoint.path}
+    root = checkpoint.path
     shards = [INDEX, *(shard.name for shard in checkpoint.shards)]
-    return list(
-        dict.fromkeys(
-            [*COPIED, *tokenizer_files(checkpoint.path), *SIDE_FILES, *embedding_files(checkpoint.path), *shards]
-        )
-    )
+    names = [*COPIED, *tokenizer_files(root), *SIDE_FILES, *embedding_files(root), *shards]
+    return {name: root / name for name in names}
 
 
 def _checkpoint_factors(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -167,8 +168,7 @@ def _checkpoint_factors(checkpoint: Checkpoint) -> dict[str, Any]:
     threads = len(os.sched_getaffinity(0))
     # A file that is added later may be read then, and cannot be listed by name now.
     found: dict[str, Any] = {"checkpoint.tokenizer files": " ".join(tokenizer_files(checkpoint.path))}
-    for name in _read_names(checkpoint):
-        path = checkpoint.path / name
+    for name, path in _read_files(checkpoint).items():
         try:
             found[f"checkpoint.{name}"] = digest_file(path, threads) if path.is_file() else None
         except OSError as error:
@@ -179,9 +179,9 @@ def _checkpoint_factors(checkpoint: Checkpoint) -> dict[str, Any]:
 def _stamps(checkpoint: Checkpoint) -> dict[str, Stamp | None]:
     """Size, time and inode of every file that a compile reads."""
     found: dict[str, Stamp | None] = {}
-    for name in _read_names(checkpoint):
+    for name, path in _read_files(checkpoint).items():
         try:
-            stat = os.stat(checkpoint.path / name)
+            stat = os.stat(path)
             found[name] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         except OSError:
             found[name] = None

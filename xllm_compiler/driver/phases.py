@@ -7,6 +7,7 @@ result.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,13 +54,19 @@ def load_compiler(request: Request) -> None:
 
 def write_tokenizer(checkpoint: Checkpoint, writer: ArtifactWriter, progress: Progress) -> ResolvedTokenizer | None:
     """The tokenizer and other files that servers want. A bad tokenizer is found here, before the long phases."""
+    from xllm_compiler.frontend.gguf.tokenizer import resolve_gguf_tokenizer
     from xllm_compiler.frontend.tokenizer import resolve_tokenizer
 
     root = checkpoint.path
-    for name in COPIED:
-        if (root / name).is_file():
-            writer.copy(name, root / name)
-    tokenizer = resolve_tokenizer(root)
+    if checkpoint.gguf is not None:
+        for name, made in zip(COPIED, (checkpoint.config, checkpoint.generation), strict=True):
+            writer.write_text(name, json.dumps(made, indent=2, sort_keys=True) + "\n")
+        tokenizer = resolve_gguf_tokenizer(checkpoint.gguf)
+    else:
+        for name in COPIED:
+            if (root / name).is_file():
+                writer.copy(name, root / name)
+        tokenizer = resolve_tokenizer(root)
     if tokenizer is None:
         progress.note("the checkpoint has no tokenizer; the artifact will take and give token ids only")
         return None

@@ -49,9 +49,9 @@ class CheckpointInfo:
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The transformers config of a checkpoint directory, unquantized. Never runs code that came with it."""
+    """The transformers config of a checkpoint, unquantized. Never runs code that came with it."""
     raw = checkpoint.config
-    where = str(checkpoint.path / "config.json")
+    where = str(checkpoint.config_file)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise XllmError("checkpoint", "config.json has no model_type", where=where)
@@ -68,7 +68,10 @@ def load_config(checkpoint: Checkpoint) -> Any:
             )
         raise XllmError("unsupported", f"unknown model type {kind!r}", where=where)
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False, local_files_only=True)
+        if checkpoint.gguf is not None:
+            config = type(known).from_dict(dict(raw))
+        else:
+            config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False, local_files_only=True)
     except Exception as e:
         raise XllmError("checkpoint", f"transformers rejects config.json: {_first_line(e)}", where=where) from e
     for setting in ("quantization_config", "compression_config"):  # the model is traced in its float form
@@ -95,7 +98,7 @@ class _Budget:
         if checkpoint is None:  # a config alone: what takes some seconds to build
             return cls("config.json", 1 << 17, 1 << 62)
         held = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-        return cls(str(checkpoint.path / "config.json"), 4 * len(checkpoint.tensors) + 64, 64 * held + (1 << 24))
+        return cls(str(checkpoint.config_file), 4 * len(checkpoint.tensors) + 64, 64 * held + (1 << 24))
 
     def spend(self, shape: tuple[int, ...]) -> None:
         """Raises XllmError("checkpoint") when there is nothing left."""

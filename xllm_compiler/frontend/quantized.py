@@ -8,7 +8,7 @@ read, and `why` says so. Nothing is rounded a second time. At most one weight is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,9 @@ import numpy as np
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend import quantized_pack as pack
 from xllm_compiler.frontend.checkpoint import Array, Checkpoint, TensorEntry
+from xllm_compiler.frontend.gguf.tensors import BlockWeight, GgufEntry
 from xllm_compiler.frontend.quantized_config import QuantizedConfig, Scheme, quantized_config
+from xllm_compiler.frontend.quantized_weight import StoredWeight
 from xllm_compiler.ir.semantics import NP_DTYPE
 from xllm_compiler.weight_formats import STEP, IntegerFormat
 
@@ -38,7 +40,7 @@ _CACHE_SCALES: Final = ("k_scale", "v_scale", "q_scale")
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class PackedWeight(StoredWeight):
     """The weight [out, in] of one module, of which the checkpoint holds the tensors `module`.qweight and so on."""
 
     module: str
@@ -130,6 +132,10 @@ class StoredWeight:
         every = ("weight", *_parts(self.config.method))
         named = {part: f"{self.module}.{part}" for part in every}
         return {part: self.checkpoint.tensors[n] for part, n in named.items() if n in self.checkpoint.tensors}
+
+    @property
+    def entries(self) -> Iterable[TensorEntry]:
+        return self.parts.values()
 
     @property
     def _groups(self) -> int:
@@ -269,10 +275,13 @@ class Quantized:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Quantized:
         """Also of an unquantized one. Raises XllmError("unsupported" | "checkpoint") naming method or tensor."""
+        blocks = [t for t in checkpoint.tensors.values() if isinstance(t, GgufEntry) and t.in_blocks]
+        if blocks:
+            return cls._view(checkpoint, [BlockWeight.of(entry) for entry in blocks], ())
         config = quantized_config(checkpoint)
         if config is None:
             return cls(checkpoint, {}, ())
-        weights = {w.name: w for w in _find(checkpoint, config)}
+        weights = _find(checkpoint, config)
         if not weights:
             raise XllmError(
                 "checkpoint",
@@ -280,17 +289,21 @@ class Quantized:
                 "is stored so",
                 where=config.where,
             )
-        tensors = dict(checkpoint.tensors)
         notes = [] if config.rows else config.notes()
-        if any(name.rpartition(".")[2] in _CACHE_SCALES for name in tensors):
+        if any(name.rpartition(".")[2] in _CACHE_SCALES for name in checkpoint.tensors):
             notes.append("the checkpoint has scales for a quantized KV cache; the cache is not quantized")
-        for weight in weights.values():
-            first = next(iter(weight.parts.values()))
-            for entry in weight.parts.values():
+        return cls._view(checkpoint, weights, tuple(notes))
+
+    @classmethod
+    def _view(cls, checkpoint: Checkpoint, weights: Sequence[StoredWeight], notes: tuple[str, ...]) -> Quantized:
+        tensors = dict(checkpoint.tensors)
+        for weight in weights:
+            first = next(iter(weight.entries))
+            for entry in weight.entries:
                 tensors.pop(entry.name)
             tensors[weight.name] = TensorEntry(weight.name, "F32", weight.shape, first.file, first.start, 0)
         kept = {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _CACHE_SCALES}
-        return cls(replace(checkpoint, tensors=kept), weights, tuple(notes))
+        return cls(replace(checkpoint, tensors=kept), {w.name: w for w in weights}, notes)
 
     def dequantized(self) -> list[str]:
         """A line for each reason for which weights are dequantized."""
@@ -310,9 +323,9 @@ def _parts(method: str) -> tuple[str, ...]:
     return known.get(method, _FP8_PARTS)
 
 
-def _find(checkpoint: Checkpoint, config: QuantizedConfig) -> list[StoredWeight]:
+def _find(checkpoint: Checkpoint, config: QuantizedConfig) -> list[PackedWeight]:
     """The quantized weights, in order of their names; shapes are what the stored values say."""
-    found: list[StoredWeight] = []
+    found: list[PackedWeight] = []
     modules: dict[str, None] = {}
     for name, entry in sorted(checkpoint.tensors.items()):
         module, _, part = name.rpartition(".")
@@ -335,7 +348,7 @@ def _find(checkpoint: Checkpoint, config: QuantizedConfig) -> list[StoredWeight]
         scheme = config.of(module, kind)
         entry = checkpoint.tensors[f"{module}.{stem}"]
         shape = _shape(checkpoint, config, module, entry, scheme)
-        found.append(StoredWeight(module, f"{module}.weight", shape, scheme, checkpoint, config))
+        found.append(PackedWeight(module, f"{module}.weight", shape, scheme, checkpoint, config))
     return found
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from xllm_compiler.analysis.interface import interface_of
@@ -104,9 +103,9 @@ def stepped_logits(module: Module, weights: Mapping[str, Array], prompts: Sequen
 def load_reference(
     path: str | os.PathLike[str], dtype: str = "f32", attention: str = "eager", *, head: bool = True
 ) -> Any:
-    """The unmodified transformers model of a checkpoint directory, in eval mode; without `head` its base model.
+    """The unmodified transformers model of a checkpoint, in eval mode; without `head` its base model.
 
-    transformers gets the config and the tensors of the safetensors files, not the directory: what else lies there
+    transformers gets the config and the tensors that we read, not the directory: what else lies there
     (code, pickles, adapters) is never opened. Of a quantized checkpoint: the float model with the weights that the
     stored ones stand for, dequantized here, since transformers needs a library of each method's own and for some of
     them a GPU.
@@ -118,10 +117,7 @@ def load_reference(
         with torch.device("meta"):  # only to learn the class
             own = {"trust_remote_code": False, "attn_implementation": attention}  # not what config.json names
             kind = type((AutoModelForCausalLM if head else AutoModel).from_config(config, **own))
-        if quantized.weights:
-            tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
-        else:
-            tensors = {name: t for shard in quantized.view.shards for name, t in load_file(shard).items()}
+        tensors = {name: _torch(quantized, name, dtype) for name in quantized.view.tensors}
         model = kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
     except XllmError:
         raise

@@ -57,6 +57,35 @@ class TensorEntry:
     def is_float(self) -> bool:
         return self.dtype in _FLOATS
 
+    @property
+    def where(self) -> str:
+        """File and tensor, for errors."""
+        return f"{self.file}: {self.name}"
+
+    def read(self, first: int = 0, count: int | None = None) -> Array:
+        """`count` values from `first` on, flat and in fresh memory; by default all. Raises XllmError."""
+        known = _DTYPES.get(self.dtype)
+        if known is None:
+            raise XllmError(
+                "unsupported",
+                f"tensor {self.name!r} is stored as {self.dtype}",
+                where=self.where,
+                help="use a checkpoint with F32, F16 or BF16 weights",
+            )
+        size = known[0].itemsize
+        wanted = self.nbytes // size - first if count is None else count
+        return self.stored(known[0], first * size, wanted)
+
+    def stored(self, dtype: np.dtype[Any], offset: int, count: int) -> Array:
+        """`count` numbers of the tensor's bytes, from byte `offset` on. Raises XllmError."""
+        try:
+            data = np.fromfile(self.file, dtype=dtype, count=count, offset=self.start + offset)
+        except OSError as e:
+            raise XllmError("io", f"cannot read tensor {self.name!r}: {e.strerror or e}", where=self.where) from None
+        if data.size != count:
+            raise damaged(f"{self.file.name} shrank while it was read: tensor {self.name!r} is cut off", self.where)
+        return data
+
 
 def _int(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
@@ -135,25 +164,3 @@ def _entry(path: Path, name: str, field: object, base: int, size: int) -> Tensor
     elif stop < start:
         raise damaged(f"tensor {name!r} has a malformed byte range", where)
     return TensorEntry(name, dtype, sizes, path, base + start, stop - start)
-
-
-def read_tensor(entry: TensorEntry, first: int = 0, count: int | None = None) -> Array:
-    """`count` values of a tensor from `first` on, flat and in fresh memory; by default all. Raises XllmError."""
-    where = f"{entry.file}: {entry.name}"
-    known = _DTYPES.get(entry.dtype)
-    if known is None:
-        raise XllmError(
-            "unsupported",
-            f"tensor {entry.name!r} is stored as {entry.dtype}",
-            where=where,
-            help="use a checkpoint with F32, F16 or BF16 weights",
-        )
-    size = known[0].itemsize
-    wanted = entry.nbytes // size - first if count is None else count
-    try:
-        data = np.fromfile(entry.file, dtype=known[0], count=wanted, offset=entry.start + first * size)
-    except OSError as e:
-        raise XllmError("io", f"cannot read tensor {entry.name!r}: {e.strerror or e}", where=where) from None
-    if data.size != wanted:
-        raise damaged(f"{entry.file.name} shrank while it was read: tensor {entry.name!r} is cut off", where)
-    return data

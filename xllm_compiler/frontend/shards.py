@@ -139,7 +139,7 @@ def _no_weights(root: Path, names: list[str]) -> XllmError:
         again = f"download {INDEX}" if len(safe) > 1 else f"if these are the weights, name the file {SINGLE}"
         return damaged(f"{missing}, but {listing(safe)}", root, help or again)
     if others:
-        return damaged(
-            f"the weights are not safetensors but {others[0]}", root, "convert them with save_pretrained first"
-        )
+        own = others[0].endswith(".gguf")
+        help = f"compile the file itself: {root / others[0]}" if own else "convert them with save_pretrained first"
+        return damaged(f"the weights are not safetensors but {others[0]}", root, help)
     return damaged(missing, root)

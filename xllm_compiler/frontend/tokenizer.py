@@ -65,22 +65,29 @@ def resolve_tokenizer(root: Path) -> ResolvedTokenizer | None:
     files = _vocabularies(root)
     if not files:
         return None
-    if "tokenizer.json" in files:
-        _check_readable(root / "tokenizer.json")
-    with _quiet():
+    alone = root / "tokenizer.json" if "tokenizer.json" in files else None
+    if alone is not None:
+        _check_readable(alone)
+    with quiet():
         loaded = _load(root, files)
-        backend = _backend(loaded, root)
-        served = _copy(backend)
-        config = _config(loaded, root)
+    return checked(loaded, root, alone)
+
+
+def checked(loaded: Any, root: Path, alone: Path | None = None) -> ResolvedTokenizer:
+    """What is served of transformers' tokenizer `loaded`, after it has proved itself. `root`: what to blame. `alone`:
+    the checkpoint's tokenizer.json, if it has one. Raises XllmError("checkpoint" | "unsupported")."""
     from xllm_compiler.frontend.template_check import check_template
     from xllm_compiler.frontend.tokenizer_check import check_encodes, check_same, note_rebuilt
 
+    with quiet():
+        served = _copy(_backend(loaded, root))
+        config = _config(loaded, root)
     text = served.to_str(pretty=True)
     notes = check_encodes(text, str(root))
-    with _quiet():
+    with quiet():
         notes += check_same(loaded, served, str(root))
-    if "tokenizer.json" in files:
-        notes += note_rebuilt(loaded, served, root / "tokenizer.json")
+    if alone is not None:
+        notes += note_rebuilt(loaded, served, alone)
     notes += check_template(config, str(root))
     eos = loaded.eos_token
     ids = served.get_vocab(with_added_tokens=True).values()
@@ -94,7 +101,7 @@ def resolve_tokenizer(root: Path) -> ResolvedTokenizer | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own warnings are for people who train."""
     from transformers.utils import logging
 

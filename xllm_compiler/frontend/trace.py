@@ -33,7 +33,8 @@ from xllm_compiler.frontend.model import (
     model_lengths,
     text_config,
 )
-from xllm_compiler.frontend.quantized import Quantized, StoredWeight
+from xllm_compiler.frontend.quantized import Quantized
+from xllm_compiler.frontend.quantized_weight import StoredWeight
 from xllm_compiler.frontend.rows import check_rows
 from xllm_compiler.frontend.stored import check_weights, checkpoint_names, judge_leftovers, tied_names, untie
 from xllm_compiler.frontend.weights import Slot, WeightSource, match

@@ -68,7 +68,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     from xllm_compiler.targets import DEFAULT
 
     target = _target_in(argv)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face checkpoint directory")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face directory, or a GGUF file")
     parser.add_argument(
         "--target",
         default=DEFAULT,
@@ -108,7 +108,9 @@ def add_compile_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     parser.add_argument("--pipeline", metavar="TEXT", help="passes to run; default: the target's preset, such as @cpu")
     add_load(parser)
     target.add_arguments(parser)
-    parser.add_argument("--name", help="the model's name for clients; default: the checkpoint directory's name")
+    parser.add_argument(
+        "--name", help="the model's name for clients; default: the name of the checkpoint's directory or file"
+    )
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="default: XLLM_CACHE_DIR or ~/.cache/xllm-compiler"
     )
@@ -190,7 +192,7 @@ def _dispatch(argv: list[str]) -> int:
         raise XllmError("option", f"{argv[0]} is neither a checkpoint nor a command", help=help)
     parser = Arguments(
         "xllm-compile",
-        "Compile a Hugging Face checkpoint into an artifact for xllm-serve.\n"
+        "Compile a checkpoint, a Hugging Face directory or a GGUF file, into an artifact for xllm-serve.\n"
         "Without -o it goes into the cache, where an equal one is used again; its path is printed on standard output.",
         epilog=_EPILOG,
     )

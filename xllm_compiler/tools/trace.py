@@ -36,8 +36,10 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> Arguments:
     """All flags of xllm-trace."""
-    p = Arguments("xllm-trace", "Trace a Hugging Face checkpoint into IR text (.xir).", epilog=_EPILOG)
-    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="its directory, or a config.json")
+    p = Arguments("xllm-trace", "Trace a checkpoint into IR text (.xir).", epilog=_EPILOG)
+    p.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face directory, a GGUF file, or a config.json"
+    )
     p.add_argument("-o", "--output", metavar="FILE.xir", help="default: standard output")
     p.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 when the weights are 16-bit")
     p.add_argument("--max-model-len", type=whole_number, metavar="N", help="longest request; default: the model's")
@@ -107,9 +109,7 @@ def _open(path: Path) -> Checkpoint:
     """The checkpoint, without tensors where there is only a config.json."""
     from xllm_compiler.frontend.checkpoint import Checkpoint
 
-    if path.is_file():
-        if path.name != "config.json":
-            raise XllmError("checkpoint", f"{path} is a file", help="give a checkpoint directory, or its config.json")
+    if path.is_file() and path.name == "config.json":
         return Checkpoint.without_weights(path)
     if path.is_dir() and (path / "config.json").is_file() and not any(next(path.glob(p), None) for p in _WEIGHTS):
         return Checkpoint.without_weights(path / "config.json")

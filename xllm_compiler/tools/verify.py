@@ -63,7 +63,9 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Flags of `verify`."""
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the checkpoint that the artifact was made from")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="the checkpoint that the artifact was made from"
+    )
     parser.add_argument("--level", help="check this level of its target only; default: each that this machine has")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as this process may use")
     parser.add_argument("--seed", type=int, default=0, help="of the random requests")
