@@ -156,6 +156,15 @@ def test_the_rope_of_llama_3_is_found_by_its_table(tmp_path: Path) -> None:
     assert e.value.kind == "unsupported"
 
 
+def test_a_table_of_another_size_is_damage(tmp_path: Path) -> None:
+    """A size that nobody means is not allocated before it is compared."""
+    size = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), 2**31)
+    path = random_gguf("llama", tmp_path, [Kind.Q8_0], **size)
+    with_tables(path, rope_freqs=np.linspace(1, 9, 32))
+    with pytest.raises(XllmError, match=r"has 32 factors, heads have 2147483648"):
+        Checkpoint.open(path)
+
+
 def test_the_rope_of_phi_is_in_two_tables(tmp_path: Path) -> None:
     keys = {"context_length": 4096, "rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.2}
     path = random_gguf("phi3", tmp_path, [Kind.Q8_0], **keys, **{"rope.dimension_count": 48})

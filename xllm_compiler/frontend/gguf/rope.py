@@ -76,6 +76,8 @@ def _table(file: GgufFile, name: str) -> Array:
 def _llama3(file: GgufFile, base: float, size: int) -> dict[str, Any]:
     """The setting that makes the table, by which frequencies are divided."""
     table = _table(file, "rope_freqs").astype(np.float64)
+    if len(table) != size // 2:
+        raise damaged(f"tensor 'rope_freqs.weight' has {len(table)} factors, heads have {size} values", file.path)
     factor = float(table.max())
     if (table == 1).all():
         return {}
@@ -83,7 +85,7 @@ def _llama3(file: GgufFile, base: float, size: int) -> dict[str, Any]:
     waves = 2 * math.pi * base ** (np.arange(0, size, 2) / size)
     smooth = (length / waves - low) / (high - low)
     made = 1 / ((1 - np.clip(smooth, 0, 1)) / factor + np.clip(smooth, 0, 1))
-    if made.shape != table.shape or not np.allclose(made, table, rtol=1e-4):
+    if not np.allclose(made, table, rtol=1e-4):
         raise _unknown(file, "a table of factors (rope_freqs) that is not Llama 3's")
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
