@@ -153,6 +153,7 @@ class _Run:
             self.kept.append(names[0])
             return
         format = parse_format(weight.format)
+        x = _alike(x)
         feedback = Feedback.of(x.T @ x, group_length(format, in_))
         if feedback is None:
             self.kept.append(names[0])
@@ -205,6 +206,13 @@ def _inputs(op: Op, weight: QuantWeight, env: Mapping[Value, Array]) -> Array:
         assert isinstance(op, (Linear, LinearGlu))
         x = quant.rotate(env[op.x].astype(np.float32), weight.rotate)
     return x.reshape(-1, x.shape[-1])
+
+
+def _alike(x: Array) -> Array:
+    """Inputs over their own RMS. What a token adds to the residual stream matters by its share of it, and the first
+    token of a text may be a hundred times as large as others."""
+    size = np.sqrt(np.mean(np.square(x), axis=1, keepdims=True))
+    return np.divide(x, size, out=np.zeros_like(x), where=size > np.finfo(np.float32).tiny)
 
 
 def _rows(op: QuantLinear | QuantLinearGlu, env: Mapping[Value, Array]) -> Array:

@@ -1,4 +1,4 @@
-"""The text that weights are rounded for: text/, some kinds of it in a file each, written for this purpose.
+"""The text that weights are rounded for: text/, a file for each kind, written for this purpose.
 
 Losses are measured on another (`quant_eval/text.py`).
 """
@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.quant_eval.text import take, windows
-
 FOLDER: Final = Path(__file__).parent / "text"
+WINDOW: Final = 128
+"""Most tokens of a window; each is a request of its own, from position 0."""
 _PIECE: Final = 500
 """Bytes of a piece at least, which ends with a line: its beginning is a window."""
 
@@ -26,9 +26,30 @@ def pieces() -> list[str]:
 
 
 def calibration_ids(tokenizer: Path | None, vocab: int, longest: int, tokens: int) -> list[NDArray[np.int32]]:
-    """Windows of at most `longest` tokens, `tokens` in all or as many as there are. Random ids where there is no
-    tokenizer."""
-    return take(windows(pieces(), tokenizer, vocab, longest)[0], tokens)
+    """Windows of at most `longest` tokens, `tokens` in all or as many as there are.
+
+    Each has the special tokens that the model's tokenizer puts around a text. Without a tokenizer, or where it makes
+    ids that the model does not have, they are random ids, the same every time."""
+    windows: list[NDArray[np.int32]] = []
+    for each in _windows(tokenizer, vocab, min(WINDOW, longest)):
+        part = each[:tokens]
+        tokens -= len(part)
+        if len(part):
+            windows.append(part)
+    return windows
+
+
+def _windows(tokenizer: Path | None, vocab: int, most: int) -> list[NDArray[np.int32]]:
+    texts = pieces()
+    if tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        made = Tokenizer.from_file(str(tokenizer)).encode_batch(texts)
+        ids = [np.array(item.ids[:most], np.int32) for item in made]
+        if all(len(each) and each.max() < vocab for each in ids):
+            return ids
+    draw = np.random.Generator(np.random.Philox(1))
+    return [draw.integers(0, vocab, most).astype(np.int32) for _ in texts]
 
 
 def _cut(text: str) -> list[str]:

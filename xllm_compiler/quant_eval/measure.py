@@ -21,7 +21,7 @@ from xllm_compiler.ir.core import Module, Value
 from xllm_compiler.passes.quantize.weights import layer_weights
 from xllm_compiler.quant_eval.compare import Loss, compare
 from xllm_compiler.quant_eval.replay import Variant, replay
-from xllm_compiler.quant_eval.text import pieces, take, windows
+from xllm_compiler.quant_eval.text import take, windows
 from xllm_compiler.runtime.targets import choose_level, runtime_target
 from xllm_compiler.step.inputs import UNMAPPED, StepWriter
 from xllm_compiler.step.interface import LOGITS, STEP
@@ -45,7 +45,7 @@ class Reference:
     @classmethod
     def of(cls, module: Module, params: Params, tokenizer: Path | None, vocab: int, longest: int) -> Reference:
         """With as many positions as the model affords. `tokenizer`: a tokenizer.json, None where there is none."""
-        ids, text = windows(pieces(), tokenizer, vocab, longest)
+        ids, text = windows(tokenizer, vocab, longest)
         return cls(module, params, take(ids, max(128, _WHOLE // _size(module))), text)
 
     @property

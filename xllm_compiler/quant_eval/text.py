@@ -6,7 +6,6 @@ divided by form feeds. They are under Python's licence, (c) Python Software Foun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,10 +22,8 @@ def pieces() -> list[str]:
     return HELD_OUT.read_text(encoding="utf-8").split("\f")
 
 
-def windows(
-    texts: Sequence[str], tokenizer: Path | None, vocab: int, longest: int
-) -> tuple[list[NDArray[np.int32]], str]:
-    """Token ids of the beginning of every text, and what they are, for the report.
+def windows(tokenizer: Path | None, vocab: int, longest: int) -> tuple[list[NDArray[np.int32]], str]:
+    """Token ids of the beginning of every piece, and what they are, for the report.
 
     Each has the special tokens that the model's tokenizer puts around a text, and at most `longest` tokens. Without a
     tokenizer, or where it makes ids that the model does not have, they are random ids, the same every time.
@@ -36,11 +33,11 @@ def windows(
         from tokenizers import Tokenizer
 
         made = Tokenizer.from_file(str(tokenizer))
-        ids = [np.array(item.ids[:most], np.int32) for item in made.encode_batch(texts)]
+        ids = [np.array(item.ids[:most], np.int32) for item in made.encode_batch(pieces())]
         if all(len(each) and each.max() < vocab for each in ids):
             return ids, "held-out text"
     draw = np.random.Generator(np.random.Philox(0))
-    return [draw.integers(0, vocab, most).astype(np.int32) for _ in texts], "random ids: no tokenizer"
+    return [draw.integers(0, vocab, most).astype(np.int32) for _ in pieces()], "random ids: no tokenizer"
 
 
 def take(ids: list[NDArray[np.int32]], positions: int) -> list[NDArray[np.int32]]:
