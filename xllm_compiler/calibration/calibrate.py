@@ -7,6 +7,7 @@ use. A layer goes on with its rounded weight, so that the layers after it see wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,7 @@ from xllm_compiler.ir.ops import (
     QuantLinearGlu,
     QuantWeight,
 )
-from xllm_compiler.ir.semantics import NP_DTYPE, Array, EvalContext
+from xllm_compiler.ir.semantics import Array, EvalContext
 from xllm_compiler.lowering.weight_requests import WeightTable
 from xllm_compiler.quant_eval.replay import needed_ops, step_inputs
 from xllm_compiler.quant_eval.report import LayerError
@@ -160,19 +161,20 @@ class _Run:
             return
         base = self._name(weight)
         called = [f"{base}{part}" for part in (":values", ":scales", ":zeros")][: len(weight.results)]
-        arrays = [
-            self.params.create(name, tuple(dim.value for dim in r.shape), NP_DTYPE[r.dtype])
-            for name, r in zip(called, weight.results, strict=True)
-        ]
         w = run_value(weight.w, self.params)
         size = plain = loss = 0.0
         step = max(1, _ROWS // in_)
-        for start in range(0, out, step):
-            rows = slice(start, min(start + step, out))
-            made = round_rows(quant.rotate(w[rows].astype(np.float32), weight.rotate), format, feedback)
-            for array, part in zip(arrays, made.parts, strict=True):
-                array[rows] = part
-            size, plain, loss = size + made.size, plain + made.plain, loss + made.loss
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(self.params.create(name, r.tensor))
+                for name, r in zip(called, weight.results, strict=True)
+            ]
+            for start in range(0, out, step):
+                rows = quant.rotate(w[start : start + step].astype(np.float32), weight.rotate)
+                made = round_rows(rows, format, feedback)
+                for file, part in zip(files, made.parts, strict=True):
+                    file.write(part.data)
+                size, plain, loss = size + made.size, plain + made.plain, loss + made.loss
         self.layers.append(LayerError(names, str(format), plain / size if size else 0.0, loss / size if size else 0.0))
         for op in self._same.pop(self._table.key(weight.results[0])):
             for name, result in zip(called, op.results, strict=True):
@@ -212,7 +214,7 @@ def _alike(x: Array) -> Array:
     """Inputs over their own RMS. What a token adds to the residual stream matters by its share of it, and the first
     token of a text may be a hundred times as large as others."""
     size = np.sqrt(np.mean(np.square(x), axis=1, keepdims=True))
-    return np.divide(x, size, out=np.zeros_like(x), where=size > np.finfo(np.float32).tiny)
+    return np.divide(x, size, out=np.zeros_like(x), where=~(size <= np.finfo(np.float32).tiny))  # NaN stays
 
 
 def _rows(op: QuantLinear | QuantLinearGlu, env: Mapping[Value, Array]) -> Array:

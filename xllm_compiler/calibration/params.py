@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from xllm_compiler.ir.semantics import Array
+from xllm_compiler.ir.semantics import NP_DTYPE, Array
+from xllm_compiler.ir.types import Tensor
+
+
+@dataclass(frozen=True)
+class _File:
+    """A tensor of fixed size, as bytes in a file."""
+
+    path: Path
+    tensor: Tensor
+
+    def map(self) -> Array:
+        shape = tuple(dim.value for dim in self.tensor.shape)
+        return np.asarray(np.memmap(self.path, NP_DTYPE[self.tensor.dtype], "r", shape=shape))
 
 
 class RoundedParams(Mapping[str, Array]):
@@ -16,17 +31,18 @@ class RoundedParams(Mapping[str, Array]):
     def __init__(self, base: Mapping[str, Array], folder: Path) -> None:
         self._base = base
         self._folder = folder
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, _File] = {}
 
-    def create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
-        """A new parameter's array, to be filled: what is written to it is in its file."""
-        path = self._folder / f"rounded-{len(self._files)}.npy"
-        self._files[name] = path
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    def create(self, name: str, tensor: Tensor) -> BinaryIO:
+        """The file of a new parameter, for its rows to be written to one after the other. It is not written through a
+        mapping, since a full disk would then be a signal instead of an error."""
+        made = _File(self._folder / f"rounded-{len(self._files)}", tensor)
+        self._files[name] = made
+        return made.path.open("wb")
 
     def __getitem__(self, name: str) -> Array:
-        path = self._files.get(name)
-        return self._base[name] if path is None else np.asarray(np.load(path, mmap_mode="r"))
+        file = self._files.get(name)
+        return self._base[name] if file is None else file.map()
 
     def __contains__(self, name: object) -> bool:
         return name in self._files or name in self._base
