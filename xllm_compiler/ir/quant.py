@@ -142,14 +142,15 @@ def scales_of_groups(w: Array, axis: int, format: IntegerFormat, weights: Array 
     else:
         # the end of larger magnitude gets the integer -middle, which has no positive twin
         full = np.where(-low >= high, low, high) / np.float32(-middle)
-    best_zero = np.full_like(low, middle)
     starts: tuple[float, ...] = () if zeros else _STARTS if bits == 4 else _STARTS_8 if format.group else ()
     if starts:
         full = _fitted(w, axis, full, starts, bits, weights)
+    middles = np.full_like(low, middle)
     if bits != 4 or not zeros:
-        return _scale(full, dtype)[0], best_zero
+        scale, inverse, _ = _scale(full, dtype)
+        return scale, np.clip(np.rint(-low * inverse), 0, top) if zeros else middles
     exact, work = np.empty_like(w), np.empty_like(w)
-    best_scale, best_error = np.zeros_like(low, dtype), np.full_like(low, np.inf)
+    best_scale, best_zero, best_error = np.zeros_like(low, dtype), middles, np.full_like(low, np.inf)
     for step in range(_CANDIDATES):
         scale, inverse, wide = _scale(full * np.float32(1 - 0.04 * step), dtype)
         zero = np.clip(np.rint(-low * inverse), 0, top)
