@@ -26,6 +26,7 @@ FOLDERS = {
     "workspace": "xllm_compiler/workspace.py",
     "options": "xllm_compiler/options.py",
     "quant_eval": "xllm_compiler/quant_eval",
+    "calibration": "xllm_compiler/calibration",
     "driver": "xllm_compiler/driver",
     "plugins": "xllm_compiler/plugins.py",
     "progress": "xllm_compiler/progress.py",
@@ -66,9 +67,10 @@ MAY_IMPORT = {
     "quant_eval": IR_LEVEL
     | {"passes", "frontend", "artifact", "targets"}
     | {"runtime"},  # what is measured is what will be served
+    "calibration": IR_LEVEL | {"lowering", "quant_eval"},
     "driver": IR_LEVEL
     | {"passes", "frontend", "artifact", "cache", "workspace", "options", "progress", "quant_eval", "sources"}
-    | {"targets"},
+    | {"targets", "calibration"},
     "report": IR_LEVEL | {"passes"},
     "tools": set(FOLDERS),
     "testing": set(FOLDERS) - {"runtime"},

@@ -43,7 +43,7 @@ def test_the_report_is_the_same_twice_and_is_shown(
     assert len(kinds) == 10 and sum(each["positions"] for each in kinds.values()) == 5248
     assert all(0.98 < each["perplexity"] / each["reference_perplexity"] < 1.02 for each in kinds.values())
     assert kinds["code"]["perplexity"] < 100 < kinds["german"]["perplexity"]  # it was trained on code alone
-    assert len(layers) == 25 and all(0 < layer["kl"] < 0.002 for layer in layers)  # type: ignore[arg-type,attr-defined,union-attr]
+    assert len(layers) == 25 and all(0 < layer["error"] < layer["plain"] < 0.001 for layer in layers)  # type: ignore[arg-type,attr-defined,union-attr]
     forget_kernels()
     compiled(tmp_path / "b", "int8")
     for file in (tmp_path / "a").rglob("*.*"):
@@ -51,6 +51,14 @@ def test_the_report_is_the_same_twice_and_is_shown(
     assert main(["show", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
     assert "loss of w8a8 against the unquantized model" in out and "limit 0.01" in out
+
+
+def test_four_bits_lose_less_than_by_plain_rounding(tmp_path: Path) -> None:
+    """Which lost 0.0093 nats and 8.5 % of the tokens here."""
+    found = compiled(tmp_path / "a", "int4")
+    assert found["total"]["kl"] < 0.0075 and found["total"]["top1"] > 0.915  # type: ignore[index]
+    assert all(layer["error"] < 0.5 * layer["plain"] for layer in found["layers"])  # type: ignore[attr-defined]
+    assert main(["verify", str(tmp_path / "a")]) == 0
 
 
 def test_too_much_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -62,9 +70,9 @@ def test_too_much_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_mixed_keeps_the_limit_with_eight_bits_where_they_pay(tmp_path: Path) -> None:
     found = compiled(tmp_path / "m", "mixed", 0.004)
-    forms = {layer["weights"][0]: layer["form"] for layer in found["layers"]}  # type: ignore[attr-defined]
+    forms = {layer["weights"][0]: layer["format"] for layer in found["layers"]}  # type: ignore[attr-defined]
     assert found["total"]["kl"] <= 0.004  # type: ignore[index]
-    assert forms["model.embed_tokens.weight"] == "w8a8" and "w4a8-grid16" in forms.values()
+    assert forms["model.embed_tokens.weight"] == "q8" and "q4grid16" in forms.values()
     module = parse_module((tmp_path / "m" / "module.xir").read_text(), "module.xir")
     formats = {op.attrs["format"] for op in module.func("step").ops if op.name.startswith("quant.linear")}
     assert formats == {"q8", "q4grid16"}

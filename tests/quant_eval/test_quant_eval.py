@@ -114,15 +114,11 @@ def test_mixed_takes_the_best_first_and_keeps_the_limit(model: Traced) -> None:
     assert wide < narrow / 10
     assert set(mixed_precision.choose(bench, narrow * 2)[0].values()) == {NARROW}
     assert set(mixed_precision.choose(bench, wide / 2)[0].values()) == {WIDE}
-    forms, layers = mixed_precision.choose(bench, narrow / 2)
+    forms, alone = mixed_precision.choose(bench, narrow / 2)
     assert set(forms.values()) == {WIDE, NARROW}
     assert bench.losses(IDS, [forms])[0].kl < narrow / 2
     gains = {
-        form: [
-            layer.loss.kl / w.tensor.nbytes.value
-            for w, layer in zip(bench.weights, layers, strict=True)
-            if layer.form == str(form)
-        ]
+        form: [loss.kl / w.tensor.nbytes.value for w, loss in alone.items() if forms[w] == form]
         for form in (WIDE, NARROW)
     }
     assert min(gains[WIDE]) >= max(gains[NARROW])

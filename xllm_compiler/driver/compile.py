@@ -7,10 +7,11 @@ runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from xllm_compiler.artifact import Manifest, read_manifest
 from xllm_compiler.artifact.writer import ArtifactWriter
@@ -24,6 +25,11 @@ from xllm_compiler.options import CompileOptions
 from xllm_compiler.passes.instruments import Instrument
 from xllm_compiler.progress import Progress, Silent
 from xllm_compiler.workspace import temporary_files
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from xllm_compiler.quant_eval.report import LayerError
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,20 @@ def _make(
                 evaluator = phases.evaluator(request, traced, writer)
                 pipeline = evaluator.choose()
         with clock.phase("passes"):
-            module = phases.run_passes(request, traced.module, pipeline, writer, *watchers)
+            module = phases.run_passes(request, traced.module, pipeline, *watchers)
+        weights: Mapping[str, NDArray[Any]] = traced.weights
+        layers: tuple[LayerError, ...] = ()
+        if evaluator is not None:
+            with clock.phase("calibrate"):
+                rounded = phases.calibrate(module, traced, writer, progress)
+                weights, layers = rounded.params, rounded.layers
         with clock.phase("lower"):
-            lowered = request.options.target.lower(module, traced.weights, writer.path, store=store, progress=progress)
+            phases.write_module(module, writer)
+            lowered = request.options.target.lower(module, weights, writer.path, store=store, progress=progress)
         if evaluator is not None:
             with clock.phase("loss"):
-                phases.evaluate(evaluator, writer, build_manifest(request, module, traced.info, ends, lowered))
+                measured = build_manifest(request, module, traced.info, ends, lowered)
+                phases.evaluate(evaluator, writer, measured, layers)
         with clock.phase("write"):
             request.check_unchanged()
             return writer.commit(build_manifest(request, module, traced.info, ends, lowered))

@@ -45,6 +45,7 @@ SOURCES: Final = (
     "artifact",
     "targets",
     "quant_eval",
+    "calibration",
     "options.py",
     "driver",
 )

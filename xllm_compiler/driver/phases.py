@@ -27,10 +27,12 @@ from xllm_compiler.quant_eval.report import FILE as LOSS
 from xllm_compiler.targets.base import check_capabilities
 
 if TYPE_CHECKING:
+    from xllm_compiler.calibration.calibrate import Calibrated
     from xllm_compiler.frontend.model import CheckpointInfo
     from xllm_compiler.frontend.tokenizer import ResolvedTokenizer
     from xllm_compiler.frontend.trace import Traced
     from xllm_compiler.quant_eval.evaluator import QuantizationEvaluator
+    from xllm_compiler.quant_eval.report import LayerError
 
 
 def load_compiler(request: Request) -> None:
@@ -126,22 +128,48 @@ def run_passes(
     request: Request,
     module: Module,
     pipeline: str,
-    writer: ArtifactWriter,
     instruments: Sequence[Instrument],
     listeners: Sequence[RewriteListener],
 ) -> Module:
-    """The module, changed in place by the passes of `pipeline`, and its text in the artifact. Raises kind "unsupported"
-    where they leave something that the target does not have."""
-    from xllm_compiler.ir.printer import print_module
-
+    """The module, changed in place by the passes of `pipeline`. Raises kind "unsupported" where they leave something
+    that the target does not have."""
     target = request.options.target
     run_pipeline(pipeline, module, PassContext(target.capabilities, listeners=list(listeners)), instruments=instruments)
     check_capabilities(module, target)
-    writer.write_text(MODULE, print_module(module))
     return module
 
 
-def evaluate(evaluator: QuantizationEvaluator, writer: ArtifactWriter, manifest: Manifest) -> None:
-    """What the form has lost, measured on what was lowered, and written. Raises kind "option" where that is too
-    much."""
-    writer.write_text(LOSS, evaluator.report(writer.path, manifest).to_json())
+def calibrate(module: Module, traced: Traced, writer: ArtifactWriter, progress: Progress) -> Calibrated:
+    """The module, changed in place: its weights rounded for a text. Their values are files of the workspace."""
+    from xllm_compiler.calibration.calibrate import calibrate
+
+    tokenizer = writer.path / "tokenizer.json"
+    made = calibrate(
+        module,
+        traced.weights,
+        tokenizer if tokenizer.is_file() else None,
+        traced.info.vocab_size,
+        traced.info.max_model_len,
+        writer.work,
+    )
+    if made.kept:
+        progress.note(
+            f"{len(made.kept)} weights are rounded without calibration, {made.kept[0]} among them: they are too large, "
+            "or their inputs are not finite"
+        )
+    return made
+
+
+def write_module(module: Module, writer: ArtifactWriter) -> None:
+    """The text of the module that will be lowered."""
+    from xllm_compiler.ir.printer import print_module
+
+    writer.write_text(MODULE, print_module(module))
+
+
+def evaluate(
+    evaluator: QuantizationEvaluator, writer: ArtifactWriter, manifest: Manifest, layers: tuple[LayerError, ...]
+) -> None:
+    """What the form has lost, measured on what was lowered, and written; `layers`: what calibration found. Raises kind
+    "option" where that is too much."""
+    writer.write_text(LOSS, evaluator.report(writer.path, manifest, layers).to_json())

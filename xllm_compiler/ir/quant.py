@@ -17,11 +17,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from xllm_compiler.ir.semantics import Array
+from xllm_compiler.ir.semantics import NP_DTYPE, Array
 from xllm_compiler.weight_formats import LARGEST, ROTATIONS, GridFormat, IntegerFormat, RowFormat, WeightFormat
 
 _MIDDLE: Final = GridFormat.as_bytes.zero
@@ -95,24 +95,21 @@ def quantize_integers(w: Array, format: IntegerFormat) -> tuple[Array, Array, Ar
     Blocks of rows are done side by side on all processors; a group's result depends on nothing but the group.
     """
     out, in_ = w.shape
-    bits, group, zeros = format.bits, format.group, format.zeros
     count = format.groups(in_)
-    size = group or in_
-    dtype = np.dtype(np.float16 if group else np.float32)
+    size = format.group or in_
     values = np.empty((out, in_), np.uint8)
-    scales, points = np.empty((out, count), dtype), np.empty((out, count), np.uint8)
+    scales, points = np.empty((out, count), _stored_scale(format)), np.empty((out, count), np.uint8)
     short = size <= _SHORT
-    starts: tuple[float, ...] = () if zeros else _STARTS if bits == 4 else _STARTS_8 if group else ()
 
     def block(rows: slice) -> None:
         part = np.zeros((len(w[rows]), count * size), np.float32)
         part[:, :in_] = w[rows]
         each = part.reshape(-1, size)
         if short:  # groups side by side: what is computed per group is then computed for many at once
-            v, s, z = _quantize_groups(np.ascontiguousarray(each.T), 0, bits, zeros, starts, dtype)
+            v, s, z = _quantize_groups(np.ascontiguousarray(each.T), 0, format)
             v = v.T
         else:
-            v, s, z = _quantize_groups(each, 1, bits, zeros, starts, dtype)
+            v, s, z = _quantize_groups(each, 1, format)
         values[rows] = v.reshape(len(part), -1)[:, :in_]
         scales[rows] = s.reshape(len(part), count)
         points[rows] = z.reshape(len(part), count)
@@ -121,10 +118,20 @@ def quantize_integers(w: Array, format: IntegerFormat) -> tuple[Array, Array, Ar
     return values, scales, points
 
 
-def _quantize_groups(
-    w: Array, axis: int, bits: int, zeros: bool, starts: tuple[float, ...], dtype: np.dtype[np.generic]
-) -> tuple[Array, Array, Array]:
-    """The same for f32 of rank 2 in which a group lies along `axis`; `starts`: from which scales are fitted."""
+def _quantize_groups(w: Array, axis: int, format: IntegerFormat) -> tuple[Array, Array, Array]:
+    """The same for f32 of rank 2 in which a group lies along `axis`."""
+    scale, zero = scales_of_groups(w, axis, format)
+    stored = np.empty_like(w)
+    nearest_integers(w, inverse_of(scale)[0], zero, format, stored)
+    return stored.astype(np.uint8), scale, zero.astype(np.uint8)
+
+
+def scales_of_groups(w: Array, axis: int, format: IntegerFormat, weights: Array | None = None) -> tuple[Array, Array]:
+    """The scale of each group, as it is stored, and its zero point in f32: the best of those tried.
+
+    A group lies along `axis` of `w`, f32 of rank 2. `weights`: what the square of an error counts, along that axis;
+    None: 1."""
+    bits, zeros, dtype = format.bits, format.zeros, _stored_scale(format)
     top, middle = (1 << bits) - 1, 1 << (bits - 1)
     low = np.minimum(w.min(axis=axis, initial=0, keepdims=True), 0)
     high = np.maximum(w.max(axis=axis, initial=0, keepdims=True), 0)
@@ -135,66 +142,72 @@ def _quantize_groups(
     else:
         # the end of larger magnitude gets the integer -middle, which has no positive twin
         full = np.where(-low >= high, low, high) / np.float32(-middle)
-    first = np.float32(0 if zeros else -middle)  # what stored values count from, less the zero point where there is one
-    last = first + np.float32(top)
-
-    def units(inverse: Array, zero: Array, out: Array) -> None:
-        np.multiply(w, inverse, out=out)
-        if zeros:
-            out += zero
-
-    def nearest(exact: Array, out: Array) -> None:
-        np.rint(exact, out=out)
-        np.clip(out, first, last, out=out)
-
-    exact, work = np.empty_like(w), np.empty_like(w)
-    search = bits == 4 and zeros
+    starts: tuple[float, ...] = () if zeros else _STARTS if bits == 4 else _STARTS_8 if format.group else ()
     if starts:
-        full = _fitted(w, axis, full, starts, nearest, exact, work)
-    best_scale, best_zero, best_error = np.zeros_like(low, dtype), np.full_like(low, middle), np.full_like(low, np.inf)
-    for step in range(_CANDIDATES if search else 1):
+        full = _fitted(w, axis, full, starts, bits, weights)
+    middles = np.full_like(low, middle)
+    if bits != 4 or not zeros:
+        scale, inverse, _ = _scale(full, dtype)
+        return scale, np.clip(np.rint(-low * inverse), 0, top) if zeros else middles
+    exact, work = np.empty_like(w), np.empty_like(w)
+    best_scale, best_zero, best_error = np.zeros_like(low, dtype), middles, np.full_like(low, np.inf)
+    for step in range(_CANDIDATES):
         scale, inverse, wide = _scale(full * np.float32(1 - 0.04 * step), dtype)
-        zero = np.clip(np.rint(-low * inverse), 0, top) if zeros else best_zero
-        if not search:
-            best_scale, best_zero = scale, zero
-            break
-        units(inverse, zero, exact)
-        nearest(exact, work)
+        zero = np.clip(np.rint(-low * inverse), 0, top)
+        np.multiply(w, inverse, out=exact)
+        exact += zero
+        np.rint(exact, out=work)
+        np.clip(work, 0, top, out=work)
         work -= exact
         np.square(work, out=work)
+        if weights is not None:
+            work *= weights
         error = np.where(wide != 0, np.add.reduce(work, axis=axis, keepdims=True) * np.square(wide), np.inf)
         better = error < best_error
         np.copyto(best_scale, scale, where=better)
         np.copyto(best_zero, zero, where=better)
         np.copyto(best_error, error, where=better)
-    units(_scale(best_scale, dtype)[1], best_zero, exact)
-    nearest(exact, work)
-    work -= first
-    return work.astype(np.uint8), best_scale, best_zero.astype(np.uint8)
+    return best_scale, best_zero
 
 
-def _fitted(
-    w: Array,
-    axis: int,
-    full: Array,
-    starts: tuple[float, ...],
-    nearest: Callable[[Array, Array], None],
-    units: Array,
-    work: Array,
-) -> Array:
-    """The best least-squares scale of each group, begun from `starts` times `full`; `units` and `work` are room of w's
-    shape.
+def nearest_integers(w: Array, inverse: Array, zero: Array, format: IntegerFormat, out: Array) -> None:
+    """Into `out`, f32: the stored integers of `w` by the inverses of its scales and by its zero points in f32."""
+    np.multiply(w, inverse, out=out)
+    first = np.float32(0)
+    if format.zeros:
+        out += zero
+    else:
+        first -= np.float32(format.zero)  # added last, or the sum would be rounded before the integer is
+    np.rint(out, out=out)
+    np.clip(out, first, first + np.float32((1 << format.bits) - 1), out=out)
+    if not format.zeros:
+        out -= first
+
+
+def _stored_scale(format: IntegerFormat) -> np.dtype[Any]:
+    return NP_DTYPE[format.scale_dtype]
+
+
+def _fitted(w: Array, axis: int, full: Array, starts: tuple[float, ...], bits: int, weights: Array | None) -> Array:
+    """The best least-squares scale of each group, begun from `starts` times `full`.
 
     For integers n, the scale sum(w n) / sum(n n) leaves sum(w w) - sum(w n)^2 / sum(n n): the subtrahend decides.
     """
+    first = np.float32(-(1 << (bits - 1)))
+    last = first + np.float32((1 << bits) - 1)
     usable = np.abs(full) >= np.finfo(np.float32).tiny
-    np.multiply(w, np.divide(np.float32(1), full, out=np.zeros_like(full), where=usable), out=units)
+    units = w * np.divide(np.float32(1), full, out=np.zeros_like(full), where=usable)
+    counted = units if weights is None else units * weights
+    work = np.empty_like(w)
     best_fit, best_gain = np.zeros_like(full), np.zeros_like(full)
     for start in starts:
         np.multiply(units, np.float32(1 / start), out=work)
-        nearest(work, work)
-        along = np.add.reduce(units * work, axis=axis, keepdims=True)
+        np.rint(work, out=work)
+        np.clip(work, first, last, out=work)
+        along = np.add.reduce(counted * work, axis=axis, keepdims=True)
         np.square(work, out=work)
+        if weights is not None:
+            work *= weights
         own = np.add.reduce(work, axis=axis, keepdims=True)
         fit = np.divide(along, own, out=np.zeros_like(own), where=own > 0)
         better = along * fit > best_gain
@@ -207,8 +220,13 @@ def _scale(scale: Array, dtype: np.dtype[np.generic]) -> tuple[Array, Array, Arr
     """A scale as it is stored, its inverse (0 where it is 0), and the stored one in f32."""
     largest = np.float32(65504 if dtype == np.float16 else np.finfo(np.float32).max)
     stored = np.clip(scale, -largest, largest).astype(dtype)
-    wide = stored.astype(np.float32)
-    return stored, np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0), wide
+    return (stored, *inverse_of(stored))
+
+
+def inverse_of(scale: Array) -> tuple[Array, Array]:
+    """The inverse of a stored scale (0 where it is 0), and the scale itself, in f32."""
+    wide = scale.astype(np.float32)
+    return np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0), wide
 
 
 def quantize_on_grids(w: Array, grid: int) -> tuple[Array, Array]:
@@ -233,33 +251,16 @@ def quantize_on_grids(w: Array, grid: int) -> tuple[Array, Array]:
 
 def _rows_on_grids(w: Array) -> tuple[Array, Array]:
     """The same of f32 [grid, rows, runs]: values of that shape, and scales [rows, 1]."""
-    low, high = w.min(axis=0, initial=0), w.max(axis=0, initial=0)
-    top = np.maximum(-low, high).max(axis=1, initial=0, keepdims=True)
+    top = np.maximum(-w.min(axis=0, initial=0), w.max(axis=0, initial=0)).max(axis=1, initial=0, keepdims=True)
     best, best_scale = np.zeros_like(w), np.zeros_like(top)
     best_error = np.full_like(top, np.inf)
-    units, on, tried = np.empty_like(w), np.empty_like(w), np.empty_like(w)
+    units = np.empty_like(w)
     for start in _GRID_STARTS:
         scale = top * np.float32(start / (_MIDDLE - 1))
         usable = scale >= np.finfo(np.float32).tiny
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=usable)
         np.multiply(w, inverse, out=units)
-        first, last = low * inverse, high * inverse
-        whole = np.clip(np.ceil((last - first) / np.float32(_TOP)), 1, _TOP)
-        error = np.full_like(low, np.inf)
-        for less in range(_STEPS_TRIED):
-            step = np.maximum(whole - np.float32(less), 1)
-            # in the middle of what is to be held, and so that all 16 numbers are bytes
-            point = np.rint(np.float32(_TOP / 2) - (first + last) / (2 * step))
-            point = np.clip(point, _TOP - (_MIDDLE - 1) // step, np.minimum(_MIDDLE // step, _TOP))
-            point = np.maximum(point, 0)
-            np.multiply(units, 1 / step, out=tried)
-            np.rint(tried, out=tried)
-            np.clip(tried, -point, _TOP - point, out=tried)
-            tried *= step
-            off = _sum_of((a - b) ** 2 for a, b in zip(tried, units, strict=True))
-            better = off < error
-            np.copyto(on, tried, where=better)
-            np.copyto(error, off, where=better)
+        _, _, on, error = steps_of_runs(units)
         along, own = (
             _sum_of(a * b for a, b in zip(x, on, strict=True)).sum(axis=1, keepdims=True) for x in (units, on)
         )
@@ -271,6 +272,37 @@ def _rows_on_grids(w: Array) -> tuple[Array, Array]:
         np.copyto(best_scale, fit * scale, where=better)
         np.copyto(best_error, left, where=better)
     return (best + np.float32(_MIDDLE)).astype(np.uint8), best_scale
+
+
+def steps_of_runs(units: Array, weights: Array | None = None) -> tuple[Array, Array, Array, Array]:
+    """Step and point of each run, what it is rounded to, and the sum of its squared errors: the best step of two.
+
+    `units`: f32 [grid, ..], weights over their row's scale. `weights`: what the square of an error counts, [grid] and
+    then ones; None: 1."""
+    first, last = units.min(axis=0, initial=0), units.max(axis=0, initial=0)
+    whole = np.clip(np.ceil((last - first) / np.float32(_TOP)), 1, _TOP)
+    error, steps, points = np.full_like(first, np.inf), np.ones_like(first), np.zeros_like(first)
+    on, tried = np.empty_like(units), np.empty_like(units)
+    for less in range(_STEPS_TRIED):
+        step = np.maximum(whole - np.float32(less), 1)
+        # in the middle of what is to be held, and so that all 16 numbers are bytes
+        point = np.rint(np.float32(_TOP / 2) - (first + last) / (2 * step))
+        point = np.clip(point, _TOP - (_MIDDLE - 1) // step, np.minimum(_MIDDLE // step, _TOP))
+        point = np.maximum(point, 0)
+        np.multiply(units, 1 / step, out=tried)
+        np.rint(tried, out=tried)
+        np.clip(tried, -point, _TOP - point, out=tried)
+        tried *= step
+        if weights is None:
+            off = _sum_of((a - b) ** 2 for a, b in zip(tried, units, strict=True))
+        else:
+            off = _sum_of((a - b) ** 2 * c for a, b, c in zip(tried, units, weights, strict=True))
+        better = off < error
+        np.copyto(on, tried, where=better)
+        np.copyto(steps, step, where=better)
+        np.copyto(points, point, where=better)
+        np.copyto(error, off, where=better)
+    return steps, points, on, error
 
 
 def _sum_of(parts: Iterable[Array]) -> Array:

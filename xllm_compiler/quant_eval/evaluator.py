@@ -5,21 +5,19 @@ Refuses a model that loses more than the limit. `measure.py` measures, `mixed_pr
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from xllm_compiler.artifact import Manifest
 from xllm_compiler.errors import XllmError
 from xllm_compiler.frontend.trace import Traced
 from xllm_compiler.ir.clone import clone_module
-from xllm_compiler.ir.core import Value
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import parse_pipeline, run_pipeline
-from xllm_compiler.passes.quantize.forms import MIXED, NARROW, QuantForm, parse_form
+from xllm_compiler.passes.quantize.forms import MIXED, NARROW
 from xllm_compiler.quant_eval import mixed_precision
 from xllm_compiler.quant_eval.compare import Loss
-from xllm_compiler.quant_eval.measure import Reference, layer_losses, whole_loss
-from xllm_compiler.quant_eval.report import LayerLoss, LossReport
+from xllm_compiler.quant_eval.measure import Reference, whole_loss
+from xllm_compiler.quant_eval.report import LayerError, LossReport
 from xllm_compiler.targets import Target
 
 
@@ -41,28 +39,24 @@ class QuantizationEvaluator:
             traced.info.vocab_size,
             traced.info.max_model_len,
         )
-        self._layers: tuple[LayerLoss, ...] | None = None
 
     def choose(self) -> str:
         """The pipeline to run: the one that was asked for, or the one that `mixed` chose."""
         if self._form == MIXED:
             assert self._limit is not None
-            forms, self._layers = mixed_precision.choose(self._bench, self._limit)
+            forms, _ = mixed_precision.choose(self._bench, self._limit)
             self._pipeline = str(
                 parse_pipeline(",".join(self._target.quantized(NARROW, mixed_precision.names_of(forms))))
             )
         return self._pipeline
 
-    def report(self, folder: Path, manifest: Manifest) -> LossReport:
-        """The losses of the artifact in `folder`. Raises kind "option" when they are over the limit."""
+    def report(self, folder: Path, manifest: Manifest, layers: tuple[LayerError, ...]) -> LossReport:
+        """The loss of the artifact in `folder`, and `layers`, which calibration found. Raises kind "option" when it is
+        over the limit."""
         total, kinds, level = whole_loss(self._bench, folder, manifest)
         if self._limit is not None and not total.kl <= self._limit:
             raise self._refusal(total)
-        if self._layers is None:
-            form = replace(parse_form(self._form), kv=16)  # a layer has no cache
-            every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
-            self._layers = layer_losses(self._bench, every, form) if form.weights is not None else ()
-        return LossReport(self._form, self._pipeline, self._bench.text, level, self._limit, total, kinds, self._layers)
+        return LossReport(self._form, self._pipeline, self._bench.text, level, self._limit, total, kinds, layers)
 
     def _refusal(self, total: Loss) -> XllmError:
         return XllmError(

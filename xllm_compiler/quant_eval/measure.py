@@ -1,4 +1,4 @@
-"""Measures a quantized model: its compiled programs as they will be served, and each layer alone in the interpreter.
+"""Measures a quantized model: its compiled programs as they will be served, and choices of forms in the interpreter.
 
 The reference is the same checkpoint's module before the passes of the form. It runs in the interpreter, in the model's
 own dtype. That costs one reading of the weights and no second compile. The model's size decides how many positions are
@@ -16,14 +16,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_compiler.analysis.weights import param_names
 from xllm_compiler.artifact import WEIGHTS, Manifest
 from xllm_compiler.ir.core import Module, Value
-from xllm_compiler.passes.quantize.forms import QuantForm
 from xllm_compiler.passes.quantize.weights import layer_weights
 from xllm_compiler.quant_eval.compare import Loss, TextLoss, compare, compare_on, merge
 from xllm_compiler.quant_eval.replay import Variant, replay
-from xllm_compiler.quant_eval.report import LayerLoss
 from xllm_compiler.quant_eval.text import Window, take, windows
 from xllm_compiler.runtime.targets import choose_level, runtime_target
 from xllm_compiler.step.inputs import UNMAPPED, StepWriter
@@ -76,16 +73,6 @@ class Reference:
         found: Iterator[NDArray[np.float32]] = replay(self.module, self.params, ids, variants)
         reference = next(found)
         return [compare(reference, logits) for logits in found]
-
-
-def layer_losses(bench: Reference, forms: Mapping[Value, QuantForm], alone: QuantForm) -> tuple[LayerLoss, ...]:
-    """The loss of each weight alone in the form `alone`; `forms` is what each weight got."""
-    weights = bench.weights
-    losses = bench.losses(bench.few, [{w: alone} for w in weights])
-    return tuple(
-        LayerLoss(tuple(param_names(w)), str(alone), str(forms[w]), loss)
-        for w, loss in zip(weights, losses, strict=True)
-    )
 
 
 def whole_loss(bench: Reference, folder: Path, manifest: Manifest) -> tuple[Loss, dict[str, TextLoss], str]:

@@ -14,14 +14,13 @@ from xllm_compiler.ir.core import Value
 from xllm_compiler.passes.quantize.forms import NARROW, WIDE, QuantForm
 from xllm_compiler.quant_eval.compare import Loss
 from xllm_compiler.quant_eval.measure import Reference
-from xllm_compiler.quant_eval.report import LayerLoss
 
 _SHARE: Final = 0.9  # of the limit: the compiled programs round in other places than the interpreter
 _TRIES: Final = 4
 
 
-def choose(bench: Reference, limit: float) -> tuple[dict[Value, QuantForm], tuple[LayerLoss, ...]]:
-    """The form of each weight, and the losses that decided it.
+def choose(bench: Reference, limit: float) -> tuple[dict[Value, QuantForm], dict[Value, Loss]]:
+    """The form of each weight, and the losses alone at 4 bits that decided it.
 
     All weights together lose less than `limit`, if 8 bits can do that.
     """
@@ -44,11 +43,7 @@ def choose(bench: Reference, limit: float) -> tuple[dict[Value, QuantForm], tupl
         wide = len(weights)
     taken = set(order[:wide])
     forms = {w: WIDE if i in taken else NARROW for i, w in enumerate(weights)}
-    layers = tuple(
-        LayerLoss(tuple(param_names(w)), str(NARROW), str(forms[w]), loss)
-        for w, loss in zip(weights, alone, strict=True)
-    )
-    return forms, layers
+    return forms, dict(zip(weights, alone, strict=True))
 
 
 def names_of(forms: dict[Value, QuantForm]) -> list[str]:

@@ -75,11 +75,11 @@ def replay(
     input too; sums are in f32. Raises what reading `params` raises.
     """
     func = module.func(STEP)
-    sizes, inputs = _inputs(module, ids)
+    sizes, inputs = step_inputs(module, ids)
     ctx = EvalContext(params, sizes)
     fixed = weight_exprs(func)
     logits = func.returns[0]
-    ops = [op for op in _needed(func.ops, logits) if not all(r in fixed for r in op.results)]
+    ops = [op for op in needed_ops(func.ops, logits) if not all(r in fixed for r in op.results)]
     last_layer = max((i for i, op in enumerate(ops) if isinstance(op, (Linear, LinearGlu))), default=0)
     weights = _Weights(params)
     runs = [_Run({}, inputs), *(_Run(variant) for variant in variants)]
@@ -140,7 +140,7 @@ def _rounded(x: Array, form: QuantForm, block: int) -> Array:
     return quant.rotate(np.ascontiguousarray(parts.reshape(stored.shape)[..., : x.shape[-1]]), block)
 
 
-def _needed(ops: Any, result: Value) -> list[Op]:
+def needed_ops(ops: Any, result: Value) -> list[Op]:
     """The ops that `result` depends on, in order."""
     wanted = {result}
     out = []
@@ -151,7 +151,7 @@ def _needed(ops: Any, result: Value) -> list[Op]:
     return out[::-1]
 
 
-def _inputs(module: Module, ids: Sequence[NDArray[np.int32]]) -> tuple[dict[str, int], dict[Value, Array]]:
+def step_inputs(module: Module, ids: Sequence[NDArray[np.int32]]) -> tuple[dict[str, int], dict[Value, Array]]:
     """Sizes and arguments of one step that computes all requests whole and keeps every row."""
     func = module.func(STEP)
     caches = [a for a in func.args if isinstance(a.type, Kv)]

@@ -18,19 +18,21 @@ _SHOWN: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
-class LayerLoss:
-    """The loss when the weight made of the checkpoint tensors `names` is alone in `alone`; `form` is what it got."""
+class LayerError:
+    """What rounding changed of the outputs of the layer whose weight is made of the checkpoint tensors `names`, in the
+    weight format `format`: squares added up, relative to the outputs, on the calibration text. `plain`: had each weight
+    become the nearest number; `error`: as it was rounded."""
 
     names: tuple[str, ...]
-    alone: str
-    form: str
-    loss: Loss
+    format: str
+    plain: float
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """Losses against the unquantized form: of the compiled programs (`total`, run at `level` of the target), on each
-    kind of text, and of each layer. `limit` is what was allowed of the total; None where anything was."""
+    """The loss of the compiled programs against the unquantized form (`total`, run at `level` of the target), on each
+    kind of text, and what changed in each layer. `limit` is what was allowed of the total; None where anything was."""
 
     form: str
     pipeline: str
@@ -39,7 +41,7 @@ class LossReport:
     limit: float | None
     total: Loss
     kinds: dict[str, TextLoss]
-    layers: tuple[LayerLoss, ...]
+    layers: tuple[LayerError, ...]
 
     def to_json(self) -> str:
         """Canonical text, the same for the same compile. KL in nats, to three digits; a loss beyond numbers is null."""
@@ -59,7 +61,12 @@ class LossReport:
                 for kind, each in self.kinds.items()
             },
             "layers": [
-                {"weights": list(layer.names), "form": layer.form, "alone": layer.alone, **_figures(layer.loss)}
+                {
+                    "weights": list(layer.names),
+                    "format": layer.format,
+                    "plain": float(f"{layer.plain:.3g}"),
+                    "error": float(f"{layer.error:.3g}"),
+                }
                 for layer in self.layers
             ],
         }
@@ -81,7 +88,7 @@ def report_text(path: Path, manifest: Manifest) -> str | None:
 
 
 def table_text(found: dict[str, object]) -> str:
-    """What `LossReport.to_json` wrote, for people: the total, then the layers that lose most."""
+    """What `LossReport.to_json` wrote, for people: the total, the kinds of text, the layers that changed most."""
     total, layers, kinds = found["total"], found["layers"], found["kinds"]
     assert isinstance(total, dict) and isinstance(layers, list) and isinstance(kinds, dict)
     limit = "none" if found["max_kl"] is None else f"{found['max_kl']:g}"
@@ -93,14 +100,13 @@ def table_text(found: dict[str, object]) -> str:
     for kind, each in kinds.items():
         was, is_ = (_digits_text(each[name]) for name in ("reference_perplexity", "perplexity"))
         lines.append(f"  {kind:<46} KL {_kl(each):>9}  top-1 {each['top1']:7.2%}  perplexity {is_}, unquantized {was}")
-    worst = sorted(layers, key=lambda layer: -(layer["kl"] if layer["kl"] is not None else float("inf")))[:_SHOWN]
+    worst = sorted(layers, key=lambda layer: -layer["error"])[:_SHOWN]
     if worst:
-        count = f"the {len(worst)} of {len(layers)} that lose most" if len(layers) > len(worst) else "the worst first"
-        lines.append(f"  each layer alone, {worst[0]['positions']} positions; {count}")
+        count = f"the {len(worst)} of {len(layers)} with most" if len(layers) > len(worst) else "the worst first"
+        lines.append(f"  error of each layer's outputs, and by plain rounding (squares, calibration text); {count}")
     for layer in worst:
-        kept = "" if layer["form"] == layer["alone"] else f"  made {layer['form']}"
         lines.append(
-            f"  {_short(layer['weights']):<46} KL {_kl(layer):>9}  top-1 {layer['top1']:7.2%}  {layer['alone']}{kept}"
+            f"  {_short(layer['weights']):<46} {layer['error']:>9.3g}  plain {layer['plain']:>9.3g}  {layer['format']}"
         )
     return "\n".join(lines)
 

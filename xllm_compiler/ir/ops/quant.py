@@ -330,6 +330,10 @@ class QuantLinear(Op):
         residual: Array | None,
     ) -> Array:
         y = _product(ctx, x, scale, values, scales, zeros, format_of(self, self.format))
+        return self.finish(ctx, y, bias, residual)
+
+    def finish(self, ctx: EvalContext, y: Array, bias: Array | None, residual: Array | None) -> Array:
+        """What follows the product `y` [.., out]."""
         if bias is not None:
             y = y + ctx.up(bias)
         y = activation(self.act, y)
@@ -378,6 +382,10 @@ class QuantLinearGlu(Op):
         bias: Array | None,
     ) -> Array:
         y = _product(ctx, x, scale, values, scales, zeros, format_of(self, self.format))
+        return self.finish(ctx, y, bias)
+
+    def finish(self, ctx: EvalContext, y: Array, bias: Array | None) -> Array:
+        """What follows the product `y` [.., out]."""
         if bias is not None:
             y = y + ctx.up(bias)
         half = y.shape[-1] // 2
