@@ -27,6 +27,7 @@ class Halves:
         read a checkpoint tensor of the names `wide`."""
         first = (f"quantize-weights{{{WIDE.options},only={':'.join(wide)}}}",) if wide else ()
         return self.plain(
+            *form.preparation,  # after the fusions, which keep a residual stream in few ops; before weights are rounded
             *first,  # a weight is quantized once, so the exceptions come first
             *form.passes(),  # after the fusions, which see plain linears; what they stacked has one layout. Rows come
             #                  after weights, wherever the weight is quantized; those that several layers read become

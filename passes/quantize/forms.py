@@ -48,6 +48,12 @@ class QuantForm:
         return self.weights is not None and self.weights.rotates and self.activations == 8
 
     @property
+    def preparation(self) -> tuple[str, ...]:
+        """The passes that stand before any weight is rounded: they change what is rounded, and what is computed by
+        nothing but rounding errors."""
+        return ("rotate-stream",) if self.weights is not None and self.activations == 8 else ()
+
+    @property
     def max_kl(self) -> float:
         """What it may lose unless told otherwise, in nats."""
         return _KV_MAX_KL if self.weights is None else self.weights.max_kl
@@ -58,7 +64,7 @@ class QuantForm:
         return f"format={self.weights}{',rotate=true' if self.rotate else ''}"
 
     def passes(self) -> tuple[str, ...]:
-        """The passes that make it of a module of plain linear layers."""
+        """The passes that make it of a module of plain linear layers, after those of `preparation`."""
         weights = (f"quantize-weights{{{self.options}}}",) if self.weights is not None else ()
         rows = ("quantize-rows",) if self.activations == 8 else ()
         return (*weights, *rows, *(("quantize-kv",) if self.kv == 8 else ()))

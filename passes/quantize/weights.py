@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from xllm_compiler.analysis.weights import is_weight_expr, param_names
+from xllm_compiler.analysis.weights import is_weight_expr, param_names, unrounded
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Builder, Func, Op, Value
 from xllm_compiler.ir.ops import (
     Dequantize,
+    Embedding,
     Gelu,
     Linear,
     LinearGlu,
     Mul,
     QuantWeight,
     Relu,
+    Rotate,
     Sigmoid,
     Silu,
     Tanh,
@@ -39,7 +41,8 @@ class QuantizeWeights(FuncPass):
              %w_1 = quant.dequantize(%stored, %scales, format="q8") : bf16[64, 32]
              %y = nn.linear(%x, %w_1) : bf16[N, 64]
 
-    A weight that an embedding reads too stays one. `keep`: patterns of checkpoint names, separated by ":", whose layers
+    A weight that is cast to a narrower float is read as it is before. A weight that an embedding reads too stays one,
+    and a table that was such a weight before rotate-stream is rounded too. `keep`: patterns of checkpoint names, separated by ":", whose layers
     stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are left alone.
     `rotate`: rotates weights first (ir/quant.py) that are multiplied only by the results of gates or activations. There
     single values are far larger than the others.
@@ -67,7 +70,7 @@ class QuantizeWeights(FuncPass):
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
         done = 0
-        for w, layer in layer_weights(func).items():
+        for w, layer in {**layer_weights(func), **_tied_tables(func)}.items():
             names = param_names(w)
             if not _matches(names, self.only) or _matches(names, self.keep):
                 ctx.remark(layer, "its weight is kept as it is")
@@ -85,7 +88,7 @@ class QuantizeWeights(FuncPass):
         users = w.uses
         b = Builder.after(op, op.loc.touched_by(_RULE))
         form: dict[str, Any] = {"format": self.format, "rotate": rotation_of(w) if self.rotate else 0}
-        made = b.create(QuantWeight, w, **form)
+        made = b.create(QuantWeight, unrounded(w), **form)
         zeros = made.results[2] if len(made.results) == 3 else None
         back = b.create(Dequantize, *made.results[:2], zeros=zeros, dtype=w.dtype, hint=w.name, **form).result
         for user, index in users:
@@ -100,6 +103,18 @@ def layer_weights(func: Func) -> dict[Value, Linear | LinearGlu]:
             w = op.w
             if w not in found and is_weight_expr(w) and not isinstance(w.op, Dequantize):
                 found[w] = op
+    return found
+
+
+def _tied_tables(func: Func) -> dict[Value, Embedding]:
+    """Rotated tables of parameters that a layer reads too, each with the first op that looks up in it, in order."""
+    layers = [set(param_names(w)) for w in layer_weights(func)]
+    found: dict[Value, Embedding] = {}
+    for op in func.ops:
+        if isinstance(op, Embedding) and isinstance(unrounded(op.w).op, Rotate):
+            names = set(param_names(op.w))
+            if any(names <= each for each in layers):
+                found.setdefault(op.w, op)
     return found
 
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir import quant
+from xllm_compiler.ir import orthogonal, quant
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.cost import Cost, CostContext, NarrowWeight
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import DType, Operand, OptOperand, op
 from xllm_compiler.ir.ops.nn import Activation, check_norm_vector
-from xllm_compiler.ir.rows import LastAxis
+from xllm_compiler.ir.rows import AlongAxis, LastAxis
 from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm
 from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, require_same_dim, require_shape
 from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS, Tensor, Type
@@ -67,6 +67,51 @@ def _check_weight(op: Op, values: Value, scales: Value, zeros: Value | None, nam
             raise IrError(f"{op.name}: zeros are {zeros.type}", help="zero points are u8")
         require_shape(op.scope, zeros.shape, scales.shape, f"{op.name}: zeros")
     return format
+
+
+@op("quant.rotate")
+class Rotate(Op):
+    """y = (w * (scale + offset) - mean) Q, for every vector of w [a] or [a, b] along `axis`.
+
+    Q is the orthogonal matrix of that width (ir/orthogonal.py). Without `scale` there is no factor, and the mean is
+    subtracted with `centre` alone. y is in f32 (f64 where w is), whatever the dtype of w, and so is rounded once where
+    it is quantized.
+    """
+
+    rows = AlongAxis()
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
+    w: Operand
+    scale: OptOperand
+    axis: int
+    offset: float = 0.0
+    centre: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        no_partial(self)
+        require_float(self, self.w, self.scale)
+        w = self.w.tensor
+        if w.rank not in (1, 2) or not 0 <= self.axis < w.rank:
+            raise IrError(f"quant.rotate of {w} along axis {self.axis}", help="a weight of rank 1 or 2, and an axis")
+        width = w.shape[self.axis]
+        if not width.is_const or width.value < 1:
+            raise IrError(f"quant.rotate: vectors of {width} values", help="the width is a number, at least 1")
+        if self.scale is not None:
+            require_shape(self.scope, self.scale.shape, [width], f"quant.rotate: scale %{self.scale.name}")
+        if self.offset and self.scale is None:
+            raise IrError("quant.rotate: an offset and no scale", help="offset is added to the scale")
+        return (w.with_(dtype="f64" if w.dtype == "f64" else "f32"),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        """A factor, halvings, and a dense product for what of the width is odd."""
+        width = self.w.shape[self.axis].value
+        two = width & -width
+        each = 2 + (two.bit_length() - 1) + (0 if width == two else 2 * width // two) + 2 * self.centre
+        return ctx.count(self, flops=each * self.w.tensor.elements)
+
+    def interp(self, ctx: EvalContext, w: Array, scale: Array | None) -> Array:
+        wide = np.float64 if ctx.precise or w.dtype == np.float64 else np.float32
+        return orthogonal.rotated(w, self.axis, wide, scale, self.offset, self.centre)
 
 
 @op("quant.weight")
