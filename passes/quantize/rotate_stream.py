@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from xllm_compiler.analysis.weights import param_names, unrounded
 from xllm_compiler.ir.core import Builder, Func, Module, Op, Value
@@ -12,6 +12,7 @@ from xllm_compiler.passes.base import Pass, PassContext
 from xllm_compiler.passes.quantize.stream import Layer, Norm, Stream, streams_of
 from xllm_compiler.passes.registry import register_pass
 
+T = TypeVar("T", bound=Op)
 _RULE = "rotate-stream/rotate"
 
 
@@ -29,15 +30,15 @@ class RotateStream(Pass):
              %n = nn.rms_norm(%x, eps=1e-06)
              %y = nn.linear(%n, bf16 of %v)
 
-    A few directions of a stream are far larger than the others, and rounding a row to 8 bits would make its step theirs.
+    A few directions of a stream are far larger than the others, and their step would be that of a whole row of 8 bits.
     Norms lose their weights, which go into the layers that read them. Layer norms become RMS norms: whatever writes to
     the stream writes without its mean. The step computes what it did, with other weights.
 
-    All functions are rotated, since they share weights, or none. A remark names the op that stands in the way. A
-    table that is looked up in and multiplied by too becomes two.
+    All functions are rotated, since they share weights, or none. A remark names the op that stands in the way. A table
+    that is looked up in and multiplied by too becomes two.
     """
 
-    ulps: ClassVar[int] = 24  # every weight is rounded anew
+    ulps: ClassVar[int] = 24  # every weight is rounded anew, in its own dtype
 
     def run(self, module: Module, ctx: PassContext) -> bool:
         found = {func: streams_of(func) for func in module.funcs.values()}
@@ -150,8 +151,8 @@ class _Rotation:
         """`w` rotated along `axis`, in its dtype: rounded once, and once for all that ask for it."""
         key = (w, axis, scale, offset, centre)
         if key not in self._known:
-            fields = {"axis": axis, "offset": offset, "centre": centre}
-            made = self._create(Rotate, unrounded(w), scale, hint=w.name, **fields).result
+            source = unrounded(w)
+            made = self._create(Rotate, source, scale, axis=axis, offset=offset, centre=centre, hint=w.name).result
             self._known[key] = self._cast(made, w.dtype)
         return self._known[key]
 
@@ -170,7 +171,7 @@ class _Rotation:
     def _cast(self, v: Value, dtype: str) -> Value:
         return v if v.dtype == dtype else self._create(Cast, v, dtype=dtype, hint=v.name).result
 
-    def _create(self, cls, *operands, **fields):  # type: ignore[no-untyped-def]
+    def _create(self, cls: type[T], *operands: Value | None, **fields: Any) -> T:
         made = self._b.create(cls, *operands, **fields)
         self._made.append(made)
         return made

@@ -70,15 +70,16 @@ def streams_of(func: Func) -> list[Stream]:
             continue
         if op.result in fixed or any(op.result in stream.values for stream in found):
             continue
-        found.append(_Search(op.w.shape[1].value, fixed).run(op.result))
+        found.append(_Search(func, op.w.shape[1].value, fixed).run(op.result))
     return [stream for stream in found if stream.norms]
 
 
 class _Search:
     """Follows values of one stream to all that writes to it and reads it."""
 
-    def __init__(self, width: int, fixed: Container[Value]) -> None:
+    def __init__(self, func: Func, width: int, fixed: Container[Value]) -> None:
         self.stream = Stream(width)
+        self._ops = func.ops
         self._fixed = fixed
         self._work: list[Value] = []
 
@@ -98,6 +99,8 @@ class _Search:
             for layer, between in self.stream.layers.items():
                 if not isinstance(between, LayerNorm):
                     self._refuse(layer, "reads the mean of the stream too, which layer norms elsewhere need gone")
+        ops = self._ops
+        self.stream.obstacles.sort(key=lambda each: len(ops) if isinstance(each[0], ReturnOp) else ops.order(each[0]))
         return self.stream
 
     def _refuse(self, op: Op, why: str) -> None:
@@ -181,7 +184,7 @@ class _Search:
                 elif self._moved(user) == index and not (shifted and isinstance(user, (Mul, Div, Neg))):
                     work.append(user.result)
                 else:
-                    self._refuse(user, "reads what a norm makes of it, and is no layer")
+                    self._refuse(user, "takes what a norm makes of it, and not as the input of a layer")
 
     def _read_by(self, op: Layer, norm: Norm | None) -> None:
         if isinstance(op, Linear) and op.partial:

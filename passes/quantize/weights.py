@@ -41,9 +41,10 @@ class QuantizeWeights(FuncPass):
              %w_1 = quant.dequantize(%stored, %scales, format="q8") : bf16[64, 32]
              %y = nn.linear(%x, %w_1) : bf16[N, 64]
 
-    A weight that is cast to a narrower float is read as it is before. A weight that an embedding reads too stays one,
-    and a table that was such a weight before rotate-stream is rounded too. `keep`: patterns of checkpoint names, separated by ":", whose layers
-    stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are left alone.
+    A weight that is cast to a narrower float is read as it is before. A weight that an embedding reads too stays one; a
+    table that was such a weight before rotate-stream is rounded too. `keep`: patterns of checkpoint names, separated by
+    ":", whose layers stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are
+    left alone.
     `rotate`: rotates weights first (ir/quant.py) that are multiplied only by the results of gates or activations. There
     single values are far larger than the others.
     """

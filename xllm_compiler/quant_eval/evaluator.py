@@ -24,7 +24,8 @@ from xllm_compiler.targets import Target
 
 
 class QuantizationEvaluator:
-    """Keeps a copy of the traced module in its unquantized form for as long as the compile takes."""
+    """Keeps two copies of the traced module for as long as the compile takes. Losses are against its unquantized form.
+    Layers are tried alone in the module whose weights are rounded."""
 
     def __init__(
         self, form: str, limit: float | None, pipeline: str, target: Target, traced: Traced, tokenizer: Path
@@ -41,13 +42,16 @@ class QuantizationEvaluator:
             traced.info.vocab_size,
             traced.info.max_model_len,
         )
+        self._rounded = replace(self._bench, module=clone_module(module))
+        preparation = (NARROW if form == MIXED else parse_form(form)).preparation
+        run_pipeline(",".join(preparation), self._rounded.module, PassContext(target.capabilities))
         self._layers: tuple[LayerLoss, ...] | None = None
 
     def choose(self) -> str:
         """The pipeline to run: the one that was asked for, or the one that `mixed` chose."""
         if self._form == MIXED:
             assert self._limit is not None
-            forms, self._layers = mixed_precision.choose(self._bench, self._limit)
+            forms, self._layers = mixed_precision.choose(self._rounded, self._limit)
             self._pipeline = str(
                 parse_pipeline(",".join(self._target.quantized(NARROW, mixed_precision.names_of(forms))))
             )
@@ -60,8 +64,8 @@ class QuantizationEvaluator:
             raise self._refusal(total)
         if self._layers is None:
             form = replace(parse_form(self._form), kv=16)  # a layer has no cache
-            every: dict[Value, QuantForm] = dict.fromkeys(self._bench.weights, form)
-            self._layers = layer_losses(self._bench, every, form) if form.weights is not None else ()
+            every: dict[Value, QuantForm] = dict.fromkeys(self._rounded.weights, form)
+            self._layers = layer_losses(self._rounded, every, form) if form.weights is not None else ()
         return LossReport(self._form, self._pipeline, self._bench.text, level, self._limit, total, self._layers)
 
     def _refusal(self, total: Loss) -> XllmError:

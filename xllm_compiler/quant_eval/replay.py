@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.analysis.interface import interface_of
-from xllm_compiler.analysis.weights import weight_exprs
+from xllm_compiler.analysis.weights import unrounded, weight_exprs
 from xllm_compiler.interp.run import call_op, run_value
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Module, Op, Value
@@ -51,8 +51,9 @@ class _Weights:
         if (value, form) not in self._held:
             plain = self._held.get((value, None))
             if plain is None:
-                plain = run_value(value, self._params)
-                if any(isinstance(user, (Linear, LinearGlu)) for user in value.users):
+                layers = any(isinstance(user, (Linear, LinearGlu)) for user in value.users)
+                plain = run_value(unrounded(value) if layers else value, self._params)
+                if layers:
                     plain = plain.astype(np.float32)
                 self._held[value, None] = plain
             if form is not None:
