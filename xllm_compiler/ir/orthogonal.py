@@ -47,8 +47,8 @@ def rotated(
 
         (v * (scale + offset) - mean) Q
 
-    `scale`: one factor for each place of v, without it no factor; the mean is subtracted with `centre`. A vector's
-    result depends on nothing but the vector. Nothing of w's size is held but w and the result.
+    `scale`: one factor for each place of v, without it no factor; the mean is subtracted with `centre`. Nothing of w's
+    size is held but w and the result.
     """
     width = w.shape[axis]
     across = axis == w.ndim - 1  # vectors lie along memory
