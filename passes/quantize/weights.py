@@ -10,14 +10,17 @@ from xllm_compiler.analysis.weights import is_weight_expr, param_names, unrounde
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Builder, Func, Op, Value
 from xllm_compiler.ir.ops import (
+    AddRmsNorm,
     Dequantize,
     Embedding,
     Gelu,
+    LayerNorm,
     Linear,
     LinearGlu,
     Mul,
     QuantWeight,
     Relu,
+    RmsNorm,
     Rotate,
     Sigmoid,
     Silu,
@@ -45,8 +48,8 @@ class QuantizeWeights(FuncPass):
     table that was such a weight before rotate-stream is rounded too. `keep`: patterns of checkpoint names, separated by
     ":", whose layers stay as they are; `only`: patterns of those that are done at all. Weights that come quantized are
     left alone.
-    `rotate`: rotates weights first (ir/quant.py) that are multiplied only by the results of gates or activations. There
-    single values are far larger than the others.
+    `rotate`: rotates weights first (ir/quant.py) that are multiplied only by the results of gates, activations and
+    norms with a weight. There single values are far larger than the others.
     """
 
     samples: ClassVar[tuple[str, ...]] = (
@@ -71,10 +74,10 @@ class QuantizeWeights(FuncPass):
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
         done = 0
-        for w, layer in {**layer_weights(func), **_tied_tables(func)}.items():
+        for w in (*layer_weights(func), *tied_tables(func)):
             names = param_names(w)
             if not _matches(names, self.only) or _matches(names, self.keep):
-                ctx.remark(layer, "its weight is kept as it is")
+                ctx.remark(w.users[0], "its weight is kept as it is")
                 continue
             assert w.op is not None
             if ctx.allows(_RULE, w.op):
@@ -107,29 +110,34 @@ def layer_weights(func: Func) -> dict[Value, Linear | LinearGlu]:
     return found
 
 
-def _tied_tables(func: Func) -> dict[Value, Embedding]:
-    """Rotated tables of parameters that a layer reads too, each with the first op that looks up in it, in order."""
-    layers = [set(param_names(w)) for w in layer_weights(func)]
-    found: dict[Value, Embedding] = {}
+def tied_tables(func: Func) -> dict[Value, Value]:
+    """Rotated tables that are looked up in, each with a weight of a layer that is made of the same parameters: both were
+    one before rotate-stream."""
+    layers = {w: set(param_names(w)) for w in layer_weights(func)}
+    found: dict[Value, Value] = {}
     for op in func.ops:
-        if isinstance(op, Embedding) and isinstance(unrounded(op.w).op, Rotate):
+        if isinstance(op, Embedding) and op.w not in found and isinstance(unrounded(op.w).op, Rotate):
             names = set(param_names(op.w))
-            if any(names <= each for each in layers):
-                found.setdefault(op.w, op)
+            layer = next((w for w, each in layers.items() if names <= each), None)
+            if layer is not None:
+                found[op.w] = layer
     return found
 
 
 def rotation_of(w: Value) -> int:
-    """The blocks in which a weight is rotated where that pays; 0: it does not. The products of a gate, and what comes
-    out of an activation, have a few values much larger than the rest; what a norm has made has not."""
-    hidden = all(isinstance(user, (Linear, LinearGlu)) and w is user.w and _is_hidden(user.x) for user in w.users)
-    return quant.rotation(w.shape[1].value) if hidden and w.shape[1].is_const else 0
+    """The blocks in which a weight is rotated where that pays; 0: it does not. The products of a gate, what comes out
+    of an activation and what a norm with a weight makes have a few values much larger than the rest. After
+    rotate-stream norms have none, and make no such values."""
+    uneven = all(isinstance(user, (Linear, LinearGlu)) and w is user.w and _is_uneven(user.x) for user in w.users)
+    return quant.rotation(w.shape[1].value) if uneven and w.shape[1].is_const else 0
 
 
-def _is_hidden(x: Value) -> bool:
+def _is_uneven(x: Value) -> bool:
     op = x.op
     if isinstance(op, Mul):
         return any(isinstance(v.op, ACTIVATIONS) for v in op.operands)
+    if isinstance(op, (RmsNorm, LayerNorm, AddRmsNorm)):
+        return op.w is not None
     return isinstance(op, (LinearGlu, *ACTIVATIONS)) or (isinstance(op, Linear) and op.act != "none")
 
 
