@@ -111,8 +111,8 @@ def layer_weights(func: Func) -> dict[Value, Linear | LinearGlu]:
 
 
 def tied_tables(func: Func) -> dict[Value, Value]:
-    """Rotated tables that are looked up in, each with a weight of a layer that is made of the same parameters: both were
-    one before rotate-stream."""
+    """Rotated tables that are looked up in, each with a layer's weight of the same parameters: the two were one before
+    rotate-stream."""
     layers = {w: set(param_names(w)) for w in layer_weights(func)}
     found: dict[Value, Value] = {}
     for op in func.ops:
@@ -128,8 +128,9 @@ def rotation_of(w: Value) -> int:
     """The blocks in which a weight is rotated where that pays; 0: it does not. The products of a gate, what comes out
     of an activation and what a norm with a weight makes have a few values much larger than the rest. After
     rotate-stream norms have none, and make no such values."""
-    uneven = all(isinstance(user, (Linear, LinearGlu)) and w is user.w and _is_uneven(user.x) for user in w.users)
-    return quant.rotation(w.shape[1].value) if uneven and w.shape[1].is_const else 0
+    layers = [user for user in w.users if not (isinstance(user, Embedding) and w is user.w)]  # rotates rows back
+    uneven = all(isinstance(user, (Linear, LinearGlu)) and w is user.w and _is_uneven(user.x) for user in layers)
+    return quant.rotation(w.shape[1].value) if layers and uneven and w.shape[1].is_const else 0
 
 
 def _is_uneven(x: Value) -> bool:

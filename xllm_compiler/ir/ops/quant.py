@@ -241,7 +241,7 @@ class QuantRows(Op):
 class QuantNormRows(Op):
     """quant.rows of nn.rms_norm or nn.layer_norm of x: the norm is rounded to x's dtype, then each row to 8 bits.
 
-    `offset` is that of nn.rms_norm, `b` that of nn.layer_norm.
+    `offset` is that of nn.rms_norm, `b` that of nn.layer_norm. The rounded norm is rotated as quant.rows does it.
     """
 
     rows = LastAxis()
@@ -254,12 +254,14 @@ class QuantNormRows(Op):
     kind: Literal["rms", "layer"] = "rms"
     offset: float = 0.0
     group: int = 0
+    rotate: int = 0
     by_group: bool = False
 
     def infer(self) -> tuple[Type, ...]:
         no_partial(self)
         check_norm_vector(self, self.x, self.w, "w")
         check_norm_vector(self, self.x, self.b, "b")
+        _check_rotation(self, self.x.shape[-1], self.rotate)
         if self.kind == "rms" and self.b is not None:
             raise IrError("quant.norm_rows: an RMS norm has no b", help="kind=layer")
         if self.kind == "layer" and self.offset:
@@ -268,12 +270,14 @@ class QuantNormRows(Op):
 
     def cost(self, ctx: CostContext) -> Cost:
         """Those of the norm and of quant.rows."""
-        return ctx.count(self, flops=(8 if self.kind == "rms" else 11) * self.x.tensor.elements)
+        norm = 8 if self.kind == "rms" else 11
+        return ctx.count(self, flops=(norm + self.rotate.bit_length()) * self.x.tensor.elements)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> tuple[Array, ...]:
         wide, w, b = ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b)
         y = rms_norm(wide, w, self.eps, self.offset) if self.kind == "rms" else layer_norm(wide, w, b, self.eps)
-        return quant.quantize_rows(ctx.up(ctx.store(y, self.x.type)), RowFormat(self.group, self.by_group))
+        stored = ctx.up(ctx.store(y, self.x.type))
+        return quant.quantize_rows(quant.rotate(stored, self.rotate), RowFormat(self.group, self.by_group))
 
     def default_hint(self, index: int) -> str:
         return ("rows", "row_scale", "row_sums")[index]
