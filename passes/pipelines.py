@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from xllm_compiler.passes.quantize.forms import WIDE, QuantForm
+from xllm_compiler.passes.quantize.forms import QuantForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,9 @@ class Halves:
     def quantized(self, form: QuantForm, wide: Sequence[str] = ()) -> tuple[str, ...]:
         """With the layers' weights, and where the form says so their inputs, quantized; those weights to 8 bits that
         read a checkpoint tensor of the names `wide`."""
-        first = (f"quantize-weights{{{WIDE.options},only={':'.join(wide)}}}",) if wide else ()
-        return self.plain(
-            *first,  # a weight is quantized once, so the exceptions come first
-            *form.passes(),  # after the fusions, which see plain linears; what they stacked has one layout. Rows come
-            #                  after weights, wherever the weight is quantized; those that several layers read become
-            #                  one in the clean-up
-        )
+        return self.plain(*form.passes(wide))  # after the fusions, which see plain linears and leave a residual stream
+        #                                        in few ops; what they stacked has one layout. Rows that several layers
+        #                                        read become one in the clean-up
 
 
 BEFORE: Final[tuple[str, ...]] = (

@@ -45,6 +45,7 @@ BUILTIN: Final[dict[str, str]] = {  # name -> module below xllm_compiler.passes
     "quantize-rows": "quantize.rows",
     "quantize-weights": "quantize.weights",
     "return-block-max": "fusion.return_block_max",
+    "rotate-stream": "quantize.rotate_stream",
     "split-attention": "schedule.split_attention",
     "tabulate-positions": "canonical.tabulate_positions",
 }

@@ -21,8 +21,8 @@ class FuseNormRows(FuncPass):
              %rows, %s, %t = quant.rows(%y)        : i8[N, 64], f32[N], i32[N, 1]
     after:   %rows, %s, %t = quant.norm_rows(%x, w=%w, eps=1e-06) : i8[N, 64], f32[N], i32[N, 1]
 
-    The same for nn.layer_norm. A norm with another reader stays, as does one whose rows are quantized for weights of
-    different groups: it would be computed twice. Rows that are rotated stay too.
+    The same for nn.layer_norm, and for rows that are rotated. A norm with another reader stays, as does one whose rows
+    are quantized in two ways, such as for weights of different groups: it would be computed twice.
     """
 
     def run_on(self, func: Func, ctx: PassContext) -> bool:
@@ -40,14 +40,14 @@ def norm_rows(op: Op, rw: Rewriter) -> bool:
             rw.ctx.remark(op, "not fused with the quantization of its rows: others read them as they are")
         return False
     first = readers[0]
-    if any((user.group, user.by_group) != (first.group, first.by_group) or user.rotate for user in readers):
+    if any(_form(user) != _form(first) for user in readers):
         if rw.ctx is not None:
-            why = "rotated" if any(user.rotate for user in readers) else "for weights of different groups"
+            turned = any(user.rotate != first.rotate for user in readers)
+            why = "rotated for some readers" if turned else "for weights of different groups"
             rw.ctx.remark(op, f"not fused with the quantization of its rows: they are {why}")
         return False
     fields: dict[str, Any] = {
-        "group": first.group,
-        "by_group": first.by_group,
+        **_form(first),
         "hint": tuple(r.name for r in first.results),
     }
     if isinstance(op, RmsNorm):
@@ -58,3 +58,7 @@ def norm_rows(op: Op, rw: Rewriter) -> bool:
         rw.replace(user, made)
     rw.erase(op)
     return True
+
+
+def _form(rows: QuantRows) -> dict[str, Any]:
+    return {"group": rows.group, "rotate": rows.rotate, "by_group": rows.by_group}

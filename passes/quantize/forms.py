@@ -6,6 +6,7 @@ parsing imports it."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Final
@@ -48,6 +49,11 @@ class QuantForm:
         return self.weights is not None and self.weights.rotates and self.activations == 8
 
     @property
+    def preparation(self) -> tuple[str, ...]:
+        """Those of `passes` that round nothing: the module computes what it did, and loses less when it is rounded."""
+        return ("rotate-stream",) if self.weights is not None and self.activations == 8 else ()
+
+    @property
     def max_kl(self) -> float:
         """What it may lose unless told otherwise, in nats."""
         return _KV_MAX_KL if self.weights is None else self.weights.max_kl
@@ -57,11 +63,16 @@ class QuantForm:
         """What quantize-weights is told of it: format=q4grid32."""
         return f"format={self.weights}{',rotate=true' if self.rotate else ''}"
 
-    def passes(self) -> tuple[str, ...]:
-        """The passes that make it of a module of plain linear layers."""
-        weights = (f"quantize-weights{{{self.options}}}",) if self.weights is not None else ()
-        rows = ("quantize-rows",) if self.activations == 8 else ()
-        return (*weights, *rows, *(("quantize-kv",) if self.kv == 8 else ()))
+    def passes(self, wide: Sequence[str] = ()) -> tuple[str, ...]:
+        """The passes that make it of a module of plain linear layers; weights that read a checkpoint tensor of the
+        names `wide` get 8 bits."""
+        if self.weights is None:
+            weights: tuple[str, ...] = ()
+        else:  # a weight is quantized once, so the exceptions come first
+            only = (f"quantize-weights{{{WIDE.options},only={':'.join(wide)}}}",) if wide else ()
+            weights = (*only, f"quantize-weights{{{self.options}}}")
+        rows = ("quantize-rows",) if self.activations == 8 else ()  # wherever the weight is quantized
+        return (*self.preparation, *weights, *rows, *(("quantize-kv",) if self.kv == 8 else ()))
 
 
 NARROW: Final = QuantForm(GridFormat(16))

@@ -29,9 +29,9 @@ def room(n: int, group: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 @pytest.mark.parametrize("kind, weight, bias", [("rms", True, False), ("rms", False, False), ("layer", True, True)])
-@pytest.mark.parametrize("n, group", [(1, 0), (37, 0), (200, 32), (1024, 0)])
+@pytest.mark.parametrize("n, group, rotate", [(1, 0, 0), (37, 0, 0), (200, 32, 0), (1024, 0, 0), (640, 0, 64)])
 def test_the_bits_are_those_of_two_kernels(
-    isa: str, dtype: str, kind: str, weight: bool, bias: bool, n: int, group: int
+    isa: str, dtype: str, kind: str, weight: bool, bias: bool, n: int, group: int, rotate: int
 ) -> None:
     rng = np.random.default_rng(n)
     x = (rng.standard_normal((ROWS, n)) * 3 + 1).astype(NUMPY[dtype])
@@ -40,13 +40,13 @@ def test_the_bits_are_those_of_two_kernels(
     vectors = [rng.standard_normal(n).astype(NUMPY[dtype]) for _ in range(weight + bias)]
     if kind == "rms":
         norm = Standalone(RmsNorm(n, dtype, 1e-6, 1.0, weight), ISAS[isa])
-        fused = Standalone(NormRows("rms", n, dtype, 1e-6, 1.0, weight, group=group), ISAS[isa])
+        fused = Standalone(NormRows("rms", n, dtype, 1e-6, 1.0, weight, group=group, rotate=rotate), ISAS[isa])
     else:
         norm = Standalone(LayerNorm(n, dtype, 1e-6, weight, bias), ISAS[isa])
-        fused = Standalone(NormRows("layer", n, dtype, 1e-6, 0.0, weight, bias, group), ISAS[isa])
+        fused = Standalone(NormRows("layer", n, dtype, 1e-6, 0.0, weight, bias, group, rotate), ISAS[isa])
     y, want = np.zeros_like(x), room(n, group)
     norm(x, *vectors, y, ROWS)
-    Standalone(QuantizeRows(n, dtype, group), ISAS[isa])(y, *want, ROWS)
+    Standalone(QuantizeRows(n, dtype, group, rotate), ISAS[isa])(y, *want, ROWS)
     assert np.isnan(want[1][5]) and np.isfinite(want[1][:5]).all()
     for rows, team in ((ROWS, 1), (ROWS, 3), (1, 1), (1, 2)):
         got = room(n, group)
@@ -57,9 +57,10 @@ def test_the_bits_are_those_of_two_kernels(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "group"}, {"n": 0}, {"n": 1 << 20}, {"dtype": "f16"}, {"bias": True}, {"kind": "layer"}]
+    "wrong",
+    [{"kind": "group"}, {"n": 0}, {"n": 1 << 20}, {"dtype": "f16"}, {"bias": True}, {"kind": "layer"}, {"rotate": 64}],
 )
 def test_what_has_no_code_is_refused(wrong: dict[str, object]) -> None:
     fields: dict[str, object] = {"kind": "rms", "n": 8, "dtype": "bf16", "eps": 1e-6, "offset": 1.0}
-    with pytest.raises(XllmError, match="norm"):
+    with pytest.raises(XllmError, match=r"norm|rotating"):
         NormRows(**{**fields, **wrong})  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import pytest
 from levels import ISA_TYPES
 
 from tests.kernels.grid_bytes import bytes_on_grids
+from xllm_compiler.ir import quant
 from xllm_compiler.kernels import layouts
 from xllm_compiler.kernels.tir.attention.rope import Rope
 from xllm_compiler.kernels.tir.isa.levels import ISAS
@@ -94,7 +95,11 @@ def test_embedding_widens_quantized_rows(isa: str, dtype: str, dim: int, form: s
     Standalone(Embedding(dim, dtype, form), ISAS[isa])(ids, packed, y, ROWS, team=2)
     each = (scales.repeat(q.group, axis=1)[:, :dim] if q.group else scales).astype(np.float32)
     point = q.zero if zeros is None else zeros.repeat(q.group, axis=1)[:, :dim].astype(np.float32)
-    assert y.tobytes() == ((values.astype(np.float32) - point) * each)[ids].astype(NUMPY[dtype]).tobytes()
+    want = ((values.astype(np.float32) - point) * each)[ids]
+    assert y.tobytes() == want.astype(NUMPY[dtype]).tobytes()
+    if block := quant.rotation(dim):
+        Standalone(Embedding(dim, dtype, form, block), ISAS[isa])(ids, packed, y, ROWS, team=2)
+        assert y.tobytes() == quant.rotate(want, block).astype(NUMPY[dtype]).tobytes()
 
 
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rotary: int, style: str) -> np.ndarray:

@@ -75,11 +75,13 @@ def test_figures_against_torch() -> None:
 @pytest.mark.parametrize("form", ["w8a8", "w8a16", "w4a16-g64-asym", "int4"])
 def test_a_variant_is_what_the_passes_make(model: Traced, form: str) -> None:
     """All requests in one step of the interpreter, over the module that quantize-weights and quantize-rows changed."""
-    bench = Reference(model.module, model.weights, [Window("text", ids) for ids in IDS], "")
     kind = parse_form(form)
+    start = clone_module(model.module)
+    run_pipeline(",".join(kind.preparation), start, PassContext())
+    bench = Reference(start, model.weights, [Window("text", ids) for ids in IDS], "")
     for chosen in (bench.weights, bench.weights[3:4], bench.weights[-1:]):
-        plain, got = replay(model.module, model.weights, IDS, [dict.fromkeys(chosen, kind)])
-        module = clone_module(model.module)
+        plain, got = replay(start, model.weights, IDS, [dict.fromkeys(chosen, kind)])
+        module = clone_module(start)
         only = ":".join(param_names(w)[0] for w in chosen)
         passes = [p.replace("{", f"{{only={only},") for p in kind.passes()]
         run_pipeline(",".join(passes), module, PassContext())

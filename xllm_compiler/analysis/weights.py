@@ -8,8 +8,9 @@ from __future__ import annotations
 from xllm_compiler.dims import Dim
 from xllm_compiler.ir.core import Func, Op, Value
 from xllm_compiler.ir.groups import rank_symbols
+from xllm_compiler.ir.ops import Cast
 from xllm_compiler.ir.spec import dims_in
-from xllm_compiler.ir.types import Tensor
+from xllm_compiler.ir.types import DTYPE_BYTES, Tensor
 
 
 def is_weight_expr(value: Value) -> bool:
@@ -27,6 +28,14 @@ def is_weight_expr(value: Value) -> bool:
             return False
         stack += op.operands
     return True
+
+
+def unrounded(value: Value) -> Value:
+    """A weight expression as it is before its last rounding to a narrower float type; itself where there is none."""
+    op = value.op
+    if isinstance(op, Cast) and op.x.tensor.is_float and DTYPE_BYTES[op.x.dtype] > DTYPE_BYTES[op.dtype]:
+        return op.x
+    return value
 
 
 def weight_exprs(func: Func) -> dict[Value, None]:

@@ -145,6 +145,19 @@ class Taken(Rows):
 
 
 @dataclass(frozen=True)
+class AlongAxis(Rows):
+    """Values of operand 0 meet along `axis` only. The other operands are weights, the same for every row."""
+
+    def __str__(self) -> str:
+        return "mixed along `axis`"
+
+    def follow(self, op: Any, operand: int, axis: int) -> int | str:
+        if operand:
+            return "uses values of tokens as weights"
+        return "contracts the token axis" if axis == op.axis else axis
+
+
+@dataclass(frozen=True)
 class Reduced(Rows):
     """Values meet along the axes in attribute `axes`, which stay as 1 with `keep`."""
 

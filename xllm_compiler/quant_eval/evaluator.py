@@ -5,6 +5,7 @@ Refuses a model that loses more than the limit. `measure.py` measures, `mixed_pr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from xllm_compiler.artifact import Manifest
@@ -44,7 +45,9 @@ class QuantizationEvaluator:
         """The pipeline to run: the one that was asked for, or the one that `mixed` chose."""
         if self._form == MIXED:
             assert self._limit is not None
-            forms, _ = mixed_precision.choose(self._bench, self._limit)
+            module = clone_module(self._bench.module)
+            run_pipeline(",".join(NARROW.preparation), module, PassContext(self._target.capabilities))
+            forms, _ = mixed_precision.choose(replace(self._bench, module=module), self._limit)
             self._pipeline = str(
                 parse_pipeline(",".join(self._target.quantized(NARROW, mixed_precision.names_of(forms))))
             )

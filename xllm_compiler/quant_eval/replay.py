@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.analysis.interface import interface_of
-from xllm_compiler.analysis.weights import weight_exprs
+from xllm_compiler.analysis.weights import unrounded, weight_exprs
 from xllm_compiler.interp.run import call_op, run_value
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.core import Module, Op, Value
-from xllm_compiler.ir.ops import Linear, LinearGlu
+from xllm_compiler.ir.ops import Embedding, Linear, LinearGlu
 from xllm_compiler.ir.semantics import Array, EvalContext, state_zeros
 from xllm_compiler.ir.types import Kv, State
 from xllm_compiler.passes.quantize.forms import QuantForm
-from xllm_compiler.passes.quantize.weights import rotation_of
+from xllm_compiler.passes.quantize.weights import rotation_of, tied_tables
 from xllm_compiler.step.inputs import UNMAPPED, StepBatch, StepWriter
 from xllm_compiler.step.interface import STEP
 from xllm_compiler.weight_formats import RowFormat
@@ -47,12 +47,14 @@ class _Weights:
         self._held: dict[tuple[Value, QuantForm | None], Array] = {}
 
     def get(self, value: Value, form: QuantForm | None) -> Array:
-        """The array of `value` as it is computed with: of the weights of layers in f32, once for all that ask."""
+        """The array of `value` as it is computed with: of the weights of layers and tables in f32, once for all that
+        ask."""
         if (value, form) not in self._held:
             plain = self._held.get((value, None))
             if plain is None:
-                plain = run_value(value, self._params)
-                if any(isinstance(user, (Linear, LinearGlu)) for user in value.users):
+                rounded = any(isinstance(user, (Linear, LinearGlu, Embedding)) for user in value.users)
+                plain = run_value(unrounded(value) if rounded else value, self._params)
+                if rounded:
                     plain = plain.astype(np.float32)
                 self._held[value, None] = plain
             if form is not None:
@@ -71,7 +73,8 @@ def replay(
 ) -> Iterator[NDArray[np.float32]]:
     """Logits [all tokens, vocab] of the module as it is, then of each variant; every array of `ids` is a request.
 
-    `module`: stage graph, with the function @step. A layer whose weight is quantized to 8-bit activations rounds its
+    `module`: stage graph, with the function @step. A table that was a layer's weight before rotate-stream has the form
+    that the layer has. A layer whose weight is quantized to 8-bit activations rounds its
     input too; sums are in f32. Raises what reading `params` raises.
     """
     func = module.func(STEP)
@@ -82,7 +85,10 @@ def replay(
     ops = [op for op in needed_ops(func.ops, logits) if not all(r in fixed for r in op.results)]
     last_layer = max((i for i, op in enumerate(ops) if isinstance(op, (Linear, LinearGlu))), default=0)
     weights = _Weights(params)
-    runs = [_Run({}, inputs), *(_Run(variant) for variant in variants)]
+    tied = tied_tables(func)
+    runs = [_Run({}, inputs)]
+    for variant in variants:
+        runs.append(_Run({**variant, **{table: variant[w] for table, w in tied.items() if w in variant}}))
     last = {v: i for i, op in enumerate(ops) for v in op.operands}
     with np.errstate(all="ignore"):
         for i, op in enumerate(ops[:last_layer]):

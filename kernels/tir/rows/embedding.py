@@ -11,9 +11,10 @@ from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
-from xllm_compiler.kernels.tir.codegen.builder import address, build_function, share
+from xllm_compiler.kernels.tir.codegen.builder import address, build_function, share, stack_array
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import LANES, Isa
+from xllm_compiler.kernels.tir.rows.quantize import check_rotation, rotate_row
 from xllm_compiler.weight_formats import PANEL, QUAD, GridFormat, IntegerFormat, Layout, WeightFormat
 
 Expr = Any
@@ -21,15 +22,19 @@ Expr = Any
 
 @dataclass(frozen=True)
 class Embedding(Kernel):
-    """y[rows, dim] = w[ids]; `layout` of w is "row", "panel" or a weight format's (weight_formats.py)."""
+    """y[rows, dim] = w[ids]; `layout` of w is "row", "panel" or a weight format's (weight_formats.py). `rotate`: the
+    blocks in which a quantized w was rotated, and rows are rotated back; 0: it was not."""
 
     dim: int
     dtype: str
     layout: str = "row"
+    rotate: int = 0
 
     def __post_init__(self) -> None:
         require(self.dim > 0, f"an embedding of {self.dim} columns", self)
         require(self.dtype in ("bf16", "f32"), f"an embedding in {self.dtype}", self)
+        require(not self.rotate or self.format is not None, f"an embedding rotated from layout {self.layout}", self)
+        check_rotation(self, self.dim, self.rotate)
 
     @property
     def format(self) -> WeightFormat | None:
@@ -44,6 +49,7 @@ class Embedding(Kernel):
 
     def build(self, isa: Isa) -> Any:
         def body(ids: Expr, w: Expr, y: Expr, rows: Expr, member: Expr, team: Expr) -> None:
+            found = stack_array(self.dim, "float32") if self.rotate else None
             first, last = share(rows, member, team)
             with T.serial(first, last) as row:
                 to = T.bind(T.Cast("int64", row) * self.dim)
@@ -54,7 +60,11 @@ class Embedding(Kernel):
                 panel = T.bind(T.truncdiv(here, T.int64(PANEL)))
                 column = T.bind(T.truncmod(here, T.int64(PANEL)))
                 if self.format is not None:
-                    self._dequantize(self.format, w, panel, column, y, to)
+                    if found is None:
+                        self._dequantize(self.format, w, panel, column, y, to, self.dtype)
+                    else:
+                        self._dequantize(self.format, w, panel, column, found, T.int32(0), "f32")
+                        rotate_row(self.rotate, self.dim, "f32", found, T.int32(0), y, to, self.dtype)
                     return
                 with T.serial(0, self.dim) as i:
                     if self.dtype == "f32":
@@ -67,9 +77,11 @@ class Embedding(Kernel):
 
         return build_function(self, isa, body)
 
-    def _dequantize(self, format: WeightFormat, w: Expr, panel: Expr, column: Expr, y: Expr, to: Expr) -> None:
-        """One row of a quantized panel: a column of it, a quad at a time."""
-        name = "xllm_put_f32" if self.dtype == "f32" else "xllm_round_put_bf16"
+    def _dequantize(
+        self, format: WeightFormat, w: Expr, panel: Expr, column: Expr, y: Expr, to: Expr, dtype: str
+    ) -> None:
+        """One row of a quantized panel, to y in `dtype`: a column of it, a quad at a time."""
+        name = "xllm_put_f32" if dtype == "f32" else "xllm_round_put_bf16"
         with T.serial(0, format.groups(self.dim)) as group:
             start = T.bind(panel * format.panel_bytes(self.dim) + T.Cast("int64", group) * format.group_bytes(self.dim))
             scale = T.call_extern(

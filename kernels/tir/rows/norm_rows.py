@@ -15,7 +15,7 @@ from xllm_compiler.kernels.tir.codegen.builder import build_function, share, sta
 from xllm_compiler.kernels.tir.codegen.kernel import MEMBER_ARGS, Arg, Kernel, require, scalar
 from xllm_compiler.kernels.tir.isa.levels import Isa
 from xllm_compiler.kernels.tir.rows.norms import centre_row, scale_row
-from xllm_compiler.kernels.tir.rows.quantize import quantize_row
+from xllm_compiler.kernels.tir.rows.quantize import check_rotation, quantize_row, rotate_row
 from xllm_compiler.weight_formats import RowFormat
 
 Expr = Any
@@ -26,8 +26,8 @@ _MOST_BYTES = 1 << 20  # of a normalised row, which lies on the stack
 class NormRows(Kernel):
     """The norm of x[rows, n] (`kind`: rms or layer) to q i8 [rows, padded n], scale f32 [rows], sum i32 [rows, groups].
 
-    `group`: that of the weights that the rows will be multiplied by. `by_group`: scale is [rows, groups]. Only rms has
-    `offset`, only layer has `bias`."""
+    `group`: that of the weights that the rows will be multiplied by. `by_group`: scale is [rows, groups]. `rotate`: as
+    in `QuantizeRows`. Only rms has `offset`, only layer has `bias`."""
 
     kind: str
     n: int
@@ -37,6 +37,7 @@ class NormRows(Kernel):
     weight: bool = True
     bias: bool = False
     group: int = 0
+    rotate: int = 0
     by_group: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +46,7 @@ class NormRows(Kernel):
         size = 2 if self.dtype == "bf16" else 4
         require(0 < self.n * size <= _MOST_BYTES, f"a norm over {self.n} {self.dtype}", self)
         require(not (self.bias if self.kind == "rms" else self.offset), f"bias or offset of a {self.kind} norm", self)
+        check_rotation(self, self.n, self.rotate)
 
     @property
     def form(self) -> RowFormat:
@@ -79,6 +81,7 @@ class NormRows(Kernel):
             b: Expr = None,
         ) -> None:
             y = stack_array(self.n, "uint16" if self.dtype == "bf16" else "float32")
+            turned = stack_array(self.n, "float32") if self.rotate else None
             first, last = share(rows, member, team)
             with T.serial(first, last) as row:
                 base = T.bind(T.Cast("int64", row) * self.n)
@@ -86,6 +89,10 @@ class NormRows(Kernel):
                     scale_row(self, x, base, w, y, T.int32(0))
                 else:
                     centre_row(self, x, base, w, b, y, T.int32(0))
-                quantize_row(self.form, self.n, self.dtype, y, T.int32(0), row, q, scale, sum)
+                if turned is None:
+                    quantize_row(self.form, self.n, self.dtype, y, T.int32(0), row, q, scale, sum)
+                else:
+                    rotate_row(self.rotate, self.n, self.dtype, y, T.int32(0), turned)
+                    quantize_row(self.form, self.n, "f32", turned, T.int32(0), row, q, scale, sum)
 
         return build_function(self, isa, body)

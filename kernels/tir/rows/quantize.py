@@ -49,8 +49,7 @@ class QuantizeRows(Kernel):
 
     def __post_init__(self) -> None:
         require(self.k > 0 and self.dtype in ("bf16", "f32"), f"quantizing rows of {self.k} {self.dtype}", self)
-        fits = self.rotate in ROTATIONS and self.k % self.rotate == 0 and self.k * 4 <= _MOST_BYTES
-        require(not self.rotate or fits, f"rotating blocks of {self.rotate} in rows of {self.k}", self)
+        check_rotation(self, self.k, self.rotate)
 
     @property
     def form(self) -> RowFormat:
@@ -77,26 +76,35 @@ class QuantizeRows(Kernel):
                 if turned is None:
                     quantize_row(self.form, self.k, self.dtype, x, source, row, q, scale, sum)
                 else:
-                    self._rotate(x, source, turned)
+                    rotate_row(self.rotate, self.k, self.dtype, x, source, turned)
                     quantize_row(self.form, self.k, "f32", turned, T.int64(0), row, q, scale, sum)
 
         return build_function(self, isa, body)
 
-    def _rotate(self, x: Expr, source: Expr, turned: Expr) -> None:
-        """Emits: rotates the row of x at `source`, block by block, to `turned`. Partners 1, 2, 4 and 8 apart are lanes
-        of one vector."""
-        with T.serial(0, self.k // self.rotate) as block:
-            at = T.bind(block * self.rotate)
-            offsets = range(0, self.rotate, LANES)
-            values = [load(x, source + at + offset, self.dtype) for offset in offsets]
-            values = [T.bind(T.call_pure_extern("float32x16", "xllm_rotate", value)) for value in values]
-            apart = 1
-            while apart < len(values):
-                pairs = [(values[i & ~apart], values[i | apart], i & apart) for i in range(len(values))]
-                values = [T.bind(a - b if second else a + b) for a, b, second in pairs]
-                apart *= 2
-            for offset, value in zip(offsets, values, strict=True):
-                store(turned, at + offset, value * splat(self.rotate**-0.5), "f32")
+
+def check_rotation(kernel: Kernel, k: int, rotate: int) -> None:
+    """Raises kind "unsupported" unless rows of `k` can be rotated in blocks of `rotate`, 0 for none."""
+    fits = rotate in ROTATIONS and k % rotate == 0 and k * 4 <= _MOST_BYTES
+    require(not rotate or fits, f"rotating blocks of {rotate} in rows of {k}", kernel)
+
+
+def rotate_row(
+    rotate: int, k: int, dtype: str, x: Expr, source: Expr, turned: Expr, target: Expr = 0, stored: str = "f32"
+) -> None:
+    """Emits: rotates the k elements of x at `source`, by blocks of `rotate`, to `turned` at `target`, which is of the
+    dtype `stored`. Partners 1, 2, 4 and 8 apart are lanes of one vector."""
+    with T.serial(0, k // rotate) as block:
+        at = T.bind(block * rotate)
+        offsets = range(0, rotate, LANES)
+        values = [load(x, source + at + offset, dtype) for offset in offsets]
+        values = [T.bind(T.call_pure_extern("float32x16", "xllm_rotate", value)) for value in values]
+        apart = 1
+        while apart < len(values):
+            pairs = [(values[i & ~apart], values[i | apart], i & apart) for i in range(len(values))]
+            values = [T.bind(a - b if second else a + b) for a, b, second in pairs]
+            apart *= 2
+        for offset, value in zip(offsets, values, strict=True):
+            store(turned, target + at + offset, value * splat(rotate**-0.5), stored)
 
 
 def quantize_row(

@@ -14,14 +14,14 @@ import numpy as np
 
 from xllm_compiler.dims import Dim, as_dim
 from xllm_compiler.errors import XllmError
-from xllm_compiler.ir import quant
+from xllm_compiler.ir import orthogonal, quant
 from xllm_compiler.ir.core import Op, Value
 from xllm_compiler.ir.cost import Cost, CostContext, NarrowWeight
 from xllm_compiler.ir.diag import IrError
 from xllm_compiler.ir.facts import Noise, Work
 from xllm_compiler.ir.opdef import DType, Operand, OptOperand, op
 from xllm_compiler.ir.ops.nn import Activation, check_norm_vector
-from xllm_compiler.ir.rows import LastAxis
+from xllm_compiler.ir.rows import AlongAxis, LastAxis
 from xllm_compiler.ir.semantics import Array, EvalContext, activation, layer_norm, rms_norm
 from xllm_compiler.ir.shapes import no_partial, require_float, require_rank, require_same_dim, require_shape
 from xllm_compiler.ir.types import DTYPE_BYTES, FLOATS, Tensor, Type
@@ -67,6 +67,51 @@ def _check_weight(op: Op, values: Value, scales: Value, zeros: Value | None, nam
             raise IrError(f"{op.name}: zeros are {zeros.type}", help="zero points are u8")
         require_shape(op.scope, zeros.shape, scales.shape, f"{op.name}: zeros")
     return format
+
+
+@op("quant.rotate")
+class Rotate(Op):
+    """y = (w * (scale + offset) - mean) Q, for every vector of w [a] or [a, b] along `axis`.
+
+    Q is the orthogonal matrix of that width (ir/orthogonal.py). Without `scale` there is no factor, and the mean is
+    subtracted with `centre` alone. y is in f32 (f64 where w is), whatever the dtype of w, and so is rounded once where
+    it is quantized.
+    """
+
+    rows = AlongAxis()
+    noise = Noise.ROUNDS
+    work = Work.HEAVY
+    w: Operand
+    scale: OptOperand
+    axis: int
+    offset: float = 0.0
+    centre: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        no_partial(self)
+        require_float(self, self.w, self.scale)
+        w = self.w.tensor
+        if w.rank not in (1, 2) or not 0 <= self.axis < w.rank:
+            raise IrError(f"quant.rotate of {w} along axis {self.axis}", help="a weight of rank 1 or 2, and an axis")
+        width = w.shape[self.axis]
+        if not width.is_const or width.value < 1:
+            raise IrError(f"quant.rotate: vectors of {width} values", help="the width is a number, at least 1")
+        if self.scale is not None:
+            require_shape(self.scope, self.scale.shape, [width], f"quant.rotate: scale %{self.scale.name}")
+        if self.offset and self.scale is None:
+            raise IrError("quant.rotate: an offset and no scale", help="offset is added to the scale")
+        return (w.with_(dtype="f64" if w.dtype == "f64" else "f32"),)
+
+    def cost(self, ctx: CostContext) -> Cost:
+        """A factor, halvings, and a dense product for what of the width is odd."""
+        width = self.w.shape[self.axis].value
+        two = width & -width
+        each = 2 + (two.bit_length() - 1) + (0 if width == two else 2 * width // two) + 2 * self.centre
+        return ctx.count(self, flops=each * self.w.tensor.elements)
+
+    def interp(self, ctx: EvalContext, w: Array, scale: Array | None) -> Array:
+        wide = np.float64 if ctx.precise or w.dtype == np.float64 else np.float32
+        return orthogonal.rotated(w, self.axis, wide, scale, self.offset, self.centre)
 
 
 @op("quant.weight")
@@ -196,7 +241,7 @@ class QuantRows(Op):
 class QuantNormRows(Op):
     """quant.rows of nn.rms_norm or nn.layer_norm of x: the norm is rounded to x's dtype, then each row to 8 bits.
 
-    `offset` is that of nn.rms_norm, `b` that of nn.layer_norm.
+    `offset` is that of nn.rms_norm, `b` that of nn.layer_norm. The rounded norm is rotated as quant.rows does it.
     """
 
     rows = LastAxis()
@@ -209,12 +254,14 @@ class QuantNormRows(Op):
     kind: Literal["rms", "layer"] = "rms"
     offset: float = 0.0
     group: int = 0
+    rotate: int = 0
     by_group: bool = False
 
     def infer(self) -> tuple[Type, ...]:
         no_partial(self)
         check_norm_vector(self, self.x, self.w, "w")
         check_norm_vector(self, self.x, self.b, "b")
+        _check_rotation(self, self.x.shape[-1], self.rotate)
         if self.kind == "rms" and self.b is not None:
             raise IrError("quant.norm_rows: an RMS norm has no b", help="kind=layer")
         if self.kind == "layer" and self.offset:
@@ -223,12 +270,14 @@ class QuantNormRows(Op):
 
     def cost(self, ctx: CostContext) -> Cost:
         """Those of the norm and of quant.rows."""
-        return ctx.count(self, flops=(8 if self.kind == "rms" else 11) * self.x.tensor.elements)
+        norm = 8 if self.kind == "rms" else 11
+        return ctx.count(self, flops=(norm + self.rotate.bit_length()) * self.x.tensor.elements)
 
     def interp(self, ctx: EvalContext, x: Array, w: Array | None, b: Array | None) -> tuple[Array, ...]:
         wide, w, b = ctx.up(x), None if w is None else ctx.up(w), None if b is None else ctx.up(b)
         y = rms_norm(wide, w, self.eps, self.offset) if self.kind == "rms" else layer_norm(wide, w, b, self.eps)
-        return quant.quantize_rows(ctx.up(ctx.store(y, self.x.type)), RowFormat(self.group, self.by_group))
+        stored = ctx.up(ctx.store(y, self.x.type))
+        return quant.quantize_rows(quant.rotate(stored, self.rotate), RowFormat(self.group, self.by_group))
 
     def default_hint(self, index: int) -> str:
         return ("rows", "row_scale", "row_sums")[index]

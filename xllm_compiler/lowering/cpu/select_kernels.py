@@ -181,6 +181,7 @@ def _quant_norm_rows(s: Selection, op: Op) -> None:
         weight=w is not None,
         bias=b is not None,
         group=_int(op, "group"),
+        rotate=_int(op, "rotate"),
         by_group=_bool(op, "by_group"),
     )
     weights = [s.ref(v, x.dtype) for v in (w, b) if v is not None]
@@ -271,7 +272,7 @@ def _embedding(s: Selection, op: Op) -> None:
     count = rows(ids) * ids.shape[-1] if ids.shape else as_dim(1)
     if w.op is not None and w.op.name == "quant.dequantize" and w in s.storage.weights:
         format = _text(w.op, "format")
-        kernel = Embedding(dim=dim, dtype=w.dtype, layout=format)
+        kernel = Embedding(dim=dim, dtype=w.dtype, layout=format, rotate=_int(w.op, "rotate"))
         s.call(op, kernel, [s.ref(ids, "i32"), _quantized(s, w.op, format), s.ref(op.result), count])
         return
     # a table that a linear layer reads too is stored once, in the layout that the linear layer needs

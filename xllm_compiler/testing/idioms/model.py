@@ -27,9 +27,12 @@ def _activation(g: Sketch, x: Value) -> Value:
 
 def linear(g: Sketch) -> None:
     x = g.back()
-    match g.choose(6):
+    match g.choose(7):
         case 0:
             y = _width_to_width(g, x)
+        case 6:  # a rotated weight
+            w = g.b.create(ops.Rotate, g.param(g.width, g.width), g.pick((None, g.param(g.width))), axis=1).result
+            y = g.op(ops.Linear, x, w if w.dtype == g.dtype else g.op(ops.Cast, w, dtype=g.dtype))
         case 1:  # with something in it already, and what may go into it on top
             y = _width_to_width(g, x)
             if g.choose(2):
