@@ -20,8 +20,8 @@ from xllm_compiler.tools.verify import references, run_native
 ZEROS = ",".join(Cpu.presets["cpu-int4"]).replace("q4grid32", "q4g64z")
 FINE = ",".join(Cpu.presets["cpu-int4"]).replace("q4grid32", "q4grid16")
 WEIGHTS_ONLY = ",".join(Cpu.presets["cpu-int8"]).replace(",quantize-rows", "").replace(",rotate=true", "")
-# A look-up in a rotated table of 4 bits gives rows of few distinct values, and a norm without weight keeps them so: many
-# fall between two integers of 8 bits, and the last bit decides. So tied tables of 4 bits are tried without rotation.
+# A look-up in a rotated table of 4 bits gives rows of few distinct values, and a norm without weight keeps them so.
+# Many fall between two integers of 8 bits, and the last bit decides. So tied tables of 4 bits are tried unrotated.
 FINE_TIED, ZEROS_TIED = FINE.replace("rotate-stream,", ""), ZEROS.replace("rotate-stream,", "")
 CASES = [
     ("qwen3", "@cpu-int8", {"q8", "glu_q8"}),
