@@ -54,9 +54,9 @@ def test_the_report_is_the_same_twice_and_is_shown(
 
 
 def test_four_bits_lose_less_than_by_plain_rounding(tmp_path: Path) -> None:
-    """Which lost 0.0093 nats and 8.5 % of the tokens here."""
+    """Which lost 0.0174 nats here, on the ten kinds of text."""
     found = compiled(tmp_path / "a", "int4")
-    assert found["total"]["kl"] < 0.0075 and found["total"]["top1"] > 0.915  # type: ignore[index]
+    assert found["total"]["kl"] < 0.012, found  # type: ignore[index]
     assert all(layer["error"] < 0.5 * layer["plain"] for layer in found["layers"])  # type: ignore[attr-defined]
     assert main(["verify", str(tmp_path / "a")]) == 0
 
