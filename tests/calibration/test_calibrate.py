@@ -11,7 +11,7 @@ from xllm_compiler.analysis.weights import param_names
 from xllm_compiler.calibration import calibrate as calibration
 from xllm_compiler.calibration.calibrate import Calibrated, calibrate
 from xllm_compiler.calibration.rounding import DAMP
-from xllm_compiler.calibration.text import FOLDER, WINDOW, calibration_ids, pieces
+from xllm_compiler.calibration.text import FOLDER, calibration_ids, pieces
 from xllm_compiler.frontend.checkpoint import Checkpoint
 from xllm_compiler.frontend.trace import Traced, trace_checkpoint
 from xllm_compiler.interp import run_value
@@ -29,6 +29,7 @@ from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
 from xllm_compiler.passes.quantize.forms import parse_form
 from xllm_compiler.quant_eval.replay import step_inputs
+from xllm_compiler.quant_eval.text import WINDOW
 from xllm_compiler.quant_eval.text import pieces as held_out
 from xllm_compiler.targets import target_class
 from xllm_compiler.weight_formats import parse_format

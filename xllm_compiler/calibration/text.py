@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from xllm_compiler.quant_eval.text import Window, begin, take
+
 FOLDER: Final = Path(__file__).parent / "text"
-WINDOW: Final = 128
-"""Most tokens of a window; each is a request of its own, from position 0."""
 _PIECE: Final = 500
 """Bytes of a piece at least, which ends with a line: its beginning is a window."""
 
@@ -30,26 +30,8 @@ def calibration_ids(tokenizer: Path | None, vocab: int, longest: int, tokens: in
 
     Each has the special tokens that the model's tokenizer puts around a text. Without a tokenizer, or where it makes
     ids that the model does not have, they are random ids, the same every time."""
-    windows: list[NDArray[np.int32]] = []
-    for each in _windows(tokenizer, vocab, min(WINDOW, longest)):
-        part = each[:tokens]
-        tokens -= len(part)
-        if len(part):
-            windows.append(part)
-    return windows
-
-
-def _windows(tokenizer: Path | None, vocab: int, most: int) -> list[NDArray[np.int32]]:
-    texts = pieces()
-    if tokenizer is not None:
-        from tokenizers import Tokenizer
-
-        made = Tokenizer.from_file(str(tokenizer)).encode_batch(texts)
-        ids = [np.array(item.ids[:most], np.int32) for item in made]
-        if all(len(each) and each.max() < vocab for each in ids):
-            return ids
-    draw = np.random.Generator(np.random.Philox(1))
-    return [draw.integers(0, vocab, most).astype(np.int32) for _ in texts]
+    found, _ = begin(pieces(), tokenizer, vocab, longest, seed=1)
+    return [window.ids for window in take([Window("", ids) for ids in found], tokens)]
 
 
 def _cut(text: str) -> list[str]:

@@ -74,8 +74,8 @@ def replay(
     """Logits [all tokens, vocab] of the module as it is, then of each variant; every array of `ids` is a request.
 
     `module`: stage graph, with the function @step. A table that was a layer's weight before rotate-stream has the form
-    that the layer has. A layer whose weight is quantized to 8-bit activations rounds its
-    input too; sums are in f32. Raises what reading `params` raises.
+    that the layer has. A layer whose weight is quantized to 8-bit activations rounds its input too; sums are in f32.
+    Raises what reading `params` raises.
     """
     func = module.func(STEP)
     sizes, inputs = step_inputs(module, ids)

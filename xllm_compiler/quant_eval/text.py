@@ -41,18 +41,29 @@ def windows(tokenizer: Path | None, vocab: int, longest: int) -> tuple[list[Wind
     Each has the special tokens that the model's tokenizer puts around a text, and at most `longest` tokens. Without a
     tokenizer, or where it makes ids that the model does not have, they are random ids, the same every time.
     """
-    most = min(WINDOW, longest)
     found = pieces()
+    ids, known = begin([text for _, text in found], tokenizer, vocab, longest, seed=0)
+    kinds = [kind if known else "random" for kind, _ in found]
+    what = "held-out text" if known else "random ids: no tokenizer"
+    return [Window(kind, each) for kind, each in zip(kinds, ids, strict=True)], what
+
+
+def begin(
+    texts: list[str], tokenizer: Path | None, vocab: int, longest: int, seed: int
+) -> tuple[list[NDArray[np.int32]], bool]:
+    """The first tokens of every text, at most `longest` and WINDOW, with the special tokens that the tokenizer puts
+    around it; and whether they are its own. Without a tokenizer, or where it makes ids that the model does not have,
+    they are random ids of `seed`."""
+    most = min(WINDOW, longest)
     if tokenizer is not None:
         from tokenizers import Tokenizer
 
-        made = Tokenizer.from_file(str(tokenizer)).encode_batch([text for _, text in found])
+        made = Tokenizer.from_file(str(tokenizer)).encode_batch(texts)
         ids = [np.array(item.ids[:most], np.int32) for item in made]
         if all(len(each) and each.max() < vocab for each in ids):
-            return [Window(kind, each) for (kind, _), each in zip(found, ids, strict=True)], "held-out text"
-    draw = np.random.Generator(np.random.Philox(0))
-    random = [Window("random", draw.integers(0, vocab, most).astype(np.int32)) for _ in found]
-    return random, "random ids: no tokenizer"
+            return ids, True
+    draw = np.random.Generator(np.random.Philox(seed))
+    return [draw.integers(0, vocab, most).astype(np.int32) for _ in texts], False
 
 
 def take(given: list[Window], positions: int) -> list[Window]:
