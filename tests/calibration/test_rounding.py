@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm_compiler.calibration.rounding import DAMP, Feedback, group_length, round_rows
+from xllm_compiler.calibration.grids import group_length
+from xllm_compiler.calibration.rounding import DAMP, Feedback, round_rows
 from xllm_compiler.ir import quant
 from xllm_compiler.kernels.grids import to_grids
 from xllm_compiler.weight_formats import GridFormat, IntegerFormat, WeightFormat, parse_format

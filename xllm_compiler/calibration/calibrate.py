@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_compiler.analysis.weights import is_weight_expr, param_names, ranks_read, weight_exprs
+from xllm_compiler.calibration.grids import group_length
 from xllm_compiler.calibration.params import RoundedParams
-from xllm_compiler.calibration.rounding import Feedback, group_length, round_rows
+from xllm_compiler.calibration.rounding import Feedback, round_rows
 from xllm_compiler.calibration.text import calibration_ids
 from xllm_compiler.interp.run import call_op, run_value, run_values
 from xllm_compiler.ir import quant

@@ -44,7 +44,7 @@ class _Integers(Grid):
         groups = format.groups(in_)
         self._format = format
         self._dtype = np.dtype(np.float16 if format.group else np.float32)
-        self.length = format.group or in_
+        self.length = group_length(format, in_)
         self.stored = np.empty((in_, out), np.uint8)
         self.scales = np.empty((groups, out), self._dtype)
         if format.zeros:
@@ -72,7 +72,7 @@ class _Runs(Grid):
 
     def __init__(self, format: GridFormat, scale: Array, inputs: int) -> None:
         """`scale`: f32 [out]."""
-        self.length = format.grid
+        self.length = group_length(format, inputs)
         self.stored = np.empty((inputs, len(scale)), np.uint8)
         self.scales = scale[None]
         self._inverse, self._scale = quant.inverse_of(scale)
@@ -89,6 +89,11 @@ class _Runs(Grid):
         np.clip(out, self._low, self._high, out=out)
         self.stored[i] = out + np.float32(GridFormat.as_bytes.zero)
         out *= self._scale
+
+
+def group_length(format: WeightFormat, in_: int) -> int:
+    """Inputs of `in_` that are rounded one after the other because they share a grid."""
+    return format.grid if isinstance(format, GridFormat) else format.group or in_
 
 
 def grid_of(format: WeightFormat, w: Array, scales: Array) -> Grid:

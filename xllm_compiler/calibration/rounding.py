@@ -19,7 +19,7 @@ import numpy as np
 from xllm_compiler.calibration.grids import Grid, grid_of
 from xllm_compiler.ir import quant
 from xllm_compiler.ir.semantics import Array
-from xllm_compiler.weight_formats import GridFormat, WeightFormat
+from xllm_compiler.weight_formats import WeightFormat
 
 DAMP: Final = 0.01
 """What is added to the diagonal of H, of its mean: what the text does not show may still happen."""
@@ -143,15 +143,6 @@ def _in_place(grid: Grid, order: Array) -> tuple[Array, ...]:
             placed[:] = table
         out.append(np.ascontiguousarray(placed.T))
     return tuple(out)
-
-
-def group_length(format: WeightFormat, in_: int) -> int:
-    """Inputs that are rounded one after the other because they share a grid."""
-    match format:
-        case GridFormat():
-            return format.grid
-        case _:
-            return format.group or in_
 
 
 def _importance(diagonal: Array, length: int) -> Array:

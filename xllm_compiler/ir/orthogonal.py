@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from xllm_compiler.ir.blocks import in_blocks
 from xllm_compiler.ir.semantics import Array
 
-_BLOCK: Final = 1 << 17  # numbers rotated in one go: what is computed of them stays near a core
 _LEAST: Final = 32  # vectors in one go, however long they are
 
 
@@ -57,7 +55,6 @@ def rotated(
     factor = np.ones(width, wide) if scale is None else scale.astype(wide) + wide(offset)
     turned = signs(width).astype(wide)
     first = turned if centre else factor * turned
-    size = max(_LEAST, _BLOCK // max(width, 1))
     count = len(vectors) if across else w.shape[1]
 
     def block(part: slice) -> None:
@@ -72,12 +69,7 @@ def rotated(
         else:
             out[:, part] = v
 
-    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    if len(parts) > 1:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(block, parts))
-    elif parts:
-        block(parts[0])
+    in_blocks(count, width, block, _LEAST)
     return out.reshape(w.shape)
 
 

@@ -14,13 +14,12 @@ of all others coarse, are spread over their block (QuaRot, Ashkboos et al. 2024)
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
 
+from xllm_compiler.ir.blocks import in_blocks
 from xllm_compiler.ir.semantics import NP_DTYPE, Array
 from xllm_compiler.weight_formats import LARGEST, ROTATIONS, GridFormat, IntegerFormat, RowFormat, WeightFormat
 
@@ -37,7 +36,6 @@ weight the integer -8. The negative ones give it 7, which has the finer steps on
 _STARTS_8: Final = tuple(1 + 0.004 * i for i in range(8))
 """The same for a group of 8 bits, whose largest weight becomes 127 at 1: a step a little coarser changes how all others
 fall, and the best of eight leaves a fifth less error in groups of 32."""
-_BLOCK: Final = 1 << 17  # weights looked at in one go: what is computed of them stays near a core
 _SHORT: Final = 256  # longest group for which numpy is faster across groups than along them
 
 
@@ -114,7 +112,7 @@ def quantize_integers(w: Array, format: IntegerFormat) -> tuple[Array, Array, Ar
         scales[rows] = s.reshape(len(part), count)
         points[rows] = z.reshape(len(part), count)
 
-    _in_blocks(out, count * size, block)
+    in_blocks(out, count * size, block)
     return values, scales, points
 
 
@@ -245,7 +243,7 @@ def quantize_on_grids(w: Array, grid: int) -> tuple[Array, Array]:
         values[rows] = found.transpose(1, 2, 0).reshape(part.shape)[:, :in_]
         scales[rows] = scale
 
-    _in_blocks(out, runs * grid, block)
+    in_blocks(out, runs * grid, block)
     return values, scales
 
 
@@ -312,17 +310,6 @@ def _sum_of(parts: Iterable[Array]) -> Array:
     for part in each:
         total += part
     return total
-
-
-def _in_blocks(rows: int, length: int, block: Callable[[slice], None]) -> None:
-    """`block` of some rows of `length` values after the other, side by side on all processors."""
-    size = max(1, _BLOCK // max(length, 1))
-    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-    if len(parts) > 1:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(block, parts))
-    elif parts:
-        block(parts[0])
 
 
 def _dequantize_integers(values: Array, scales: Array, zeros: Array | None, format: IntegerFormat, wide: type) -> Array:
