@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm_compiler.frontend.checkpoint import Checkpoint
+from tests.quant_eval.test_quant_eval import traced
 from xllm_compiler.frontend.reference import load_reference, reference_logits, stepped_logits
-from xllm_compiler.frontend.trace import trace_checkpoint
 from xllm_compiler.ir.clone import clone_module
 from xllm_compiler.ir.hash import structural_hash
 from xllm_compiler.ir.ops import Embedding, LayerNorm, Linear, LinearGlu, RmsNorm, Rotate
@@ -22,7 +21,6 @@ from xllm_compiler.ir.orthogonal import rotated
 from xllm_compiler.models.random_checkpoint import TINY, write_random_checkpoint
 from xllm_compiler.passes.base import PassContext
 from xllm_compiler.passes.manager import run_pipeline
-from xllm_compiler.passes.pipelines import BEFORE
 
 PROMPTS = [[7, 300, 12, 45, 9, 111, 64, 3, 280], [200, 5]]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,15 +75,7 @@ def test_a_post_norm_stays_and_is_named(tmp_path: Path) -> None:
 
 
 def _traced(path: Path) -> tuple[Any, Any]:
-    got = trace_checkpoint(
-        Checkpoint.open(path),
-        dtype="f32",
-        max_model_len=64,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-        max_num_logits=64,
-    )
-    run_pipeline(",".join(BEFORE), got.module, PassContext())
+    got = traced(path)
     return got.module, got.weights
 
 
